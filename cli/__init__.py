@@ -1,0 +1,1 @@
+"""The mmrec command line."""

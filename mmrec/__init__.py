@@ -1,0 +1,1 @@
+"""MM-Rec: recurrent language models for CPUs."""
