@@ -1,7 +1,269 @@
-"""Version, errors and configuration: plain data that every other module may read."""
+"""Version, errors, configuration and presets: plain data that every other module may read."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 VERSION = "0.1.0"
 
 
 class InputError(ValueError):
     """A user's mistake. Its text is one line that states the rule, what was expected, what came."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require(good: bool, rule: str, got: object) -> None:
+    if not good:
+        raise InputError(f"{rule}; got {got}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one MM-Rec model."""
+
+    width: int = 128
+    """D, the size of the residual stream and of the short-term state."""
+    depth: int = 4
+    """Number of layers."""
+    heads: int = 4
+    """H, heads of the long-term memory; each is a (D/H, D/H) matrix."""
+    vocab_size: int = 5000
+    """Number of token ids; sets the size of the tied embedding."""
+    layers: str = "b"
+    """The memories of each layer, one letter a layer and repeated to the depth: ``s`` short-term,
+    ``l`` long-term, ``b`` both, ``n`` short-term without its recurrent weight (a linear scan)."""
+    blocks: int = 1
+    """Diagonal blocks of the recurrent weight W_g; 1 is a full (D, D) matrix."""
+    ffn: float = 5.5
+    """Feed-forward hidden size as a multiple of the width."""
+    conv: int = 4
+    """Taps of the causal depthwise convolution; 1 leaves it out."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of each branch's output while training."""
+    horizon: int = 256
+    """Longest time constant, in tokens, given to the memories at initialisation."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "vocab_size", "blocks", "conv", "horizon"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and value >= 1, f"{name} must be a whole number >= 1", value
+            )
+        _require(
+            self.width % self.heads == 0, f"heads must divide the width {self.width}", self.heads
+        )
+        _require(
+            self.width % self.blocks == 0, f"blocks must divide the width {self.width}", self.blocks
+        )
+        _require(0 <= self.dropout < 1, "dropout must lie in [0, 1)", self.dropout)
+        _require(0 < self.ffn <= 64, "ffn must lie in (0, 64]", self.ffn)
+        good = bool(self.layers) and set(self.layers) <= set("slbn")
+        _require(good, "layers must be letters out of 's', 'l', 'b', 'n'", repr(self.layers))
+
+    @property
+    def head_width(self) -> int:
+        """P = D / H."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Feed-forward hidden size F."""
+        return int(self.width * self.ffn)
+
+    @property
+    def kinds(self) -> str:
+        """One letter for each of the layers, ``layers`` repeated to the depth."""
+        return (self.layers * self.depth)[: self.depth]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. One of steps, epochs and minutes sets the length of the run."""
+
+    data: str = "stdlib"
+    """Corpus name, file, folder, glob, or a prepared corpus file."""
+    tokenizer: str = "bpe"
+    """``bpe``, ``char`` or ``byte``."""
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the training split."""
+    minutes: float | None = None
+    """Wall-clock minutes of training, validation not counted."""
+    batch: int = 8
+    """Windows in one micro-batch."""
+    seq_len: int = 256
+    """Tokens in a window."""
+    accumulate: int = 1
+    """Micro-batches in one optimizer step."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
+    warmup: float = 0.03
+    """Warmup as a fraction of the run."""
+    schedule: str = "cosine"
+    """``cosine``, ``linear`` or ``constant``, after the warmup."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW first-moment decay."""
+    beta2: float = 0.95
+    """AdamW second-moment decay."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    precision: str = "auto"
+    """``float32``, ``bfloat16`` (matrix products only; recurrences stay float32), or ``auto``:
+    bfloat16 where a probe finds it faster on this processor."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout."""
+    eval_every: int = 200
+    """Steps between validations on the fixed subset."""
+    eval_tokens: int = 32768
+    """Tokens in the fixed validation subset."""
+    save_every: int = 500
+    """Steps between step-N checkpoints."""
+    keep: int = 2
+    """How many step-N checkpoints to keep; best and last are always kept."""
+    patience: int = 0
+    """Stop after this many validations without a new best; 0 never stops early."""
+    out: str = ""
+    """Run folder; empty chooses ``runs/<preset>-<corpus>``."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq_len", "accumulate", "eval_every", "eval_tokens", "save_every"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and value >= 1, f"{name} must be a whole number >= 1", value
+            )
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"{name} must be finite and > 0", value)
+        for name in ("steps", "epochs", "minutes"):
+            value = getattr(self, name)
+            good = value is None or (math.isfinite(value) and value > 0)
+            _require(good, f"{name} must be finite and > 0", value)
+        given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
+        _require(
+            len(given) <= 1, "only one of steps, epochs, minutes may be given", ", ".join(given)
+        )
+        _require(0 <= self.warmup <= 1, "warmup must lie in [0, 1]", self.warmup)
+        _require(0 <= self.min_lr <= 1, "min_lr must lie in [0, 1]", self.min_lr)
+        good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        _require(good, "weight_decay must be finite and >= 0", self.weight_decay)
+        for name in ("beta1", "beta2"):
+            _require(
+                0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)", getattr(self, name)
+            )
+        _require(
+            self.keep >= 0 and self.patience >= 0,
+            "keep and patience must be >= 0",
+            (self.keep, self.patience),
+        )
+        _require(self.seed >= 0, "seed must be >= 0", self.seed)
+        for name, known in (
+            ("schedule", ["cosine", "linear", "constant"]),
+            ("precision", ["auto", "float32", "bfloat16"]),
+            ("tokenizer", ["bpe", "char", "byte"]),
+        ):
+            value = getattr(self, name)
+            _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(),
+    "mini": ModelConfig(width=256, depth=6, heads=4, vocab_size=8192, ffn=4.0, horizon=512),
+    "small": ModelConfig(
+        width=512, depth=8, heads=8, vocab_size=16384, blocks=8, ffn=4.0, horizon=512
+    ),
+    "base": ModelConfig(
+        width=1024, depth=12, heads=16, vocab_size=32000, blocks=16, ffn=4.0, horizon=1024
+    ),
+    "medium": ModelConfig(
+        width=2048, depth=16, heads=32, vocab_size=32000, blocks=32, ffn=4.0, horizon=2048
+    ),
+    "large": ModelConfig(
+        width=3072, depth=20, heads=48, vocab_size=32000, blocks=48, ffn=4.0, horizon=2048
+    ),
+    "7b": ModelConfig(
+        width=4096, depth=24, heads=64, vocab_size=32000, blocks=64, ffn=4.0, horizon=4096
+    ),
+}
+
+# Steps of 8 x 256 tokens that tiny takes in about five minutes on two cores.
+DEFAULT_STEPS = 1500
+
+
+def preset(name: str) -> ModelConfig:
+    """Return the preset of that name. Raises InputError, naming the nearest one, if there is none."""
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise InputError(
+            f"unknown preset {name!r}: expected one of {known}{nearest(name, list(PRESETS))}"
+        )
+    return PRESETS[name]
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a config dataclass from plain values; unknown keys and wrong types are InputErrors."""
+    known = {f.name: f for f in fields(cls)}
+    made = {}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(
+                f"unknown setting {key!r} for {cls.__name__}{nearest(key, list(known))}"
+            )
+        want = str(known[key].type)
+        kind = bool if isinstance(value, bool) else type(value)
+        if kind is int and "float" in want:
+            value, kind = float(value), float
+        if not (kind.__name__ in want or (value is None and "None" in want)):
+            raise InputError(f"{key} must be of type {want}; got {value!r}")
+        made[key] = value
+    return cls(**made)
+
+
+def load_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a config file with the tables [model] and [train]. Raises InputError on any fault."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read config file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not TOML: {error}") from None
+    extra = [
+        k
+        for k, v in tables.items()
+        if k not in ("model", "train", "preset") or (k != "preset" and not isinstance(v, dict))
+    ]
+    if extra:
+        raise InputError(
+            f"config file {path} may hold preset, [model] and [train]; got {extra[0]!r}"
+        )
+    return tables
+
+
+def to_toml(model: ModelConfig, train: TrainConfig, preset_name: str) -> str:
+    """Write the resolved configuration as TOML that load_toml reads back."""
+
+    def line(key: str, value: Any) -> str:
+        text = f'"{value}"' if isinstance(value, str) else repr(value)
+        if isinstance(value, str):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            text = f'"{escaped}"'
+        return f"{key} = {text}"
+
+    parts = [line("preset", preset_name)]
+    for title, config in (("model", model), ("train", train)):
+        parts.append(f"\n[{title}]")
+        parts += [line(k, v) for k, v in dataclasses.asdict(config).items() if v is not None]
+    return "\n".join(parts) + "\n"
