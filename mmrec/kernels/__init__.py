@@ -1,0 +1,14 @@
+"""CPU recurrences that torch does not have, compiled by Numba and differentiable in torch.
+
+>>> import torch
+>>> from mmrec.kernels import scan
+>>> h, h_last = scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1))
+>>> h.flatten().tolist()
+[1.0, 1.5, 1.75]
+"""
+
+from mmrec.kernels.memory.autograd import associative_memory
+from mmrec.kernels.recurrence.autograd import gated_recurrence
+from mmrec.kernels.scan.autograd import cumprod, log_cumprod, scan
+
+__all__ = ["associative_memory", "cumprod", "gated_recurrence", "log_cumprod", "scan"]
