@@ -82,7 +82,7 @@ def _pull_read(state, dout, query, adjoint, dquery):
 
 @njit(**REDUCE)
 def _pull_write(before, alpha, key, error, dread, adjoint, dkey):
-    """dkey = adjoint error + before dread; adjoint <- alpha adjoint + key dreadᵀ; returns <A, S>."""
+    """Adjoint of read and write together; fills dkey, moves adjoint a step back, returns <A, S>."""
     n = error.shape[0]
     dalpha = error.dtype.type(0)
     for i in range(n):
@@ -140,7 +140,7 @@ def memory_bwd(
     q, q_sb, q_st, k, k_sb, k_st, v, v_sb, v_st, a, a_sb, a_st, b, b_sb, b_st,
     kept, do, do_sb, do_st, adjoint, dq, dk, dv, da, db,
 ):  # fmt: skip
-    """Fill dq, dk, dv (B, T, H, P), da, db (B, T, H); adjoint (B, H, P, P) goes from dS_T to dS_0."""
+    """Fill dq, dk, dv (B, T, H, P), da, db (B, T, H); adjoint (B, H, P, P): from dS_T to dS_0."""
     batch, time, heads, size = dq.shape
     one = dq.dtype.type(1)
     for task in prange(batch * heads):  # rows x heads: independent

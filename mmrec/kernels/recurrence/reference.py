@@ -7,7 +7,7 @@ from torch import Tensor
 def gated_recurrence(
     z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor | None, h0: Tensor, *, mixed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``h_t = c_t z_t σ(h_{t-1} W + gate_t) + γ_t h_{t-1}``, γ = σ(decay), c = 1 - γ or, unmixed, 1.
+    """``h_t = c_t z_t σ(h_{t-1} W + gate_t) + γ_t h_{t-1}``, γ = σ(decay), c = 1 - γ or 1.
 
     z, gate, decay (B, T, D); weight (G, D/G, D/G), the diagonal blocks of W; h0 (B, D).
     """
