@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -204,7 +204,7 @@ DEFAULT_STEPS = 1500
 
 
 def preset(name: str) -> ModelConfig:
-    """Return the preset of that name. Raises InputError, naming the nearest one, if there is none."""
+    """Return the preset of that name. Raises InputError, naming the nearest, if there is none."""
     if name not in PRESETS:
         known = ", ".join(PRESETS)
         raise InputError(

@@ -44,7 +44,7 @@ State = list[LayerState]
 
 
 class Linear(nn.Module):
-    """Matrix product without bias, in float32 or, where asked, in bfloat16 with float32 around it."""
+    """Matrix product without bias, in float32 or, where asked, in bfloat16 inside."""
 
     def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
         super().__init__()
@@ -201,14 +201,14 @@ class Model(nn.Module):
         self.bfloat16 = False
 
     def set_precision(self, precision: str) -> None:
-        """Run matrix products in ``float32`` or ``bfloat16``; weights and recurrences stay float32."""
+        """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
         self.bfloat16 = precision == "bfloat16"
         for module in self.modules():
             if isinstance(module, Linear):
                 module.bfloat16 = self.bfloat16
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: weight decay on matrices only, not on norms, biases, taps, embedding."""
+        """Optimizer groups: weight decay on matrices only (not norms, biases, embedding)."""
         matrices, others = [], []
         for name, p in self.named_parameters():
             plain = p.ndim < 2 or name.endswith("taps") or name == "embedding"

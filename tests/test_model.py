@@ -1,0 +1,148 @@
+"""The model: its size, causality, the three ways of running it, its loss, and its gradients."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrec.config import PRESETS, ModelConfig
+from mmrec.model import Model, probe_bfloat16, spread_decays
+
+SMALL = ModelConfig(width=16, depth=4, heads=2, vocab_size=40, layers="bsln", blocks=2, ffn=2.0)
+
+
+def awake(config: ModelConfig) -> Model:
+    """A model whose zero-initialised projections are not zero, so that every part matters."""
+    model = Model(config).eval()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    return model
+
+
+def test_tiny_has_the_promised_size() -> None:
+    count = sum(p.numel() for p in Model(PRESETS["tiny"]).parameters())
+    assert abs(count / 1.96e6 - 1) <= 0.005
+
+
+def test_presets_grow_and_reach_7b_without_memory() -> None:
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in Model(c).parameters()) for c in PRESETS.values()]
+    assert counts == sorted(counts)
+    assert 6e9 < counts[-1] < 8e9
+    shapes = [(c.width, c.depth) for c in PRESETS.values()]
+    assert shapes == [(128, 4), (256, 6), (512, 8), (1024, 12), (2048, 16), (3072, 20), (4096, 24)]
+
+
+@given(st.lists(st.integers(1, 29), max_size=4), st.sampled_from(["b", "s", "l", "n", "bsln"]))
+def test_whole_equals_chunks(cuts: list[int], layers: str) -> None:
+    model = awake(dataclasses.replace(SMALL, layers=layers))
+    tokens = torch.randint(0, 40, (2, 30))
+    with torch.no_grad():
+        whole, last = model(tokens)
+        state, pieces = None, []
+        for lo, hi in zip([0, *sorted(set(cuts))], [*sorted(set(cuts)), 30], strict=True):
+            logits, state = model(tokens[:, lo:hi], state)
+            pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    for one, other in zip(last, state, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_equals_token_by_token_at_the_tiny_preset() -> None:
+    model = Model(PRESETS["tiny"]).eval()
+    for name, p in model.named_parameters():
+        if name.endswith(("merge.weight", "ffn_out.weight")):
+            p.data.normal_(std=0.05)
+    tokens = torch.randint(0, 5000, (1, 64))
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        state, pieces = None, []
+        for t in range(64):
+            logits, state = model(tokens[:, t : t + 1], state)
+            pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 19))
+def test_is_causal(at: int) -> None:
+    model = awake(SMALL)
+    tokens = torch.randint(0, 40, (1, 20))
+    other = tokens.clone()
+    other[:, at:] = (other[:, at:] + 7) % 40
+    with torch.no_grad():
+        a, b = model(tokens)[0], model(other)[0]
+    assert torch.equal(a[:, :at], b[:, :at])
+    assert not torch.equal(a[:, at:], b[:, at:])
+
+
+def test_loss_and_gradients_equal_plain_cross_entropy() -> None:
+    model = awake(SMALL)
+    x, y = torch.randint(0, 40, (3, 200)), torch.randint(0, 40, (3, 200))  # more than one chunk
+    plain = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+    want = torch.autograd.grad(plain, list(model.parameters()))
+    loss = model.loss(x, y)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss, plain)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(x, y), plain)
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    model = Model(PRESETS["tiny"])
+    loss = model.loss(torch.randint(0, 5000, (2, 64)), torch.randint(0, 5000, (2, 64)))
+    assert loss.item() == pytest.approx(math.log(5000), abs=0.1)
+
+
+def test_bfloat16_products_stay_near_float32() -> None:
+    model = awake(SMALL)
+    x, y = torch.randint(0, 40, (2, 50)), torch.randint(0, 40, (2, 50))
+    exact = model.loss(x, y)
+    model.set_precision("bfloat16")
+    near = model.loss(x, y)
+    assert near.dtype == torch.float32
+    assert near.item() != exact.item()
+    assert near.item() == pytest.approx(exact.item(), rel=0.02)
+    near.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert isinstance(probe_bfloat16(), bool)
+
+
+def test_weight_decay_reaches_matrices_only() -> None:
+    model = Model(SMALL)
+    decayed, rest = model.parameter_groups(0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    kinds = {names[id(p)].split(".")[-2] for p in decayed["params"] if p.ndim == 2}
+    assert kinds == {"project", "merge", "ffn_in", "ffn_out"}
+    assert rest["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_time_constants_are_spread_over_the_horizon() -> None:
+    tau = -1 / torch.sigmoid(spread_decays(5, 10_000).double()).log()
+    torch.testing.assert_close(
+        tau, torch.tensor([1.0, 10, 100, 1000, 10_000]).double(), rtol=1e-2, atol=0
+    )
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = awake(dataclasses.replace(SMALL, dropout=0.5))
+    tokens = torch.randint(0, 40, (1, 10))
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    model.train()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_a_single_tap_leaves_the_convolution_out() -> None:
+    model = awake(dataclasses.replace(SMALL, conv=1))
+    logits, state = model(torch.randint(0, 40, (1, 5)))
+    assert logits.shape == (1, 5, 40)
+    assert state[0].taps.shape == (1, 0, 16)
