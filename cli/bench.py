@@ -1,0 +1,91 @@
+"""``mmrec bench``: the kernels against what torch users run today."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmrec.config import InputError
+
+if TYPE_CHECKING:
+    from mmrec.bench import Row
+
+app = typer.Typer(help="Time the kernels beside their peers; each is checked before it is timed.")
+
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
+Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _parse(text: str, axes: int) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if len(parts) != axes or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise InputError(
+            f"--shape must be {axes} sizes joined by 'x', such as 8x256x128; got {text!r}"
+        )
+    return tuple(int(p) for p in parts)
+
+
+def _milliseconds(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _print_row(row: "Row", ours: float) -> None:
+    if math.isnan(row.forward_ms):
+        why = "failed" if math.isnan(row.error) else f"wrong by {row.error:.1g}"
+        typer.echo(f"  {row.name:<26}{'not timed: ' + why:>20}")
+        return
+    rate = f"{row.gb_s:7.1f}{row.of_add:8.0%}" if row.gb_s and row.of_add else f"{'':15}"
+    times = "" if math.isnan(row.both_ms) else f"{row.both_ms / ours:9.1f}×"
+    cells = f"{_milliseconds(row.forward_ms):>10}{_milliseconds(row.both_ms):>12}"
+    typer.echo(f"  {row.name:<26}{cells}{rate}{times}")
+
+
+def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: bool) -> None:
+    sizes = [_parse(s, axes) for s in shapes] if shapes else None
+    import torch
+
+    from mmrec.bench import BENCHES, machine, to_json
+
+    torch.manual_seed(0)
+    rows, case, ours = [], None, 1.0
+    if not as_json:
+        m = machine()
+        typer.echo(
+            f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, load {m['load']}; ", nl=False
+        )
+        typer.echo(f"torch {m['torch']}, numba {m['numba']}")
+    for row in BENCHES[name](sizes, repeats):
+        rows.append(row)
+        if as_json:
+            continue
+        if (row.op, row.shape) != case:
+            case = row.op, row.shape
+            head = f"{row.op} {row.shape}"
+            typer.echo(
+                f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'GB/s':>7}{'of add':>8}{'time':>10}"
+            )
+        if row.name.startswith("mmrec"):
+            ours = row.both_ms
+        _print_row(row, ours)
+    if as_json:
+        typer.echo(json.dumps(to_json(rows), indent=1))
+
+
+@app.command()
+def scan(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+    """First-order scan and product scan, shapes BxTxD."""
+    _run("scan", 3, shape, repeats, as_json)
+
+
+@app.command()
+def recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+    """Gated recurrence beside torch.nn.GRU and LSTM, shapes BxTxD."""
+    _run("recurrence", 3, shape, repeats, as_json)
+
+
+@app.command()
+def memory(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+    """Associative memory beside a loop in torch, shapes BxTxHxP."""
+    _run("memory", 4, shape, repeats, as_json)
