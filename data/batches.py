@@ -1,0 +1,70 @@
+"""Batches: windows for training, and lanes that score a whole split exactly once.
+
+Axes: B windows of a batch, T tokens of a window.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrec.config import InputError
+
+
+class Batches:
+    """Training windows, a pure function of the position, so a position is all that a resume needs.
+
+    Each epoch cuts the stream at a fresh random offset into windows of ``seq_len`` inputs and as
+    many targets, one token on, and deals them out in a fresh order; both come from (seed, epoch).
+    """
+
+    def __init__(self, tokens: np.ndarray, batch: int, seq_len: int, seed: int) -> None:
+        """``tokens`` (n,) ids. Raises InputError if they do not fill one batch."""
+        self._tokens, self.batch, self.seq_len, self.seed = tokens, batch, seq_len, seed
+        self._windows = (len(tokens) - 1) // seq_len
+        self.steps_per_epoch = self._windows // batch
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"one batch needs {batch} windows of {seq_len} tokens = {batch * seq_len + 1:,}; "
+                f"the training split has {len(tokens):,}: use more text, a smaller batch or seq_len"
+            )
+        self._epoch = -1
+        self._starts = np.empty(0, np.int64)
+
+    def _deal(self, epoch: int) -> None:
+        rng = np.random.default_rng([self.seed, epoch])
+        slack = len(self._tokens) - 1 - self.steps_per_epoch * self.batch * self.seq_len
+        offset = rng.integers(0, slack + 1)
+        order = rng.permutation(self.steps_per_epoch * self.batch)
+        self._starts, self._epoch = offset + order * self.seq_len, epoch
+
+    def get(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T) int64, of a micro-step, counted from 0 over all epochs."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._deal(epoch)
+        starts = self._starts[at * self.batch : (at + 1) * self.batch]
+        windows = self._tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
+        both = torch.from_numpy(windows)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def eval_lanes(
+    tokens: np.ndarray, eot: int, lanes: int, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut a stream into contiguous lanes and walk them side by side, for a carried state.
+
+    Every token is a target exactly once; its input is the token before it, and the first one's the
+    end token. Yields inputs (lanes, T) int64, targets (lanes, T) int64, and a mask (lanes, T) bool
+    that is False where a shorter lane has ended.
+    """
+    length = -(-len(tokens) // lanes)
+    padded = np.full(lanes * length + 1, eot, np.int64)
+    padded[1 : len(tokens) + 1] = tokens
+    x = torch.from_numpy(padded[:-1].reshape(lanes, length))
+    y = torch.from_numpy(padded[1:].reshape(lanes, length))
+    mask = torch.arange(lanes * length).reshape(lanes, length) < len(tokens)
+    for lo in range(0, length, chunk):
+        cut = slice(lo, lo + chunk)
+        yield x[:, cut].contiguous(), y[:, cut].contiguous(), mask[:, cut].contiguous()

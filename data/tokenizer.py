@@ -1,0 +1,140 @@
+"""Tokenizers by name: byte-level BPE (Hugging Face ``tokenizers``), characters, bytes.
+
+Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. It never comes out
+of text: the letters ``<|endoftext|>`` in a text are encoded as letters.
+"""
+
+import codecs
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from mmrec.config import InputError
+
+KINDS = ("bpe", "char", "byte")
+EOT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        kind: ``bpe``, ``char`` or ``byte``.
+        vocab_size: number of ids.
+        eot: id of the end of a document.
+    """
+
+    def __init__(self, kind: str, vocabulary: str) -> None:
+        """``vocabulary``: BPE as the tokenizers library's JSON; the characters in order; empty."""
+        self.kind, self._vocabulary = kind, vocabulary
+        self.eot = 256 if kind == "byte" else 0
+        if kind == "bpe":
+            # encode_batch uses threads of its own; without this a later fork prints a warning
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            from tokenizers import Tokenizer as Library
+
+            self._bpe = Library.from_str(vocabulary)
+            self._bpe.encode_special_tokens = True  # the letters of EOT stay letters
+            self.vocab_size = self._bpe.get_vocab_size()
+            self._bytes = _byte_table(self._bpe)
+        elif kind == "char":
+            self.vocab_size = len(vocabulary) + 1
+            self._ids = {c: i + 1 for i, c in enumerate(vocabulary)}
+        elif kind == "byte":
+            self.vocab_size = 257
+        else:
+            raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (n,) int64 of a text. Raises InputError at a character unknown to ``char``."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids (n,) int64 of each text, on all cores."""
+        if self.kind == "bpe":
+            made = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(e.ids, np.int64) for e in made]
+        if self.kind == "byte":
+            return [np.frombuffer(t.encode(), np.uint8).astype(np.int64) for t in texts]
+        try:
+            return [np.array([self._ids[c] for c in t], np.int64) for t in texts]
+        except KeyError as error:
+            raise InputError(
+                f"the character {error.args[0]!r} is not among the {self.vocab_size - 1} that this "
+                "char tokenizer knows; bpe and byte know every character"
+            ) from None
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; none for the end of a document."""
+        if token == self.eot:
+            return b""
+        if self.kind == "byte":
+            return bytes([token])
+        return self._vocabulary[token - 1].encode() if self.kind == "char" else self._bytes[token]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 (a character cut short) become U+FFFD."""
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text piece by piece as tokens come, a character only when all its bytes are there."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            yield decoder.decode(self.token_bytes(int(token)))
+        yield decoder.decode(b"", final=True)
+
+    def to_json(self) -> str:
+        """Everything needed to build the tokenizer again."""
+        return json.dumps({"kind": self.kind, "vocabulary": self._vocabulary}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """Build from what to_json gave. Raises InputError if the text is damaged."""
+        try:
+            stored = json.loads(text)
+            return cls(str(stored["kind"]), str(stored["vocabulary"]))
+        except InputError:
+            raise
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise InputError(f"the stored tokenizer is damaged: {error}") from None
+
+
+def _byte_table(bpe: object) -> list[bytes]:
+    """Bytes of every id: byte-level BPE writes byte b as a printable character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    size = bpe.get_vocab_size()  # type: ignore[attr-defined]
+    words = [bpe.id_to_token(i) for i in range(size)]  # type: ignore[attr-defined]
+    return [b"" if w == EOT else bytes(table[c] for c in w) for w in words]
+
+
+def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 5000) -> Tokenizer:
+    """Train a tokenizer of that kind; ``vocab_size`` counts only for ``bpe``.
+
+    Raises:
+        InputError: unknown kind, or a BPE vocabulary too small for the 256 bytes and the end token.
+    """
+    if kind == "char":
+        return Tokenizer("char", "".join(sorted(set().union(*texts))))
+    if kind != "bpe":
+        return Tokenizer(kind, "")
+    if vocab_size < 257:
+        raise InputError(
+            f"a bpe vocabulary must hold at least 257 tokens, the bytes and {EOT}; got {vocab_size}"
+        )
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return Tokenizer("bpe", library.to_str())

@@ -1,0 +1,114 @@
+"""HDF5 storage: all or nothing, and one clear line for every file that is not ours or not whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from mmrec.config import InputError
+from mmrec.storage import StorageError, atomic_write, open_file, read_json, write_json
+
+
+def write(path: Path, kind: str = "corpus", schema: int = 1, seed: int = 0) -> np.ndarray:
+    data = np.random.default_rng(seed).integers(0, 1 << 30, 50_000)
+    with atomic_write(path, kind, schema) as file:
+        file["data"] = data
+        write_json(file, "note", {"text": "é" * 40_000})
+    return data
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "a.h5"
+    data = write(path)
+    with open_file(path, "corpus", 1) as file:
+        assert np.array_equal(file["data"][:], data)
+        assert read_json(file, "note") == {"text": "é" * 40_000}
+    assert [p.name for p in path.parent.iterdir()] == ["a.h5"]
+    with h5py.File(path) as plain:  # an ordinary HDF5 file to everyone
+        assert plain.attrs["kind"] == "corpus"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    data = write(path)
+    with pytest.raises(ZeroDivisionError), atomic_write(path, "corpus", 1) as file:
+        file["data"] = data[:10]
+        1 / 0  # noqa: B018
+    with open_file(path, "corpus", 1) as file:
+        assert np.array_equal(file["data"][:], data)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from mmrec.storage import StorageError, atomic_write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+try:
+    with atomic_write(Path(sys.argv[1]), "corpus", 1) as file:
+        file["data"] = np.random.default_rng(1).random(100_000)
+        file.create_dataset("more", data=np.arange(100_000), chunks=True, compression="gzip")
+except StorageError as error:
+    print("StorageError:", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 4096, 300_000, 850_000])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, limit: int) -> None:
+    """The system's own refusal to write past a size, met at any point of the file."""
+    path = tmp_path / "a.h5"
+    data = write(path)
+    command = [sys.executable, "-c", FULL_DISK, str(path), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"StorageError: could not write {path}: File too large; ")
+    assert run.stdout.count("\n") == 1
+    with open_file(path, "corpus", 1) as file:
+        assert np.array_equal(file["data"][:], data)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="could not write .*: (File exists|Not a directory); nothing"):
+        write(tmp_path / "file" / "a.h5")
+
+
+def test_files_that_are_not_ours(tmp_path: Path) -> None:
+    write(tmp_path / "good.h5", "corpus")
+    write(tmp_path / "newer.h5", "corpus", schema=9)
+    (tmp_path / "empty.h5").touch()
+    (tmp_path / "text.h5").write_text("hello")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    whole = (tmp_path / "good.h5").read_bytes()
+    (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    for name, kind, message in [
+        ("absent.h5", "corpus", "no corpus at .*absent.h5: no such file"),
+        (".", "corpus", "must be a file; it is a folder"),
+        ("empty.h5", "corpus", "is empty; expected a corpus"),
+        ("text.h5", "corpus", "is not an HDF5 file; expected a corpus"),
+        ("cut.h5", "corpus", "is damaged or truncated: .*truncated file"),
+        ("good.h5", "checkpoint", "must be a checkpoint; it is a corpus"),
+        ("other.h5", "corpus", "must be a corpus; it is not one of mmrec's files"),
+        ("newer.h5", "corpus", r"newer mmrec \(schema 9; this one reads up to 1\): upgrade"),
+    ]:
+        with (
+            pytest.raises(InputError, match=message) as caught,
+            open_file(tmp_path / name, kind, 1),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_inside_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    with (
+        pytest.raises(InputError, match="damaged or truncated: .*absent"),
+        open_file(tmp_path / "a.h5", "corpus", 1) as file,
+    ):
+        file["absent"]
