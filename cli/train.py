@@ -1,0 +1,131 @@
+"""``mmrec train``."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmrec.config import (
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    load_toml,
+    preset,
+)
+
+Opt = typer.Option
+
+
+def train(
+    name: Annotated[str | None, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = None,
+    config: Annotated[Path | None, Opt(help="TOML file with [model] and [train] tables.")] = None,
+    data: Annotated[str | None, Opt(help="stdlib, shakespeare, file, folder or glob.")] = None,
+    tokenizer: Annotated[str | None, Opt(help="bpe, char or byte.")] = None,
+    epochs: Annotated[float | None, Opt(help="Length in passes over the text.")] = None,
+    steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,
+    minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
+    batch: Annotated[int | None, Opt(help="Windows in a batch.")] = None,
+    seq_len: Annotated[int | None, Opt(help="Tokens in a window.")] = None,
+    accumulate: Annotated[int | None, Opt(help="Batches in a step.")] = None,
+    lr: Annotated[float | None, Opt(help="Peak learning rate.")] = None,
+    min_lr: Annotated[float | None, Opt(help="Rate left at the end, share of the peak.")] = None,
+    warmup: Annotated[float | None, Opt(help="Warmup, share of the run.")] = None,
+    schedule: Annotated[str | None, Opt(help="cosine, linear or constant.")] = None,
+    weight_decay: Annotated[float | None, Opt(help="AdamW weight decay of matrices.")] = None,
+    clip: Annotated[float | None, Opt(help="Largest gradient norm.")] = None,
+    dropout: Annotated[float | None, Opt(help="Dropout of each branch.")] = None,
+    layers: Annotated[str | None, Opt(help="Memories by layer: s, l, b(oth), n(o weight).")] = None,
+    precision: Annotated[str | None, Opt(help="auto, float32 or bfloat16 products.")] = None,
+    seed: Annotated[int | None, Opt(help="Seed of weights, order and dropout.")] = None,
+    eval_every: Annotated[int | None, Opt(help="Steps between validations.")] = None,
+    save_every: Annotated[int | None, Opt(help="Steps between step-N checkpoints.")] = None,
+    keep: Annotated[int | None, Opt(help="Number of step-N checkpoints kept.")] = None,
+    patience: Annotated[int | None, Opt(help="Stop after so many validations; 0: never.")] = None,
+    out: Annotated[str | None, Opt(help="Run folder.")] = None,
+    force: Annotated[bool, Opt("--force", help="Overwrite the run in --out.")] = False,
+    resume: Annotated[bool, Opt("--resume", help="Continue --out, or the newest run.")] = False,
+) -> None:
+    """Train a model: mmrec train tiny. Settings: preset, then --config, then flags."""
+    given = {k: v for k, v in locals().items() if v is not None}
+    for key in ("name", "config", "force", "resume"):
+        given.pop(key, None)
+    if resume:
+        wrong = ["PRESET"] * (name is not None) + ["--config"] * (config is not None)
+        wrong += [f"--{k.replace('_', '-')}" for k in given if k not in LENGTHS | {"out"}]
+        if wrong:
+            raise InputError(f"--resume keeps the settings of its run; {wrong[0]} cannot be given")
+        _finish(*_resume(given))
+        return
+    tables = load_toml(config) if config else {}
+    title = name or str(tables.get("preset", ""))
+    if not title:
+        raise InputError("name a preset: mmrec train tiny, or one in a --config file")
+    values = dataclasses.asdict(preset(title)) | tables.get("model", {})
+    values |= {k: given.pop(k) for k in ("dropout", "layers") if k in given}
+    model = from_dict(ModelConfig, values)
+    settings = dict(tables.get("train", {}))
+    if LENGTHS & set(given):
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS}
+    chosen = from_dict(TrainConfig, settings | given)
+
+    from mmrec.data.corpus import Corpus, prepare
+    from mmrec.run import open_run
+    from mmrec.train import Trainer
+
+    path = prepare(chosen.data, chosen.tokenizer, model.vocab_size, None, typer.echo)
+    corpus = Corpus.open(path)
+    stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
+    default = Path("runs") / f"{title}-{stem.strip('*./') or 'data'}"
+    trainer = Trainer(default, corpus, model, chosen, title, typer.echo)
+    trainer.folder = open_run(chosen.out, default, force=force)
+    _finish(trainer, False)
+
+
+LENGTHS = {"steps", "epochs", "minutes"}
+
+
+def _resume(given: dict[str, Any]) -> tuple[Any, bool]:
+    """The trainer of an earlier run as its own config.toml describes it."""
+    from mmrec.checkpoint import newest_run
+    from mmrec.data.corpus import Corpus, prepare
+    from mmrec.train import Trainer
+
+    folder = Path(given.pop("out")) if "out" in given else newest_run()
+    if not folder.is_dir():
+        raise InputError(f"no run at {folder} to resume")
+    tables = load_toml(folder / "config.toml")
+    settings = dict(tables["train"])
+    if given:
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS} | given
+    chosen, model = from_dict(TrainConfig, settings), from_dict(ModelConfig, tables["model"])
+    title = str(tables["preset"])
+    vocab = model.vocab_size if chosen.tokenizer == "bpe" else 5000
+    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, vocab, None, typer.echo))
+    return Trainer(folder, corpus, model, chosen, title, typer.echo), True
+
+
+def _finish(trainer: Any, resume: bool) -> None:
+    from mmrec.train import TrainingDiverged, train
+
+    folder = trainer.folder
+    try:
+        made = train(trainer, resume=resume)
+    except TrainingDiverged as error:
+        kept = [
+            p.name for p in (folder / "best.h5", *sorted(folder.glob("step-*.h5"))) if p.exists()
+        ]
+        typer.echo(f"error: {error}; good checkpoints: {', '.join(kept) or 'none yet'} in {folder}; "
+                   "try a lower --lr or a longer --warmup", err=True)  # fmt: skip
+        raise typer.Exit(1) from None
+    if made["ended"] == "signal":
+        typer.echo(f"stopped at step {made['steps']:,} and saved; "
+                   f"continue with: mmrec train --resume --out {folder}", err=True)  # fmt: skip
+        raise typer.Exit(128 + trainer.signal)
+    if made["ended"] == "early":
+        typer.echo(f"stopped early: no better validation loss in {trainer.config.patience} checks")
+    typer.echo(f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
+               f"({made['tokens_per_second']:,} tokens/s); best validation loss "
+               f"{made['best_subset_loss']:.4f} at step {made['best_step']:,}")  # fmt: skip
+    typer.echo(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')
