@@ -23,6 +23,7 @@ def train(
     config: Annotated[Path | None, Opt(help="TOML file with [model] and [train] tables.")] = None,
     data: Annotated[str | None, Opt(help="stdlib, shakespeare, file, folder or glob.")] = None,
     tokenizer: Annotated[str | None, Opt(help="bpe, char or byte.")] = None,
+    vocab: Annotated[int | None, Opt(help="Vocabulary of bpe.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the text.")] = None,
     steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,
     minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
@@ -74,7 +75,8 @@ def train(
     from mmrec.run import open_run
     from mmrec.train import Trainer
 
-    path = prepare(chosen.data, chosen.tokenizer, model.vocab_size, None, typer.echo)
+    chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
+    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, typer.echo)
     corpus = Corpus.open(path)
     stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
     default = Path("runs") / f"{title}-{stem.strip('*./') or 'data'}"
@@ -101,8 +103,7 @@ def _resume(given: dict[str, Any]) -> tuple[Any, bool]:
         settings = {k: v for k, v in settings.items() if k not in LENGTHS} | given
     chosen, model = from_dict(TrainConfig, settings), from_dict(ModelConfig, tables["model"])
     title = str(tables["preset"])
-    vocab = model.vocab_size if chosen.tokenizer == "bpe" else 5000
-    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, vocab, None, typer.echo))
+    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, typer.echo))
     return Trainer(folder, corpus, model, chosen, title, typer.echo), True
 
 

@@ -40,7 +40,7 @@ class Batches:
         self._starts, self._epoch = offset + order * self.seq_len, epoch
 
     def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64, of a micro-step, counted from 0 over all epochs."""
+        """Inputs and targets, each (B, T) int64, of a micro-step counted from 0 over all epochs."""
         epoch, at = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._deal(epoch)

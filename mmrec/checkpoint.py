@@ -77,7 +77,7 @@ def save(
 
 
 def _write(file: h5py.File, name: str, x: Tensor) -> None:
-    # Bytes of equal weight side by side compress: a float32's exponents repeat, its low bits do not.
+    # Bytes of equal weight side by side compress: exponents repeat, low bits do not.
     data = x.detach().float().numpy()
     packed = (
         {"compression": "gzip", "compression_opts": 1, "shuffle": True} if data.size > 64 else {}

@@ -93,6 +93,8 @@ class TrainConfig:
     """Corpus name, file, folder, glob, or a prepared corpus file."""
     tokenizer: str = "bpe"
     """``bpe``, ``char`` or ``byte``."""
+    vocab: int = 0
+    """Vocabulary asked of ``bpe``; 0 takes the preset's."""
     steps: int | None = None
     """Optimizer steps."""
     epochs: float | None = None
@@ -169,6 +171,7 @@ class TrainConfig:
             "keep and patience must be >= 0",
             (self.keep, self.patience),
         )
+        _require(self.vocab >= 0, "vocab must be >= 0", self.vocab)
         _require(self.seed >= 0, "seed must be >= 0", self.seed)
         for name, known in (
             ("schedule", ["cosine", "linear", "constant"]),

@@ -11,7 +11,10 @@ from mmrec.storage import atomic_file
 
 FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
 REDRAW_SECONDS = 10.0
-COLUMNS = f"{'epoch':>6} {'mean':>8} {'first':>8} {'last':>8} {'better':>7} {'val':>8} {'perplexity':>11} {'bits/byte':>10} {'time':>8}"  # noqa: E501
+COLUMNS = (
+    f"{'epoch':>6} {'mean':>8} {'first':>8} {'last':>8} {'better':>7} "
+    f"{'val':>8} {'perplexity':>11} {'bits/byte':>10} {'time':>8}"
+)
 
 
 def clock(seconds: float) -> str:

@@ -103,11 +103,12 @@ class Trainer:
             return max(1, round(c.epochs * self.steps_per_epoch))
         return c.steps or DEFAULT_STEPS
 
-    def fraction(self) -> float:
-        """How far the run is, 0 to 1."""
+    def fraction(self, ahead: float = 0.0) -> float:
+        """How far the run is, 0 to 1, or will be ``ahead`` steps from now."""
+        p = self.progress
         if self.config.minutes is not None:
-            return min(1.0, self.progress.seconds / (60 * self.config.minutes))
-        return min(1.0, self.progress.step / (self.total_steps or 1))
+            return min(1.0, p.seconds * (1 + ahead / max(1, p.step)) / (60 * self.config.minutes))
+        return min(1.0, (p.step + ahead) / (self.total_steps or 1))
 
     def gradients(self, step: int) -> float:
         """Accumulate the gradients of a step; return its mean loss."""
@@ -132,9 +133,7 @@ class Trainer:
     def take_step(self) -> tuple[float, float, float]:
         """One optimizer step; returns loss, gradient norm and learning rate."""
         c = self.config
-        lr = c.lr * lr_factor(self.fraction(), c.warmup, c.schedule, c.min_lr)
-        if self.progress.step == 0 and c.warmup > 0 and lr == 0.0:
-            lr = c.lr / 1000  # the first step of a warmup from zero would be lost
+        lr = c.lr * lr_factor(self.fraction(0.5), c.warmup, c.schedule, c.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,7 +176,7 @@ class Trainer:
         return 0 < self.config.patience <= p.waited
 
     def end_epoch(self, log: Log, share: float = 1.0) -> None:
-        """Validate on the whole split and add a row to the table; ``share`` of an epoch was seen."""
+        """Validate on the whole split, add a row to the table; ``share`` of an epoch was seen."""
         p, e = self.progress, self.progress.epoch
         if not e:
             return
@@ -215,9 +214,7 @@ class Trainer:
         c, t, v = self.config, self.corpus.train, self.corpus.val
         count = sum(x.numel() for x in self.model.parameters())
         per_step = c.batch * c.seq_len * c.accumulate
-        self.echo(
-            f"model   {self.preset}: {count / 1e6:.2f} M parameters, {self.precision} products"
-        )
+        self.echo(f"model   {self.preset}: {count / 1e6:.2f} M parameters, {self.precision}")
         self.echo(f"data    {self.corpus.info['source']}: {t.n_tokens:,} training tokens, "
                   f"{v.n_tokens:,} validation tokens")  # fmt: skip
         compiled, each = self.warm_up()
@@ -301,6 +298,11 @@ def train(trainer: Trainer, *, resume: bool = False) -> dict[str, Any]:
         saved = checkpoint.run_checkpoints(folder)
         if not saved:
             raise InputError(f"{folder} holds no checkpoint to resume from (last.h5 or step-N.h5)")
+        _, info, _ = checkpoint.read_info(saved[-1])
+        if info["fingerprint"] != trainer.corpus.info["fingerprint"]:
+            raise InputError(
+                f"the text of {trainer.config.data} changed since {saved[-1]} was saved"
+            )
         values = checkpoint.restore(saved[-1], trainer.model, trainer.optimizer)
         trainer.progress = p = Progress(**values)
         trainer.echo(f"resume  {saved[-1]}, step {p.step:,}")

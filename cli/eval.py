@@ -1,0 +1,50 @@
+"""``mmrec eval``."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    where: Annotated[Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]")] = None,
+    data: Annotated[str | None, typer.Option(help="Other text to score, all of it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a model on its whole validation split, or on all of --data."""
+    from tqdm import tqdm
+
+    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.config import InputError
+    from mmrec.data.corpora import load_documents
+    from mmrec.data.corpus import Corpus, encode_documents, prepare
+    from mmrec.evaluate import evaluate
+
+    loaded = load_model(find_checkpoint(where))
+    settings = loaded.info["train"]
+    if data is None:
+        what = f"validation split of {settings['data']}"
+        corpus = Corpus.open(prepare(settings["data"], settings["tokenizer"], settings["vocab"]))
+        if corpus.info["fingerprint"] != loaded.info["fingerprint"]:
+            raise InputError(f"the text of {settings['data']} changed since training; name --data")
+        split = corpus.val
+    else:
+        what, split = f"all of {data}", encode_documents(loaded.tokenizer, load_documents(data))
+    with tqdm(total=split.n_tokens, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+        made = evaluate(loaded.model, split.tokens, loaded.tokenizer.eot, split.n_bytes,
+                        progress=bar.update)  # fmt: skip
+    if as_json:
+        extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": what}
+        typer.echo(json.dumps(extra | dataclasses.asdict(made), indent=1))
+        return
+    typer.echo(f"{loaded.path}, step {loaded.step:,}, on the {what}\n")
+    typer.echo(f"  loss            {made.loss:.4f} nats/token")
+    typer.echo(f"  perplexity      {made.perplexity:.2f}")
+    typer.echo(f"  bits per byte   {made.bits_per_byte:.4f}")
+    typer.echo(f"  accuracy        {made.accuracy:.2%} of next tokens")
+    rate = made.tokens / made.seconds
+    typer.echo(
+        f"  scored          {made.tokens:,} tokens, {made.bytes:,} bytes, {rate:,.0f} tokens/s"
+    )
