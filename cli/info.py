@@ -41,12 +41,13 @@ def info(
     for part, count in made["parameters"].items():
         typer.echo(f"  {part:<20}{count:>15,}{count / total:>8.1%}")
     flops, size = made["flops_per_token"], made["bytes"]
+    pace = _time(made["seconds_per_million_tokens"])
     lines = {
         "FLOPs a token": f"{flops['forward'] / 1e6:,.1f} M forward, "
         f"{flops['training'] / 1e6:,.1f} M in training",
         "memory to train": f"{_size(size['training'])} (batch 8 × 256 tokens, AdamW)",
         "memory to generate": f"{_size(size['generation'])}, of which state {_size(size['state'])}",
-        "time here": f"at least {_time(made['seconds_per_million_tokens'])} per million training tokens",
+        "time here": f"at least {pace} per million training tokens",
     }  # fmt: skip
     typer.echo("")
     for key, text in lines.items():

@@ -114,11 +114,9 @@ def _finish(trainer: Any, resume: bool) -> None:
     try:
         made = train(trainer, resume=resume)
     except TrainingDiverged as error:
-        kept = [
-            p.name for p in (folder / "best.h5", *sorted(folder.glob("step-*.h5"))) if p.exists()
-        ]
-        typer.echo(f"error: {error}; good checkpoints: {', '.join(kept) or 'none yet'} in {folder}; "
-                   "try a lower --lr or a longer --warmup", err=True)  # fmt: skip
+        saved = [folder / "best.h5", *sorted(folder.glob("step-*.h5"))]
+        kept = ", ".join(str(p) for p in saved if p.exists()) or "none yet"
+        typer.echo(f"error: {error}; good checkpoints: {kept}; try a lower --lr", err=True)
         raise typer.Exit(1) from None
     if made["ended"] == "signal":
         typer.echo(f"stopped at step {made['steps']:,} and saved; "

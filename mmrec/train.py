@@ -228,7 +228,7 @@ class Trainer:
         checks = steps / c.eval_every * len(self.subset) + steps / self.steps_per_epoch * v.n_tokens
         # scoring a token costs about a third of learning from it
         estimate = left * each + checks / (3 * rate) * left / max(1, steps)
-        self.echo(f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
+        self.echo(f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M, "
                   f"{steps / self.steps_per_epoch:.2f} epochs")  # fmt: skip
         self.echo(f"time    about {clock(estimate)} at {rate:,.0f} tokens/s "
                   f"(kernels ready after {compiled:.0f} s); run folder {self.folder}")  # fmt: skip

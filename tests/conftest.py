@@ -1,13 +1,65 @@
-"""Settings for every test: property tests without deadlines (the first call compiles)."""
+"""Settings for every test, and a small real corpus with a small model trained on it."""
+
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from mmrec.config import ModelConfig, TrainConfig
+from mmrec.data.corpus import Corpus, prepare
+from mmrec.train import Trainer
+
+# The first call of a kernel compiles, so property tests have no deadline.
 hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, derandomize=True)
 hypothesis.settings.load_profile("mmrec")
 
+ROOT = Path(__file__).parent.parent
+SMALL = ModelConfig(width=32, depth=2, heads=2, vocab_size=257, layers="sb", ffn=2.0, horizon=32)
+
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's cache or depends on another's random numbers."""
     torch.manual_seed(0)
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real text of about 60 kB: modules of the running Python's json and email packages."""
+    import email.message
+    import json.decoder
+
+    parts = [Path(str(m.__file__)).read_text() for m in (json.decoder, email.message)]
+    path = tmp_path_factory.mktemp("text") / "modules.txt"
+    path.write_text("\n".join(parts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The text in bytes."""
+    out = tmp_path_factory.mktemp("corpus") / "modules.h5"
+    return Corpus.open(prepare(str(text_file), "byte", out=out))
+
+
+@pytest.fixture
+def trainer(corpus: Corpus, tmp_path: Path) -> Trainer:
+    """A run of 12 steps that is ready to start."""
+    return make_trainer(corpus, tmp_path / "run")
+
+
+def make_trainer(corpus: Corpus, folder: Path, **settings: object) -> Trainer:
+    """A small trainer with dropout, so that the random state counts; settings over its defaults."""
+    from dataclasses import replace
+
+    folder.mkdir(parents=True, exist_ok=True)
+    base = TrainConfig(data=str(corpus.info["source"]), tokenizer="byte", steps=12, batch=2,
+                       seq_len=32, eval_every=4, save_every=5, eval_tokens=500,
+                       precision="float32")  # fmt: skip
+    config = replace(base, **settings)  # type: ignore[arg-type]
+    lines: list[str] = []
+    made = Trainer(folder, corpus, replace(SMALL, dropout=0.1), config, "tiny", lines.append)
+    made.lines = lines  # type: ignore[attr-defined]
+    return made

@@ -1,0 +1,57 @@
+"""Tokenizers give back what they were given, whole and as a stream."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrec.config import InputError
+from mmrec.data.tokenizer import EOT, Tokenizer, train_tokenizer
+
+TEXT = "the cat sat on the mat; the thé was thin. 漢字 🙂\n" * 20
+KINDS = [train_tokenizer(kind, [TEXT], 300) for kind in ("bpe", "char", "byte")]
+
+
+@pytest.mark.parametrize("tokenizer", KINDS, ids=lambda t: t.kind)
+def test_round_trip_and_storage(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+    assert tokenizer.eot not in ids
+    again = Tokenizer.from_json(tokenizer.to_json())
+    assert again.encode(TEXT).tolist() == ids.tolist()
+    assert (again.vocab_size, again.eot) == (tokenizer.vocab_size, tokenizer.eot)
+    assert sum(len(tokenizer.token_bytes(i)) for i in ids) == len(TEXT.encode())
+
+
+@given(st.text())
+def test_every_text_survives_bpe_and_bytes(text: str) -> None:
+    for tokenizer in (KINDS[0], KINDS[2]):
+        ids = tokenizer.encode(text + EOT)
+        assert tokenizer.eot not in ids  # the letters are letters
+        assert tokenizer.decode(ids) == text + EOT
+        pieces = list(tokenizer.stream(ids.tolist()))
+        assert "".join(pieces) == text + EOT
+
+
+def test_a_stream_never_shows_half_a_character() -> None:
+    pieces = list(KINDS[2].stream(KINDS[2].encode("a🙂").tolist()))
+    assert pieces == ["a", "", "", "", "🙂", ""]
+    assert "".join(KINDS[2].stream([0xF0, 0x9F])) == "\ufffd"
+    assert KINDS[2].decode([104, 105, 256]) == "hi"
+
+
+def test_bpe_learns_merges() -> None:
+    assert len(KINDS[0].encode(TEXT)) < 0.7 * len(TEXT.encode())
+    assert KINDS[0].vocab_size <= 300
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="character 'Q' is not among the"):
+        KINDS[1].encode("Q")
+    with pytest.raises(InputError, match="at least 257 tokens, .*; got 100"):
+        train_tokenizer("bpe", [TEXT], 100)
+    with pytest.raises(InputError, match="one of bpe, char, byte; got 'word'"):
+        train_tokenizer("word", [TEXT])
+    for damaged in ("", "{}", '{"kind": "bpe", "vocabulary": "x"}', "[1]"):
+        with pytest.raises(InputError, match="stored tokenizer is damaged"):
+            Tokenizer.from_json(damaged)

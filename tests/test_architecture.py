@@ -1,0 +1,66 @@
+"""The rooms and the arrows between them: who may import whom, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FILES = {
+    **{f"mmrec.{'.'.join(p.relative_to(ROOT / 'mmrec').with_suffix('').parts)}": p
+       for p in (ROOT / "mmrec").rglob("*.py")},
+    **{f"mmrec.cli.{p.stem}": p for p in (ROOT / "cli").glob("*.py")},
+    **{f"mmrec.data.{p.stem}": p for p in (ROOT / "data").glob("*.py")},
+}  # fmt: skip
+
+# What each module may import of ours; longest prefix first.
+ALLOWED = {
+    "mmrec.kernels": {"mmrec.kernels"},
+    "mmrec.config": set(),
+    "mmrec.schedule": set(),
+    "mmrec.storage": {"mmrec.config"},
+    "mmrec.data": {"mmrec.config", "mmrec.storage", "mmrec.data"},
+    "mmrec.model": {"mmrec.config", "mmrec.kernels"},
+    "mmrec.info": {"mmrec.config", "mmrec.model"},
+    "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.model"},
+    "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
+    "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage"},
+    "mmrec.run": {"mmrec.config", "mmrec.storage"},
+    "mmrec.bench": {"mmrec.kernels"},
+    "mmrec.train": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage", "mmrec.evaluate",
+                    "mmrec.checkpoint", "mmrec.run", "mmrec.schedule"},
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            package = node.module or ""
+            found |= {f"{package}.{a.name}" if package == "mmrec" else package for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_arrows_point_one_way(name: str) -> None:
+    found = imports(FILES[name])
+    if not name.startswith("mmrec.kernels"):
+        assert not [x for x in found if x.split(".")[0] == "numba"]
+    if not name.startswith("mmrec.cli"):
+        assert not [x for x in found if x.startswith("mmrec.cli")]
+    owner = next((k for k in ALLOWED if name == k or name.startswith(k + ".")), None)
+    if owner is not None:
+        ours = {x for x in found if x.split(".")[0] == "mmrec"}
+        outside = [
+            x for x in ours if not any(x == a or x.startswith(a + ".") for a in ALLOWED[owner])
+        ]
+        assert not outside
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_stay_short(name: str) -> None:
+    assert FILES[name].read_text().count("\n") <= 330

@@ -1,0 +1,46 @@
+"""Evaluation against an independent computation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmrec.config import InputError
+from mmrec.data.corpus import Corpus
+from mmrec.evaluate import evaluate
+from mmrec.train import Trainer
+
+
+def test_scores_equal_a_plain_computation(trainer: Trainer, corpus: Corpus) -> None:
+    for p in trainer.model.parameters():
+        p.data += torch.randn_like(p) * 0.05
+    tokens, eot = corpus.val.tokens[:1500], corpus.tokenizer.eot  # short: one lane, so one state
+    made = evaluate(trainer.model, tokens, eot, 1500)
+    trainer.model.eval()
+    stream = torch.from_numpy(np.concatenate(([eot], tokens)).astype(np.int64))[None]
+    with torch.no_grad():
+        logits, _ = trainer.model(stream[:, :-1])
+    logp = torch.log_softmax(logits.double(), -1)[0]
+    nats = -logp.gather(1, stream[0, 1:, None]).sum().item()
+    assert made.loss == pytest.approx(nats / 1500, rel=1e-5)
+    assert made.perplexity == pytest.approx(math.exp(nats / 1500), rel=1e-4)
+    assert made.bits_per_byte == pytest.approx(nats / math.log(2) / 1500, rel=1e-5)
+    right = (logp.argmax(-1) == stream[0, 1:]).double().mean().item()
+    assert made.accuracy == pytest.approx(right, abs=2 / 1500)
+
+
+def test_chunks_do_not_matter_and_progress_counts_every_token(
+    trainer: Trainer, corpus: Corpus
+) -> None:
+    counts: list[int] = []
+    args = (trainer.model, corpus.val.tokens, corpus.tokenizer.eot, corpus.val.n_bytes)
+    whole = evaluate(*args, progress=counts.append)
+    assert sum(counts) == corpus.val.n_tokens == whole.tokens
+    assert evaluate(*args, chunk=37).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert trainer.model.training  # left as it was
+
+
+def test_nothing_to_evaluate(trainer: Trainer) -> None:
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(trainer.model, np.empty(0, np.uint16), 256, 0)

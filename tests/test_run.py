@@ -1,0 +1,53 @@
+"""The run folder: never overwritten unasked; the table, the curve and the words."""
+
+from pathlib import Path
+
+import pytest
+
+from mmrec.config import InputError
+from mmrec.run import COLUMNS, clock, epoch_row, open_run, overfitting
+
+
+def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    default = tmp_path / "tiny-stdlib"
+    first = open_run("", default, force=False)
+    assert first == default
+    (first / "best.h5").write_text("precious")
+    (first / "notes.txt").write_text("mine")
+    assert open_run("", default, force=False) == tmp_path / "tiny-stdlib-2"
+    with pytest.raises(InputError, match="already holds a run: choose another --out, .*--force"):
+        open_run(str(first), default, force=False)
+    assert (first / "best.h5").read_text() == "precious"
+    assert open_run(str(first), default, force=True) == first
+    assert [p.name for p in first.iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match="must be a folder; it is a file"):
+        open_run(str(first / "notes.txt"), default, force=False)
+    with pytest.raises(InputError, match="cannot make the run folder"):
+        open_run(str(first / "notes.txt" / "below"), default, force=False)
+
+
+def test_the_table_lines_up() -> None:
+    row = {"epoch": 1, "mean": 5.0, "first": 8.0, "last": 4.0, "val_loss": 4.5,
+           "bits_per_byte": 1.9, "seconds": 3725.0}  # fmt: skip
+    text = epoch_row(row)
+    assert len(text) == len(COLUMNS)
+    assert text.split() == ["1", "5.0000", "8.0000", "4.0000", "50.0%", "4.5000", "90.02", "1.9000",
+                            "1:02:05"]  # fmt: skip
+    assert clock(61.4) == "1:01"
+    assert epoch_row(row | {"val_loss": None}).split()[5] == "-"
+
+
+def test_overfitting_is_said_once_in_words() -> None:
+    def checks(vals: list[float]) -> list[dict[str, float]]:
+        return [{"step": 10 * i, "val": v, "train": 3.0 - 0.1 * i} for i, v in enumerate(vals)]
+
+    assert overfitting(checks([3.0, 2.5, 2.4])) is None
+    assert overfitting(checks([3.0, 2.5, 2.6, 2.7])) is None
+    words = overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8]))
+    assert words is not None
+    assert words.startswith(
+        "overfitting: since step 10 the training loss fell 2.900 -> 2.600 while"
+    )
+    assert overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
+    level = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
+    assert overfitting(level) is None  # training does not fall either: not overfitting
