@@ -2,7 +2,7 @@
 
     python benchmarks/predecessor_run.py [--data SOURCE] [--seed N]
 
-Its figures came from a corpus that repeats a few patterns and had no validation; 194 thousand tokens
+Its figures came from a corpus that repeats a few patterns, without validation; 194 thousand tokens
 of real text cannot be learnt to a loss of 0.82. Both are shown as they are.
 """
 

@@ -182,24 +182,15 @@ class TrainConfig:
             _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
 
 
+# Three layers of linear scan to one of both memories learnt most in equal time (decisions.md).
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(),
-    "mini": ModelConfig(width=256, depth=6, heads=4, vocab_size=8192, ffn=4.0, horizon=512),
-    "small": ModelConfig(
-        width=512, depth=8, heads=8, vocab_size=16384, blocks=8, ffn=4.0, horizon=512
-    ),
-    "base": ModelConfig(
-        width=1024, depth=12, heads=16, vocab_size=32000, blocks=16, ffn=4.0, horizon=1024
-    ),
-    "medium": ModelConfig(
-        width=2048, depth=16, heads=32, vocab_size=32000, blocks=32, ffn=4.0, horizon=2048
-    ),
-    "large": ModelConfig(
-        width=3072, depth=20, heads=48, vocab_size=32000, blocks=48, ffn=4.0, horizon=2048
-    ),
-    "7b": ModelConfig(
-        width=4096, depth=24, heads=64, vocab_size=32000, blocks=64, ffn=4.0, horizon=4096
-    ),
+    "tiny": ModelConfig(128, 4, 4, 5_000, "nnnb", blocks=1, ffn=7.0, horizon=256),
+    "mini": ModelConfig(256, 6, 4, 8_192, "nnb", blocks=1, ffn=5.5, horizon=512),
+    "small": ModelConfig(512, 8, 8, 16_384, "nnnb", blocks=8, ffn=5.5, horizon=512),
+    "base": ModelConfig(1024, 12, 16, 32_000, "nnnb", blocks=16, ffn=5.5, horizon=1024),
+    "medium": ModelConfig(2048, 16, 32, 32_000, "nnnb", blocks=32, ffn=5.5, horizon=2048),
+    "large": ModelConfig(3072, 20, 48, 32_000, "nnnb", blocks=48, ffn=5.5, horizon=2048),
+    "7b": ModelConfig(4096, 24, 64, 32_000, "nnnb", blocks=64, ffn=5.5, horizon=4096),
 }
 
 # Steps of 8 x 256 tokens that tiny takes in about five minutes on two cores.

@@ -133,7 +133,8 @@ def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
         held += piece
         found = [at for s in stop if (at := held.find(s)) >= 0]
         if found:
-            yield held[: min(found)]
+            if min(found):
+                yield held[: min(found)]
             return
         back = next(
             (n for n in range(min(longest - 1, len(held)), 0, -1)

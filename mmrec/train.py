@@ -241,7 +241,14 @@ class Trainer:
         why = "done"
         bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True,
                    mininterval=0.5 if os.isatty(2) else 30.0, smoothing=0.05)  # fmt: skip
-        echo, self.echo = self.echo, lambda line: bar.write(line)
+        echo = self.echo
+
+        def above_the_bar(line: str) -> None:
+            bar.clear()
+            echo(line)
+            bar.refresh()
+
+        self.echo = above_the_bar
         try:
             while self.fraction() < 1.0:
                 begin = time.perf_counter()

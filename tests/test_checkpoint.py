@@ -60,7 +60,7 @@ def test_the_best_of_the_newest_run_is_found(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.__delitem__("model/norm/weight"), "damaged or truncated: .*norm"),
+        (lambda f: f.__delitem__("model/norm.weight"), "damaged or truncated: .*norm"),
         (lambda f: f.__delitem__("tokenizer"), "damaged or truncated: .*tokenizer"),
         (lambda f: f.__delitem__("config"), "damaged or truncated: .*config"),
         (lambda f: f["config"].__setitem__(0, 0), "damaged or truncated"),

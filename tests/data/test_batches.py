@@ -40,7 +40,7 @@ def test_a_position_gives_the_same_batch_whatever_came_before() -> None:
 
 def test_too_little_text() -> None:
     with pytest.raises(
-        InputError, match=r"needs 4 windows of 8 = 33 tokens; the training .* has 32"
+        InputError, match=r"needs 4 windows of 8 tokens = 33; the training .* has 32"
     ):
         Batches(np.zeros(32, np.uint16), 4, 8, 0)
     assert Batches(np.zeros(33, np.uint16), 4, 8, 0).steps_per_epoch == 1
