@@ -264,7 +264,8 @@ def _recurrent_layers(shape: tuple[int, ...], repeats: int) -> Iterator[Row]:
     lstm = torch.nn.LSTM(width, width, batch_first=True)
 
     def layer() -> Tensor:
-        return gated_recurrence(*project(x).chunk(3, -1), weight)[0]
+        z, gate, decay = project(x).chunk(3, -1)
+        return gated_recurrence(z, gate, decay, weight)[0]
 
     runs: list[tuple[str, Callable[[], Tensor], list[Tensor]]] = [
         ("mmrec with projection", layer, [x, weight, *project.parameters()]),
@@ -287,13 +288,16 @@ def bench_memory(shapes: list[tuple[int, ...]] | None = None, repeats: int = 15)
     for shape in shapes or MEMORY_SHAPES:
         inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(shape[:3]) for _ in range(2)]
 
-        def truth(*x: Tensor) -> Tensor:
-            batch, _, heads, size = x[0].shape
-            start = x[0].new_zeros(batch, heads, size, size)
-            return memory_reference.associative_memory(*x, start)[0]
+        def truth(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            batch, _, heads, size = q.shape
+            start = q.new_zeros(batch, heads, size, size)
+            return memory_reference.associative_memory(q, k, v, a, b, start)[0]
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return associative_memory(q, k, v, a, b)[0]
 
         contenders = [
-            Contender("mmrec", lambda *x: associative_memory(*x)[0]),
+            Contender("mmrec", ours),
             Contender("Python loop", truth, slow=True),
         ]
         yield from compare("memory", shape, contenders, truth, inputs, repeats=repeats)

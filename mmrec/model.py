@@ -49,14 +49,14 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bfloat16 = False
+        self.reduced = False  # bfloat16 products
         if zero:
             nn.init.zeros_(self.weight)
         else:
             nn.init.normal_(self.weight, std=inputs**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bfloat16:
+        if self.reduced:
             return F.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
         return F.linear(x, self.weight)
 
@@ -182,7 +182,7 @@ class _HeadLoss(torch.autograd.Function):
         return (total / x.shape[0]).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         scale = grad / dx.shape[0]
         return dx * scale, dweight * scale, None, None
@@ -198,18 +198,19 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding, std=0.02)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
-        self.bfloat16 = False
+        self.reduced = False  # bfloat16 products
 
     def set_precision(self, precision: str) -> None:
         """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
-        self.bfloat16 = precision == "bfloat16"
+        self.reduced = precision == "bfloat16"
         for module in self.modules():
             if isinstance(module, Linear):
-                module.bfloat16 = self.bfloat16
+                module.reduced = self.reduced
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: weight decay on matrices only (not norms, biases, embedding)."""
-        matrices, others = [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, p in self.named_parameters():
             plain = p.ndim < 2 or name.endswith("taps") or name == "embedding"
             (others if plain else matrices).append(p)
@@ -247,7 +248,7 @@ class Model(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token of targets (B, T) given tokens (B, T), both int64."""
         x, _ = self.hidden_states(tokens)
-        return _HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.bfloat16)
+        return _HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
 
 
 def probe_bfloat16() -> bool:

@@ -6,8 +6,6 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from mmrec.kernels.threads import COMPILE
-
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # ln 2 in two parts, so that n ln 2 is subtracted exactly
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -37,6 +35,6 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     return _sigmoid32(x) if isinstance(x, np.float32) else _sigmoid64(x)
 
 
-@overload(sigmoid, jit_options={k: v for k, v in COMPILE.items() if k == "fastmath"})
+@overload(sigmoid, jit_options={"fastmath": {"contract"}})  # type: ignore[arg-type]
 def _sigmoid_compiled(x):  # type: ignore[no-untyped-def]
     return _sigmoid32 if x == types.float32 else _sigmoid64

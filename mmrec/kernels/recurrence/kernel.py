@@ -16,6 +16,8 @@ Four batch rows walk together, so a row of W, read once from cache, serves all f
 the sums within them do not depend on the number of threads.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
@@ -23,7 +25,7 @@ from mmrec.kernels.activation import sigmoid
 from mmrec.kernels.threads import COMPILE
 
 ROWS = 4
-_INLINE = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_INLINE: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 @njit(**_INLINE)
