@@ -55,10 +55,12 @@ class Linear(nn.Module):
         else:
             nn.init.normal_(self.weight, std=inputs**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.reduced:
-            return F.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, *, keep: bool = False) -> Tensor:
+        """x (…, inputs) to (…, outputs); ``keep`` leaves a bfloat16 product as it is."""
+        if not self.reduced:
+            return F.linear(x, self.weight)
+        y = F.linear(x.bfloat16(), self.weight.bfloat16())
+        return y if keep else y.float()
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +72,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, 1e-6)
+
+
+class _ReluSquared(torch.autograd.Function):
+    """relu(x)², keeping one tensor for backward where relu and square would keep two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        kept = x.relu()
+        ctx.save_for_backward(kept)
+        return kept * kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        return (grad * kept).mul_(2)
 
 
 def spread_decays(count: int, horizon: int) -> Tensor:
@@ -148,7 +165,8 @@ class Layer(nn.Module):
             mixed.append(self.long_norm(o.flatten(-2)))
         y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
         x = x + self.dropout(self.merge(y * F.silu(r)))
-        x = x + self.dropout(self.ffn_out(F.relu(self.ffn_in(self.ffn_norm(x))).square()))
+        hidden = _ReluSquared.apply(self.ffn_in(self.ffn_norm(x), keep=True))
+        x = x + self.dropout(self.ffn_out(hidden))
         return x, LayerState(taps, h_last, s_last)
 
 
@@ -170,14 +188,15 @@ class _HeadLoss(torch.autograd.Function):
         for lo in range(0, x.shape[0], LOSS_ROWS):
             rows, y = x[lo : lo + LOSS_ROWS].to(dtype), targets[lo : lo + LOSS_ROWS, None]
             logits = F.linear(rows, e).to(x.dtype)
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(1, y)).sum(dtype=torch.float64)
-            if need:
-                p = logits.sub_(norm).exp_()
-                p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
-                p = p.to(dtype)
-                dx[lo : lo + LOSS_ROWS] = p @ e
-                dweight += p.T @ rows
+            top, right = logits.amax(-1, keepdim=True), logits.gather(1, y)
+            total_exp = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (total_exp.log() + top - right).sum(dtype=torch.float64)
+            if need:  # softmax minus one-hot, the two parts apart: fewer passes over the logits
+                share = total_exp.reciprocal()
+                powers = logits.to(dtype)
+                dx[lo : lo + LOSS_ROWS] = (powers @ e) * share - weight[y[:, 0]]
+                dweight += powers.T @ (rows * share).to(dtype)
+                dweight.index_add_(0, y[:, 0], x[lo : lo + LOSS_ROWS], alpha=-1)
         ctx.save_for_backward(dx, dweight)
         return (total / x.shape[0]).to(x.dtype)
 

@@ -35,6 +35,6 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     return _sigmoid32(x) if isinstance(x, np.float32) else _sigmoid64(x)
 
 
-@overload(sigmoid, jit_options={"fastmath": {"contract"}})  # type: ignore[arg-type]
+@overload(sigmoid, jit_options={"fastmath": {"contract"}})
 def _sigmoid_compiled(x):  # type: ignore[no-untyped-def]
     return _sigmoid32 if x == types.float32 else _sigmoid64
