@@ -68,3 +68,15 @@ def eval_lanes(
     for lo in range(0, length, chunk):
         cut = slice(lo, lo + chunk)
         yield x[:, cut].contiguous(), y[:, cut].contiguous(), mask[:, cut].contiguous()
+
+
+def spread_pieces(tokens: np.ndarray, count: int, pieces: int) -> np.ndarray:
+    """About ``count`` tokens as ``pieces`` equal runs, evenly spaced over the whole stream.
+
+    The first tokens of a split would be one or two documents, and speak for nothing else.
+    """
+    size = count // pieces
+    if size == 0 or count >= len(tokens):
+        return tokens[:count]
+    starts = np.linspace(0, len(tokens) - size, pieces).astype(np.int64)
+    return tokens[(starts[:, None] + np.arange(size)).ravel()]

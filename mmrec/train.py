@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from mmrec import checkpoint
 from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, to_toml
-from mmrec.data.batches import Batches
+from mmrec.data.batches import Batches, spread_pieces
 from mmrec.data.corpus import Corpus
-from mmrec.evaluate import Evaluation, evaluate
+from mmrec.evaluate import LANES, Evaluation, evaluate
 from mmrec.model import Model, probe_bfloat16
 from mmrec.run import COLUMNS, Log, clock, epoch_row, overfitting
 from mmrec.schedule import lr_factor
@@ -82,7 +82,7 @@ class Trainer:
             lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
         )  # fmt: skip
         table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
-        self.subset = corpus.val.tokens[: config.eval_tokens]
+        self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
         self.subset_bytes = max(1, sum(table[t] for t in self.subset.tolist()))
         self.progress = Progress()
         self.val: Evaluation | None = None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import InputError
-from mmrec.data.batches import Batches, eval_lanes
+from mmrec.data.batches import Batches, eval_lanes, spread_pieces
 
 
 def test_an_epoch_is_a_partition_in_a_new_order() -> None:
@@ -55,3 +55,14 @@ def test_lanes_score_every_token_once(n: int, lanes: int, chunk: int) -> None:
         context.update(zip(y[mask].tolist(), x[mask].tolist(), strict=True))
     assert sorted(scored) == tokens.tolist()
     assert all(before == target - 1 for target, before in context.items())
+
+
+def test_pieces_reach_over_the_whole_split() -> None:
+    tokens = np.arange(1000)
+    made = spread_pieces(tokens, 80, 8).reshape(8, 10)
+    assert made[0, 0] == 0
+    assert made[-1, -1] == 999
+    assert (np.diff(made, axis=1) == 1).all()
+    assert len(set(made.ravel().tolist())) == 80
+    assert np.array_equal(spread_pieces(tokens, 2000, 8), tokens)
+    assert np.array_equal(spread_pieces(tokens, 5, 8), tokens[:5])
