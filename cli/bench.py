@@ -36,10 +36,11 @@ def _print_row(row: "Row", ours: float) -> None:
         why = "failed" if math.isnan(row.error) else f"wrong by {row.error:.1g}"
         typer.echo(f"  {row.name:<26}{'not timed: ' + why:>20}")
         return
-    rate = f"{row.gb_s:7.1f}{row.of_add:8.0%}" if row.gb_s and row.of_add else f"{'':15}"
+    shares = [r / row.bound if r and row.bound else None for r in (row.forward_rate, row.both_rate)]
+    rates = "".join(f"{share:8.0%}" if share else f"{'':8}" for share in shares)
     times = "" if math.isnan(row.both_ms) else f"{row.both_ms / ours:9.1f}×"
     cells = f"{_milliseconds(row.forward_ms):>10}{_milliseconds(row.both_ms):>12}"
-    typer.echo(f"  {row.name:<26}{cells}{rate}{times}")
+    typer.echo(f"  {row.name:<26}{cells}{rates}{times}")
 
 
 def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: bool) -> None:
@@ -56,6 +57,7 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, load {m['load']}; ", nl=False
         )
         typer.echo(f"torch {m['torch']}, numba {m['numba']}")
+        typer.echo("%: share of the rate of torch.add or torch.mm; time: both, beside mmrec")
     for row in BENCHES[name](sizes, repeats):
         rows.append(row)
         if as_json:
@@ -64,9 +66,9 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
             case = row.op, row.shape
             head = f"{row.op} {row.shape}"
             typer.echo(
-                f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'GB/s':>7}{'of add':>8}{'time':>10}"
+                f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'fwd %':>8}{'both %':>8}{'time':>10}"
             )
-        if row.name.startswith("mmrec"):
+        if row.name.startswith("mmrec"):  # comes before its peers
             ours = row.both_ms
         _print_row(row, ours)
     if as_json:

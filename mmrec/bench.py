@@ -2,18 +2,19 @@
 
 Every contender is first held against the float64 reference: a wrong one gets no timing. Contenders
 of one case take turns, run after run, so that a noisy neighbour meets all of them; the median of
-each is reported. Bytes are counted as the least an operation must move: 3 arrays forward (two read,
-one written), 8 forward and backward; ``torch.add`` on arrays of the same size, run in the same
-turns, gives the bandwidth to compare with.
+each is reported. What bounds an operation stands beside it, run in the same turns: for a scan
+``torch.add`` on arrays of the same size, counting the least bytes that must move (3 arrays forward,
+8 forward and backward); for a recurrence ``torch.mm``, counting its recurrent products.
 """
 
-import importlib
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.kernels import associative_memory, cumprod, gated_recurrence, scan
-from mmrec.kernels.memory import reference as memory_reference
+from mmrec import peers
+from mmrec.kernels import gated_recurrence, scan
 from mmrec.kernels.recurrence import reference as recurrence_reference
 from mmrec.kernels.scan import reference as scan_reference
+from mmrec.peers import Bound, Call, Contender
 
-Call = Callable[..., Tensor]
-
-SCAN_SHAPES = [(8, 256, 128), (4, 2048, 512), (1, 32768, 256), (64, 512, 64)]
+SCAN_SHAPES = [
+    (8, 256, 128), (4, 2048, 512), (64, 512, 64), (1, 131072, 4), (1, 32768, 256), (8, 4096, 1024),
+]  # fmt: skip
 RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
 MEMORY_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64)]
 
@@ -43,22 +45,14 @@ class Row:
     forward_ms: float
     both_ms: float
     """Milliseconds of forward and backward together."""
-    gb_s: float | None = None
-    """Least bytes of forward and backward over their time; None where bytes do not bound it."""
-    of_add: float | None = None
-    """That bandwidth as a share of torch.add's."""
+    forward_rate: float | None = None
+    """GB/s or GFLOP/s, of the forward pass; None where neither bounds the operation."""
+    both_rate: float | None = None
+    """The same, of forward and backward together."""
+    bound: float | None = None
+    """The rate of torch.add or torch.mm in the same turns."""
     error: float = 0.0
     """Largest difference from the reference, results and gradients, as a share of the largest."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to compute an op: ``call(*inputs)`` gives the output tensor."""
-
-    name: str
-    call: Call
-    slow: bool = False
-    """Timed fewer times."""
 
 
 def machine() -> dict[str, Any]:
@@ -77,57 +71,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numba": metadata.version("numba"),
     }
-
-
-def _optional(module: str, attribute: str) -> Any | None:
-    """The attribute of a module that may not be installed."""
-    try:
-        return getattr(importlib.import_module(module), attribute, None)
-    except ImportError:
-        return None
-
-
-def _scan_contenders(long: bool) -> list[Contender]:
-    def loop(a: Tensor, b: Tensor) -> Tensor:
-        return scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]
-
-    found = [Contender("mmrec", lambda a, b: scan(a, b)[0])]
-    if not long:
-        found.append(Contender("Python loop", loop, slow=True))
-    associative = _optional("torch._higher_order_ops", "associative_scan")
-    if associative is not None:
-
-        def combine(left: Any, right: Any) -> Any:
-            return left[0] * right[0], right[0] * left[1] + right[1]
-
-        def torch_scan(a: Tensor, b: Tensor) -> Tensor:
-            return associative(combine, (a, b), dim=1, combine_mode="generic")[1]
-
-        found.append(Contender("torch associative_scan", torch_scan, slow=True))
-    pscan = _optional("mambapy.pscan", "pscan")
-    if pscan is not None:
-
-        def mamba(a: Tensor, b: Tensor) -> Tensor:
-            return pscan(a[..., None], b[..., None])[..., 0]
-
-        found.append(Contender("mambapy pscan", mamba, slow=True))
-    accelerated = _optional("accelerated_scan.ref", "scan")
-    if accelerated is not None:
-
-        def tree(a: Tensor, b: Tensor) -> Tensor:
-            turned = (x.transpose(1, 2).contiguous() for x in (a, b))
-            return accelerated(*turned).transpose(1, 2)
-
-        found.append(Contender("accelerated-scan ref", tree, slow=True))
-    return found
-
-
-def _product_contenders() -> list[Contender]:
-    return [
-        Contender("mmrec", lambda g: cumprod(g)[0]),
-        Contender("torch.cumprod", lambda g: torch.cumprod(g, 1), slow=True),
-        Contender("exp(torch.cumsum(log))", lambda g: g.log().cumsum(1).exp(), slow=True),
-    ]
 
 
 def _gradients(call: Call, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -165,7 +108,7 @@ def compare(
     reference: Call,
     inputs: list[Tensor],
     *,
-    arrays: tuple[int, int] | None = None,
+    bound: Bound | None = None,
     repeats: int = 15,
     tolerance: float = 2e-4,
 ) -> Iterator[Row]:
@@ -180,7 +123,7 @@ def compare(
     for c in contenders:
         try:
             errors[c.name] = relative_error(_gradients(c.call, inputs, upstream), want)
-        except (RuntimeError, ValueError, AssertionError, TypeError):
+        except Exception:  # a peer may fail in any way; that is a result too
             errors[c.name] = float("nan")
     right = [c for c in contenders if errors[c.name] <= tolerance]
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -193,41 +136,46 @@ def compare(
         return lambda: c.call(*plain)
 
     counts = [max(3, repeats // 5) if c.slow else repeats for c in right]
-    big = torch.randn(shape), torch.randn(shape)
+    limit = [bound.call] if bound else []
     with torch.no_grad():
-        *f_times, add = _turns([*map(forward, right), lambda: torch.add(*big)], [*counts, repeats])
+        f_times = _turns([*map(forward, right), *limit], [*counts, *[repeats] * len(limit)])
     b_times = _turns([both(c) for c in right], counts)
-    size = big[0].numel() * 4 / 1e6  # MB, which over ms is GB/s
-    add_rate = 3 * size / add
-    if arrays:
-        yield Row(op, shape, "torch.add", add, float("nan"), add_rate, 1.0)
+    top = bound.work[0] / f_times[-1] / 1e6 if bound else None
+    if bound:
+        yield Row(op, shape, bound.name, f_times[-1], float("nan"), top, None, top)
     for c in contenders:
         if c not in right:
-            yield Row(op, shape, c.name, float("nan"), float("nan"), error=errors[c.name])
+            nan = float("nan")
+            yield Row(op, shape, c.name, nan, nan, error=errors[c.name])
             continue
-        i = right.index(c)
-        rate = arrays[1] * size / b_times[i] if arrays else None
-        share = rate / add_rate if rate else None
-        yield Row(op, shape, c.name, f_times[i], b_times[i], rate, share, errors[c.name])
+        f, b = f_times[right.index(c)], b_times[right.index(c)]
+        rate = bound.work[1] / f / 1e6 if bound else None
+        both_rate = bound.work[2] / b / 1e6 if bound else None
+        yield Row(op, shape, c.name, f, b, rate, both_rate, top, errors[c.name])
+
+
+def _add(shape: tuple[int, ...], forward: int, both: int) -> Bound:
+    """torch.add on arrays of the shape, beside an op that moves so many of them."""
+    x, y = torch.randn(shape), torch.randn(shape)
+    size = 4 * x.numel()
+    return Bound("torch.add", lambda: torch.add(x, y), (3 * size, forward * size, both * size))
 
 
 def bench_scan(shapes: list[tuple[int, ...]] | None = None, repeats: int = 15) -> Iterator[Row]:
     """First-order scan and product scan over several shapes (B, T, D)."""
     for shape in shapes or SCAN_SHAPES:
-        long = shape[1] > 4096
         a, b = torch.rand(shape) * 0.5 + 0.5, torch.randn(shape)
         truth: Call = lambda a, b: scan(a, b)[0]  # noqa: E731 - in float64; the tests hold it to the loop
-        if not long:
+        if peers.loops(shape):
             truth = lambda a, b: scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]  # noqa: E731
-        contenders = _scan_contenders(long)
-        yield from compare("scan", shape, contenders, truth, [a, b], arrays=(3, 8), repeats=repeats)
+        yield from compare("scan", shape, peers.scan(shape), truth, [a, b],
+                           bound=_add(shape, 3, 8), repeats=repeats)  # fmt: skip
     for shape in shapes or SCAN_SHAPES:
         # products near one, so that every contender has something to get right to the end
         gamma = 1 + 0.02 * (torch.rand(shape) - 0.5) * min(1.0, 2048 / shape[1])
-        contenders = _product_contenders()
         truth = lambda g: torch.cumprod(g, 1)  # noqa: E731
-        yield from compare("product scan", shape, contenders, truth, [gamma], arrays=(2, 6),
-                           repeats=repeats)  # fmt: skip
+        yield from compare("product scan", shape, peers.product(), truth, [gamma],
+                           bound=_add(shape, 2, 6), repeats=repeats)  # fmt: skip
 
 
 def bench_recurrence(
@@ -251,7 +199,12 @@ def bench_recurrence(
             Contender("mmrec gated_recurrence", lambda *x: gated_recurrence(*x)[0]),
             Contender("Python loop", lambda *x: truth(*x), slow=True),
         ]
-        yield from compare("recurrence", shape, ours, truth, [z, g, f, weight], repeats=repeats)
+        side = torch.randn(1024, 1024)
+        flops = 2.0 * math.prod(shape) * width
+        square = partial(torch.mm, side, side)
+        bound = Bound("torch.mm", square, (2.0 * 1024**3, flops, 3 * flops))
+        yield from compare("recurrence", shape, ours, truth, [z, g, f, weight], bound=bound,
+                           repeats=repeats)  # fmt: skip
         yield from _recurrent_layers(shape, repeats)
 
 
@@ -284,23 +237,11 @@ def _recurrent_layers(shape: tuple[int, ...], repeats: int) -> Iterator[Row]:
 
 
 def bench_memory(shapes: list[tuple[int, ...]] | None = None, repeats: int = 15) -> Iterator[Row]:
-    """Associative memory (B, T, H, P) against the plain loop in torch."""
+    """Associative memory (B, T, H, P) against the forms that a torch user could run."""
     for shape in shapes or MEMORY_SHAPES:
         inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(shape[:3]) for _ in range(2)]
-
-        def truth(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            batch, _, heads, size = q.shape
-            start = q.new_zeros(batch, heads, size, size)
-            return memory_reference.associative_memory(q, k, v, a, b, start)[0]
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return associative_memory(q, k, v, a, b)[0]
-
-        contenders = [
-            Contender("mmrec", ours),
-            Contender("Python loop", truth, slow=True),
-        ]
-        yield from compare("memory", shape, contenders, truth, inputs, repeats=repeats)
+        yield from compare("memory", shape, peers.memory(shape), peers.memory_loop, inputs,
+                           repeats=repeats)  # fmt: skip
 
 
 BENCHES = {"scan": bench_scan, "recurrence": bench_recurrence, "memory": bench_memory}

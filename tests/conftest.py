@@ -1,6 +1,10 @@
 """Settings for every test, and a small real corpus with a small model trained on it."""
 
+import os
 from pathlib import Path
+
+# Four threads even on two cores: results must not depend on their number. Read at Numba's import.
+os.environ.setdefault("NUMBA_NUM_THREADS", "4")
 
 import hypothesis
 import pytest

@@ -27,7 +27,9 @@ ALLOWED = {
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage"},
     "mmrec.run": {"mmrec.config", "mmrec.storage"},
-    "mmrec.bench": {"mmrec.kernels"},
+    "mmrec.nn": {"mmrec.kernels", "mmrec.model"},
+    "mmrec.peers": {"mmrec.kernels"},
+    "mmrec.bench": {"mmrec.kernels", "mmrec.peers"},
     "mmrec.train": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage", "mmrec.evaluate",
                     "mmrec.checkpoint", "mmrec.run", "mmrec.schedule"},
 }  # fmt: skip

@@ -7,8 +7,10 @@
 [1.0, 1.5, 1.75]
 """
 
+from mmrec.kernels import threads as threads  # isort: skip - before torch: see threads.py
 from mmrec.kernels.memory.autograd import associative_memory
 from mmrec.kernels.recurrence.autograd import gated_recurrence
-from mmrec.kernels.scan.autograd import cumprod, log_cumprod, scan
+from mmrec.kernels.scan.autograd import scan
+from mmrec.kernels.scan.products import cumprod, log_cumprod
 
 __all__ = ["associative_memory", "cumprod", "gated_recurrence", "log_cumprod", "scan"]

@@ -1,6 +1,7 @@
 """Scan and product scans: against their references, gradcheck, and the laws."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mmrec.kernels import cumprod, log_cumprod, scan
 from mmrec.kernels.scan import reference
 from tests.kernels import laws
 
-sizes = st.tuples(st.integers(1, 3), st.integers(0, 9), st.integers(1, 7))
+sizes = st.tuples(st.integers(1, 3), st.integers(0, 9), st.sampled_from([1, 3, 4, 6, 33]))
+cuts = st.lists(st.integers(0, 9), max_size=3)
 PRODUCTS = [(cumprod, reference.cumprod), (log_cumprod, reference.log_cumprod)]
 
 
@@ -38,24 +40,77 @@ def test_products_agree_with_reference(op: laws.Op, truth: laws.Op, size: tuple)
     laws.agrees(op, truth, gamma_inputs(*size, torch.float32), 1e-5)
 
 
-def test_gradcheck() -> None:
-    ready = [x.requires_grad_() for x in scan_inputs(2, 5, 3)]
-    assert torch.autograd.gradcheck(scan, ready)
+def test_long_sequences_of_few_channels() -> None:
+    """More steps than are walked at a time, in both directions, and channels not in fours."""
+    inputs = scan_inputs(2, 1100, 6)
+    for reverse in (False, True):
+        op = partial(scan, reverse=reverse)
+        laws.agrees(
+            op, partial(turned, reference.scan) if reverse else reference.scan, inputs, 1e-11
+        )
+
+
+def turned(op: laws.Op, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """An op on the sequences turned round, which is what ``reverse`` means."""
+    *long, state = inputs
+    h, last = op(*(x.flip(1) for x in long), state)
+    return h.flip(1), last
+
+
+@given(sizes)
+def test_reverse_is_the_scan_of_the_sequence_turned_round(size: tuple[int, int, int]) -> None:
+    laws.agrees(partial(scan, reverse=True), partial(turned, reference.scan), scan_inputs(*size),
+                1e-12)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_derivatives_of_both_orders_and_modes(width: int, reverse: bool, packed: bool) -> None:
+    a, b, h0 = (x.requires_grad_() for x in scan_inputs(1 if packed else 2, 6, width))
+    options = {"reverse": reverse}
+    if packed:  # the second sequence is empty
+        options["cu_seqlens"], h0 = torch.tensor([0, 2, 2, 6]), torch.randn(3, width).double()
+    op = partial(scan, **options)
+    ready = [a, b, h0.requires_grad_()]
+    assert torch.autograd.gradcheck(op, ready, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(op, ready)
+
+
+def test_gradcheck_of_products_and_of_complex_numbers() -> None:
     for op, _ in PRODUCTS:
         assert torch.autograd.gradcheck(op, [x.requires_grad_() for x in gamma_inputs(2, 5, 3)])
+    for width in (2, 4):
+        ready = [torch.randn(2, 3, width, dtype=torch.complex128, requires_grad=True) for _ in "ab"]
+        ready.append(torch.randn(2, width, dtype=torch.complex128, requires_grad=True))
+        assert torch.autograd.gradcheck(scan, ready, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(scan, ready)
+        for got, want in zip(scan(*ready), reference.scan(*ready), strict=True):
+            torch.testing.assert_close(got, want)
 
 
-@given(st.lists(st.integers(0, 9), max_size=3), st.integers(1, 8))
+@given(cuts, st.integers(1, 8))
 def test_splits_and_causality(cuts: list[int], at: int) -> None:
-    a, b, h0 = scan_inputs(2, 9, 5, torch.float32)
-    laws.splits(scan, [a, b], [], h0, cuts)
-    laws.is_causal(scan, [a, b], [], h0, at)
+    for width in (3, 5):
+        a, b, h0 = scan_inputs(2, 9, width, torch.float32)
+        laws.splits(scan, [a, b], [], h0, cuts)
+        laws.is_causal(scan, [a, b], [], h0, at)
     for op, _ in PRODUCTS:
         gamma, start = gamma_inputs(2, 9, 5)
         laws.is_causal(op, [gamma], [], start, at)
 
 
-@given(st.lists(st.integers(0, 9), max_size=3))
+@given(cuts)
+def test_packed_sequences_do_not_meet(cuts: list[int]) -> None:
+    for width in (3, 5):
+        a, b, _ = scan_inputs(1, 9, width)
+        states = torch.randn(len(cuts) + 1, width, dtype=torch.float64)
+        laws.packs(scan, [a, b], [], states, cuts)
+        for op, _ in PRODUCTS:
+            laws.packs(op, [gamma_inputs(1, 9, width)[0]], [], states.abs() + 0.5, cuts)
+
+
+@given(cuts)
 def test_cumprod_splits(cuts: list[int]) -> None:
     gamma, start = gamma_inputs(2, 9, 5)
     laws.splits(cumprod, [gamma], [], start, cuts)
@@ -64,15 +119,110 @@ def test_cumprod_splits(cuts: list[int]) -> None:
 def test_strides_and_broadcasts() -> None:
     a, b, h0 = scan_inputs(3, 6, 4)
     laws.reads_strides(scan, [a, b], [], h0)
-    gate = a[:1, :1].expand(3, 6, 4)  # one gate a channel: no copy is made
-    torch.testing.assert_close(scan(gate, b, h0)[0], reference.scan(gate, b, h0)[0])
     turned = a.transpose(0, 2).contiguous().transpose(0, 2)  # last stride not 1: copied
     assert torch.equal(scan(turned, b, h0)[0], scan(a, b, h0)[0])
+    swapped = b.transpose(0, 1).contiguous().transpose(0, 1)  # time first in memory: read in place
+    assert torch.equal(scan(a, swapped, h0)[0], scan(a, b, h0)[0])
+
+
+@pytest.mark.parametrize("width", [3, 4, 40])
+def test_gates_of_a_channel_or_a_token(width: int) -> None:
+    a, b, h0 = scan_inputs(2, 6, width)
+    for gate in (a[0, 0], a[:, :, :1], a[:1, :1, :1]):
+
+        def plain(gate: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.scan(gate.expand_as(b), b, h0)
+
+        laws.agrees(scan, plain, [gate, b, h0], 1e-12)
 
 
 def test_threads_do_not_change_bits() -> None:
-    laws.ignores_threads(scan, scan_inputs(3, 8, 200, torch.float32))
-    laws.ignores_threads(cumprod, gamma_inputs(1, 8, 200, torch.float32))
+    for width in (5, 200):
+        laws.ignores_threads(scan, scan_inputs(3, 8, width, torch.float32))
+    for op, _ in PRODUCTS:
+        laws.ignores_threads(op, gamma_inputs(1, 8, 200, torch.float32))
+
+
+def test_half_precision_in_and_out() -> None:
+    a, b, h0 = scan_inputs(2, 9, 5, torch.float32)
+    laws.halves(scan, [a, b], [], h0)
+    for op, _ in PRODUCTS:
+        gamma, start = gamma_inputs(2, 9, 5, torch.float32)
+        laws.halves(op, [gamma], [], start)
+
+
+def test_torch_takes_the_ops_whole() -> None:
+    inputs = scan_inputs(2, 6, 5)
+    cu = torch.tensor([0, 4, 6])
+    ops = torch.ops.mmrec
+    torch.library.opcheck(ops.scan.default, (*inputs, None, False))
+    torch.library.opcheck(ops.scan.default, (inputs[0][:1], inputs[1][:1], inputs[2], cu, True))
+    a, b, h0 = inputs
+    torch.library.opcheck(ops.scan_bwd.default, (a, h0, b, b, h0, None, False))
+    for op in (ops.cumprod.default, ops.log_cumprod.default):
+        torch.library.opcheck(op, (*(x.requires_grad_() for x in gamma_inputs(2, 5, 3)), None))
+    laws.compiles(scan, inputs)
+    laws.compiles(partial(scan, reverse=True), [x[:1] for x in inputs])
+    for op, _ in PRODUCTS:
+        laws.compiles(op, gamma_inputs(2, 6, 5))
+        laws.survives_checkpointing(op, gamma_inputs(2, 6, 5))
+        laws.works_without_gradients(op, gamma_inputs(2, 6, 5))
+    laws.survives_checkpointing(scan, inputs)
+    laws.works_without_gradients(scan, inputs)
+
+
+def test_function_transforms() -> None:
+    a, b = torch.rand(4, 2, 5, 3), torch.randn(4, 2, 5, 3)
+
+    def value(a: Tensor, b: Tensor) -> Tensor:
+        return scan(a, b)[0].sin().sum()
+
+    each = torch.stack([scan(x, b[0])[0] for x in a])
+    assert torch.equal(torch.vmap(lambda x: scan(x, b[0])[0])(a), each)
+    assert torch.equal(torch.vmap(lambda x: scan(x, b[0])[0], 1, 1)(a.transpose(0, 1)),
+                       each.transpose(0, 1))  # fmt: skip
+    grads = torch.vmap(torch.func.grad(value))(a, b)  # per-sample gradients
+    for n in range(4):
+        x = a[n].clone().requires_grad_()
+        torch.testing.assert_close(grads[n], torch.autograd.grad(value(x, b[n]), x)[0])
+    small = (a[0, :1, :3, :2].double(), b[0, :1, :3, :2].double())
+    twice = torch.func.jacrev(torch.func.jacrev(value))(*small)
+    assert twice.shape == (1, 3, 2, 1, 3, 2)
+
+    def slope(x: Tensor) -> Tensor:
+        """x · ∇f(x), whose gradient is ∇f(x) + H x."""
+        return torch.func.jvp(lambda y: value(y, small[1]), (x,), (x,))[1]
+
+    want = torch.func.grad(value)(*small) + torch.einsum("abcdef,def->abc", twice, small[0])
+    torch.testing.assert_close(torch.func.grad(slope)(small[0]), want)
+    with pytest.raises(RuntimeError, match="no forward mode inside forward mode"):
+        torch.func.jacfwd(slope)(small[0])
+    with pytest.raises(RuntimeError, match=r"scan_bwd has no forward-mode derivative"):
+        torch.func.hessian(lambda x: value(x, small[1]))(small[0])
+
+
+def test_derivatives_that_do_not_exist_say_so() -> None:
+    gamma = gamma_inputs(2, 5, 3)[0]
+    for op, _ in PRODUCTS:
+        torch.testing.assert_close(
+            torch.func.grad(lambda g, op=op: op(g)[0].sum())(gamma),
+            gradient_of(lambda g, op=op: op(g)[0].sum(), gamma),
+        )
+        many = torch.stack((gamma, gamma / 2))
+        with pytest.warns(UserWarning, match="performance drop"):
+            each = torch.vmap(lambda g, op=op: op(g)[0])(many)
+        torch.testing.assert_close(each[1], op(many[1])[0])
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda g, op=op: op(g)[0], (gamma,), (gamma,))
+        x = gamma.clone().requires_grad_()
+        (first,) = torch.autograd.grad(op(x)[0].sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="a second derivative is not supported"):
+            first.sum().backward()
+
+
+def gradient_of(call: object, x: Tensor) -> Tensor:
+    ready = x.clone().requires_grad_()
+    return torch.autograd.grad(call(ready), ready)[0]  # type: ignore[operator]
 
 
 def test_long_product_does_not_underflow() -> None:
@@ -106,24 +256,33 @@ def test_log_product_from_a_zero_on() -> None:
     assert torch.isnan(log_cumprod(torch.full((1, 1, 1), -1.0))[0]).all()
 
 
+CU = torch.tensor
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: scan(x[0], x), r"b must have axes|a must have shape"),
-        (
-            lambda x: scan(x, x[:, :1]),
-            r"a must have shape \(B, T, D\) = \(2, 1, 4\); got \(2, 3, 4\)",
-        ),
-        (lambda x: scan(x, x, x), r"h0 must have shape \(B, D\) = \(2, 4\); got \(2, 3, 4\)"),
-        (lambda x: scan(x.double(), x), "a must have dtype torch.float32; got torch.float64"),
-        (lambda x: scan(x, x.half()), "b must have dtype float32 or float64; got torch.float16"),
-        (lambda x: cumprod(x.to("meta")), "gamma must be on the CPU; got device meta"),
+        (lambda x: scan(x, x[0]), r"b must have axes \(B, T, D\); got shape \(3, 4\)"),
+        (lambda x: scan(x, x[:, :1]),
+         r"a must broadcast to \(B, T, D\) = \(2, 1, 4\); got \(2, 3, 4\)"),
+        (lambda x: scan(x, x, x), r"h0 must have shape \(N, D\) = \(2, 4\); got \(2, 3, 4\)"),
+        (lambda x: scan(x.double(), x), "a must have dtype float32; got float64"),
+        (lambda x: scan(x, x.int()), "b must have one of the dtypes float32, .*; got int32"),
+        (lambda x: cumprod(x.cfloat()), "gamma must have one of the dtypes .*; got complex64"),
+        (lambda x: cumprod(x.to("meta")), "gamma must be on the CPU.*; got meta"),
         (lambda x: cumprod(3), "gamma must be a tensor"),
         (lambda x: scan(None, x), "a must be a tensor"),
-        (lambda x: scan(x.to("meta"), x), "a must be on the CPU; got device meta"),
+        (lambda x: scan(x.to("meta"), x), "a must be on the CPU"),
         (lambda x: log_cumprod(x[0]), r"gamma must have axes \(B, T, D\)"),
+        (lambda x: scan(x, x, cu_seqlens=CU([0, 3])), "B of b must be 1; got 2"),
+        (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0.0, 3])), "int32 or int64; got float32"),
+        (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0])), r"shape \(N \+ 1,\).*; got \(1,\)"),
+        (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0, 2])), r"rise from 0 to T = 3.*\[0, 2\]"),
+        (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0, 2, 1, 3])), r"without falling; got \[0, 2"),
+        (lambda x: scan(x, x / 0, check=True), "b must be finite; it holds NaN or infinity"),
+        (lambda x: log_cumprod(-x, check=True), "gamma must be >= 0; got -1"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 3, 4))  # type: ignore[operator]

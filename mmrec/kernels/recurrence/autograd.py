@@ -1,57 +1,159 @@
-"""Public gated recurrence: checked once, then compiled kernels under autograd.
+"""Public gated recurrence: checked once, then compiled kernels behind an op of torch's.
 
-Axes: B batch, T time, D channels, G blocks of W_g, P = D / G.
+Axes: B batch, T time, D channels, N sequences, G blocks of W, P = D / G.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmrec.kernels.arrays import check, check_lead, flat
+from mmrec.kernels.arrays import HALF, check_lead, check_values, count, empty, expand, flat, start
+from mmrec.kernels.arrays import check as check_shape
+from mmrec.kernels.ops import register
 from mmrec.kernels.recurrence import kernel
-from mmrec.kernels.threads import follow_torch
+from mmrec.kernels.threads import sequences
+
+ROWS = 8  # sequences in a tile, at most: their sums still fit the registers
+STRIPE = 128  # rows of dW in a task, at most; the more, the less often dg is read
 
 
-class _GatedRecurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, gate: Tensor, decay: Tensor, w: Tensor, h0: Tensor, mixed: bool
-    ) -> tuple[Tensor, Tensor]:
-        follow_torch()
-        batch, time, width = z.shape
-        h = torch.empty(z.shape, dtype=z.dtype)
-        # The gates are kept only if somebody will ask for gradients.
-        s = z.new_empty((batch, time if any(ctx.needs_input_grad) else 0, width))
-        start, blocks = h0.detach().contiguous(), w.detach().contiguous()
-        kernel.recurrence_fwd(
-            *flat(z), *flat(gate), *flat(decay),
-            blocks.numpy(), start.numpy(), h.numpy(), s.numpy(), mixed,
+def _walk(like: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where the sequences lie, and who walks with whom: (N, 3) and (tiles, R), -1 for nobody.
+
+    Tiles are as wide as leaves one for every thread; that does not show in the results, because no
+    sum depends on who shares a tile. Similar lengths share one, longest first, and the tiles are
+    dealt out to the threads in turn.
+    """
+    spans = sequences(like.shape[0], like.shape[1], cu_seqlens)
+    number, threads = len(spans), torch.get_num_threads()
+    rounds = -(-number // (ROWS * threads))
+    rows = -(-number // max(1, rounds * threads)) or 1
+    tiles = np.full((-(-number // rows), rows), -1)
+    order = tiles.reshape(-1)[:number]
+    if cu_seqlens is None:
+        order[:] = np.arange(number)
+        return spans, tiles
+    order[:] = np.argsort(spans[:, 1] - spans[:, 2], kind="stable")
+    return spans, np.concatenate([tiles[first::threads] for first in range(threads)])
+
+
+def _work(like: Tensor, weight: Tensor) -> float:
+    """About how many nanoseconds one thread takes for one pass."""
+    return like.numel() * (1.5 + 0.02 * weight.shape[-1] * bool(weight.shape[0]))
+
+
+def _line(x: Tensor) -> np.ndarray:
+    """A tensor as a 1-D array, copied only if it is not contiguous."""
+    return x.detach().reshape(-1).numpy()
+
+
+def _run(
+    z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
+    cu_seqlens: Tensor | None, mixed: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    h, s = empty(z.shape, z.dtype), empty(z.shape if keep else (0,), z.dtype)
+    h_last = h0.new_empty(h0.shape)
+    spans, tiles = _walk(z, cu_seqlens)
+    kernel.recurrence_fwd(
+        *flat(z), *flat(gate), *flat(decay),
+        _line(weight), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
+        _line(h), _line(h_last), _line(s), mixed, work=_work(z, weight),
+    )  # fmt: skip
+    return h, h_last, s
+
+
+def _run_fake(
+    z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
+    cu_seqlens: Tensor | None, mixed: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return z.new_empty(z.shape), h0.new_empty(h0.shape), z.new_empty(z.shape if keep else (0,))
+
+
+def _run_bwd(
+    dh: Tensor, dh_last: Tensor, z: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
+    h: Tensor, s: Tensor, cu_seqlens: Tensor | None, mixed: bool, learn: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dz, dg, df = (empty(z.shape, z.dtype) for _ in range(3))
+    dw, dh0 = weight.new_zeros(weight.shape if learn else (0,)), h0.new_empty(h0.shape)
+    spans, tiles = _walk(z, cu_seqlens)
+    kernel.recurrence_bwd(
+        *flat(z), *flat(decay), *flat(dh),
+        _line(weight.transpose(1, 2)), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
+        _line(h), _line(s), _line(dh_last), _line(dz), _line(dg), _line(df), _line(dh0), mixed,
+        work=_work(z, weight),
+    )  # fmt: skip
+    if dw.numel():
+        share = -(-z.shape[2] // torch.get_num_threads())
+        stripe = min(STRIPE, -(-share // ROWS) * ROWS)
+        kernel.weight_gradient(
+            _line(h), _line(h0), _line(dg), spans, z.shape[1], weight.shape[-1], stripe, _line(dw),
+            work=_work(z, weight),
         )  # fmt: skip
-        ctx.save_for_backward(z, decay, w, start, h, s)
-        ctx.mixed = mixed
-        return h, (h[:, -1].clone() if time else h0.clone())
+    return dz, dg, df, dw, dh0
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor, dht: Tensor) -> tuple[Tensor | None, ...]:
-        follow_torch()
-        z, decay, w, h0, h, s = ctx.saved_tensors
-        batch, time = h.shape[:2]
-        dz, dg, df, dh0 = (torch.empty_like(x) for x in (h, h, h, h0))
-        wt = w.detach().transpose(1, 2).contiguous()
-        arrays = [x.numpy() for x in (dht.contiguous(), dz, dg, df, dh0)]
-        kernel.recurrence_bwd(
-            *flat(z), *flat(decay), wt.numpy(), h0.numpy(), h.numpy(), s.numpy(),
-            *flat(dh), *arrays, ctx.mixed,
-        )  # fmt: skip
-        dw = None
-        if w.shape[0] and ctx.needs_input_grad[3]:
-            before = torch.cat((h0[:, None], h[:, :-1]), 1) if time else h
-            split = (batch * time, *w.shape[:2])
-            dw = torch.einsum("ngi,ngj->gij", before.reshape(split), dg.reshape(split))
-        return dz, dg, df, dw, dh0, None
+
+def _run_bwd_fake(
+    dh: Tensor, dh_last: Tensor, z: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
+    h: Tensor, s: Tensor, cu_seqlens: Tensor | None, mixed: bool, learn: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dz, dg, df = (z.new_empty(z.shape) for _ in range(3))
+    dw = weight.new_empty(weight.shape if learn else (0,))
+    return dz, dg, df, dw, h0.new_empty(h0.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, _, decay, weight, h0, cu_seqlens, mixed, _ = inputs
+    h, _, s = output
+    ctx.save_for_backward(z, decay, weight, h0, h, s, cu_seqlens)
+    ctx.mixed = mixed
+    ctx.set_materialize_grads(False)  # zeros for s would cost as much as a pass
+
+
+def _backward(
+    ctx: Any, dh: Tensor | None, dh_last: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    h0, h = saved[3:5]
+    dh = h.new_zeros(()).expand(h.shape) if dh is None else dh
+    dh_last = torch.zeros_like(h0) if dh_last is None else dh_last
+    learn = ctx.needs_input_grad[3]
+    dz, dg, df, dw, dh0 = _op_bwd(dh, dh_last, *saved, ctx.mixed, learn)
+    return dz, dg, df, dw if learn else None, dh0, None, None, None
+
+
+_op_bwd = register(
+    "gated_recurrence_bwd",
+    "(Tensor dh, Tensor dh_last, Tensor z, Tensor decay, Tensor weight, Tensor h0, Tensor h, "
+    "Tensor s, Tensor? cu_seqlens, bool mixed, bool learn) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_bwd,
+    _run_bwd_fake,
+)
+_op = register(
+    "gated_recurrence",
+    "(Tensor z, Tensor gate, Tensor decay, Tensor weight, Tensor h0, Tensor? cu_seqlens, "
+    "bool mixed, bool keep) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _run_fake,
+    setup=_setup,
+    backward=_backward,
+)
+
+
+def _blocks(weight: Tensor | None, z: Tensor) -> Tensor:
+    """The diagonal blocks of W, (G, P, P); G = 0 if there is no W."""
+    width = z.shape[2]
+    if weight is None:
+        return z.new_empty((0, width, width))
+    if isinstance(weight, Tensor) and weight.ndim == 3:
+        size = width // max(1, weight.shape[0])
+        if weight.shape[0] * size == width:
+            check_shape("weight", weight, (weight.shape[0], size, size), "G, D/G, D/G", z.dtype)
+            return weight
+    check_shape("weight", weight, (width, width), "D, D", z.dtype)
+    return weight[None]
 
 
 def gated_recurrence(
@@ -62,6 +164,8 @@ def gated_recurrence(
     h0: Tensor | None = None,
     *,
     mixed: bool = True,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gated nonlinear recurrence, the short-term memory of MM-Rec.
 
@@ -70,34 +174,39 @@ def gated_recurrence(
     formula ``h_t = z_t ⊙ σ(W h_{t-1}) + γ ⊙ h_{t-1}``. The activations run inside the kernel.
 
     Args:
-        z: (B, T, D) float32 or float64, candidate values.
-        gate: (B, T, D), logits added to the recurrent product.
-        decay: (B, T, D), logits of γ.
+        z: (B, T, D) float32, float64, bfloat16 or float16, candidate values.
+        gate: logits added to the recurrent product; broadcasts to (B, T, D), as decay does.
+        decay: logits of γ, such as (D,) for a channel or (B, T, 1) for a token.
         weight: (D, D), or (G, D/G, D/G) for a block-diagonal W; None for W = 0.
         h0: (B, D), the state before the first step; zero if None.
+        cu_seqlens: (N + 1,) int32 or int64. Packs N sequences in one row, B = 1: number n is
+            steps cu_seqlens[n] to cu_seqlens[n + 1]. States are then (N, D).
+        check: also refuse NaN and infinity, which costs a pass over the inputs.
 
     Returns:
-        h (B, T, D), all states, and h_T (B, D), the state to go on from. Both differentiable.
+        h (B, T, D), all states, of z's dtype, and h_T (B or N, D), the state to go on from.
+        Both differentiable, once, in reverse mode. Half precision is computed in float32, and
+        states are float32 then.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above.
+        ValueError: a shape, dtype or device is not as above, or cu_seqlens does not rise from
+            0 to T, or ``check`` finds a value that is not finite.
+        RuntimeError: a second derivative or one in forward mode is asked for.
 
     Source: design of MM-Rec, section 2; the gate on the recurrent product follows the minimal
     gated unit (Zhou et al. 2016, arXiv:1603.09420, eq. 5).
     """
-    check_lead("z", z, "B, T, D")
-    batch, _, width = z.shape
-    check("gate", gate, tuple(z.shape), "B, T, D", z)
-    check("decay", decay, tuple(z.shape), "B, T, D", z)
-    if weight is None:
-        weight = z.new_empty((0, width, width))
-    elif weight.ndim == 3 and weight.shape[0] and width % weight.shape[0] == 0:
-        size = width // weight.shape[0]
-        check("weight", weight, (weight.shape[0], size, size), "G, D/G, D/G", z)
-    else:
-        check("weight", weight, (width, width), "D, D", z)
-        weight = weight[None]
-    if h0 is None:
-        h0 = z.new_zeros((batch, width))
-    check("h0", h0, (batch, width), "B, D", z)
-    return _GatedRecurrence.apply(z, gate, decay, weight, h0, mixed)
+    check_lead("z", z, "B, T, D", cu_seqlens)
+    shape, kind = tuple(z.shape), z.dtype
+    gate = expand("gate", gate, shape, "B, T, D", kind)
+    decay = expand("decay", decay, shape, "B, T, D", kind)
+    weight = _blocks(weight, z)
+    z, gate, decay, weight = (x.float() if x.dtype in HALF else x for x in (z, gate, decay, weight))
+    rows = count(shape[0], cu_seqlens)
+    h0 = start("h0", h0, z, (rows, shape[2]), "B, D" if cu_seqlens is None else "N, D")
+    if check:
+        check_values(z=z, gate=gate, decay=decay, weight=weight, h0=h0)
+    inputs = (z, gate, decay, weight, h0)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    h, h_last, _ = _op(*inputs, cu_seqlens, mixed, keep)
+    return h.to(kind), h_last

@@ -1,7 +1,7 @@
 """Numba kernels of the gated recurrence. Arrays in, arrays out, no checks.
 
-Axes: B batch, T time, D channels, G blocks of W_g, P = D / G channels a block. Inputs are flat with
-strides (see ``arrays.flat``).
+Axes: B batch, T time, D channels, N sequences, G blocks of W, P = D / G channels a block. Inputs
+are flat with strides (see ``arrays.flat``).
 
     γ_t = σ(f_t),  s_t = σ(h_{t-1} W + g_t),  c_t = 1 - γ_t (mixed) or 1
     h_t = c_t z_t s_t + γ_t h_{t-1}
@@ -10,146 +10,180 @@ Adjoint, with u_t the gradient of h_t and the sums running backwards in time:
 
     dz_t = u_t c_t s_t                    dg_t = u_t c_t z_t s_t (1 - s_t)
     df_t = u_t (h_{t-1} - [mixed] z_t s_t) γ_t (1 - γ_t)
-    u_{t-1} = dh_{t-1} + γ_t u_t + dg_t Wᵀ      dW = Σ_t h_{t-1}ᵀ dg_t  (one product, outside)
+    u_{t-1} = dh_{t-1} + γ_t u_t + dg_t Wᵀ      dW = Σ_t h_{t-1}ᵀ dg_t
 
-Four batch rows walk together, so a row of W, read once from cache, serves all four; the rows and
-the sums within them do not depend on the number of threads.
+A task is a tile of sequences that walk together, so that an element of W read from cache serves all
+of them. Longer ones come first in a tile: those still running are always its first rows.
 """
 
-from typing import Any
-
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from mmrec.kernels.activation import sigmoid
-from mmrec.kernels.threads import COMPILE
+from mmrec.kernels.recurrence.product import add_product
+from mmrec.kernels.threads import helper, kernel
 
-ROWS = 4
-_INLINE: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+DEPTH = 128  # steps that dW sums at once: their rows of dg stay in cache meanwhile
 
-
-@njit(**_INLINE)
-def _multiply_four(h, w, out, lo, n):
-    """out[r, lo:lo+n] += h[r, lo:lo+n] @ w for four rows; w (n, n)."""
-    o0, o1 = out[0, lo : lo + n], out[1, lo : lo + n]
-    o2, o3 = out[2, lo : lo + n], out[3, lo : lo + n]
-    for i in range(0, n - n % 4, 4):
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
-        k = lo + i
-        a0, a1, a2, a3 = h[0, k], h[0, k + 1], h[0, k + 2], h[0, k + 3]
-        b0, b1, b2, b3 = h[1, k], h[1, k + 1], h[1, k + 2], h[1, k + 3]
-        c0, c1, c2, c3 = h[2, k], h[2, k + 1], h[2, k + 2], h[2, k + 3]
-        d0, d1, d2, d3 = h[3, k], h[3, k + 1], h[3, k + 2], h[3, k + 3]
-        for j in range(n):
-            x0, x1, x2, x3 = w0[j], w1[j], w2[j], w3[j]
-            o0[j] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-            o1[j] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-            o2[j] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-            o3[j] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-    for i in range(n - n % 4, n):
-        for r in range(4):
-            a = h[r, lo + i]
-            for j in range(n):
-                out[r, lo + j] += a * w[i, j]
+# Indices are unsigned in the loops over channels: a signed one might count from the end, and the
+# test for that keeps a loop from becoming vector instructions.
 
 
-@njit(**_INLINE)
-def _multiply_one(h, w, out, lo, n):
-    """out[lo:lo+n] += h[lo:lo+n] @ w for one row; w (n, n)."""
-    o = out[lo : lo + n]
-    for i in range(0, n - n % 4, 4):
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
-        k = lo + i
-        a0, a1, a2, a3 = h[k], h[k + 1], h[k + 2], h[k + 3]
-        for j in range(n):
-            o[j] += a0 * w0[j] + a1 * w1[j] + a2 * w2[j] + a3 * w3[j]
-    for i in range(n - n % 4, n):
-        a = h[lo + i]
-        for j in range(n):
-            o[j] += a * w[i, j]
+@helper
+def _copy(source, at, target, to, width):
+    at, to = np.uint64(at), np.uint64(to)
+    for d in range(np.uint64(width)):
+        target[to + d] = source[at + d]
 
 
-@njit(**_INLINE)
-def _multiply(h, w, out):
-    """out += h @ block_diag(w); h, out (rows, D) with one or four rows; w (G, P, P)."""
-    n = w.shape[1]
-    for block in range(w.shape[0]):
-        if h.shape[0] == ROWS:
-            _multiply_four(h, w[block], out, block * n, n)
-        else:
-            _multiply_one(h[0], w[block], out[0], block * n, n)
+@helper
+def _add_recurrent(x, w, size, out, rows, width):
+    """out += x @ block_diag(w) for rows of x and out (…, width)."""
+    if w.size > 0:
+        for at in range(0, width, size):
+            add_product(x, at, width, 1, w, at * size, size, out, at, width, rows, size, size)
 
 
-@njit(**COMPILE)
-def recurrence_fwd(z, z_sb, z_st, g, g_sb, g_st, f, f_sb, f_st, w, h0, h, s, mixed):
-    """Fill h (B, T, D) and, if s (B, T, D) is not empty, the gates s that the backward needs."""
-    batch, time, width = h.shape
-    tile = ROWS if batch >= 2 * ROWS else 1
-    keep = s.shape[1] > 0
+@helper
+def _advance(z, z_at, f, f_at, state, gates, at, h, h_at, mix, width):
+    """One step of one sequence; gates holds h_{t-1} W + g_t and then s_t."""
+    z_at, f_at, at, h_at = np.uint64(z_at), np.uint64(f_at), np.uint64(at), np.uint64(h_at)
     one = h.dtype.type(1)
+    for d in range(np.uint64(width)):
+        gates[at + d] = sigmoid(gates[at + d])
+    for d in range(np.uint64(width)):
+        gamma = sigmoid(f[f_at + d])
+        new = (one - mix * gamma) * z[z_at + d] * gates[at + d] + gamma * state[at + d]
+        state[at + d] = new
+        h[h_at + d] = new
+
+
+@kernel
+def recurrence_fwd(
+    z, z_sb, z_st, g, g_sb, g_st, f, f_sb, f_st, w, size, h0, spans, tiles, time, h, h_last, s,
+    mixed,
+):  # fmt: skip
+    """Fill h (B, T, D) and h_last (N, D), and, if it is not empty, s (B, T, D) for the backward.
+
+    w (G, P, P) with size P, or empty; h0 (N, D); spans (N, 3) says where the sequences lie, tiles
+    (M, R) who walks with whom, -1 for nobody. All but these two are flat.
+    """
+    width = h0.size // max(1, spans.shape[0])
     mix = h.dtype.type(mixed)
-    for task in prange((batch + tile - 1) // tile):  # batch rows: independent
-        lo = task * tile
-        rows = tile if lo + tile <= batch else 1
-        for first in range(lo, min(lo + tile, batch), rows):
-            state = h0[first : first + rows].copy()
-            pre = np.empty_like(state)
-            for t in range(time):
-                for r in range(rows):
-                    at = (first + r) * g_sb + t * g_st
-                    pre[r] = g[at : at + width]
-                if w.shape[0] > 0:
-                    _multiply(state, w, pre)
-                for r in range(rows):
-                    row = first + r
-                    zt, ft = row * z_sb + t * z_st, row * f_sb + t * f_st
-                    z_t, f_t = z[zt : zt + width], f[ft : ft + width]
-                    h_t, state_r, pre_r = h[row, t], state[r], pre[r]
-                    for d in range(width):
-                        gate = sigmoid(pre_r[d])
-                        gamma = sigmoid(f_t[d])
-                        pre_r[d] = gate
-                        new = (one - mix * gamma) * z_t[d] * gate + gamma * state_r[d]
-                        state_r[d] = new
-                        h_t[d] = new
-                    if keep:
-                        s[row, t] = pre_r
+    for task in prange(tiles.shape[0]):  # each has sequences of its own
+        tile = tiles[task]
+        members = (tile >= 0).sum()
+        state = np.empty(members * width, h.dtype)
+        gates = np.empty_like(state)
+        for r in range(members):
+            _copy(h0, tile[r] * width, state, r * width, width)
+        rows = members
+        for t in range(spans[tile[0], 2] - spans[tile[0], 1]):
+            while spans[tile[rows - 1], 1] + t >= spans[tile[rows - 1], 2]:
+                rows -= 1
+            for r in range(rows):
+                b, at = spans[tile[r], 0], spans[tile[r], 1] + t
+                _copy(g, b * g_sb + at * g_st, gates, r * width, width)
+            _add_recurrent(state, w, size, gates, rows, width)
+            for r in range(rows):
+                b, at = spans[tile[r], 0], spans[tile[r], 1] + t
+                z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
+                here = (b * time + at) * width
+                _advance(z, z_at, f, f_at, state, gates, r * width, h, here, mix, width)
+                if s.size > 0:
+                    _copy(gates, r * width, s, here, width)
+        for r in range(members):
+            _copy(state, r * width, h_last, tile[r] * width, width)
 
 
-@njit(**COMPILE)
+@helper
+def _retreat(
+    z, z_at, f, f_at, dh, dh_at, before, before_at, s, dz, dg, df, here,
+    carry, gamma, dpre, at, mix, width,
+):  # fmt: skip
+    """One step back of one sequence; carry is u_t less dh_t, and then γ_t u_t."""
+    z_at, f_at, dh_at, before_at, here, at = (
+        np.uint64(z_at), np.uint64(f_at), np.uint64(dh_at), np.uint64(before_at), np.uint64(here),
+        np.uint64(at),
+    )  # fmt: skip
+    one = s.dtype.type(1)
+    width = np.uint64(width)
+    # Several short loops: before one that writes more arrays, LLVM gives up telling them apart.
+    for d in range(width):
+        gamma[at + d] = sigmoid(f[f_at + d])
+    for d in range(width):
+        carry[at + d] += dh[dh_at + d]
+        dz[here + d] = carry[at + d] * (one - mix * gamma[at + d]) * s[here + d]
+    for d in range(width):
+        dpre[at + d] = dz[here + d] * z[z_at + d] * (one - s[here + d])
+        dg[here + d] = dpre[at + d]
+    for d in range(width):
+        slope = carry[at + d] * gamma[at + d] * (one - gamma[at + d])
+        df[here + d] = slope * (before[before_at + d] - mix * z[z_at + d] * s[here + d])
+    for d in range(width):
+        carry[at + d] *= gamma[at + d]
+
+
+@kernel
 def recurrence_bwd(
-    z, z_sb, z_st, f, f_sb, f_st, wt, h0, h, s, dh, dh_sb, dh_st, dht, dz, dg, df, dh0, mixed
-):
-    """Fill dz, dg, df (B, T, D) and dh0 (B, D); wt holds the transposed blocks of W."""
-    batch, time, width = h.shape
-    tile = ROWS if batch >= 2 * ROWS else 1
-    one = h.dtype.type(1)
+    z, z_sb, z_st, f, f_sb, f_st, dh, dh_sb, dh_st, wt, size, h0, spans, tiles, time, h, s, dh_last,
+    dz, dg, df, dh0, mixed,
+):  # fmt: skip
+    """Fill dz, dg, df (B, T, D) and dh0 (N, D), all flat; wt holds the transposed blocks of W."""
+    width = h0.size // max(1, spans.shape[0])
     mix = h.dtype.type(mixed)
-    for task in prange((batch + tile - 1) // tile):  # batch rows: independent
-        lo = task * tile
-        rows = tile if lo + tile <= batch else 1
-        for first in range(lo, min(lo + tile, batch), rows):
-            u = dht[first : first + rows].copy()
-            dpre = np.empty_like(u)
-            for t in range(time - 1, -1, -1):
-                for r in range(rows):
-                    row = first + r
-                    zt, ft = row * z_sb + t * z_st, row * f_sb + t * f_st
-                    ut = row * dh_sb + t * dh_st
-                    z_t, f_t, dh_t = z[zt : zt + width], f[ft : ft + width], dh[ut : ut + width]
-                    before = h[row, t - 1] if t > 0 else h0[row]
-                    s_t, u_r, dpre_r = s[row, t], u[r], dpre[r]
-                    dz_t, df_t = dz[row, t], df[row, t]
-                    for d in range(width):
-                        gamma = sigmoid(f_t[d])
-                        x = u_r[d] + dh_t[d]
-                        gate = s_t[d]
-                        scaled = x * (one - mix * gamma)
-                        dz_t[d] = scaled * gate
-                        dpre_r[d] = scaled * z_t[d] * gate * (one - gate)
-                        df_t[d] = x * (before[d] - mix * z_t[d] * gate) * gamma * (one - gamma)
-                        u_r[d] = x * gamma
-                    dg[row, t] = dpre_r
-                if wt.shape[0] > 0:
-                    _multiply(dpre, wt, u)
-            dh0[first : first + rows] = u
+    for task in prange(tiles.shape[0]):  # each has sequences of its own
+        tile = tiles[task]
+        members = (tile >= 0).sum()
+        carry = np.empty(members * width, h.dtype)
+        gamma, dpre = np.empty_like(carry), np.empty_like(carry)
+        for r in range(members):
+            _copy(dh_last, tile[r] * width, carry, r * width, width)
+        rows = 0
+        for t in range(spans[tile[0], 2] - spans[tile[0], 1] - 1, -1, -1):
+            while rows < members and spans[tile[rows], 1] + t < spans[tile[rows], 2]:
+                rows += 1
+            for r in range(rows):
+                n = tile[r]
+                b, at = spans[n, 0], spans[n, 1] + t
+                here = (b * time + at) * width
+                z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
+                dh_at = b * dh_sb + at * dh_st
+                if t > 0:
+                    _retreat(
+                        z, z_at, f, f_at, dh, dh_at, h, here - width, s, dz, dg, df, here,
+                        carry, gamma, dpre, r * width, mix, width,
+                    )  # fmt: skip
+                else:
+                    _retreat(
+                        z, z_at, f, f_at, dh, dh_at, h0, n * width, s, dz, dg, df, here,
+                        carry, gamma, dpre, r * width, mix, width,
+                    )  # fmt: skip
+            _add_recurrent(dpre, wt, size, carry, rows, width)
+        for r in range(members):
+            _copy(carry, r * width, dh0, tile[r] * width, width)
+
+
+@kernel
+def weight_gradient(h, h0, dg, spans, time, size, stripe, dw):
+    """Add Σ_t h_{t-1}ᵀ dg_t to dw (G, P, P) with size P, so many rows a task; flat but spans."""
+    width = h0.size // max(1, spans.shape[0])
+    stripes = (size + stripe - 1) // stripe
+    for task in prange(width // max(1, size) * stripes):  # each has rows of dw of its own
+        left = task // stripes * size
+        top = left + task % stripes * stripe
+        rows = min(stripe, left + size - top)
+        for n in range(spans.shape[0]):
+            steps = spans[n, 2] - spans[n, 1]
+            at = (spans[n, 0] * time + spans[n, 1]) * width
+            if steps > 0:
+                add_product(
+                    h0, n * width + top, 1, width, dg, at + left, width,
+                    dw, top * size, size, rows, 1, size,
+                )  # fmt: skip
+            for t in range(0, steps - 1, DEPTH):
+                here, depth = at + t * width, min(DEPTH, steps - 1 - t)
+                add_product(
+                    h, here + top, 1, width, dg, here + width + left, width,
+                    dw, top * size, size, rows, depth, size,
+                )  # fmt: skip

@@ -1,76 +1,194 @@
 """Numba kernels of the first-order scan and the product scans. Arrays in, arrays out, no checks.
 
-Axes: B batch, T time, D channels. Inputs are flat with strides (see ``arrays.flat``); outputs are
-(B, T, D), contiguous. A task is one batch row and one block of channels: channels never meet, so
-tasks share nothing they write, and no result depends on the number of threads.
+Axes: N sequences, T time, D channels. Inputs are flat with strides over batch row and time (see
+``arrays.flat``); outputs are (B, T, D), contiguous; states (N, D). ``seqs`` (N, 3) holds the batch
+row, first step and end of each sequence, so packed sequences and plain batches are one case. A task
+is one sequence, in the product scans one block of its channels: channels never meet, so tasks share
+nothing they write, and no result depends on the number of threads. (In the scan a second thread on
+the other half of each row only makes both wait longer for memory.)
 
-Adjoint of ``h_t = a_t h_{t-1} + b_t``:  g_t = dh_t + a_{t+1} g_{t+1},
-                                          da_t = g_t h_{t-1},  db_t = g_t,  dh0 = a_1 g_1.
+Adjoint of ``h_t = a_t h_{t-1} + b_t`` (conjugates matter to complex numbers only):
+
+    g_t = dh_t + a*_{t+1} g_{t+1},  da_t = g_t h*_{t-1},  db_t = g_t,  dh0 = a*_1 g_1
 """
 
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from mmrec.kernels.threads import COMPILE
+from mmrec.kernels.threads import helper, kernel
+
+NARROW = 32  # channels up to which four at a time are walked with their state in registers
+TILE = 512  # steps that four channels are walked before the next four: the rows stay in cache
 
 
-@njit(**COMPILE)
-def scan_fwd(a, a_sb, a_st, b, b_sb, b_st, h0, h, block):
-    batch, time, width = h.shape
-    blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        state = h0[row, lo : lo + n].copy()
-        for t in range(time):
-            at, bt = row * a_sb + t * a_st + lo, row * b_sb + t * b_st + lo
-            a_t, b_t, h_t = a[at : at + n], b[bt : bt + n], h[row, t, lo : lo + n]
+@kernel
+def scan_fwd(a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
+    """Fill h and ht. ``a_sd`` is 1, or 0 for one coefficient a step. ``reverse`` walks from T."""
+    n = h.shape[2]
+    for s in prange(seqs.shape[0]):  # sequences: independent
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        same = np.empty(n if a_sd == 0 else 0, h.dtype)
+        state = h0[s]
+        t, step = (last - 1, -1) if reverse else (first, 1)
+        at, bt = row * a_sb + t * a_st, row * b_sb + t * b_st
+        for _ in range(last - first):
+            if a_sd == 0:
+                same[:] = a[at]
+            a_t = same if a_sd == 0 else a[at : at + n]
+            b_t, h_t = b[bt : bt + n], h[row, t]
             for d in range(n):
-                state[d] = a_t[d] * state[d] + b_t[d]
-                h_t[d] = state[d]
+                h_t[d] = a_t[d] * state[d] + b_t[d]
+            state = h_t  # the newest row is the state: nothing is written twice
+            t, at, bt = t + step, at + step * a_st, bt + step * b_st
+        ht[s] = state
 
 
-@njit(**COMPILE)
-def scan_bwd(a, a_sb, a_st, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, block):
-    batch, time, width = h.shape
-    blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        g = dht[row, lo : lo + n].copy()
-        for t in range(time - 1, -1, -1):
-            at, ut = row * a_sb + t * a_st + lo, row * dh_sb + t * dh_st + lo
-            a_t, u_t = a[at : at + n], dh[ut : ut + n]
-            before = h[row, t - 1, lo : lo + n] if t > 0 else h0[row, lo : lo + n]
-            da_t, db_t = da[row, t, lo : lo + n], db[row, t, lo : lo + n]
+@kernel
+def scan_bwd(
+    a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse
+):  # fmt: skip
+    """Fill da, db and dh0; da is (B, T, D) also where the step has one coefficient."""
+    n = h.shape[2]
+    for s in prange(seqs.shape[0]):  # sequences: independent
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        same = np.empty(n if a_sd == 0 else 0, h.dtype)
+        g = dht[s].copy()
+        t, step = (first, 1) if reverse else (last - 1, -1)  # the way in which the adjoint walks
+        at, ut = row * a_sb + t * a_st, row * dh_sb + t * dh_st
+        for i in range(last - first - 1, -1, -1):
+            if a_sd == 0:
+                same[:] = a[at]
+            a_t = same if a_sd == 0 else a[at : at + n]
+            u_t = dh[ut : ut + n]
+            before = h[row, t + step] if i > 0 else h0[s]
+            da_t, db_t = da[row, t], db[row, t]
             for d in range(n):
                 x = g[d] + u_t[d]
                 db_t[d] = x
-                da_t[d] = x * before[d]
-                g[d] = x * a_t[d]
-        dh0[row, lo : lo + n] = g
+                da_t[d] = x * np.conj(before[d])
+                g[d] = x * np.conj(a_t[d])
+            t, at, ut = t + step, at + step * a_st, ut + step * dh_st
+        dh0[s] = g
+
+
+# Rows of few channels: four channels at a time keep their state in registers over many steps, where
+# the row kernels above would spend their time on starting loops of a few elements.
+
+
+@helper
+def _four_fwd(a, i, a_step, sd, b, j, b_step, h, k, h_step, state, steps):
+    """Walk four channels. Steps may be negative: as unsigned numbers they wrap round."""
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    s0, s1, s2, s3 = state[0], state[1], state[2], state[3]
+    for _ in range(steps):
+        s0 = a[i] * s0 + b[j]
+        s1 = a[i + sd] * s1 + b[j + one]
+        s2 = a[i + two * sd] * s2 + b[j + two]
+        s3 = a[i + three * sd] * s3 + b[j + three]
+        h[k], h[k + one], h[k + two], h[k + three] = s0, s1, s2, s3
+        i, j, k = i + a_step, j + b_step, k + h_step
+    state[0], state[1], state[2], state[3] = s0, s1, s2, s3
+
+
+@helper
+def _four_bwd(a, i, a_step, sd, u, j, u_step, before, m, da, db, k, h_step, g, steps):
+    """Adjoint of _four_fwd, with ``before`` at m the state ahead of the step at k."""
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    g0, g1, g2, g3 = g[0], g[1], g[2], g[3]
+    for _ in range(steps):
+        g0, g1, g2, g3 = g0 + u[j], g1 + u[j + one], g2 + u[j + two], g3 + u[j + three]
+        db[k], db[k + one], db[k + two], db[k + three] = g0, g1, g2, g3
+        da[k], da[k + one] = g0 * np.conj(before[m]), g1 * np.conj(before[m + one])
+        da[k + two] = g2 * np.conj(before[m + two])
+        da[k + three] = g3 * np.conj(before[m + three])
+        g0, g1 = g0 * np.conj(a[i]), g1 * np.conj(a[i + sd])
+        g2, g3 = g2 * np.conj(a[i + two * sd]), g3 * np.conj(a[i + three * sd])
+        i, j, k, m = i + a_step, j + u_step, k + h_step, m + h_step
+    g[0], g[1], g[2], g[3] = g0, g1, g2, g3
+
+
+@kernel
+def narrow_fwd(a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
+    """``scan_fwd`` for 4 to NARROW channels."""
+    time, width = h.shape[1:]
+    sign = -1 if reverse else 1
+    for s in prange(seqs.shape[0]):  # sequences: independent
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        out, ends = h.reshape(-1), h0[s].copy()
+        for i in range(0, last - first, TILE):
+            t, steps = last - 1 - i if reverse else first + i, min(TILE, last - first - i)
+            starts = ends.copy()
+            for c in range(0, width, 4):
+                d = min(c, width - 4)  # the last four may do some again, to the same numbers
+                state = starts[d : d + 4].copy()
+                _four_fwd(
+                    a, np.uint64(row * a_sb + t * a_st + d * a_sd), np.uint64(sign * a_st),
+                    np.uint64(a_sd), b, np.uint64(row * b_sb + t * b_st + d),
+                    np.uint64(sign * b_st), out, np.uint64((row * time + t) * width + d),
+                    np.uint64(sign * width), state, steps,
+                )  # fmt: skip
+                ends[d : d + 4] = state
+        ht[s] = ends
+
+
+@kernel
+def narrow_bwd(
+    a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse
+):  # fmt: skip
+    """``scan_bwd`` for 4 to NARROW channels."""
+    time, width = h.shape[1:]
+    sign = 1 if reverse else -1  # the way in which the adjoint walks
+    for s in prange(seqs.shape[0]):  # sequences: independent
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        flat, da_flat, db_flat = h.reshape(-1), da.reshape(-1), db.reshape(-1)
+        ends = dht[s].copy()
+        for i in range(0, last - first, TILE):
+            t, steps = first + i if reverse else last - 1 - i, min(TILE, last - first - i)
+            rest = i + steps == last - first  # its last step looks at h0, not at h
+            starts = ends.copy()
+            for c in range(0, width, 4):
+                d = min(c, width - 4)  # the last four may do some again, to the same numbers
+                g = starts[d : d + 4].copy()
+                for part in range(2 if rest else 1):
+                    many = 1 if part == 1 else steps - rest
+                    at = t + sign * (steps - 1) if part == 1 else t
+                    here = np.uint64((row * time + at) * width + d)
+                    if part == 1:
+                        before, m = h0[s], np.uint64(d)
+                    else:
+                        before, m = flat, here + np.uint64(sign * width)
+                    _four_bwd(
+                        a, np.uint64(row * a_sb + at * a_st + d * a_sd), np.uint64(sign * a_st),
+                        np.uint64(a_sd), dh, np.uint64(row * dh_sb + at * dh_st + d),
+                        np.uint64(sign * dh_st), before, m, da_flat, db_flat, here,
+                        np.uint64(sign * width), g, many,
+                    )  # fmt: skip
+                ends[d : d + 4] = g
+        dh0[s] = ends
 
 
 _EXPONENT = 0x7FF << 52  # the bits of a float64 that hold its exponent
 
 
-@njit(**COMPILE)
-def cumprod_fwd(gamma, g_sb, g_st, y0, y, block):
+@kernel
+def cumprod_fwd(gamma, g_sb, g_st, y0, y, yt, seqs, block):
     """Product scan with the exponent kept apart: y_t = m 2^e, 1 <= |m| < 2, e an integer.
 
     That is log space with base 2, without the rounding of a logarithm: a product that would fall
     below the smallest float on its way comes back if later factors raise it.
     """
-    batch, time, width = y.shape
+    width = y.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
+    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
+        s, lo = task // blocks, task % blocks * block
         n = min(block, width - lo)
-        m = y0[row, lo : lo + n].astype(np.float64)
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        m = y0[s, lo : lo + n].astype(np.float64)
         e = np.zeros(n, np.int64)
-        for t in range(time):
+        yt[s, lo : lo + n] = y0[s, lo : lo + n]
+        for t in range(first, last):
             at = row * g_sb + t * g_st + lo
             g_t, y_t = gamma[at : at + n], y[row, t, lo : lo + n]
             for d in range(n):
@@ -87,59 +205,66 @@ def cumprod_fwd(gamma, g_sb, g_st, y0, y, block):
                 low = np.int64((half + 1023) << 52).view(np.float64)
                 high = np.int64((rest + 1023) << 52).view(np.float64)
                 y_t[d] = m[d] * low * high
+            if t == last - 1:
+                yt[s, lo : lo + n] = y_t
 
 
-@njit(**COMPILE)
-def cumprod_bwd(gamma, g_sb, g_st, y0, y, dy, dy_sb, dy_st, dyt, dgamma, dy0, block):
+@kernel
+def cumprod_bwd(gamma, g_sb, g_st, y0, y, dy, dy_sb, dy_st, dyt, dgamma, dy0, seqs, block):
     """dgamma_t = y_{t-1} r_t with r_t = dy_t + gamma_{t+1} r_{t+1}: no division, exact at zeros."""
-    batch, time, width = y.shape
+    width = y.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
+    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
+        s, lo = task // blocks, task % blocks * block
         n = min(block, width - lo)
-        r = dyt[row, lo : lo + n].copy()
-        for t in range(time - 1, -1, -1):
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        r = dyt[s, lo : lo + n].copy()
+        for t in range(last - 1, first - 1, -1):
             at, ut = row * g_sb + t * g_st + lo, row * dy_sb + t * dy_st + lo
             g_t, u_t = gamma[at : at + n], dy[ut : ut + n]
-            before = y[row, t - 1, lo : lo + n] if t > 0 else y0[row, lo : lo + n]
+            before = y[row, t - 1, lo : lo + n] if t > first else y0[s, lo : lo + n]
             dg_t = dgamma[row, t, lo : lo + n]
             for d in range(n):
                 x = r[d] + u_t[d]
                 dg_t[d] = x * before[d]
                 r[d] = x * g_t[d]
-        dy0[row, lo : lo + n] = r
+        dy0[s, lo : lo + n] = r
 
 
-@njit(**COMPILE)
-def log_cumprod_fwd(gamma, g_sb, g_st, l0, out, block):
+@kernel
+def log_cumprod_fwd(gamma, g_sb, g_st, l0, out, lt, seqs, block):
     """l_t = l_{t-1} + log gamma_t, summed in float64; -inf from the first zero on."""
-    batch, time, width = out.shape
+    width = out.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
+    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
+        s, lo = task // blocks, task % blocks * block
         n = min(block, width - lo)
-        total = l0[row, lo : lo + n].astype(np.float64)
-        for t in range(time):
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        total = l0[s, lo : lo + n].astype(np.float64)
+        for t in range(first, last):
             at = row * g_sb + t * g_st + lo
             for d in range(n):
                 x = gamma[at + d]
                 total[d] += math.log(x) if x > 0 else -np.inf if x == 0 else np.nan
                 out[row, t, lo + d] = total[d]
-
-
-@njit(**COMPILE)
-def log_cumprod_bwd(gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, block):
-    """dgamma_t = (sum of dl_s over s >= t) / gamma_t; an l_s of -inf is constant."""
-    batch, time, width = out.shape
-    blocks = (width + block - 1) // block
-    for task in prange(batch * blocks):  # rows x channel blocks: independent
-        row, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        total = dlt[row, lo : lo + n].astype(np.float64)
         for d in range(n):
-            if time > 0 and out[row, time - 1, lo + d] == -np.inf:
+            lt[s, lo + d] = total[d]
+
+
+@kernel
+def log_cumprod_bwd(gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, seqs, block):
+    """dgamma_t = (sum of dl_s over s >= t) / gamma_t; an l_s of -inf is constant."""
+    width = out.shape[2]
+    blocks = (width + block - 1) // block
+    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
+        s, lo = task // blocks, task % blocks * block
+        n = min(block, width - lo)
+        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+        total = dlt[s, lo : lo + n].astype(np.float64)
+        for d in range(n):
+            if last > first and out[row, last - 1, lo + d] == -np.inf:
                 total[d] = 0.0
-        for t in range(time - 1, -1, -1):
+        for t in range(last - 1, first - 1, -1):
             at, ut = row * g_sb + t * g_st + lo, row * d_sb + t * d_st + lo
             for d in range(n):
                 if out[row, t, lo + d] == -np.inf:
@@ -148,4 +273,4 @@ def log_cumprod_bwd(gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, 
                     total[d] += dout[ut + d]
                     dgamma[row, t, lo + d] = total[d] / gamma[at + d]
         for d in range(n):
-            dl0[row, lo + d] = total[d]
+            dl0[s, lo + d] = total[d]
