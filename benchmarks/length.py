@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mmrec.kernels import associative_memory, gated_recurrence, scan  # isort: skip - before torch,
-import torch  # so that its threads too wait asleep
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmrec.bench import machine
+from mmrec.kernels import associative_memory, gated_recurrence, scan
 
 BATCH, WIDTH, HEADS = 4, 128, 4
 PATIENCE = 4.0  # seconds that one run of a peer may take

@@ -6,10 +6,6 @@ Its figures came from a corpus that repeats a few patterns, without validation; 
 of real text cannot be learnt to a loss of 0.82. Both are shown as they are.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import argparse
 import json
 import math

@@ -194,7 +194,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 # Steps of 8 x 256 tokens that tiny takes in about five minutes on two cores.
-DEFAULT_STEPS = 1200
+DEFAULT_STEPS = 1800
 
 
 def preset(name: str) -> ModelConfig:

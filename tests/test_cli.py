@@ -1,6 +1,7 @@
 """The command line as a user meets it: commands work, mistakes are one line and code 2."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,36 @@ def test_as_a_program(world: Path) -> None:
                          text=True, check=False)  # fmt: skip
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("import")
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts there")
+def test_a_busy_neighbour_is_noticed() -> None:
+    from mmrec.cli.startup import others_work
+
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert others_work(0.5)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
+def test_how_threads_wait_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmrec.cli import startup
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for busy, want in ((True, ("passive", None)), (False, (None, "2000"))):
+        monkeypatch.setattr(startup, "others_work", lambda busy=busy: busy)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {})
+            startup.prepare_process(["train"])
+            assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == want
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
+            startup.prepare_process(["train"])
+            assert os.environ == {"OMP_WAIT_POLICY": "active"}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {})
+            startup.prepare_process(["bench"])
+            assert os.environ == {}

@@ -7,7 +7,6 @@
 [1.0, 1.5, 1.75]
 """
 
-from mmrec.kernels import threads as threads  # isort: skip - before torch: see threads.py
 from mmrec.kernels.memory.autograd import associative_memory
 from mmrec.kernels.recurrence.autograd import gated_recurrence
 from mmrec.kernels.scan.autograd import scan

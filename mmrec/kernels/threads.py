@@ -1,9 +1,10 @@
 """The one place that decides how kernels are compiled, kept, and spread over threads.
 
 torch and Numba each bring an OpenMP pool. ``torch.set_num_threads`` does not reach Numba, and
-Numba's own setting holds for one Python thread only, so every launch follows torch. Idle threads of
-one pool spin while the other has work, so both pools are asked to sleep instead; an OpenMP library
-reads that wish when it is loaded, so the environment is changed for that moment only.
+Numba's own setting holds for one Python thread only, so every launch follows torch. While idle
+threads of one pool spin, the other has no core to work on, so Numba's are asked to sleep. An OpenMP
+library reads that wish when it is loaded; the environment is changed for that moment only, and
+torch's pool stays as it comes.
 """
 
 import contextlib
@@ -17,8 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import platformdirs
+import torch
+from numba.core import event
 
 
 @contextlib.contextmanager
@@ -32,13 +36,8 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-with _environment("OMP_WAIT_POLICY", "passive"):
-    import numba
-    import torch
-    from numba.core import event
-
-    with contextlib.suppress(ImportError):  # a machine without OpenMP: Numba has other layers
-        importlib.import_module("numba.np.ufunc.omppool")
+with _environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
+    importlib.import_module("numba.np.ufunc.omppool")  # not there: Numba has other layers
 
 # Exact but for fused multiply-adds. Sums are only reordered where a kernel says so.
 _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
