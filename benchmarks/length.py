@@ -107,14 +107,14 @@ def main() -> None:
 
 
 def draw(table: dict[str, dict[int, float]]) -> None:
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for name, row in table.items():
         axes.plot([*row], [*row.values()], "o-" if name.startswith("mmrec") else "o--", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens in a sequence",
              ylabel="ns a token, both ways", title=f"batch {BATCH}, width {WIDTH}")  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(PICTURE)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mmrec.config import InputError
 from mmrec.data.batches import eval_lanes
-from mmrec.model import Model, State
+from mmrec.model import LOSS_ROWS, Model, State
 
 LANES = 8
 LANE_TOKENS = 1024  # a shorter split gets fewer lanes: a lane's start lacks context
@@ -65,11 +65,14 @@ def evaluate(
     state: State | None = None
     nats, right = 0.0, 0
     for x, y, mask in eval_lanes(tokens, eot, lanes, chunk):
-        logits, state = model(x, state)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        kept = mask.flatten()
-        nats += float(losses[kept].sum(dtype=torch.float64))
-        right += int((logits.argmax(-1) == y)[mask].sum())
+        hidden, state = model.hidden_states(x, state)
+        rows = hidden[mask].split(LOSS_ROWS)  # a token's logits are large: few are alive at once
+        for h, target in zip(rows, y[mask].split(LOSS_ROWS), strict=True):
+            logits = model.head(h)
+            nats += float(
+                F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
+            )
+            right += int((logits.argmax(-1) == target).sum())
         if progress is not None:
             progress(int(mask.sum()))
     model.train(training)

@@ -225,9 +225,10 @@ class Trainer:
         else:
             steps, length = self.total_steps, f"{self.total_steps:,} steps"
         left = max(0, steps - self.progress.step)
-        checks = steps / c.eval_every * len(self.subset) + steps / self.steps_per_epoch * v.n_tokens
-        # scoring a token costs about a third of learning from it
-        estimate = left * each + checks / (3 * rate) * left / max(1, steps)
+        whole = math.ceil(steps / self.steps_per_epoch)  # times that the whole split is scored
+        checks = steps / c.eval_every * len(self.subset) + whole * v.n_tokens
+        # scoring a token costs about half of learning from it
+        estimate = left * each + checks / (2 * rate) * left / max(1, steps)
         self.echo(f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M, "
                   f"{steps / self.steps_per_epoch:.2f} epochs")  # fmt: skip
         self.echo(f"time    about {clock(estimate)} at {rate:,.0f} tokens/s "
