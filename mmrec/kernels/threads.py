@@ -39,10 +39,8 @@ def _environment(name: str, value: str) -> Iterator[None]:
 with _environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
     importlib.import_module("numba.np.ufunc.omppool")  # not there: Numba has other layers
 
-# Exact but for fused multiply-adds. Sums are only reordered where a kernel says so.
+# Exact but for fused multiply-adds: every sum keeps its order.
 _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-# For helpers whose reductions may be reordered into vector lanes; their order is still fixed.
-_REORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 SMALL_WORK = 60_000  # nanoseconds: below this, waking a second thread costs more than it saves
 
@@ -86,12 +84,6 @@ def _compile(body: Callable[..., Any], form: str) -> Callable[..., Any]:
 def helper(body: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function that kernels call; its sums keep their order."""
     made: Callable[..., Any] = numba.njit(**_EXACT)(body)
-    return made
-
-
-def reducing_helper(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function that kernels call; its sums go into vector lanes, in a fixed order."""
-    made: Callable[..., Any] = numba.njit(**_REORDER)(body)
     return made
 
 
