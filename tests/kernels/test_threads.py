@@ -130,6 +130,12 @@ print(imported, time.perf_counter() - begin, os.environ.get("OMP_WAIT_POLICY"))
 """
 
 
+COMPILED = pytest.mark.skipif(
+    os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled in this run"
+)
+
+
+@COMPILED
 def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path) -> None:
     first = python(START, NUMBA_CACHE_DIR=str(tmp_path))
     assert first.stderr.startswith("mmrec: compiling kernels for this processor, once")
@@ -142,6 +148,7 @@ def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path
     assert second.stdout.split()[2] == "None"  # the user's environment is as it was
 
 
+@COMPILED
 def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = python(START, NUMBA_CACHE_DIR=str(tmp_path / "file"))

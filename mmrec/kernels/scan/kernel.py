@@ -78,8 +78,14 @@ def scan_bwd(
 
 
 @helper
+def _wrapped(step):
+    """A step that may be negative as an unsigned number: added to an index, it wraps round."""
+    return np.int64(step).view(np.uint64)
+
+
+@helper
 def _four_fwd(a, i, a_step, sd, b, j, b_step, h, k, h_step, state, steps):
-    """Walk four channels. Steps may be negative: as unsigned numbers they wrap round."""
+    """Walk four channels."""
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     s0, s1, s2, s3 = state[0], state[1], state[2], state[3]
     for _ in range(steps):
@@ -124,10 +130,10 @@ def narrow_fwd(a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
                 d = min(c, width - 4)  # the last four may do some again, to the same numbers
                 state = starts[d : d + 4].copy()
                 _four_fwd(
-                    a, np.uint64(row * a_sb + t * a_st + d * a_sd), np.uint64(sign * a_st),
+                    a, np.uint64(row * a_sb + t * a_st + d * a_sd), _wrapped(sign * a_st),
                     np.uint64(a_sd), b, np.uint64(row * b_sb + t * b_st + d),
-                    np.uint64(sign * b_st), out, np.uint64((row * time + t) * width + d),
-                    np.uint64(sign * width), state, steps,
+                    _wrapped(sign * b_st), out, np.uint64((row * time + t) * width + d),
+                    _wrapped(sign * width), state, steps,
                 )  # fmt: skip
                 ends[d : d + 4] = state
         ht[s] = ends
@@ -158,12 +164,12 @@ def narrow_bwd(
                     if part == 1:
                         before, m = h0[s], np.uint64(d)
                     else:
-                        before, m = flat, here + np.uint64(sign * width)
+                        before, m = flat, here + _wrapped(sign * width)
                     _four_bwd(
-                        a, np.uint64(row * a_sb + at * a_st + d * a_sd), np.uint64(sign * a_st),
+                        a, np.uint64(row * a_sb + at * a_st + d * a_sd), _wrapped(sign * a_st),
                         np.uint64(a_sd), dh, np.uint64(row * dh_sb + at * dh_st + d),
-                        np.uint64(sign * dh_st), before, m, da_flat, db_flat, here,
-                        np.uint64(sign * width), g, many,
+                        _wrapped(sign * dh_st), before, m, da_flat, db_flat, here,
+                        _wrapped(sign * width), g, many,
                     )  # fmt: skip
                 ends[d : d + 4] = g
         dh0[s] = ends
