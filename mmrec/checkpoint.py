@@ -20,7 +20,7 @@ from mmrec.storage import atomic_write, open_file, read_json, write_json
 
 KIND, SCHEMA = "checkpoint", 1
 RUNS = Path("runs")
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of Muon
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def save(
         tokenizer: stored whole, so that the checkpoint can be used alone.
         step: optimizer steps taken.
         info: what a reader is told, as JSON values.
-        optimizer: AdamW; with ``progress`` it makes the checkpoint one to resume from.
+        optimizer: with ``progress`` it makes the checkpoint one to resume from.
         progress: position in the data, clock and records of the run, as JSON values.
 
     Raises:
@@ -135,8 +135,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         step = int(file.attrs["step"])
         for name, p in model.named_parameters():
             p.data.copy_(_read(file, f"model/{name}", p))
-            if f"optimizer/{MOMENTS[0]}/{name}" in file:
-                moments = {m: _read(file, f"optimizer/{m}/{name}", p) for m in MOMENTS}
+            kept = [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
+            if kept:
+                moments = {m: _read(file, f"optimizer/{m}/{name}", p) for m in kept}
                 optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         torch.set_rng_state(torch.from_numpy(file["rng"][:]))
         progress: dict[str, Any] = read_json(file, "progress")

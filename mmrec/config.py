@@ -49,6 +49,9 @@ class ModelConfig:
     """Taps of the causal depthwise convolution; 1 leaves it out."""
     dropout: float = 0.0
     """Probability of zeroing an element of each branch's output while training."""
+    ngrams: int = 0
+    """Rows of the embedding of the last two and three tokens, which share them by a hash; 0 is
+    none."""
     horizon: int = 256
     """Longest time constant, in tokens, given to the memories at initialisation."""
 
@@ -64,6 +67,7 @@ class ModelConfig:
         _require(
             self.width % self.blocks == 0, f"blocks must divide the width {self.width}", self.blocks
         )
+        _require(self.ngrams >= 0, "ngrams must be >= 0", self.ngrams)
         _require(0 <= self.dropout < 1, "dropout must lie in [0, 1)", self.dropout)
         _require(0 < self.ffn <= 64, "ffn must lie in (0, 64]", self.ffn)
         good = bool(self.layers) and set(self.layers) <= set("slbn")
@@ -107,16 +111,18 @@ class TrainConfig:
     """Tokens in a window."""
     accumulate: int = 1
     """Micro-batches in one optimizer step."""
-    lr: float = 3e-3
-    """Peak learning rate."""
+    lr: float = 1e-2
+    """Peak learning rate of AdamW, which moves embeddings, norms and biases."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon, which moves the weight matrices."""
     min_lr: float = 0.0
     """Learning rate at the end, as a fraction of the peak."""
     warmup: float = 0.03
     """Warmup as a fraction of the run."""
-    schedule: str = "cosine"
+    schedule: str = "linear"
     """``cosine``, ``linear`` or ``constant``, after the warmup."""
     weight_decay: float = 0.1
-    """AdamW weight decay, on matrices only."""
+    """Weight decay, on matrices only, a share of muon_lr."""
     beta1: float = 0.9
     """AdamW first-moment decay."""
     beta2: float = 0.95
@@ -147,7 +153,7 @@ class TrainConfig:
             _require(
                 isinstance(value, int) and value >= 1, f"{name} must be a whole number >= 1", value
             )
-        for name in ("lr", "clip"):
+        for name in ("lr", "muon_lr", "clip"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"{name} must be finite and > 0", value)
         for name in ("steps", "epochs", "minutes"):

@@ -4,7 +4,7 @@ Axes: B batch, T time, D width, H heads, P = D / H, F feed-forward width, V voca
 
 One layer, with σ the sigmoid and u the input after norm and a short causal convolution:
 
-    [z, f, g, r, q, k, v, a, b] = u W_in                               one fused projection
+    [z, f, g, q, k, v, a, b, r] = u W_in                               one fused projection
     h_t = (1 - γ_t) z_t σ(h_{t-1} W_g + g_t) + γ_t h_{t-1},  γ = σ(f + b_γ)       short-term
     S_t = α_t S_{t-1} + k̂_t β_t (v_t - α_t S_{t-1}ᵀ k̂_t)ᵀ,  o_t = S_tᵀ q̂_t,
                                                   α = σ(a + b_α), β = σ(b)        long-term
@@ -24,8 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrec.config import ModelConfig
-from mmrec.kernels import associative_memory, gated_recurrence
+from mmrec.kernels import (
+    associative_memory,
+    gated_recurrence,
+    gated_scan,
+    norm_conv,
+    squared_relu,
+)
 
+PRIMES = (1_000_003, 998_244_353, 2_654_435_761)  # of the hash of pairs and triples
 LOSS_ROWS = 512  # tokens whose logits are alive at once in the loss
 
 
@@ -40,27 +47,28 @@ class LayerState(NamedTuple):
     """(B, H, P, P), long-term memory, if the layer has one."""
 
 
-State = list[LayerState]
+class State(NamedTuple):
+    """What the model remembers between calls."""
+
+    recent: Tensor
+    """(B, 2) int64, the last two tokens."""
+    layers: list[LayerState]
 
 
 class Linear(nn.Module):
-    """Matrix product without bias, in float32 or, where asked, in bfloat16 inside."""
+    """Matrix product without bias, in float32 or, where asked, in bfloat16."""
 
     def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.reduced = False  # bfloat16 products
         if zero:
             nn.init.zeros_(self.weight)
         else:
             nn.init.normal_(self.weight, std=inputs**-0.5)
 
-    def forward(self, x: Tensor, *, keep: bool = False) -> Tensor:
-        """x (…, inputs) to (…, outputs); ``keep`` leaves a bfloat16 product as it is."""
-        if not self.reduced:
-            return F.linear(x, self.weight)
-        y = F.linear(x.bfloat16(), self.weight.bfloat16())
-        return y if keep else y.float()
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, inputs) to (…, outputs), in the dtype of x."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -70,23 +78,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, 1e-6)
-
-
-class _ReluSquared(torch.autograd.Function):
-    """relu(x)², keeping one tensor for backward where relu and square would keep two."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        kept = x.relu()
-        ctx.save_for_backward(kept)
-        return kept * kept
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (kept,) = ctx.saved_tensors
-        return (grad * kept).mul_(2)
+    def forward(self, x: Tensor, *, half: bool = False) -> Tensor:
+        return norm_conv(x, self.weight[None], half=half)[0]
 
 
 def spread_decays(count: int, horizon: int) -> Tensor:
@@ -102,24 +95,21 @@ class Layer(nn.Module):
         super().__init__()
         width, heads = config.width, config.heads
         self.short, self.long, self.heads = kind in "sbn", kind in "lb", heads
-        self.parts = [width]  # r
-        if self.short:
-            self.parts += [width] * 3  # z, f, g
+        self.parts = [width] * 3 * self.short  # z, f, g
         if self.long:
             self.parts += [width] * 3 + [heads] * 2  # q, k, v, a, b
-        self.norm = RMSNorm(width)
+        self.parts += [width]  # r
         self.taps = nn.Parameter(torch.zeros(config.conv, width))
         nn.init.ones_(self.taps.data[-1])  # at first the convolution passes its input through
         self.project = Linear(width, sum(self.parts))
         if self.short:
             self.decay_bias = nn.Parameter(spread_decays(width, config.horizon))
-            self.short_norm = RMSNorm(width)
+        self.recurrent = None
         if kind in "sb":
             size = width // config.blocks
             self.recurrent = nn.Parameter(torch.empty(config.blocks, size, size))
             nn.init.normal_(self.recurrent, std=size**-0.5)
-        else:
-            self.register_parameter("recurrent", None)
+            self.short_norm = RMSNorm(width)
         if self.long:
             self.memory_bias = nn.Parameter(spread_decays(heads, config.horizon))
             self.long_norm = RMSNorm(width)
@@ -139,35 +129,35 @@ class Layer(nn.Module):
             self.taps.new_zeros(batch, self.heads, size, size) if self.long else None,
         )
 
-    def _convolve(self, u: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        taps, time = self.taps.shape[0], u.shape[1]
-        if taps == 1:
-            return u * self.taps[0], before
-        padded = torch.cat((before, u), 1)  # (B, conv - 1 + T, D)
-        out = padded[:, :time] * self.taps[0]
-        for i in range(1, taps):
-            out = torch.addcmul(out, padded[:, i : i + time], self.taps[i])
-        return out, padded[:, time:]
-
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """Map x (B, T, D) and the state to the new x and the new state."""
-        u, taps = self._convolve(self.norm(x), state.taps)
-        r, *parts = self.project(u).split(self.parts, dim=-1)
+    def remember(self, p: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """Both memories: projections p (B, T, …) to their gated outputs (B, T, D)."""
         h_last, s_last, mixed = state.h, state.s, []
+        *parts, r = (p.float() if p.dtype == torch.bfloat16 else p).split(self.parts, dim=-1)
         if self.short:
             z, f, g = parts[:3]
             h, h_last = gated_recurrence(z, g, f + self.decay_bias, self.recurrent, state.h)
             mixed.append(self.short_norm(h))
         if self.long:
-            q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in parts[-5:-2])
+            q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in parts[-5:-2])
             a, b = parts[-2:]
             o, s_last = associative_memory(q, k, v, a + self.memory_bias, b, state.s)
             mixed.append(self.long_norm(o.flatten(-2)))
         y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
-        x = x + self.dropout(self.merge(y * F.silu(r)))
-        hidden = _ReluSquared.apply(self.ffn_in(self.ffn_norm(x), keep=True))
+        return (y * F.silu(r)).to(p.dtype), LayerState(state.taps, h_last, s_last)
+
+    def forward(self, x: Tensor, state: LayerState, *, half: bool) -> tuple[Tensor, LayerState]:
+        """Map x (B, T, D) and the state to the new x and the new state."""
+        u, taps = norm_conv(x, self.taps, state.taps, half=half)
+        p = self.project(u)
+        if self.long or self.recurrent is not None:
+            y, state = self.remember(p, state)
+        else:
+            y, h_last = gated_scan(p, self.decay_bias, state.h)
+            state = LayerState(taps, h_last, None)
+        x = x + self.dropout(self.merge(y))
+        hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
         x = x + self.dropout(self.ffn_out(hidden))
-        return x, LayerState(taps, h_last, s_last)
+        return x, state._replace(taps=taps)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -215,6 +205,9 @@ class Model(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         nn.init.normal_(self.embedding, std=0.02)
+        if config.ngrams:
+            self.ngrams = nn.Parameter(torch.empty(config.ngrams, config.width))
+            nn.init.normal_(self.ngrams, std=0.02)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
         self.reduced = False  # bfloat16 products
@@ -222,35 +215,48 @@ class Model(nn.Module):
     def set_precision(self, precision: str) -> None:
         """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
         self.reduced = precision == "bfloat16"
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.reduced = self.reduced
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: weight decay on matrices only (not norms, biases, embedding)."""
+        """Optimizer groups: the layers' matrices, which Muon moves, and all else, undecayed."""
         matrices: list[Tensor] = []
         others: list[Tensor] = []
-        for name, p in self.named_parameters():
-            plain = p.ndim < 2 or name.endswith("taps") or name == "embedding"
-            (others if plain else matrices).append(p)
+        for name, p in self.layers.named_parameters():
+            (others if p.ndim < 2 or name.endswith("taps") else matrices).append(p)
+        others += [p for name, p in self.named_parameters() if not name.startswith("layers.")]
         return [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": weight_decay, "muon": True},
+            {"params": others, "weight_decay": 0.0, "muon": False},
         ]
 
     def start(self, batch: int) -> State:
         """The state of every layer before any token."""
-        return [layer.start(batch) for layer in self.layers]  # type: ignore[operator]
+        recent = torch.zeros(batch, 2, dtype=torch.int64, device=self.embedding.device)
+        return State(recent, [layer.start(batch) for layer in self.layers])  # type: ignore[operator]
+
+    def embed(self, tokens: Tensor, recent: Tensor) -> Tensor:
+        """Sum of the embeddings of each token (B, T) and of the pair and triple that it ends.
+
+        Pairs and triples share one table by a hash (Svenstrup et al. 2017, arXiv:1709.03933).
+        """
+        x = F.embedding(tokens, self.embedding)
+        if self.config.ngrams:
+            all_tokens = torch.cat((recent, tokens), 1)
+            pair = all_tokens[:, 1:-1] * PRIMES[0] + tokens
+            triple = all_tokens[:, :-2] * PRIMES[1] + pair
+            for number in (pair, triple * PRIMES[2]):
+                x = x + F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
+        return x
 
     def hidden_states(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Final hidden states (B, T, D), normalised, for tokens (B, T) int64, and the new state."""
         state = self.start(tokens.shape[0]) if state is None else state
-        x = F.embedding(tokens, self.embedding)
+        x = self.embed(tokens, state.recent)
         after = []
-        for layer, before in zip(self.layers, state, strict=True):
-            x, last = layer(x, before)
+        for layer, before in zip(self.layers, state.layers, strict=True):
+            x, last = layer(x, before, half=self.reduced)
             after.append(last)
-        return self.norm(x), after
+        recent = torch.cat((state.recent, tokens), 1)[:, -2:]
+        return self.norm(x), State(recent, after)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (…, V) for hidden states (…, D)."""

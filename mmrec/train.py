@@ -20,6 +20,7 @@ from mmrec.data.batches import Batches, spread_pieces
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import LANES, Evaluation, evaluate
 from mmrec.model import Model, probe_bfloat16
+from mmrec.optimizer import Muon
 from mmrec.run import COLUMNS, Log, clock, epoch_row, overfitting
 from mmrec.schedule import lr_factor
 from mmrec.storage import atomic_file
@@ -77,9 +78,9 @@ class Trainer:
                 f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
             )
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = Muon(
             self.model.parameter_groups(config.weight_decay),
-            lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
+            lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
         )  # fmt: skip
         table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
         self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
@@ -133,9 +134,9 @@ class Trainer:
     def take_step(self) -> tuple[float, float, float]:
         """One optimizer step; returns loss, gradient norm and learning rate."""
         c = self.config
-        lr = c.lr * lr_factor(self.fraction(0.5), c.warmup, c.schedule, c.min_lr)
+        factor = lr_factor(self.fraction(0.5), c.warmup, c.schedule, c.min_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(self.progress.step)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
@@ -145,7 +146,7 @@ class Trainer:
                 f"{what} at step {self.progress.step + 1}: stopped before it reached the weights"
             )
         self.optimizer.step()
-        return loss, norm, lr
+        return loss, norm, c.lr * factor
 
     def save(self, name: str, *, whole: bool) -> None:
         """Write a checkpoint; ``whole`` ones can be resumed from."""

@@ -18,6 +18,7 @@ FILES = {
 ALLOWED = {
     "mmrec.kernels": {"mmrec.kernels"},
     "mmrec.config": set(),
+    "mmrec.optimizer": set(),
     "mmrec.schedule": set(),
     "mmrec.storage": {"mmrec.config"},
     "mmrec.data": {"mmrec.config", "mmrec.storage", "mmrec.data"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "mmrec.peers": {"mmrec.kernels"},
     "mmrec.bench": {"mmrec.kernels", "mmrec.peers"},
     "mmrec.train": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage", "mmrec.evaluate",
-                    "mmrec.checkpoint", "mmrec.run", "mmrec.schedule"},
+                    "mmrec.checkpoint", "mmrec.optimizer", "mmrec.run", "mmrec.schedule"},
 }  # fmt: skip
 
 

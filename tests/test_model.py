@@ -48,7 +48,7 @@ def test_whole_equals_chunks(cuts: list[int], layers: str) -> None:
             logits, state = model(tokens[:, lo:hi], state)
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
-    for one, other in zip(last, state, strict=True):
+    for one, other in zip(last.layers, state.layers, strict=True):
         for a, b in zip(one, other, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
@@ -145,4 +145,4 @@ def test_a_single_tap_leaves_the_convolution_out() -> None:
     model = awake(dataclasses.replace(SMALL, conv=1))
     logits, state = model(torch.randint(0, 40, (1, 5)))
     assert logits.shape == (1, 5, 40)
-    assert state[0].taps.shape == (1, 0, 16)
+    assert state.layers[0].taps.shape == (1, 0, 16)

@@ -7,9 +7,21 @@
 [1.0, 1.5, 1.75]
 """
 
+from mmrec.kernels.gated_scan.autograd import gated_scan
 from mmrec.kernels.memory.autograd import associative_memory
+from mmrec.kernels.norm_conv.autograd import norm_conv
 from mmrec.kernels.recurrence.autograd import gated_recurrence
 from mmrec.kernels.scan.autograd import scan
 from mmrec.kernels.scan.products import cumprod, log_cumprod
+from mmrec.kernels.squared_relu.autograd import squared_relu
 
-__all__ = ["associative_memory", "cumprod", "gated_recurrence", "log_cumprod", "scan"]
+__all__ = [
+    "associative_memory",
+    "cumprod",
+    "gated_recurrence",
+    "gated_scan",
+    "log_cumprod",
+    "norm_conv",
+    "scan",
+    "squared_relu",
+]

@@ -1,4 +1,7 @@
-"""Sigmoid for kernels: float32 by a polynomial that vectorises, float64 by the library's exp."""
+"""Activations of scalars for kernels.
+
+Sigmoid: float32 by a polynomial that vectorises, float64 by the library's exp.
+"""
 
 import math
 
@@ -13,6 +16,7 @@ _C2, _C3, _C4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
 _C5, _C6, _ONE = np.float32(1 / 120), np.float32(1 / 720), np.float32(1)
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to nearest
 _LIMIT = np.float32(87.0)
+_ZERO = np.float32(0)
 
 
 def _sigmoid32(x):  # type: ignore[no-untyped-def]
@@ -38,3 +42,21 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 @overload(sigmoid, jit_options={"fastmath": {"contract"}})
 def _sigmoid_compiled(x):  # type: ignore[no-untyped-def]
     return _sigmoid32 if x == types.float32 else _sigmoid64
+
+
+def _relu32(x):  # type: ignore[no-untyped-def]
+    return _ZERO if x < _ZERO else x
+
+
+def _relu64(x):  # type: ignore[no-untyped-def]
+    return 0.0 if x < 0.0 else x
+
+
+def relu(x):  # type: ignore[no-untyped-def]
+    """The larger of 0 and one float32 or float64 scalar, in its own type; NaN stays."""
+    return _relu32(x) if isinstance(x, np.float32) else _relu64(x)
+
+
+@overload(relu)
+def _relu_compiled(x):  # type: ignore[no-untyped-def]
+    return _relu32 if x == types.float32 else _relu64

@@ -1,0 +1,179 @@
+"""The learning race: who has learnt most of a text after so many seconds on the same cores?
+
+    python benchmarks/race.py input.txt --seconds 30 108 300 --nanogpt path/to/nanoGPT
+    python benchmarks/race.py input.txt --search gru lstm --seconds 40
+
+Contenders (benchmarks/contenders.py) train in turn, each in a process of its own, for the same
+wall-clock seconds, with a learning-rate schedule that ends at that time; compilation, warm-up and
+validation are not counted. Scores are over the whole validation split, medians over seeds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from contenders import LOOP, SETTINGS, pair
+
+from mmrec.bench import machine
+
+RESULTS = Path(__file__).parent / "results"
+# One axis after the other; a peer takes the best value of each before the next is tried.
+SEARCH: dict[str, list[Any]] = {
+    "lr": [1e-3, 2e-3, 4e-3, 8e-3],
+    "batch": [4, 8, 16, 32],
+    "seq_len": [64, 128, 256],
+    "width": [96, 128, 192, 256, 384],
+    "depth": [1, 2, 3, 4, 6],
+    "bf16": [False, True],
+    "compile": [False, True],
+}
+FIXED = {"nanogpt": set(SEARCH), "nanogpt-tuned": {"bf16", "compile"}, "mmrec": set(SEARCH)}
+
+
+def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
+            settings: dict[str, Any], *, curve: bool = True) -> dict[str, Any]:  # fmt: skip
+    """Run one contender in its own process."""
+    command = [sys.executable, str(Path(__file__).with_name("contenders.py")), name, args.data,
+               "--tokenizer", args.tokenizer, "--seconds", str(seconds), "--seed", str(seed),
+               "--preset", args.preset]  # fmt: skip
+    command += [] if curve else ["--no-curve"]
+    command += ["--nanogpt", str(args.nanogpt)] if args.nanogpt else []
+    command += ["--threads", str(args.threads)] if args.threads else []
+    if settings:
+        command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
+    load = os.getloadavg()[0]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"name": name, "seed": seed, "budget": seconds, "error": done.stderr[-300:]}
+    return json.loads(done.stdout.splitlines()[-1]) | {"load": load}
+
+
+def search(name: str, args: argparse.Namespace) -> None:
+    """Try one setting after another at the first budget, and say what was best."""
+    best: dict[str, Any] = dict(args.set)
+    start = LOOP | SETTINGS[name]
+    score = measure(name, args, args.seconds[0], 0, best, curve=False)["loss"]
+    print(f"{name}: {score:.4f} as it stands", flush=True)
+    for key, values in SEARCH.items():
+        if key in FIXED.get(name, set()):
+            continue
+        for value in values:
+            if value == (start | best)[key]:
+                continue
+            made = measure(name, args, args.seconds[0], 0, best | {key: value}, curve=False)
+            loss = made.get("loss", float("inf"))
+            print(f"  {name} {key}={value}: {loss:.4f}", flush=True)
+            if loss < score:
+                score, best = loss, best | {key: value}
+    print(f"{name}: {score:.4f} with {json.dumps(best)}", flush=True)
+
+
+def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
+    """Markdown lines, a contender a line, a budget a column: median of the seeds and their span."""
+    budgets = sorted({r["budget"] for r in rows})
+    key = "loss" if unit == "nats/char" else "bits_per_byte"
+    lines = [f"| {unit} after | " + " | ".join(f"{b:g} s" for b in budgets)
+             + " | parameters | tokens/s | ready after |"]  # fmt: skip
+    lines.append("|---" * (len(budgets) + 4) + "|")
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = [r for r in rows if r["name"] == name and "error" not in r]
+        if not mine:
+            continue
+        cells = []
+        for budget in budgets:
+            got = [r[key] for r in mine if r["budget"] == budget]
+            span = f" ({min(got):.3f}–{max(got):.3f})" if len(got) > 1 else ""
+            cells.append(f"{statistics.median(got):.3f}{span}" if got else "")
+        rate = statistics.median(r["tokens"] / r["seconds"] for r in mine)
+        ready = statistics.median(r["ready"] for r in mine)
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mine[-1]['parameters'] / 1e6:.2f} M"
+                     f" | {rate:,.0f} | {ready:.0f} s |")  # fmt: skip
+    return lines
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
+    """Final scores by budget as lines with dots, validation on the way as thin lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(r["budget"] for r in rows)
+    finals: list[float] = []
+    for i, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
+        mine = [r for r in rows if r["name"] == name and "error" not in r]
+        points = []
+        for budget in sorted({r["budget"] for r in mine}):
+            got = [r for r in mine if r["budget"] == budget]
+            key = "loss" if unit == "nats/char" else "bits_per_byte"
+            points.append((budget, statistics.median(r[key] for r in got)))
+        finals += [y for _, y in points]
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name,
+                  linewidth=2.5 if name == "mmrec" else 1.2)  # fmt: skip
+        for r in mine:
+            if r["budget"] == longest and r["seed"] == 0:
+                scale = r[key] / r["loss"]
+                axes.plot([s for s, _ in r["curve"]], [y * scale for _, y in r["curve"]],
+                          color=f"C{i}", alpha=0.35, linewidth=0.8)  # fmt: skip
+    axes.set(xlabel="seconds of training", ylabel=f"validation loss ({unit})", title=title)
+    axes.set_ylim(min(finals) * 0.985, sorted(finals)[-max(1, len(finals) // 10)] * 1.05)
+    axes.set_xscale("log")
+    budgets = sorted({r["budget"] for r in rows})
+    axes.set_xticks(budgets, [f"{b:g}" for b in budgets])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", help="corpus name or text file")
+    parser.add_argument("--tokenizer", default="char", help="char, byte or bpe")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[108.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--search", nargs="+", choices=list(SETTINGS), help="tune these peers")
+    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings for a search")
+    parser.add_argument("--preset", default="tiny", help="of mmrec")
+    parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", help="name of the results, otherwise that of the data")
+    parser.add_argument("--add", action="store_true", help="keep the rows of contenders not run")
+    args = parser.parse_args()
+    if args.search:
+        for name in args.search:
+            search(name, args)
+        return
+    if not args.nanogpt:
+        args.contenders = [c for c in args.contenders if not c.startswith("nanogpt")]
+    unit = "nats/char" if args.tokenizer == "char" else "bits per byte"
+    stem = args.out or f"race-{Path(args.data).stem}"
+    title = f"{args.out or Path(args.data).parent.name or args.data}, {machine()['cpu']}, 2 cores"
+    path, rows = RESULTS / f"{stem}.json", []
+    if args.add and path.exists():
+        again = {(n, s) for n in args.contenders for s in args.seconds}
+        old = json.loads(path.read_text())["rows"]
+        rows = [r for r in old if (r["name"], r["budget"]) not in again]
+    for seconds in args.seconds:
+        for seed in range(args.seeds):
+            for name in args.contenders:
+                row = measure(name, args, seconds, seed, {})
+                rows.append(row)
+                said = (
+                    row.get("error")
+                    or f"{row['loss']:.4f} nats, {row['bits_per_byte']:.4f} bits/byte"
+                )
+                print(f"{seconds:g} s, seed {seed}, {name}: {said}", flush=True)
+                RESULTS.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print("\n".join(table(rows, unit)))
+    plot(rows, path.with_suffix(".png"), title, unit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The optimizer: Muon for weight matrices, AdamW for all else."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """Nearest matrices with all singular values near 1 (0.7 to 1.2), x (N, rows, columns).
+
+    Newton-Schulz iteration with the coefficients of Jordan et al., "Muon" (2024),
+    kellerjordan.github.io/posts/muon, in bfloat16.
+    """
+    turned = x.shape[-2] > x.shape[-1]
+    x = (x.mT if turned else x).bfloat16()
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x.mT if turned else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with ``muon=True``, AdamW for the others; all rates follow ``peak``.
+
+    A matrix moves by its orthogonalised momentum: every direction by the same amount, however small
+    its gradient. Source: Jordan et al. 2024, as above; Nesterov momentum and the factor
+    sqrt(max(1, rows / columns)) are theirs.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        muon_lr: float,
+        momentum: float = 0.95,
+    ) -> None:
+        """Groups hold ``params``, ``weight_decay`` and ``muon``; matrices may have more axes."""
+        matrices = [g for g in groups if g["muon"]]
+        self._adam = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=lr, betas=betas,
+                                       fused=True)  # fmt: skip
+        super().__init__(matrices, {"lr": muon_lr, "momentum": momentum})
+        self.param_groups += self._adam.param_groups
+        self._adam.state = self.state
+        for group in self.param_groups:
+            group["peak"] = group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step(group)
+        self._adam.step()
+
+    def _step(self, group: dict[str, Any]) -> None:
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(state["momentum"], group["momentum"])
+            shape = p.shape[-2:]
+            alike[shape] += zip(p.view(-1, *shape), update.view(-1, *shape), strict=True)
+        for (rows, columns), pairs in alike.items():
+            steps = orthogonalise(torch.stack([u for _, u in pairs]))
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            for (p, _), step in zip(pairs, steps, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
