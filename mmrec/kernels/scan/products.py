@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.kernels.arrays import check_lead, check_values, count, empty, flat, start, widen
+from mmrec.kernels.arrays import (
+    check_lead,
+    check_values,
+    count,
+    empty,
+    flat,
+    narrowed,
+    start,
+    widen,
+)
 from mmrec.kernels.ops import register
 from mmrec.kernels.scan import kernel, product_kernel
 from mmrec.kernels.threads import sequences
@@ -30,7 +39,7 @@ def _block(rows: int, width: int) -> int:
 def _cumprod(gamma: Tensor, y0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, time, width = gamma.shape
     seqs = sequences(batch, time, cu_seqlens)
-    y, y0, last = empty(gamma.shape, gamma.dtype), y0.contiguous(), y0.new_empty(y0.shape)
+    y, y0, last = empty(gamma), y0.contiguous(), empty(y0)
     arrays = [x.numpy() for x in (y0, y, last)]
     inputs = (*flat(gamma), *arrays, seqs, *_EXPONENTS[y.dtype])
     if width <= product_kernel.NARROW:
@@ -44,7 +53,7 @@ def _cumprod(gamma: Tensor, y0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tens
 def _log_cumprod(gamma: Tensor, l0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, time, width = gamma.shape
     seqs = sequences(batch, time, cu_seqlens)
-    out, l0, last = empty(gamma.shape, gamma.dtype), l0.contiguous(), l0.new_empty(l0.shape)
+    out, l0, last = empty(gamma), l0.contiguous(), empty(l0)
     arrays = [x.numpy() for x in (l0, out, last)]
     block = _block(len(seqs), width)
     product_kernel.log_cumprod_fwd(*flat(gamma), *arrays, seqs, block, work=5.0 * out.numel())
@@ -65,7 +74,7 @@ def _cumprod_bwd(
 ) -> tuple[Tensor, Tensor]:
     batch, time, width = y.shape
     seqs = sequences(batch, time, cu_seqlens)
-    dgamma, dy0 = empty(y.shape, y.dtype), y0.new_empty(y0.shape)
+    dgamma, dy0 = empty(y), empty(y0)
     y0, dyt, y = y0.contiguous(), dyt.contiguous(), y.contiguous()
     inputs = (y0.numpy(), y.numpy(), *flat(dy), dyt.numpy())
     dg, dy0_ = dgamma.numpy(), dy0.numpy()
@@ -82,7 +91,7 @@ def _log_cumprod_bwd(
 ) -> tuple[Tensor, Tensor]:
     batch, time, width = out.shape
     seqs = sequences(batch, time, cu_seqlens)
-    dgamma, dl0 = empty(out.shape, out.dtype), l0.new_empty(l0.shape)
+    dgamma, dl0 = empty(out), empty(l0)
     dlt, out = dlt.contiguous(), out.contiguous()
     arrays = [x.numpy() for x in (dlt, dgamma, dl0)]
     product_kernel.log_cumprod_bwd(*flat(gamma), out.numpy(), *flat(dout), *arrays, seqs,
@@ -129,7 +138,7 @@ def _product(
         if bool((wide < low).any()):
             raise ValueError(f"gamma must be >= {low:g}; got {float(wide.min()):g}")
     out, last = op(wide, s0, cu_seqlens)
-    return out.to(dtype), last
+    return narrowed(out, dtype), last
 
 
 def cumprod(
