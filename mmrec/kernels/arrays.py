@@ -45,13 +45,18 @@ _HUGE = 1 << 24  # bytes; what is smaller, glibc gives out again with its pages 
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous CPU tensor, on huge pages where it is large and Linux has them.
+def empty(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """An uninitialised contiguous tensor, on huge pages where it is large and Linux has them.
+
+    Its dtype is that of ``like``, and so is its shape if none is given.
 
     A first write to fresh memory faults once a page. At 4 KiB a page that takes longer than a scan
     of 128 MiB itself; at 2 MiB a page it does not count. It is advice: refused, nothing changes.
     """
-    x = torch.empty(shape, dtype=dtype)
+    if shape is None:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+    else:
+        x = like.new_empty(shape)
     size = x.numel() * x.element_size()
     if _madvise is not None and size >= _HUGE:
         low = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -63,6 +68,11 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
 def widen(x: Tensor | None) -> Tensor | None:
     """A half-precision tensor in float32; any other as it is."""
     return x.float() if x is not None and x.dtype in HALF else x
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Back from ``widen``. (That x has the dtype already is not for torch to find out, in 2 µs.)"""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def count(batch: int, cu_seqlens: Tensor | None) -> int:
@@ -130,13 +140,14 @@ def expand(name: str, x: Tensor, shape: tuple[int, ...], axes: str, dtype: torch
         raise ValueError(
             f"{name} must be a tensor that broadcasts to ({axes}) = {shape}; got {type(x).__name__}"
         )
-    fits = x.ndim <= len(shape) and all(
-        n in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False)
+    fits = x.shape == shape or (
+        x.ndim <= len(shape)
+        and all(n in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False))
     )
     if not fits:
         raise ValueError(f"{name} must broadcast to ({axes}) = {shape}; got {tuple(x.shape)}")
     check(name, x, tuple(x.shape), axes, dtype)
-    return x.expand(shape)
+    return x if x.shape == shape else x.expand(shape)
 
 
 def start(name: str, state: Tensor | None, like: Tensor, shape: tuple[int, ...], axes: str,

@@ -18,8 +18,6 @@ _functorch: Any = torch._C._functorch
 
 def _transformed() -> bool:
     """Whether a torch.func transform or forward mode is at work."""
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -80,9 +78,14 @@ def register(
     function: Any = type(f"_{name}", (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if not _transformed():
+        if torch.compiler.is_compiling():
             return op(*args)
-        _refuse_nested_jvp(full)
-        return function.apply(*args)
+        if _transformed():
+            _refuse_nested_jvp(full)
+            return function.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # as torch's rule would, for less
+            return op(*args)
 
     return call

@@ -42,6 +42,9 @@ def test_products_agree_with_reference(op: laws.Op, truth: laws.Op, size: tuple)
 
 def test_long_sequences_of_few_channels() -> None:
     """More steps than are walked at a time, in both directions, and channels not in fours."""
+    for width in (2, 6):
+        gamma = 1 + 0.1 * (torch.rand(2, 1100, width, dtype=torch.float64) - 0.5)
+        laws.agrees(cumprod, reference.cumprod, [gamma, torch.rand(2, width).double()], 1e-11)
     inputs = scan_inputs(2, 1100, 6)
     for reverse in (False, True):
         op = partial(scan, reverse=reverse)
@@ -139,8 +142,8 @@ def test_gates_of_a_channel_or_a_token(width: int) -> None:
 def test_threads_do_not_change_bits() -> None:
     for width in (5, 200):
         laws.ignores_threads(scan, scan_inputs(3, 8, width, torch.float32))
-    for op, _ in PRODUCTS:
-        laws.ignores_threads(op, gamma_inputs(1, 8, 200, torch.float32))
+        for op, _ in PRODUCTS:
+            laws.ignores_threads(op, gamma_inputs(3, 8, width, torch.float32))
 
 
 def test_half_precision_in_and_out() -> None:
@@ -234,6 +237,29 @@ def test_long_product_does_not_underflow() -> None:
     there_and_back = torch.cat((torch.full((1, 2000, 1), 0.5), torch.full((1, 2000, 1), 2.0)), 1)
     assert cumprod(there_and_back)[1].item() == 1.0
     assert torch.cumprod(there_and_back, 1)[0, -1].item() == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of NumPy, uncompiled
+@pytest.mark.parametrize("width", [1, 3, 6, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_that_leave_the_range_of_a_float_and_return(
+    width: int, dtype: torch.dtype
+) -> None:
+    """Against mantissa and exponent kept apart at every step: the same bits, near one and far."""
+    size = (1, 1100, width)
+    for spread in (0, 30, 100):  # powers of two by which a factor may differ from one
+        powers = torch.randint(-spread, spread + 1, size).double()
+        gamma = ((torch.rand(size) + 0.5) * powers.exp2()).to(dtype)
+        gamma[:, 600:700:7, 0], gamma[:, 900:, -1] = -1e-30, 0.0
+        m, e, want = torch.ones(width).double(), torch.zeros(width), []
+        for t in range(size[1]):
+            m, power = torch.frexp(m * gamma[0, t].double())
+            e += power
+            half = (e.clamp(-2000, 2000) / 2).floor().double()
+            want.append(m * half.exp2() * (e.clamp(-2000, 2000) - half).exp2())
+        assert torch.equal(cumprod(gamma)[0][0], torch.stack(want).to(dtype))
+        start = torch.ones(1, width).double()
+        laws.splits(cumprod, [gamma[:, :10].double()], [], start, [3, 7])
 
 
 def test_gradient_is_exact_at_zero() -> None:

@@ -45,7 +45,7 @@ def _fwd(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, s0: Tensor,
     cu_seqlens: Tensor | None, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    out, state, kept = (arrays.empty(n, q.dtype) for n in _shapes(q, cu_seqlens, keep))
+    out, state, kept = (arrays.empty(q, n) for n in _shapes(q, cu_seqlens, keep))
     state.copy_(s0)
     pieces, first = _pieces(q, cu_seqlens)
     kept[first[-1] :].zero_()  # room that packing did not need
@@ -66,8 +66,7 @@ def _bwd(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, kept: Tensor,
     cu_seqlens: Tensor | None, dout: Tensor, dstate: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    shapes = (x.shape for x in (q, k, v, decay, write, dstate))
-    *grads, adjoint = (arrays.empty(n, q.dtype) for n in shapes)
+    *grads, adjoint = (arrays.empty(x) for x in (q, k, v, decay, write, dstate))
     adjoint.copy_(dstate)
     inputs = [item for x in (q, k, v, decay, write) for item in flat(x)]
     results = (x.numpy() for x in (adjoint, *grads))
@@ -171,4 +170,4 @@ def associative_memory(
         arrays.check_values(**dict(zip(names, inputs, strict=True)))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     out, last, _ = _memory(*inputs, cu_seqlens, keep)
-    return out.to(q.dtype), last
+    return arrays.narrowed(out, q.dtype), last

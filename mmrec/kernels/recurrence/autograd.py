@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.kernels.arrays import HALF, check_lead, check_values, count, empty, expand, flat, start
+from mmrec.kernels.arrays import (
+    HALF,
+    check_lead,
+    check_values,
+    count,
+    empty,
+    expand,
+    flat,
+    narrowed,
+    start,
+)
 from mmrec.kernels.arrays import check as check_shape
 from mmrec.kernels.ops import register
 from mmrec.kernels.recurrence import kernel
@@ -53,8 +63,8 @@ def _run(
     z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
     cu_seqlens: Tensor | None, mixed: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    h, s = empty(z.shape, z.dtype), empty(z.shape if keep else (0,), z.dtype)
-    h_last = h0.new_empty(h0.shape)
+    h, s = empty(z), empty(z, None if keep else (0,))
+    h_last = empty(h0)
     spans, tiles = _walk(z, cu_seqlens)
     kernel.recurrence_fwd(
         *flat(z), *flat(gate), *flat(decay),
@@ -75,8 +85,8 @@ def _run_bwd(
     dh: Tensor, dh_last: Tensor, z: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
     h: Tensor, s: Tensor, cu_seqlens: Tensor | None, mixed: bool, learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dz, dg, df = (empty(z.shape, z.dtype) for _ in range(3))
-    dw, dh0 = weight.new_zeros(weight.shape if learn else (0,)), h0.new_empty(h0.shape)
+    dz, dg, df = (empty(z) for _ in range(3))
+    dw, dh0 = weight.new_zeros(weight.shape if learn else (0,)), empty(h0)
     spans, tiles = _walk(z, cu_seqlens)
     kernel.recurrence_bwd(
         *flat(z), *flat(decay), *flat(dh),
@@ -209,4 +219,4 @@ def gated_recurrence(
     inputs = (z, gate, decay, weight, h0)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     h, h_last, _ = _op(*inputs, cu_seqlens, mixed, keep)
-    return h.to(kind), h_last
+    return narrowed(h, kind), h_last

@@ -18,6 +18,7 @@ from mmrec.kernels.arrays import (
     empty,
     expand,
     flat,
+    narrowed,
     start,
     widen,
 )
@@ -40,7 +41,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     batch, time, width = b.shape
     seqs = sequences(batch, time, cu_seqlens)
-    h, h0, last = empty(b.shape, b.dtype), h0.contiguous(), h0.new_empty(h0.shape)
+    h, h0, last = empty(b), h0.contiguous(), empty(h0)
     inputs = (*_gate(a), *flat(b), *(x.numpy() for x in (h0, h, last)), seqs)
     work = 0.3 * h.numel() + 10 * batch * time
     narrow = 4 <= width <= kernel.NARROW
@@ -71,7 +72,7 @@ def _scan_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, time, width = h.shape
     seqs = sequences(batch, time, cu_seqlens)
-    da, db, dh0 = empty(h.shape, h.dtype), empty(h.shape, h.dtype), h0.new_empty(h0.shape)
+    da, db, dh0 = empty(h), empty(h), empty(h0)
     h0, h, dht = (x.contiguous().resolve_conj() for x in (h0, h, dht))
     outputs = [x.numpy() for x in (dht, da, db, dh0)]
     inputs = (*_gate(a), h0.numpy(), h.numpy(), *flat(dh), *outputs, seqs)
@@ -220,4 +221,4 @@ def scan(
     if check:
         check_values(a=a, b=b, h0=h0)
     h, last = scan_op(a, b, h0, cu_seqlens, reverse)
-    return h.to(dtype), last
+    return narrowed(h, dtype), last

@@ -1,18 +1,15 @@
-"""Numba kernels of the first-order scan and the product scans. Arrays in, arrays out, no checks.
+"""Numba kernels of the first-order scan. Arrays in, arrays out, no checks.
 
 Axes: N sequences, T time, D channels. Inputs are flat with strides over batch row and time (see
 ``arrays.flat``); outputs are (B, T, D), contiguous; states (N, D). ``seqs`` (N, 3) holds the batch
 row, first step and end of each sequence, so packed sequences and plain batches are one case. A task
-is one sequence, in the product scans one block of its channels: channels never meet, so tasks share
-nothing they write, and no result depends on the number of threads. (In the scan a second thread on
-the other half of each row only makes both wait longer for memory.)
+is one sequence: tasks share nothing they write, and no result depends on the number of threads. (A
+second thread on the other half of each row only makes both wait longer for memory.)
 
 Adjoint of ``h_t = a_t h_{t-1} + b_t`` (conjugates matter to complex numbers only):
 
     g_t = dh_t + a*_{t+1} g_{t+1},  da_t = g_t h*_{t-1},  db_t = g_t,  dh0 = a*_1 g_1
 """
-
-import math
 
 import numpy as np
 from numba import prange
@@ -173,110 +170,3 @@ def narrow_bwd(
                     )  # fmt: skip
                 ends[d : d + 4] = g
         dh0[s] = ends
-
-
-_EXPONENT = 0x7FF << 52  # the bits of a float64 that hold its exponent
-
-
-@kernel
-def cumprod_fwd(gamma, g_sb, g_st, y0, y, yt, seqs, block):
-    """Product scan with the exponent kept apart: y_t = m 2^e, 1 <= |m| < 2, e an integer.
-
-    That is log space with base 2, without the rounding of a logarithm: a product that would fall
-    below the smallest float on its way comes back if later factors raise it.
-    """
-    width = y.shape[2]
-    blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        m = y0[s, lo : lo + n].astype(np.float64)
-        e = np.zeros(n, np.int64)
-        yt[s, lo : lo + n] = y0[s, lo : lo + n]
-        for t in range(first, last):
-            at = row * g_sb + t * g_st + lo
-            g_t, y_t = gamma[at : at + n], y[row, t, lo : lo + n]
-            for d in range(n):
-                bits = np.float64(m[d] * g_t[d]).view(np.int64)
-                power = (bits & _EXPONENT) >> 52
-                # zero, infinity and NaN have no exponent to take out: they stay as they are
-                normal = (power > 0) & (power < 0x7FF)
-                kept = (bits & ~_EXPONENT) | (1023 << 52) if normal else bits
-                m[d] = np.int64(kept).view(np.float64)
-                e[d] += power - 1023 if normal else 0
-                # 2^e in two factors, so that a subnormal result is reached without a detour
-                half = min(max(e[d], -2000), 2000) >> 1
-                rest = min(max(e[d], -2000), 2000) - half
-                low = np.int64((half + 1023) << 52).view(np.float64)
-                high = np.int64((rest + 1023) << 52).view(np.float64)
-                y_t[d] = m[d] * low * high
-            if t == last - 1:
-                yt[s, lo : lo + n] = y_t
-
-
-@kernel
-def cumprod_bwd(gamma, g_sb, g_st, y0, y, dy, dy_sb, dy_st, dyt, dgamma, dy0, seqs, block):
-    """dgamma_t = y_{t-1} r_t with r_t = dy_t + gamma_{t+1} r_{t+1}: no division, exact at zeros."""
-    width = y.shape[2]
-    blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        r = dyt[s, lo : lo + n].copy()
-        for t in range(last - 1, first - 1, -1):
-            at, ut = row * g_sb + t * g_st + lo, row * dy_sb + t * dy_st + lo
-            g_t, u_t = gamma[at : at + n], dy[ut : ut + n]
-            before = y[row, t - 1, lo : lo + n] if t > first else y0[s, lo : lo + n]
-            dg_t = dgamma[row, t, lo : lo + n]
-            for d in range(n):
-                x = r[d] + u_t[d]
-                dg_t[d] = x * before[d]
-                r[d] = x * g_t[d]
-        dy0[s, lo : lo + n] = r
-
-
-@kernel
-def log_cumprod_fwd(gamma, g_sb, g_st, l0, out, lt, seqs, block):
-    """l_t = l_{t-1} + log gamma_t, summed in float64; -inf from the first zero on."""
-    width = out.shape[2]
-    blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        total = l0[s, lo : lo + n].astype(np.float64)
-        for t in range(first, last):
-            at = row * g_sb + t * g_st + lo
-            for d in range(n):
-                x = gamma[at + d]
-                total[d] += math.log(x) if x > 0 else -np.inf if x == 0 else np.nan
-                out[row, t, lo + d] = total[d]
-        for d in range(n):
-            lt[s, lo + d] = total[d]
-
-
-@kernel
-def log_cumprod_bwd(gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, seqs, block):
-    """dgamma_t = (sum of dl_s over s >= t) / gamma_t; an l_s of -inf is constant."""
-    width = out.shape[2]
-    blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        total = dlt[s, lo : lo + n].astype(np.float64)
-        for d in range(n):
-            if last > first and out[row, last - 1, lo + d] == -np.inf:
-                total[d] = 0.0
-        for t in range(last - 1, first - 1, -1):
-            at, ut = row * g_sb + t * g_st + lo, row * d_sb + t * d_st + lo
-            for d in range(n):
-                if out[row, t, lo + d] == -np.inf:
-                    dgamma[row, t, lo + d] = 0.0
-                else:
-                    total[d] += dout[ut + d]
-                    dgamma[row, t, lo + d] = total[d] / gamma[at + d]
-        for d in range(n):
-            dl0[s, lo + d] = total[d]

@@ -8,10 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.kernels.arrays import check_lead, check_values, count, empty, flat, start, widen
+from mmrec.kernels.arrays import (
+    check_lead,
+    check_values,
+    count,
+    empty,
+    flat,
+    narrowed,
+    start,
+    widen,
+)
 from mmrec.kernels.ops import register
-from mmrec.kernels.scan import kernel
+from mmrec.kernels.scan import kernel, product_kernel
 from mmrec.kernels.threads import sequences
+
+# Every how many steps a product's exponent is looked at, how far from one the product may then be,
+# and beyond which exponents y is 0 or infinity. A float32 lies within 2^-149 and 2^128, so four of
+# them more do not take a product out of a float64's range.
+_EXPONENTS = {torch.float32: (4, 2.0**100, 900), torch.float64: (1, 1.0, 2000)}
 
 
 def _block(rows: int, width: int) -> int:
@@ -25,19 +39,24 @@ def _block(rows: int, width: int) -> int:
 def _cumprod(gamma: Tensor, y0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, time, width = gamma.shape
     seqs = sequences(batch, time, cu_seqlens)
-    y, y0, last = empty(gamma.shape, gamma.dtype), y0.contiguous(), y0.new_empty(y0.shape)
+    y, y0, last = empty(gamma), y0.contiguous(), empty(y0)
     arrays = [x.numpy() for x in (y0, y, last)]
-    kernel.cumprod_fwd(*flat(gamma), *arrays, seqs, _block(len(seqs), width), work=2.0 * y.numel())
+    inputs = (*flat(gamma), *arrays, seqs, *_EXPONENTS[y.dtype])
+    if width <= product_kernel.NARROW:
+        product_kernel.narrow_cumprod_fwd(*inputs, work=0.6 * y.numel())
+    else:
+        block = _block(len(seqs), width)
+        product_kernel.cumprod_fwd(*inputs, block, work=0.6 * y.numel())
     return y, last
 
 
 def _log_cumprod(gamma: Tensor, l0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, time, width = gamma.shape
     seqs = sequences(batch, time, cu_seqlens)
-    out, l0, last = empty(gamma.shape, gamma.dtype), l0.contiguous(), l0.new_empty(l0.shape)
+    out, l0, last = empty(gamma), l0.contiguous(), empty(l0)
     arrays = [x.numpy() for x in (l0, out, last)]
     block = _block(len(seqs), width)
-    kernel.log_cumprod_fwd(*flat(gamma), *arrays, seqs, block, work=5.0 * out.numel())
+    product_kernel.log_cumprod_fwd(*flat(gamma), *arrays, seqs, block, work=5.0 * out.numel())
     return out, last
 
 
@@ -55,11 +74,15 @@ def _cumprod_bwd(
 ) -> tuple[Tensor, Tensor]:
     batch, time, width = y.shape
     seqs = sequences(batch, time, cu_seqlens)
-    dgamma, dy0 = empty(y.shape, y.dtype), y0.new_empty(y0.shape)
+    dgamma, dy0 = empty(y), empty(y0)
     y0, dyt, y = y0.contiguous(), dyt.contiguous(), y.contiguous()
-    arrays = [x.numpy() for x in (dyt, dgamma, dy0)]
-    kernel.cumprod_bwd(*flat(gamma), y0.numpy(), y.numpy(), *flat(dy), *arrays, seqs,
-                       _block(len(seqs), width), work=1.0 * y.numel())  # fmt: skip
+    inputs = (y0.numpy(), y.numpy(), *flat(dy), dyt.numpy())
+    dg, dy0_ = dgamma.numpy(), dy0.numpy()
+    if 4 <= width <= product_kernel.NARROW:  # the scan's adjoint, whose db, written first, is lost
+        kernel.narrow_bwd(*flat(gamma), 1, *inputs, dg, dg, dy0_, seqs, False, work=0.8 * y.numel())
+    else:
+        block = _block(len(seqs), width)
+        product_kernel.cumprod_bwd(*flat(gamma), *inputs, dg, dy0_, seqs, block, work=y.numel())
     return dgamma, dy0
 
 
@@ -68,11 +91,11 @@ def _log_cumprod_bwd(
 ) -> tuple[Tensor, Tensor]:
     batch, time, width = out.shape
     seqs = sequences(batch, time, cu_seqlens)
-    dgamma, dl0 = empty(out.shape, out.dtype), l0.new_empty(l0.shape)
+    dgamma, dl0 = empty(out), empty(l0)
     dlt, out = dlt.contiguous(), out.contiguous()
     arrays = [x.numpy() for x in (dlt, dgamma, dl0)]
-    kernel.log_cumprod_bwd(*flat(gamma), out.numpy(), *flat(dout), *arrays, seqs,
-                           _block(len(seqs), width), work=2.0 * out.numel())  # fmt: skip
+    product_kernel.log_cumprod_bwd(*flat(gamma), out.numpy(), *flat(dout), *arrays, seqs,
+                                   _block(len(seqs), width), work=2.0 * out.numel())  # fmt: skip
     return dgamma, dl0
 
 
@@ -115,7 +138,7 @@ def _product(
         if bool((wide < low).any()):
             raise ValueError(f"gamma must be >= {low:g}; got {float(wide.min()):g}")
     out, last = op(wide, s0, cu_seqlens)
-    return out.to(dtype), last
+    return narrowed(out, dtype), last
 
 
 def cumprod(
