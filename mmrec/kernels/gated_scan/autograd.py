@@ -31,15 +31,15 @@ def _run_fake(
     p: Tensor, bias: Tensor, h0: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*p.shape[:2], bias.shape[0])
-    h = empty(shape if keep else (0,), bias.dtype)
-    return empty(shape, p.dtype), h, h0.new_empty(h0.shape)
+    h = empty(bias, shape if keep else (0,))
+    return empty(p, shape), h, empty(h0)
 
 
 def _run_bwd(
     dy: Tensor, dh_last: Tensor, p: Tensor, bias: Tensor, h0: Tensor, h: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dp, dbias, dh0 = empty(p.shape, p.dtype), torch.empty_like(h0), torch.empty_like(h0)
+    dp, dbias, dh0 = empty(p), empty(h0), empty(h0)
     spans = sequences(p.shape[0], p.shape[1], cu_seqlens)
     kernel.gated_scan_bwd(
         *flat_bits(p), *flat_bits(dy), line(bias), line(h0), line(h), line(dh_last), spans,

@@ -30,14 +30,14 @@ def _run(
 def _run_fake(
     x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None, half: bool
 ) -> tuple[Tensor, Tensor]:
-    u = empty(x.shape, torch.bfloat16 if half else x.dtype)
+    u = x.new_empty(x.shape, dtype=torch.bfloat16) if half else empty(x)
     return u, before.new_empty(before.shape)
 
 
 def _run_bwd(
     du: Tensor, dafter: Tensor, x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dbefore = empty(x.shape, x.dtype), before.new_empty(before.shape)
+    dx, dbefore = empty(x), empty(before)
     dtaps = taps.new_empty((before.shape[0], *taps.shape))
     spans = sequences(x.shape[0], x.shape[1], cu_seqlens)
     kernel.norm_conv_bwd(

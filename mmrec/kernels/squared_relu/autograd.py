@@ -23,11 +23,11 @@ def _run_bwd(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _run_fake(x: Tensor) -> Tensor:
-    return empty(x.shape, x.dtype)
+    return empty(x)
 
 
 def _run_bwd_fake(dy: Tensor, x: Tensor) -> Tensor:
-    return empty(x.shape, x.dtype)
+    return empty(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
