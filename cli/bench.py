@@ -1,12 +1,13 @@
 """``mmrec bench``: the kernels against what torch users run today."""
 
+import dataclasses
 import json
 import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrec.config import InputError
+from mmrec.config import InputError, TrainConfig, preset
 
 if TYPE_CHECKING:
     from mmrec.bench import Row
@@ -91,3 +92,40 @@ def recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = Fals
 def memory(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
     """Associative memory beside a loop in torch, shapes BxTxHxP."""
     _run("memory", 4, shape, repeats, as_json)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = "tiny",
+    vocab: Annotated[int | None, typer.Option(min=2, help="Tokens of the vocabulary.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 256,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the time by part.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A training step of a preset on random tokens: tokens/s, and with --profile where they go."""
+    config = preset(name)
+    if vocab is not None:
+        config = dataclasses.replace(config, vocab_size=vocab)
+    from mmrec.bench import machine
+    from mmrec.profile import profile as measure
+
+    made = measure(config, TrainConfig(batch=batch, seq_len=seq_len))
+    if as_json:
+        about = {"machine": machine(), "preset": name, "vocab": config.vocab_size}
+        about |= {"share": made.share, **dataclasses.asdict(made)}
+        typer.echo(json.dumps(about, indent=1))
+        return
+    typer.echo(f"{name}, vocabulary {config.vocab_size:,}, {batch} x {seq_len} tokens a step, "
+               f"products in {made.precision}")  # fmt: skip
+    if profile:
+        typer.echo(f"{'part':<24}{'ms':>8}{'of step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'of peak':>9}")
+        for part in made.parts:
+            line = f"{part.name:<24}{part.seconds * 1e3:8.2f}{part.seconds / made.seconds:9.0%}"
+            if part.flops:
+                rate = part.flops / part.seconds
+                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{rate / made.peak:9.0%}"
+            typer.echo(line)
+    typer.echo(f"step {made.seconds * 1e3:.1f} ms, {made.tokens / made.seconds:,.0f} tokens/s, "
+               f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.share:.0%} of the "
+               f"{made.peak / 1e9:.0f} that a large product reaches here")  # fmt: skip

@@ -45,7 +45,7 @@ def main(
 
 def run() -> None:
     """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted."""
-    prepare_process(sys.argv[1:2])
+    prepare_process(sys.argv[1:3])
     try:
         app()
     except InputError as error:

@@ -6,20 +6,20 @@ import os
 import time
 from pathlib import Path
 
-HEAVY = (["train"], ["eval"])  # commands that keep all cores at work; others take torch as it comes
+# Commands that keep all cores at work; others take torch as it comes.
+HEAVY = ("train", "eval", "bench train")
 
 
 def prepare_process(command: list[str]) -> None:
     """Set how idle threads wait and how freed memory is kept, for this command line's command."""
-    if command in HEAVY and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        # torch and Numba each bring an OpenMP pool whose idle threads spin, and while they spin
-        # nobody else has the core. On a quiet machine a short spin is best (tiny: 13,000 tokens/s;
-        # asleep at once: 10,000), beside a busy process none (8,000; short spin: 5,600; as they
-        # come: 4,100). A pool reads this when it is loaded.
-        if others_work():
-            os.environ["OMP_WAIT_POLICY"] = "passive"
-        else:
-            os.environ["GOMP_SPINCOUNT"] = "2000"
+    heavy = " ".join(command).startswith(HEAVY)
+    said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if heavy and not said and others_work():
+        # torch's OpenMP pool, which Numba's kernels run on too, spins while it is idle, and while
+        # it spins nobody else has the core. A step is many short pieces of work, so on a quiet
+        # machine that is best (tiny by character: 29,000 tokens/s; asleep at once: 15,000), beside
+        # a busy process it is worst (6,500; asleep: 14,000). The pool reads this as it is loaded.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     # Training frees and asks for the same tens of megabytes at each step. By default glibc gives
     # them back to the system and faults the pages in again: 12,000 a step of tiny, a tenth of its
     # time.

@@ -18,7 +18,7 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.model import Model
 from mmrec.storage import atomic_write, open_file, read_json, write_json
 
-KIND, SCHEMA = "checkpoint", 1
+KIND, SCHEMA = "checkpoint", 2
 RUNS = Path("runs")
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of Muon
 
@@ -107,7 +107,7 @@ def _read_model(file: h5py.File) -> Model:
 
 def load_model(path: Path) -> Loaded:
     """Read the model of a checkpoint. Raises InputError for every file that is not a whole one."""
-    with open_file(path, KIND, SCHEMA) as file:
+    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         model = _read_model(file)
         tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -119,7 +119,7 @@ def load_model(path: Path) -> Loaded:
 
 def read_info(path: Path) -> tuple[int, dict[str, Any], ModelConfig]:
     """Step, info and model configuration of a checkpoint, without its weights."""
-    with open_file(path, KIND, SCHEMA) as file:
+    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         config = from_dict(ModelConfig, read_json(file, "config"))
         return int(file.attrs["step"]), read_json(file, "info"), config
 
@@ -129,7 +129,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
     Raises InputError if the checkpoint was written without them.
     """
-    with open_file(path, KIND, SCHEMA) as file:
+    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         if "progress" not in file:
             raise InputError(f"{path} holds a model but no training state: resume from last.h5")
         step = int(file.attrs["step"])

@@ -10,6 +10,7 @@ from mmrec.model import Model
 
 PARTS = {
     "embedding": ("embedding",),
+    "pairs and triples": ("ngrams",),
     "projections": ("project.weight", "merge.weight"),
     "recurrent weights": ("recurrent",),
     "feed-forward": ("ffn_in.weight", "ffn_out.weight"),
@@ -45,7 +46,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
     FLOPs count a multiply and an add as two: twice the parameters that meet a token in a product,
     plus 8 P² a head for the long-term memory; training costs three times the forward. Training
-    memory is weights, gradients and two AdamW moments, 16 bytes a parameter, and the float32
+    memory is weights, gradients and Muon's moment or AdamW's two, 12 or 16 bytes a parameter, and
     activations kept for backward at batch 8 of 256 tokens. The time assumes products at the rate
     measured just now and is a lower bound of what training will take.
     """
@@ -53,12 +54,14 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     width, size = config.width, config.head_width
     kinds = config.kinds
     long, short = sum(k in "lb" for k in kinds), sum(k in "sbn" for k in kinds)
-    products = counts["total"] - counts["convolutions"] - counts["norms and biases"]
+    read = ("convolutions", "norms and biases", "pairs and triples")  # met without a product
+    products = counts["total"] - sum(counts[k] for k in read)
+    matrices = products - counts["embedding"]
     forward = 2 * products + long * config.heads * 8 * size * size
     # what a layer keeps for backward, in widths a token: residual, norms, taps, gates, activations
     kept = config.depth * (11 * width + 3 * config.hidden) + short * 7 * width + long * 6 * width
     state = config.depth * (config.conv - 1) * width + short * width + long * width * size
-    training = 16 * counts["total"] + 4 * BATCH * SEQ_LEN * kept
+    training = 16 * counts["total"] - 4 * matrices + 4 * BATCH * SEQ_LEN * kept
     return {
         "parameters": counts,
         "flops_per_token": {"forward": forward, "training": 3 * forward},

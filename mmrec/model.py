@@ -94,7 +94,8 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         width, heads = config.width, config.heads
-        self.short, self.long, self.heads = kind in "sbn", kind in "lb", heads
+        self.kind, self.heads = kind, heads
+        self.short, self.long = kind in "sbn", kind in "lb"
         self.parts = [width] * 3 * self.short  # z, f, g
         if self.long:
             self.parts += [width] * 3 + [heads] * 2  # q, k, v, a, b
@@ -149,7 +150,7 @@ class Layer(nn.Module):
         """Map x (B, T, D) and the state to the new x and the new state."""
         u, taps = norm_conv(x, self.taps, state.taps, half=half)
         p = self.project(u)
-        if self.long or self.recurrent is not None:
+        if self.kind != "n":
             y, state = self.remember(p, state)
         else:
             y, h_last = gated_scan(p, self.decay_bias, state.h)
@@ -160,7 +161,7 @@ class Layer(nn.Module):
         return x, state._replace(taps=taps)
 
 
-class _HeadLoss(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x Eᵀ against targets, a few hundred tokens at a time.
 
     Logits are as large as V numbers a token; computing each chunk's gradient while its logits are
@@ -273,7 +274,7 @@ class Model(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token of targets (B, T) given tokens (B, T), both int64."""
         x, _ = self.hidden_states(tokens)
-        return _HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
+        return HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
 
 
 def probe_bfloat16() -> bool:

@@ -120,17 +120,18 @@ def atomic_write(path: Path, kind: str, schema: int) -> Iterator[h5py.File]:
 
 
 @contextlib.contextmanager
-def open_file(path: Path, kind: str, schema: int) -> Iterator[h5py.File]:
+def open_file(path: Path, kind: str, schema: int, oldest: int = 1) -> Iterator[h5py.File]:
     """Open an HDF5 file of ours for reading.
 
     Args:
         path: the file.
         kind: what it must be, ``corpus`` or ``checkpoint``.
         schema: the newest layout that this version reads.
+        oldest: the oldest.
 
     Raises:
         InputError: missing, not a file, empty, unreadable, not HDF5, truncated, damaged, of
-            another kind or of a newer schema.
+            another kind or of a schema out of reach.
     """
     if not path.exists():
         raise InputError(f"no {kind} at {path}: no such file")
@@ -163,6 +164,11 @@ def open_file(path: Path, kind: str, schema: int) -> Iterator[h5py.File]:
             raise InputError(
                 f"{path} was written by a newer mmrec (schema {version}; this one reads up to "
                 f"{schema}): upgrade mmrec"
+            )
+        if 0 <= version < oldest:
+            raise InputError(
+                f"{path} was written by an earlier mmrec (schema {version}; this one reads from "
+                f"{oldest} on): make it again"
             )
         try:
             yield file

@@ -23,6 +23,8 @@ ALLOWED = {
     "mmrec.storage": {"mmrec.config"},
     "mmrec.data": {"mmrec.config", "mmrec.storage", "mmrec.data"},
     "mmrec.model": {"mmrec.config", "mmrec.kernels"},
+    "mmrec.profile": {"mmrec.config", "mmrec.data", "mmrec.kernels", "mmrec.model",
+                      "mmrec.optimizer"},
     "mmrec.info": {"mmrec.config", "mmrec.model"},
     "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},

@@ -27,9 +27,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         whole = Path("runs/one/last.h5").read_bytes()
         Path("cut.h5").write_bytes(whole[:5000])
         Path("text.h5").write_text("not HDF5")
-        Path("newer.h5").write_bytes(whole)
-        with h5py.File("newer.h5", "a") as file:
-            file.attrs["schema"] = 99
+        for name, schema in (("newer.h5", 99), ("older.h5", 1)):
+            Path(name).write_bytes(whole)
+            with h5py.File(name, "a") as file:
+                file.attrs["schema"] = schema
         Path("bad.txt").write_bytes(b"abc\xff")
         Path("empty.txt").touch()
         Path("short.txt").write_text("a few words only, not enough " * 3)
@@ -51,7 +52,7 @@ MISTAKES = [
     ("train tiny --data none.txt", "no data at none.txt: no such file or folder"),
     ("train tiny --data bad.txt", "bad.txt must be UTF-8 text; byte 0xff at offset 3 is not"),
     ("train tiny --data empty.txt", "empty.txt is empty"),
-    ("train tiny --data short.txt --tokenizer byte --out n", "one batch needs 8 windows of 256"),
+    ("train tiny --data short.txt --tokenizer byte --out n", "one batch needs 16 windows of 256"),
     ("train tiny --data short.txt --tokenizer byte --batch 1 --seq-len 20 --out n",
      "validation split must hold one window of 21 tokens"),
     ("train tiny --data cut.h5", "corpus cut.h5 is damaged or truncated"),
@@ -74,7 +75,8 @@ MISTAKES = [
     ("eval nowhere", "no checkpoint at nowhere: no such file"),
     ("eval cut.h5", "checkpoint cut.h5 is damaged or truncated"),
     ("eval text.h5", "text.h5 is not an HDF5 file"),
-    ("eval newer.h5", r"newer mmrec \(schema 99; this one reads up to 1\): upgrade mmrec"),
+    ("eval older.h5", r"earlier mmrec \(schema 1; this one reads from 2 on\): make it again"),
+    ("eval newer.h5", r"newer mmrec \(schema 99; this one reads up to 2\): upgrade mmrec"),
     ("eval --data bad.txt", "bad.txt must be UTF-8"),
     ("generate --model nowhere.h5 --prompt x", "no checkpoint at nowhere.h5: no such file"),
     ("generate --model text.h5 --prompt x", "text.h5 is not an HDF5 file"),
@@ -213,7 +215,7 @@ def test_how_threads_wait_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    for busy, want in ((True, ("passive", None)), (False, (None, "2000"))):
+    for busy, want in ((True, ("passive", None)), (False, (None, None))):
         monkeypatch.setattr(startup, "others_work", lambda busy=busy: busy)
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {})
@@ -227,3 +229,19 @@ def test_how_threads_wait_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(os, "environ", {})
             startup.prepare_process(["bench"])
             assert os.environ == {}
+
+
+def test_bench_train_says_where_a_step_goes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --profile") == 0
+    out = capsys.readouterr().out
+    for part in ("projections", "recurrence", "memory", "loss", "optimizer", "data", "rest"):
+        assert f"\n{part} " in out
+    assert "tokens/s" in out
+    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["flops"] == pytest.approx(sum(p["flops"] for p in made["parts"]))
+    whole = sum(p["seconds"] for p in made["parts"])
+    assert whole >= made["seconds"] * 0.99
+    assert 0 < made["share"] < 2

@@ -93,7 +93,7 @@ def write(values, at, target, to, width):
 
 @helper
 def dot(x, x_at, y, y_at, lanes, width):
-    """Σ_d x_d y_d, in 16 running sums that are then added in order: vectors, and one order."""
+    """Σ_d x_d y_d, in 16 running sums that are added in one order: that makes vectors of it."""
     x_at, y_at = np.uint64(x_at), np.uint64(y_at)
     whole = np.uint64(width // 16 * 16)
     for j in range(np.uint64(16)):
@@ -103,7 +103,8 @@ def dot(x, x_at, y, y_at, lanes, width):
             lanes[j] += x[x_at + at + j] * y[y_at + at + j]
     for j in range(np.uint64(width) - whole):
         lanes[j] += x[x_at + whole + j] * y[y_at + whole + j]
-    total = lanes[0]
-    for j in range(1, 16):
-        total += lanes[j]
-    return total
+    for j in range(8):
+        lanes[j] += lanes[j + 8]
+    for j in range(4):
+        lanes[j] += lanes[j + 4]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])

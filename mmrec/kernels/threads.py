@@ -1,10 +1,11 @@
 """The one place that decides how kernels are compiled, kept, and spread over threads.
 
-torch and Numba each bring an OpenMP pool. ``torch.set_num_threads`` does not reach Numba, and
-Numba's own setting holds for one Python thread only, so every launch follows torch. While idle
-threads of one pool spin, the other has no core to work on, so Numba's are asked to sleep. An OpenMP
-library reads that wish when it is loaded; the environment is changed for that moment only, and
-torch's pool stays as it comes.
+``torch.set_num_threads`` does not reach Numba, and Numba's own setting holds for one Python thread
+only, so every launch follows torch. With torch's wheels for Linux, Numba's OpenMP layer binds to
+the library that torch loaded before it (both ask for GOMP_parallel), and there is one pool of
+threads. Where there are two, idle threads of one would spin while the other has no core to work on,
+so Numba's are asked to sleep. A library reads that wish when it is loaded; the environment is
+changed for that moment only, and torch's pool stays as it comes.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import numba
 import numpy as np
 import platformdirs
 import torch
+from numba import prange
 from numba.core import event
 
 
@@ -66,9 +68,17 @@ def _cache_folder() -> Path | None:
 CACHE = _cache_folder()
 
 
+def _every_task(tasks: int, *args: Any) -> None:
+    """The loop of every kernel; ``body`` is put in its place."""
+    for task in prange(tasks):  # tasks are independent
+        body(task, *args)  # type: ignore[name-defined]  # noqa: F821
+
+
 def _compile(body: Callable[..., Any], form: str) -> Callable[..., Any]:
-    """Compile a function under a name of its own: Numba's cache tells functions apart by name."""
-    copy = types.FunctionType(body.__code__, body.__globals__, body.__name__, body.__defaults__)
+    """Compile the loop over the tasks of a body, under a name of its own: Numba's cache tells
+    functions apart by name."""
+    scope = {"prange": prange, "body": helper(body)}
+    copy = types.FunctionType(_every_task.__code__, scope, body.__name__)
     copy.__qualname__ = f"{body.__qualname__}_{form}"
     copy.__module__, copy.__doc__ = body.__module__, body.__doc__
     before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
@@ -90,6 +100,10 @@ def helper(body: Callable[..., Any]) -> Callable[..., Any]:
 class Kernel:
     """A loop over independent tasks, compiled in two forms that give the same bits.
 
+    The body is given the number of its task, then the arguments. It is a function of its own, so
+    that what it allocates is the task's: out of the body of a ``prange`` Numba moves allocations,
+    and once moved one whose size depended on the task.
+
     The parallel form runs over as many threads as torch uses. The serial form serves small work, a
     machine of one thread, a forked child (OpenMP does not survive a fork) and a Python thread that
     finds another one inside a parallel kernel (not every threading layer lets two in).
@@ -99,21 +113,21 @@ class Kernel:
         self.serial, self.parallel = _compile(body, "serial"), _compile(body, "parallel")
         self.__doc__ = body.__doc__
 
-    def __call__(self, *args: Any, work: float) -> None:
-        """Run on the arguments; ``work`` is about how many nanoseconds one thread would take."""
+    def __call__(self, *args: Any, tasks: int, work: float) -> None:
+        """Run so many tasks on the arguments; one thread would take about ``work`` nanoseconds."""
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if threads == 1 or work < SMALL_WORK or _gate.forked:
-            self.serial(*args)
+            self.serial(tasks, *args)
         elif _gate.lock.acquire(blocking=False):
             try:
                 _gate.opened = True
                 if numba.get_num_threads() != threads:
                     numba.set_num_threads(threads)
-                self.parallel(*args)
+                self.parallel(tasks, *args)
             finally:
                 _gate.lock.release()
         else:
-            self.serial(*args)
+            self.serial(tasks, *args)
 
 
 kernel = Kernel  # as a decorator

@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -38,6 +39,21 @@ class Forms:
             run(*args)  # type: ignore[operator]
 
         return call
+
+
+@threads.kernel
+def _fill(task, sizes, out):  # type: ignore[no-untyped-def]
+    scratch, other = np.empty(sizes[task]), np.empty(sizes[task])
+    for i in range(sizes[task]):
+        scratch[i], other[i] = task, sizes[task]
+    out[task] = scratch.sum() * 1000 + other.sum()
+
+
+def test_what_a_task_allocates_is_its_own() -> None:
+    sizes = np.arange(1, 400) * 7919 % 401
+    out = np.zeros(len(sizes))
+    _fill(sizes, out, tasks=len(sizes), work=1e9)
+    assert (out == np.arange(len(sizes)) * sizes * 1000 + sizes * sizes).all()
 
 
 def test_numba_follows_torch_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def _run(
     spans = sequences(p.shape[0], p.shape[1], cu_seqlens)
     kernel.gated_scan_fwd(
         *flat_bits(p), line(bias), line(h0), spans, p.shape[1], line(y), line(h),
-        line(h_last), work=2.0 * y.numel(),
+        line(h_last), tasks=len(spans), work=2.0 * y.numel(),
     )  # fmt: skip
     return y, h, h_last
 
@@ -43,7 +43,7 @@ def _run_bwd(
     spans = sequences(p.shape[0], p.shape[1], cu_seqlens)
     kernel.gated_scan_bwd(
         *flat_bits(p), *flat_bits(dy), line(bias), line(h0), line(h), line(dh_last), spans,
-        p.shape[1], line(dp), line(dbias), line(dh0), work=3.0 * dy.numel(),
+        p.shape[1], line(dp), line(dbias), line(dh0), tasks=len(spans), work=3.0 * dy.numel(),
     )  # fmt: skip
     return dp, torch.from_numpy(dbias.numpy().sum(0)), dh0  # rows are added in their order
 

@@ -17,7 +17,6 @@ over local arrays: before a loop that writes more arrays, LLVM gives up telling 
 """
 
 import numpy as np
-from numba import prange
 
 from mmrec.kernels.activation import sigmoid
 from mmrec.kernels.half import dot, read, write
@@ -43,86 +42,84 @@ def _scale(h, lanes, width):
 
 
 @kernel
-def gated_scan_fwd(p, p_sb, p_st, bias, h0, spans, time, y, h, h_last):
+def gated_scan_fwd(n, p, p_sb, p_st, bias, h0, spans, time, y, h, h_last):
     """Fill y (B, T, D) of p's kind, h_last (N, D), and h (B, T, D) if it is not empty; all flat."""
     width = bias.size
     one = bias.dtype.type(1)
-    for n in prange(spans.shape[0]):  # each has rows of its own
-        z = np.empty(width, bias.dtype)
-        f, g, r = np.empty_like(z), np.empty_like(z), np.empty_like(z)
-        gamma, gate, state = np.empty_like(z), np.empty_like(z), np.empty_like(z)
-        lanes = np.empty(16, bias.dtype)
-        read(h0, n * width, state, 0, width)
-        for t in range(spans[n, 1], spans[n, 2]):
-            at, to = spans[n, 0] * p_sb + t * p_st, (spans[n, 0] * time + t) * width
-            read(p, at, z, 0, width)
-            read(p, at + width, f, 0, width)
-            read(p, at + 2 * width, g, 0, width)
-            read(p, at + 3 * width, r, 0, width)
-            _gates(f, bias, g, gamma, gate, width)
-            for d in range(np.uint64(width)):
-                state[d] = (one - gamma[d]) * z[d] * gate[d] + gamma[d] * state[d]
-            scale = _scale(state, lanes, width)
-            for d in range(np.uint64(width)):
-                gate[d] = state[d] * scale * r[d] * sigmoid(r[d])
-            write(gate, 0, y, to, width)
-            if h.size > 0:
-                write(state, 0, h, to, width)
-        write(state, 0, h_last, n * width, width)
+    z = np.empty(width, bias.dtype)
+    f, g, r = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+    gamma, gate, state = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+    lanes = np.empty(16, bias.dtype)
+    read(h0, n * width, state, 0, width)
+    for t in range(spans[n, 1], spans[n, 2]):
+        at, to = spans[n, 0] * p_sb + t * p_st, (spans[n, 0] * time + t) * width
+        read(p, at, z, 0, width)
+        read(p, at + width, f, 0, width)
+        read(p, at + 2 * width, g, 0, width)
+        read(p, at + 3 * width, r, 0, width)
+        _gates(f, bias, g, gamma, gate, width)
+        for d in range(np.uint64(width)):
+            state[d] = (one - gamma[d]) * z[d] * gate[d] + gamma[d] * state[d]
+        scale = _scale(state, lanes, width)
+        for d in range(np.uint64(width)):
+            gate[d] = state[d] * scale * r[d] * sigmoid(r[d])
+        write(gate, 0, y, to, width)
+        if h.size > 0:
+            write(state, 0, h, to, width)
+    write(state, 0, h_last, n * width, width)
 
 
 @kernel
 def gated_scan_bwd(
-    p, p_sb, p_st, dy, dy_sb, dy_st, bias, h0, h, dh_last, spans, time, dp, dbias, dh0
+    n, p, p_sb, p_st, dy, dy_sb, dy_st, bias, h0, h, dh_last, spans, time, dp, dbias, dh0
 ):
     """Fill dp (B, T, 4 D) of p's kind, dh0 (N, D), and dbias (N, D), a row a sequence; all flat."""
     width = bias.size
     one = bias.dtype.type(1)
-    for n in prange(spans.shape[0]):  # each has rows of its own
-        z = np.empty(width, bias.dtype)
-        f, g, r = np.empty_like(z), np.empty_like(z), np.empty_like(z)
-        gamma, gate, carry = np.empty_like(z), np.empty_like(z), np.empty_like(z)
-        now, before, grad = np.empty_like(z), np.empty_like(z), np.empty_like(z)
-        total, lanes = np.zeros_like(z), np.empty(16, bias.dtype)
-        read(dh_last, n * width, carry, 0, width)
-        for t in range(spans[n, 2] - 1, spans[n, 1] - 1, -1):
-            at, here = spans[n, 0] * p_sb + t * p_st, (spans[n, 0] * time + t) * width
-            read(p, at, z, 0, width)
-            read(p, at + width, f, 0, width)
-            read(p, at + 2 * width, g, 0, width)
-            read(p, at + 3 * width, r, 0, width)
-            read(dy, spans[n, 0] * dy_sb + t * dy_st, grad, 0, width)
-            read(h, here, now, 0, width)
-            if t > spans[n, 1]:
-                read(h, here - width, before, 0, width)
-            else:
-                read(h0, n * width, before, 0, width)
-            scale = _scale(now, lanes, width)
-            for d in range(np.uint64(width)):
-                now[d] *= scale  # n(h)
-            for d in range(np.uint64(width)):
-                gate[d] = sigmoid(r[d])
-            for d in range(np.uint64(width)):
-                gamma[d] = grad[d] * now[d] * gate[d] * (one + r[d] * (one - gate[d]))
-            write(gamma, 0, dp, 4 * here + 3 * width, width)
-            for d in range(np.uint64(width)):
-                grad[d] *= r[d] * gate[d]
-            along = dot(grad, 0, now, 0, lanes, width) / bias.dtype.type(width)
-            for d in range(np.uint64(width)):
-                carry[d] += scale * (grad[d] - now[d] * along)
-            _gates(f, bias, g, gamma, gate, width)
-            for d in range(np.uint64(width)):
-                now[d] = carry[d] * (one - gamma[d]) * gate[d]  # dz
-            write(now, 0, dp, 4 * here, width)
-            for d in range(np.uint64(width)):
-                now[d] *= z[d] * (one - gate[d])  # dg
-            write(now, 0, dp, 4 * here + 2 * width, width)
-            for d in range(np.uint64(width)):
-                now[d] = carry[d] * (before[d] - z[d] * gate[d]) * gamma[d] * (one - gamma[d])
-            write(now, 0, dp, 4 * here + width, width)
-            for d in range(np.uint64(width)):
-                total[d] += now[d]
-            for d in range(np.uint64(width)):
-                carry[d] *= gamma[d]
-        write(total, 0, dbias, n * width, width)
-        write(carry, 0, dh0, n * width, width)
+    z = np.empty(width, bias.dtype)
+    f, g, r = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+    gamma, gate, carry = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+    now, before, grad = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+    total, lanes = np.zeros_like(z), np.empty(16, bias.dtype)
+    read(dh_last, n * width, carry, 0, width)
+    for t in range(spans[n, 2] - 1, spans[n, 1] - 1, -1):
+        at, here = spans[n, 0] * p_sb + t * p_st, (spans[n, 0] * time + t) * width
+        read(p, at, z, 0, width)
+        read(p, at + width, f, 0, width)
+        read(p, at + 2 * width, g, 0, width)
+        read(p, at + 3 * width, r, 0, width)
+        read(dy, spans[n, 0] * dy_sb + t * dy_st, grad, 0, width)
+        read(h, here, now, 0, width)
+        if t > spans[n, 1]:
+            read(h, here - width, before, 0, width)
+        else:
+            read(h0, n * width, before, 0, width)
+        scale = _scale(now, lanes, width)
+        for d in range(np.uint64(width)):
+            now[d] *= scale  # n(h)
+        for d in range(np.uint64(width)):
+            gate[d] = sigmoid(r[d])
+        for d in range(np.uint64(width)):
+            gamma[d] = grad[d] * now[d] * gate[d] * (one + r[d] * (one - gate[d]))
+        write(gamma, 0, dp, 4 * here + 3 * width, width)
+        for d in range(np.uint64(width)):
+            grad[d] *= r[d] * gate[d]
+        along = dot(grad, 0, now, 0, lanes, width) / bias.dtype.type(width)
+        for d in range(np.uint64(width)):
+            carry[d] += scale * (grad[d] - now[d] * along)
+        _gates(f, bias, g, gamma, gate, width)
+        for d in range(np.uint64(width)):
+            now[d] = carry[d] * (one - gamma[d]) * gate[d]  # dz
+        write(now, 0, dp, 4 * here, width)
+        for d in range(np.uint64(width)):
+            now[d] *= z[d] * (one - gate[d])  # dg
+        write(now, 0, dp, 4 * here + 2 * width, width)
+        for d in range(np.uint64(width)):
+            now[d] = carry[d] * (before[d] - z[d] * gate[d]) * gamma[d] * (one - gamma[d])
+        write(now, 0, dp, 4 * here + width, width)
+        for d in range(np.uint64(width)):
+            total[d] += now[d]
+        for d in range(np.uint64(width)):
+            carry[d] *= gamma[d]
+    write(total, 0, dbias, n * width, width)
+    write(carry, 0, dh0, n * width, width)

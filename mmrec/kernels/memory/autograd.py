@@ -51,7 +51,8 @@ def _fwd(
     kept[first[-1] :].zero_()  # room that packing did not need
     inputs = [item for x in (q, k, v, decay, write) for item in flat(x)]
     results = (state.numpy(), out.numpy(), kept.numpy())
-    kernel.memory_fwd(pieces, first, *inputs, *results, work=_work(q))
+    kernel.memory_fwd(pieces, first, *inputs, *results, tasks=len(pieces) * q.shape[2],
+                      work=_work(q))  # fmt: skip
     return out, state, kept
 
 
@@ -70,9 +71,11 @@ def _bwd(
     adjoint.copy_(dstate)
     inputs = [item for x in (q, k, v, decay, write) for item in flat(x)]
     results = (x.numpy() for x in (adjoint, *grads))
+    pieces, first = _pieces(q, cu_seqlens)
     kernel.memory_bwd(
-        *_pieces(q, cu_seqlens), *inputs, kept.numpy(), *flat(dout), *results, work=3 * _work(q)
-    )
+        pieces, first, *inputs, kept.numpy(), *flat(dout), *results,
+        tasks=len(pieces) * q.shape[2], work=3 * _work(q),
+    )  # fmt: skip
     return *grads, adjoint
 
 

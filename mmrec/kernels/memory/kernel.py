@@ -35,7 +35,6 @@ Delta Rule over Sequence Length" (2024, arXiv:2406.06484), section 3; the adjoin
 """
 
 import numpy as np
-from numba import prange
 
 from mmrec.kernels.memory import tile
 from mmrec.kernels.memory.tile import CHUNK
@@ -73,12 +72,16 @@ def _steps(state, width, keys, queries, alpha, beta, match, v, steps, one, o):
                 store(o, t * width + j, fma(scale, p0 + p1, error * spread(match, now)))
 
 
-@helper
-def _forward(
+@kernel
+def memory_fwd(
     task, pieces, first, q, q_sb, q_st, k, k_sb, k_st, v, v_sb, v_st, a, a_sb, a_st, b, b_sb, b_st,
     state, out, kept,
 ):  # fmt: skip
-    """One task of memory_fwd."""
+    """Fill out (B, T, H, P); state (N, H, P, P) goes from S_0 to S_T.
+
+    pieces (N, 3) are the sequences; kept (chunks, H, P, P) receives the state before each chunk,
+    those of sequence n from first[n] on, unless it is empty.
+    """
     time, heads, size = out.shape[1:]
     width = (size + LANES - 1) // LANES * LANES
     block = size * size
@@ -113,18 +116,6 @@ def _forward(
     tile.copy(s, 0, width, states, task * block, size, size, size)
 
 
-@kernel
-def memory_fwd(pieces, *args):
-    """Fill out (B, T, H, P); state (N, H, P, P) goes from S_0 to S_T.
-
-    pieces (N, 3) are the sequences; kept (chunks, H, P, P) receives the state before each chunk,
-    those of sequence n from first[n] on, unless it is empty.
-    """
-    heads = args[-3].shape[1]
-    for task in prange(pieces.shape[0] * heads):  # sequences x heads: independent
-        _forward(task, pieces, *args)
-
-
 @helper
 def _spans(alpha, unit, later, earlier):
     """later[s, t] = Γ_ts for t >= s, else 0; earlier is its transpose; unit the identity (C, C)."""
@@ -150,12 +141,12 @@ def _solver(spans, beta, unit, inverse):
         store(inverse, t * CHUNK, line)
 
 
-@helper
-def _backward(
+@kernel
+def memory_bwd(
     task, pieces, first, q, q_sb, q_st, k, k_sb, k_st, v, v_sb, v_st, a, a_sb, a_st, b, b_sb, b_st,
     kept, do, do_sb, do_st, adjoint, dq, dk, dv, da, db,
 ):  # fmt: skip
-    """One task of memory_bwd."""
+    """Fill dq, dk, dv (B, T, H, P), da, db (B, T, H); adjoint (N, H, P, P): from dS_T to dS_0."""
     time, heads, size = dq.shape[1:]
     width = (size + LANES - 1) // LANES * LANES
     block, kind, square = size * size, dq.dtype, CHUNK * CHUNK
@@ -288,11 +279,3 @@ def _backward(
             da[row, t + i, head] = x * (1 - alpha[i])
             x -= moved[i]
     tile.copy(grad, 0, width, adjoints, task * block, size, size, size)
-
-
-@kernel
-def memory_bwd(pieces, *args):
-    """Fill dq, dk, dv (B, T, H, P), da, db (B, T, H); adjoint (N, H, P, P): from dS_T to dS_0."""
-    heads = args[-1].shape[2]
-    for task in prange(pieces.shape[0] * heads):  # sequences x heads: independent
-        _backward(task, pieces, *args)

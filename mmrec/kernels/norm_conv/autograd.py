@@ -22,7 +22,7 @@ def _run(
     spans = sequences(x.shape[0], x.shape[1], cu_seqlens)
     kernel.norm_conv_fwd(
         *flat_bits(x), line(taps), taps.shape[0], line(before), spans, x.shape[1],
-        line(u), line(after), work=0.3 * x.numel() * (1 + taps.shape[0] / 2),
+        line(u), line(after), tasks=len(spans), work=0.3 * x.numel() * (1 + taps.shape[0] / 2),
     )  # fmt: skip
     return u, after
 
@@ -43,7 +43,7 @@ def _run_bwd(
     kernel.norm_conv_bwd(
         *flat_bits(x), *flat_bits(du), line(taps), taps.shape[0], line(before),
         line(dafter), spans, x.shape[1], line(dx), line(dtaps), line(dbefore),
-        work=0.5 * x.numel() * (1 + taps.shape[0] / 2),
+        tasks=len(spans), work=0.5 * x.numel() * (1 + taps.shape[0] / 2),
     )  # fmt: skip
     return dx, torch.from_numpy(dtaps.numpy().sum(0)), dbefore  # rows are added in their order
 

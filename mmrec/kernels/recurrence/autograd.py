@@ -69,7 +69,7 @@ def _run(
     kernel.recurrence_fwd(
         *flat(z), *flat(gate), *flat(decay),
         _line(weight), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
-        _line(h), _line(h_last), _line(s), mixed, work=_work(z, weight),
+        _line(h), _line(h_last), _line(s), mixed, tasks=len(tiles), work=_work(z, weight),
     )  # fmt: skip
     return h, h_last, s
 
@@ -92,14 +92,14 @@ def _run_bwd(
         *flat(z), *flat(decay), *flat(dh),
         _line(weight.transpose(1, 2)), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
         _line(h), _line(s), _line(dh_last), _line(dz), _line(dg), _line(df), _line(dh0), mixed,
-        work=_work(z, weight),
+        tasks=len(tiles), work=_work(z, weight),
     )  # fmt: skip
     if dw.numel():
         share = -(-z.shape[2] // torch.get_num_threads())
         stripe = min(STRIPE, -(-share // ROWS) * ROWS)
         kernel.weight_gradient(
             _line(h), _line(h0), _line(dg), spans, z.shape[1], weight.shape[-1], stripe, _line(dw),
-            work=_work(z, weight),
+            tasks=weight.shape[0] * -(-weight.shape[-1] // stripe), work=_work(z, weight),
         )  # fmt: skip
     return dz, dg, df, dw, dh0
 

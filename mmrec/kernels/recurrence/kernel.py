@@ -17,7 +17,6 @@ of them. Longer ones come first in a tile: those still running are always its fi
 """
 
 import numpy as np
-from numba import prange
 
 from mmrec.kernels.activation import sigmoid
 from mmrec.kernels.recurrence.product import add_product
@@ -60,8 +59,8 @@ def _advance(z, z_at, f, f_at, state, gates, at, h, h_at, mix, width):
 
 @kernel
 def recurrence_fwd(
-    z, z_sb, z_st, g, g_sb, g_st, f, f_sb, f_st, w, size, h0, spans, tiles, time, h, h_last, s,
-    mixed,
+    task, z, z_sb, z_st, g, g_sb, g_st, f, f_sb, f_st, w, size, h0, spans, tiles, time, h, h_last,
+    s, mixed,
 ):  # fmt: skip
     """Fill h (B, T, D) and h_last (N, D), and, if it is not empty, s (B, T, D) for the backward.
 
@@ -70,30 +69,29 @@ def recurrence_fwd(
     """
     width = h0.size // max(1, spans.shape[0])
     mix = h.dtype.type(mixed)
-    for task in prange(tiles.shape[0]):  # each has sequences of its own
-        tile = tiles[task]
-        members = (tile >= 0).sum()
-        state = np.empty(members * width, h.dtype)
-        gates = np.empty_like(state)
-        for r in range(members):
-            _copy(h0, tile[r] * width, state, r * width, width)
-        rows = members
-        for t in range(spans[tile[0], 2] - spans[tile[0], 1]):
-            while spans[tile[rows - 1], 1] + t >= spans[tile[rows - 1], 2]:
-                rows -= 1
-            for r in range(rows):
-                b, at = spans[tile[r], 0], spans[tile[r], 1] + t
-                _copy(g, b * g_sb + at * g_st, gates, r * width, width)
-            _add_recurrent(state, w, size, gates, rows, width)
-            for r in range(rows):
-                b, at = spans[tile[r], 0], spans[tile[r], 1] + t
-                z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
-                here = (b * time + at) * width
-                _advance(z, z_at, f, f_at, state, gates, r * width, h, here, mix, width)
-                if s.size > 0:
-                    _copy(gates, r * width, s, here, width)
-        for r in range(members):
-            _copy(state, r * width, h_last, tile[r] * width, width)
+    tile = tiles[task]
+    members = (tile >= 0).sum()
+    state = np.empty(members * width, h.dtype)
+    gates = np.empty_like(state)
+    for r in range(members):
+        _copy(h0, tile[r] * width, state, r * width, width)
+    rows = members
+    for t in range(spans[tile[0], 2] - spans[tile[0], 1]):
+        while spans[tile[rows - 1], 1] + t >= spans[tile[rows - 1], 2]:
+            rows -= 1
+        for r in range(rows):
+            b, at = spans[tile[r], 0], spans[tile[r], 1] + t
+            _copy(g, b * g_sb + at * g_st, gates, r * width, width)
+        _add_recurrent(state, w, size, gates, rows, width)
+        for r in range(rows):
+            b, at = spans[tile[r], 0], spans[tile[r], 1] + t
+            z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
+            here = (b * time + at) * width
+            _advance(z, z_at, f, f_at, state, gates, r * width, h, here, mix, width)
+            if s.size > 0:
+                _copy(gates, r * width, s, here, width)
+    for r in range(members):
+        _copy(state, r * width, h_last, tile[r] * width, width)
 
 
 @helper
@@ -126,64 +124,62 @@ def _retreat(
 
 @kernel
 def recurrence_bwd(
-    z, z_sb, z_st, f, f_sb, f_st, dh, dh_sb, dh_st, wt, size, h0, spans, tiles, time, h, s, dh_last,
-    dz, dg, df, dh0, mixed,
+    task, z, z_sb, z_st, f, f_sb, f_st, dh, dh_sb, dh_st, wt, size, h0, spans, tiles, time, h, s,
+    dh_last, dz, dg, df, dh0, mixed,
 ):  # fmt: skip
     """Fill dz, dg, df (B, T, D) and dh0 (N, D), all flat; wt holds the transposed blocks of W."""
     width = h0.size // max(1, spans.shape[0])
     mix = h.dtype.type(mixed)
-    for task in prange(tiles.shape[0]):  # each has sequences of its own
-        tile = tiles[task]
-        members = (tile >= 0).sum()
-        carry = np.empty(members * width, h.dtype)
-        gamma, dpre = np.empty_like(carry), np.empty_like(carry)
-        for r in range(members):
-            _copy(dh_last, tile[r] * width, carry, r * width, width)
-        rows = 0
-        for t in range(spans[tile[0], 2] - spans[tile[0], 1] - 1, -1, -1):
-            while rows < members and spans[tile[rows], 1] + t < spans[tile[rows], 2]:
-                rows += 1
-            for r in range(rows):
-                n = tile[r]
-                b, at = spans[n, 0], spans[n, 1] + t
-                here = (b * time + at) * width
-                z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
-                dh_at = b * dh_sb + at * dh_st
-                if t > 0:
-                    _retreat(
-                        z, z_at, f, f_at, dh, dh_at, h, here - width, s, dz, dg, df, here,
-                        carry, gamma, dpre, r * width, mix, width,
-                    )  # fmt: skip
-                else:
-                    _retreat(
-                        z, z_at, f, f_at, dh, dh_at, h0, n * width, s, dz, dg, df, here,
-                        carry, gamma, dpre, r * width, mix, width,
-                    )  # fmt: skip
-            _add_recurrent(dpre, wt, size, carry, rows, width)
-        for r in range(members):
-            _copy(carry, r * width, dh0, tile[r] * width, width)
+    tile = tiles[task]
+    members = (tile >= 0).sum()
+    carry = np.empty(members * width, h.dtype)
+    gamma, dpre = np.empty_like(carry), np.empty_like(carry)
+    for r in range(members):
+        _copy(dh_last, tile[r] * width, carry, r * width, width)
+    rows = 0
+    for t in range(spans[tile[0], 2] - spans[tile[0], 1] - 1, -1, -1):
+        while rows < members and spans[tile[rows], 1] + t < spans[tile[rows], 2]:
+            rows += 1
+        for r in range(rows):
+            n = tile[r]
+            b, at = spans[n, 0], spans[n, 1] + t
+            here = (b * time + at) * width
+            z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
+            dh_at = b * dh_sb + at * dh_st
+            if t > 0:
+                _retreat(
+                    z, z_at, f, f_at, dh, dh_at, h, here - width, s, dz, dg, df, here,
+                    carry, gamma, dpre, r * width, mix, width,
+                )  # fmt: skip
+            else:
+                _retreat(
+                    z, z_at, f, f_at, dh, dh_at, h0, n * width, s, dz, dg, df, here,
+                    carry, gamma, dpre, r * width, mix, width,
+                )  # fmt: skip
+        _add_recurrent(dpre, wt, size, carry, rows, width)
+    for r in range(members):
+        _copy(carry, r * width, dh0, tile[r] * width, width)
 
 
 @kernel
-def weight_gradient(h, h0, dg, spans, time, size, stripe, dw):
+def weight_gradient(task, h, h0, dg, spans, time, size, stripe, dw):
     """Add Σ_t h_{t-1}ᵀ dg_t to dw (G, P, P) with size P, so many rows a task; flat but spans."""
     width = h0.size // max(1, spans.shape[0])
     stripes = (size + stripe - 1) // stripe
-    for task in prange(width // max(1, size) * stripes):  # each has rows of dw of its own
-        left = task // stripes * size
-        top = left + task % stripes * stripe
-        rows = min(stripe, left + size - top)
-        for n in range(spans.shape[0]):
-            steps = spans[n, 2] - spans[n, 1]
-            at = (spans[n, 0] * time + spans[n, 1]) * width
-            if steps > 0:
-                add_product(
-                    h0, n * width + top, 1, width, dg, at + left, width,
-                    dw, top * size, size, rows, 1, size,
-                )  # fmt: skip
-            for t in range(0, steps - 1, DEPTH):
-                here, depth = at + t * width, min(DEPTH, steps - 1 - t)
-                add_product(
-                    h, here + top, 1, width, dg, here + width + left, width,
-                    dw, top * size, size, rows, depth, size,
-                )  # fmt: skip
+    left = task // stripes * size
+    top = left + task % stripes * stripe
+    rows = min(stripe, left + size - top)
+    for n in range(spans.shape[0]):
+        steps = spans[n, 2] - spans[n, 1]
+        at = (spans[n, 0] * time + spans[n, 1]) * width
+        if steps > 0:
+            add_product(
+                h0, n * width + top, 1, width, dg, at + left, width,
+                dw, top * size, size, rows, 1, size,
+            )  # fmt: skip
+        for t in range(0, steps - 1, DEPTH):
+            here, depth = at + t * width, min(DEPTH, steps - 1 - t)
+            add_product(
+                h, here + top, 1, width, dg, here + width + left, width,
+                dw, top * size, size, rows, depth, size,
+            )  # fmt: skip

@@ -45,7 +45,7 @@ def _scan(
     inputs = (*_gate(a), *flat(b), *(x.numpy() for x in (h0, h, last)), seqs)
     work = 0.3 * h.numel() + 10 * batch * time
     narrow = 4 <= width <= kernel.NARROW
-    (kernel.narrow_fwd if narrow else kernel.scan_fwd)(*inputs, reverse, work=work)
+    (kernel.narrow_fwd if narrow else kernel.scan_fwd)(*inputs, reverse, tasks=len(seqs), work=work)
     return h, last
 
 
@@ -78,7 +78,7 @@ def _scan_bwd(
     inputs = (*_gate(a), h0.numpy(), h.numpy(), *flat(dh), *outputs, seqs)
     work = 0.6 * h.numel() + 15 * batch * time
     narrow = 4 <= width <= kernel.NARROW
-    (kernel.narrow_bwd if narrow else kernel.scan_bwd)(*inputs, reverse, work=work)
+    (kernel.narrow_bwd if narrow else kernel.scan_bwd)(*inputs, reverse, tasks=len(seqs), work=work)
     return da, db, dh0
 
 

@@ -12,7 +12,6 @@ if it is not within ``limit`` of one: when that happens changes no bit, as m sta
 import math
 
 import numpy as np
-from numba import prange
 
 from mmrec.kernels.threads import helper, kernel
 
@@ -47,41 +46,40 @@ def _apart(m, e, top):
 
 
 @kernel
-def cumprod_fwd(gamma, g_sb, g_st, y0, y, yt, seqs, every, limit, top, block):
+def cumprod_fwd(task, gamma, g_sb, g_st, y0, y, yt, seqs, every, limit, top, block):
     """Fill y and yt. Steps that look at m multiply first; the others do all in one pass."""
     width = y.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        m, e = y0[s, lo : lo + n].astype(np.float64), np.zeros(n, np.int64)
-        low, high, ones = np.empty(n), np.empty(n), np.ones(n, y.dtype)
-        apart = False  # as long as no product goes far, m is y
-        yt[s, lo : lo + n] = y0[s, lo : lo + n]
-        for t in range(first, last):
-            at = row * g_sb + t * g_st + lo
-            g_t, y_t = gamma[at : at + n], y[row, t, lo : lo + n]
-            if (t - first) & (every - 1) == 0:
-                far = 0
+    s, lo = task // blocks, task % blocks * block
+    n = min(block, width - lo)
+    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+    m, e = y0[s, lo : lo + n].astype(np.float64), np.zeros(n, np.int64)
+    low, high, ones = np.empty(n), np.empty(n), np.ones(n, y.dtype)
+    apart = False  # as long as no product goes far, m is y
+    yt[s, lo : lo + n] = y0[s, lo : lo + n]
+    for t in range(first, last):
+        at = row * g_sb + t * g_st + lo
+        g_t, y_t = gamma[at : at + n], y[row, t, lo : lo + n]
+        if (t - first) & (every - 1) == 0:
+            far = 0
+            for d in range(n):
+                m[d] *= g_t[d]
+                far += _far(m[d], limit)
+            if far > 0:
+                apart = True
                 for d in range(n):
-                    m[d] *= g_t[d]
-                    far += _far(m[d], limit)
-                if far > 0:
-                    apart = True
-                    for d in range(n):
-                        m[d], e[d], low[d], high[d] = _apart(m[d], e[d], top)
-                g_t = ones  # m has its factor
-            if apart:
-                for d in range(n):
-                    m[d] *= g_t[d]
-                    y_t[d] = m[d] * low[d] * high[d]
-            else:
-                for d in range(n):
-                    m[d] *= g_t[d]
-                    y_t[d] = m[d]
-            if t == last - 1:
-                yt[s, lo : lo + n] = y_t
+                    m[d], e[d], low[d], high[d] = _apart(m[d], e[d], top)
+            g_t = ones  # m has its factor
+        if apart:
+            for d in range(n):
+                m[d] *= g_t[d]
+                y_t[d] = m[d] * low[d] * high[d]
+        else:
+            for d in range(n):
+                m[d] *= g_t[d]
+                y_t[d] = m[d]
+        if t == last - 1:
+            yt[s, lo : lo + n] = y_t
 
 
 @helper
@@ -114,84 +112,80 @@ def _four_products(g, i, g_step, y, k, y_step, c, m, e, steps, every, limit, top
 
 
 @kernel
-def narrow_cumprod_fwd(gamma, g_sb, g_st, y0, y, yt, seqs, every, limit, top):
+def narrow_cumprod_fwd(s, gamma, g_sb, g_st, y0, y, yt, seqs, every, limit, top):
     """``cumprod_fwd`` for few channels: four at a time, the last of which may be the same one."""
     time, width = y.shape[1:]
-    for s in prange(seqs.shape[0]):  # sequences: independent
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        out, m, e = y.reshape(-1), y0[s].astype(np.float64), np.zeros(width, np.int64)
-        for t in range(first, last, TILE):
-            for c in range(0, width, 4):
-                _four_products(
-                    gamma, np.uint64(row * g_sb + t * g_st + c), np.uint64(g_st),
-                    out, np.uint64((row * time + t) * width + c), np.uint64(width),
-                    np.uint64(c), m, e, min(TILE, last - t), every, limit, top,
-                )  # fmt: skip
-        yt[s] = y[row, last - 1] if last > first else y0[s]
+    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+    out, m, e = y.reshape(-1), y0[s].astype(np.float64), np.zeros(width, np.int64)
+    for t in range(first, last, TILE):
+        for c in range(0, width, 4):
+            _four_products(
+                gamma, np.uint64(row * g_sb + t * g_st + c), np.uint64(g_st),
+                out, np.uint64((row * time + t) * width + c), np.uint64(width),
+                np.uint64(c), m, e, min(TILE, last - t), every, limit, top,
+            )  # fmt: skip
+    yt[s] = y[row, last - 1] if last > first else y0[s]
 
 
 @kernel
-def cumprod_bwd(gamma, g_sb, g_st, y0, y, dy, dy_sb, dy_st, dyt, dgamma, dy0, seqs, block):
+def cumprod_bwd(task, gamma, g_sb, g_st, y0, y, dy, dy_sb, dy_st, dyt, dgamma, dy0, seqs, block):
     """dgamma_t = y_{t-1} r_t with r_t = dy_t + gamma_{t+1} r_{t+1}: no division, exact at zeros."""
     width = y.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        r = dyt[s, lo : lo + n].copy()
-        for t in range(last - 1, first - 1, -1):
-            at, ut = row * g_sb + t * g_st + lo, row * dy_sb + t * dy_st + lo
-            g_t, u_t = gamma[at : at + n], dy[ut : ut + n]
-            before = y[row, t - 1, lo : lo + n] if t > first else y0[s, lo : lo + n]
-            dg_t = dgamma[row, t, lo : lo + n]
-            for d in range(n):
-                x = r[d] + u_t[d]
-                dg_t[d] = x * before[d]
-                r[d] = x * g_t[d]
-        dy0[s, lo : lo + n] = r
+    s, lo = task // blocks, task % blocks * block
+    n = min(block, width - lo)
+    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+    r = dyt[s, lo : lo + n].copy()
+    for t in range(last - 1, first - 1, -1):
+        at, ut = row * g_sb + t * g_st + lo, row * dy_sb + t * dy_st + lo
+        g_t, u_t = gamma[at : at + n], dy[ut : ut + n]
+        before = y[row, t - 1, lo : lo + n] if t > first else y0[s, lo : lo + n]
+        dg_t = dgamma[row, t, lo : lo + n]
+        for d in range(n):
+            x = r[d] + u_t[d]
+            dg_t[d] = x * before[d]
+            r[d] = x * g_t[d]
+    dy0[s, lo : lo + n] = r
 
 
 @kernel
-def log_cumprod_fwd(gamma, g_sb, g_st, l0, out, lt, seqs, block):
+def log_cumprod_fwd(task, gamma, g_sb, g_st, l0, out, lt, seqs, block):
     """l_t = l_{t-1} + log gamma_t, summed in float64; -inf from the first zero on."""
     width = out.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        total = l0[s, lo : lo + n].astype(np.float64)
-        for t in range(first, last):
-            at = row * g_sb + t * g_st + lo
-            for d in range(n):
-                x = gamma[at + d]
-                total[d] += math.log(x) if x > 0 else -np.inf if x == 0 else np.nan
-                out[row, t, lo + d] = total[d]
+    s, lo = task // blocks, task % blocks * block
+    n = min(block, width - lo)
+    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+    total = l0[s, lo : lo + n].astype(np.float64)
+    for t in range(first, last):
+        at = row * g_sb + t * g_st + lo
         for d in range(n):
-            lt[s, lo + d] = total[d]
+            x = gamma[at + d]
+            total[d] += math.log(x) if x > 0 else -np.inf if x == 0 else np.nan
+            out[row, t, lo + d] = total[d]
+    for d in range(n):
+        lt[s, lo + d] = total[d]
 
 
 @kernel
-def log_cumprod_bwd(gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, seqs, block):
+def log_cumprod_bwd(task, gamma, g_sb, g_st, out, dout, d_sb, d_st, dlt, dgamma, dl0, seqs, block):
     """dgamma_t = (sum of dl_s over s >= t) / gamma_t; an l_s of -inf is constant."""
     width = out.shape[2]
     blocks = (width + block - 1) // block
-    for task in prange(seqs.shape[0] * blocks):  # sequences x channel blocks: independent
-        s, lo = task // blocks, task % blocks * block
-        n = min(block, width - lo)
-        row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-        total = dlt[s, lo : lo + n].astype(np.float64)
+    s, lo = task // blocks, task % blocks * block
+    n = min(block, width - lo)
+    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
+    total = dlt[s, lo : lo + n].astype(np.float64)
+    for d in range(n):
+        if last > first and out[row, last - 1, lo + d] == -np.inf:
+            total[d] = 0.0
+    for t in range(last - 1, first - 1, -1):
+        at, ut = row * g_sb + t * g_st + lo, row * d_sb + t * d_st + lo
         for d in range(n):
-            if last > first and out[row, last - 1, lo + d] == -np.inf:
-                total[d] = 0.0
-        for t in range(last - 1, first - 1, -1):
-            at, ut = row * g_sb + t * g_st + lo, row * d_sb + t * d_st + lo
-            for d in range(n):
-                if out[row, t, lo + d] == -np.inf:
-                    dgamma[row, t, lo + d] = 0.0
-                else:
-                    total[d] += dout[ut + d]
-                    dgamma[row, t, lo + d] = total[d] / gamma[at + d]
-        for d in range(n):
-            dl0[s, lo + d] = total[d]
+            if out[row, t, lo + d] == -np.inf:
+                dgamma[row, t, lo + d] = 0.0
+            else:
+                total[d] += dout[ut + d]
+                dgamma[row, t, lo + d] = total[d] / gamma[at + d]
+    for d in range(n):
+        dl0[s, lo + d] = total[d]

@@ -28,12 +28,13 @@ from mmrec.kernels.threads import sequences
 _EXPONENTS = {torch.float32: (4, 2.0**100, 900), torch.float64: (1, 1.0, 2000)}
 
 
-def _block(rows: int, width: int) -> int:
-    """Channels a task: whole rows where the sequences feed the threads, else a share of a row."""
+def _blocks(rows: int, width: int) -> tuple[int, int]:
+    """Channels a task: whole rows where the sequences feed the threads, else a share of a row; and
+    the number of tasks."""
     threads = torch.get_num_threads()
-    if rows >= 4 * threads or rows % threads == 0:
-        return max(width, 1)
-    return max(64, -(-width // threads) + 15 & ~15)
+    whole = rows >= 4 * threads or rows % threads == 0
+    block = max(width, 1) if whole else max(64, -(-width // threads) + 15 & ~15)
+    return block, rows * -(-width // block)
 
 
 def _cumprod(gamma: Tensor, y0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,10 +44,10 @@ def _cumprod(gamma: Tensor, y0: Tensor, cu_seqlens: Tensor | None) -> tuple[Tens
     arrays = [x.numpy() for x in (y0, y, last)]
     inputs = (*flat(gamma), *arrays, seqs, *_EXPONENTS[y.dtype])
     if width <= product_kernel.NARROW:
-        product_kernel.narrow_cumprod_fwd(*inputs, work=0.6 * y.numel())
+        product_kernel.narrow_cumprod_fwd(*inputs, tasks=len(seqs), work=0.6 * y.numel())
     else:
-        block = _block(len(seqs), width)
-        product_kernel.cumprod_fwd(*inputs, block, work=0.6 * y.numel())
+        block, tasks = _blocks(len(seqs), width)
+        product_kernel.cumprod_fwd(*inputs, block, tasks=tasks, work=0.6 * y.numel())
     return y, last
 
 
@@ -55,8 +56,9 @@ def _log_cumprod(gamma: Tensor, l0: Tensor, cu_seqlens: Tensor | None) -> tuple[
     seqs = sequences(batch, time, cu_seqlens)
     out, l0, last = empty(gamma), l0.contiguous(), empty(l0)
     arrays = [x.numpy() for x in (l0, out, last)]
-    block = _block(len(seqs), width)
-    product_kernel.log_cumprod_fwd(*flat(gamma), *arrays, seqs, block, work=5.0 * out.numel())
+    block, tasks = _blocks(len(seqs), width)
+    work = 5.0 * out.numel()
+    product_kernel.log_cumprod_fwd(*flat(gamma), *arrays, seqs, block, tasks=tasks, work=work)
     return out, last
 
 
@@ -79,10 +81,12 @@ def _cumprod_bwd(
     inputs = (y0.numpy(), y.numpy(), *flat(dy), dyt.numpy())
     dg, dy0_ = dgamma.numpy(), dy0.numpy()
     if 4 <= width <= product_kernel.NARROW:  # the scan's adjoint, whose db, written first, is lost
-        kernel.narrow_bwd(*flat(gamma), 1, *inputs, dg, dg, dy0_, seqs, False, work=0.8 * y.numel())
+        kernel.narrow_bwd(*flat(gamma), 1, *inputs, dg, dg, dy0_, seqs, False,
+                          tasks=len(seqs), work=0.8 * y.numel())  # fmt: skip
     else:
-        block = _block(len(seqs), width)
-        product_kernel.cumprod_bwd(*flat(gamma), *inputs, dg, dy0_, seqs, block, work=y.numel())
+        block, tasks = _blocks(len(seqs), width)
+        product_kernel.cumprod_bwd(*flat(gamma), *inputs, dg, dy0_, seqs, block, tasks=tasks,
+                                   work=y.numel())  # fmt: skip
     return dgamma, dy0
 
 
@@ -94,8 +98,9 @@ def _log_cumprod_bwd(
     dgamma, dl0 = empty(out), empty(l0)
     dlt, out = dlt.contiguous(), out.contiguous()
     arrays = [x.numpy() for x in (dlt, dgamma, dl0)]
-    product_kernel.log_cumprod_bwd(*flat(gamma), out.numpy(), *flat(dout), *arrays, seqs,
-                                   _block(len(seqs), width), work=2.0 * out.numel())  # fmt: skip
+    block, tasks = _blocks(len(seqs), width)
+    product_kernel.log_cumprod_bwd(*flat(gamma), out.numpy(), *flat(dout), *arrays, seqs, block,
+                                   tasks=tasks, work=2.0 * out.numel())  # fmt: skip
     return dgamma, dl0
 
 

@@ -12,13 +12,15 @@ from mmrec.kernels.squared_relu import kernel
 
 def _run(x: Tensor) -> Tensor:
     y = _run_fake(x)
-    kernel.squared_relu_fwd(line(x), line(y), work=0.2 * x.numel())
+    kernel.squared_relu_fwd(line(x), line(y), tasks=kernel.tasks(x.numel()), work=0.2 * x.numel())
     return y
 
 
 def _run_bwd(dy: Tensor, x: Tensor) -> Tensor:
     dx = _run_fake(x)
-    kernel.squared_relu_bwd(line(x), line(dy), line(dx), work=0.3 * x.numel())
+    kernel.squared_relu_bwd(
+        line(x), line(dy), line(dx), tasks=kernel.tasks(x.numel()), work=0.3 * x.numel()
+    )
     return dx
 
 

@@ -1,7 +1,5 @@
 """Numba kernels of relu(x)². Arrays in, arrays out, no checks. A task is a stretch of elements."""
 
-from numba import prange
-
 from mmrec.kernels.activation import relu
 from mmrec.kernels.half import narrow, wide
 from mmrec.kernels.threads import kernel
@@ -9,22 +7,25 @@ from mmrec.kernels.threads import kernel
 STRETCH = 1 << 14
 
 
+def tasks(elements: int) -> int:
+    """Number of stretches."""
+    return -(-elements // STRETCH)
+
+
 @kernel
-def squared_relu_fwd(x, y):
+def squared_relu_fwd(task, x, y):
     """Fill y (n,) for x (n,)."""
-    for task in prange((x.size + STRETCH - 1) // STRETCH):  # each has elements of its own
-        xs, ys = x[task * STRETCH : (task + 1) * STRETCH], y[task * STRETCH : (task + 1) * STRETCH]
-        for i in range(xs.size):
-            v = relu(wide(xs[i]))
-            ys[i] = narrow(v * v, ys)
+    xs, ys = x[task * STRETCH : (task + 1) * STRETCH], y[task * STRETCH : (task + 1) * STRETCH]
+    for i in range(xs.size):
+        v = relu(wide(xs[i]))
+        ys[i] = narrow(v * v, ys)
 
 
 @kernel
-def squared_relu_bwd(x, dy, dx):
+def squared_relu_bwd(task, x, dy, dx):
     """Fill dx (n,): 2 relu(x) dy."""
-    for task in prange((x.size + STRETCH - 1) // STRETCH):  # each has elements of its own
-        part = slice(task * STRETCH, (task + 1) * STRETCH)
-        xs, dys, dxs = x[part], dy[part], dx[part]
-        for i in range(xs.size):
-            v = relu(wide(xs[i])) * wide(dys[i])
-            dxs[i] = narrow(v + v, dxs)
+    part = slice(task * STRETCH, (task + 1) * STRETCH)
+    xs, dys, dxs = x[part], dy[part], dx[part]
+    for i in range(xs.size):
+        v = relu(wide(xs[i])) * wide(dys[i])
+        dxs[i] = narrow(v + v, dxs)

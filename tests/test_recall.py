@@ -1,0 +1,53 @@
+"""Synthetic tasks of the long-term memory: the questions are right, and a small one is learnt."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.recall import NONE, Task, copying, induction, learn, recall
+
+
+def test_recall_asks_for_the_value_that_followed_the_key() -> None:
+    tokens, targets = recall(np.random.default_rng(0), 3, 4, 24, 32)
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        table = dict(zip(row[:8:2], row[1:8:2], strict=True))
+        asked = {row[t]: wanted[t] for t in range(24) if wanted[t] != NONE}
+        assert asked == table
+        assert len(table) == 4
+        assert all(wanted[t] == NONE for t in range(8))
+
+
+def test_induction_asks_for_what_followed_the_first_time() -> None:
+    tokens, targets = induction(np.random.default_rng(0), 3, 20, 32)
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        first = row.index(row[-1])
+        assert first < 18
+        assert wanted == [NONE] * 19 + [row[first + 1]]
+
+
+def test_copying_asks_for_the_same_again() -> None:
+    tokens, targets = copying(np.random.default_rng(0), 3, 21, 32)
+    assert (tokens[:, 10] == 0).all()
+    assert (targets[:, 10:] == tokens[:, :10]).all()
+    assert (tokens[:, 11:] == tokens[:, :9]).all()
+    assert (targets[:, :10] == NONE).all()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tasks this small are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("layers", "low", "high"), [("nl", 0.95, 1.0), ("s", 0.0, 0.5)])
+def test_the_long_term_memory_recalls_and_the_short_does_not(
+    layers: str, low: float, high: float
+) -> None:
+    small = Task(lambda g, b: recall(g, b, 4, 24, 32), 32, 24, 900, width=32)
+    assert low <= learn(small, layers, 0, heads=1)["accuracy"] <= high
