@@ -12,15 +12,20 @@ import math
 import time
 from pathlib import Path
 
-import torch
+from mmrec.cli.startup import prepare_process
 
-from mmrec.bench import machine
-from mmrec.config import preset
-from mmrec.data.batches import Batches
-from mmrec.data.corpus import Corpus, prepare
-from mmrec.evaluate import evaluate
-from mmrec.model import Model, probe_bfloat16
-from mmrec.schedule import lr_factor
+prepare_process(["train"])  # as the command does, before torch is loaded
+
+import torch  # noqa: E402
+
+from mmrec.bench import machine  # noqa: E402
+from mmrec.config import TrainConfig, preset  # noqa: E402
+from mmrec.data.batches import Batches  # noqa: E402
+from mmrec.data.corpus import Corpus, prepare  # noqa: E402
+from mmrec.evaluate import evaluate  # noqa: E402
+from mmrec.model import Model, probe_bfloat16  # noqa: E402
+from mmrec.optimizer import Muon  # noqa: E402
+from mmrec.schedule import lr_factor  # noqa: E402
 
 EPOCHS, STEPS, BATCH, SEQ_LEN = 3, 126, 2, 256
 OLD_MEANS, OLD_FIRST, OLD_LAST, OLD_MINUTES = (5.7428, 1.7449, 0.9866), 8.6465, 0.8179, 33
@@ -31,14 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
 
     corpus = Corpus.open(prepare(args.data, "bpe", 5000, None, print))
     torch.manual_seed(args.seed)
     model = Model(preset("tiny"))
     model.set_precision("bfloat16" if probe_bfloat16() else "float32")
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95), fused=True)
+    plan = TrainConfig()
+    optimizer = Muon(model.parameter_groups(plan.weight_decay), lr=plan.lr,
+                     betas=(plan.beta1, plan.beta2), muon_lr=plan.muon_lr)  # fmt: skip
     batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
     begin = time.perf_counter()
     model.loss(*batches.get(0)).backward()
@@ -53,7 +59,7 @@ def main() -> None:
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
             progress = (step + 0.5) / (EPOCHS * STEPS)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * lr_factor(progress, 0.05, "cosine", 0.0)
+                group["lr"] = group["peak"] * lr_factor(progress, 0.05, "linear", 0.0)
             optimizer.zero_grad(set_to_none=True)
             loss = model.loss(*batches.get(step))
             loss.backward()

@@ -11,6 +11,10 @@ One layer, with σ the sigmoid and u the input after norm and a short causal con
     x ← x + ((rms_norm(h) + rms_norm(o)) silu(r)) W_out
     x ← x + relu²(rms_norm(x) W_1) W_2
 
+A layer of the kind ``n`` has the short-term memory with W_g = 0, a linear scan, and no other: all
+between its products is one op, ``gated_scan``. x starts as the sum of the embeddings of a token and
+of the pair and the triple of tokens that it ends.
+
 The state of a layer does not grow with the text, and a text may be run whole, in chunks with
 carried state, or token by token: the numbers are the same.
 """
@@ -150,11 +154,11 @@ class Layer(nn.Module):
         """Map x (B, T, D) and the state to the new x and the new state."""
         u, taps = norm_conv(x, self.taps, state.taps, half=half)
         p = self.project(u)
-        if self.kind != "n":
-            y, state = self.remember(p, state)
+        if self.kind == "n":
+            y, h = gated_scan(p, self.decay_bias, state.h)
+            state = state._replace(h=h)
         else:
-            y, h_last = gated_scan(p, self.decay_bias, state.h)
-            state = LayerState(taps, h_last, None)
+            y, state = self.remember(p, state)
         x = x + self.dropout(self.merge(y))
         hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
         x = x + self.dropout(self.ffn_out(hidden))
