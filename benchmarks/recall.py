@@ -83,7 +83,7 @@ class Task:
 
 
 TASKS = {
-    "recall-16": Task(lambda g, b: recall(g, b, 16, 128, 256), 256, 128, 1500),
+    "recall-16": Task(lambda g, b: recall(g, b, 16, 128, 256), 256, 128, 1200, 32, 128),
     "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 1500, 16, 128),
     "induction": Task(lambda g, b: induction(g, b, 128, 256), 256, 128, 1500),
     "copying": Task(lambda g, b: copying(g, b, 129, 256), 256, 129, 1500),
@@ -131,7 +131,7 @@ def learn(task: Task, layers: str, seed: int, *, heads: int = 2, lr: float = 1e-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--layers", nargs="+", default=["l", "b", "nl", "s", "n"])
+    parser.add_argument("--layers", nargs="+", default=["nl", "l", "s", "n"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
