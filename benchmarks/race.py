@@ -153,7 +153,8 @@ def main() -> None:
         args.contenders = [c for c in args.contenders if not c.startswith("nanogpt")]
     unit = "nats/char" if args.tokenizer == "char" else "bits per byte"
     stem = args.out or f"race-{Path(args.data).stem}"
-    title = f"{args.out or Path(args.data).parent.name or args.data}, {machine()['cpu']}, 2 cores"
+    about = machine()
+    title = f"{stem.removeprefix('race-')}, {about['cpu']}, {about['cores']} cores"
     path, rows = RESULTS / f"{stem}.json", []
     if args.add and path.exists():
         again = {(n, s) for n in args.contenders for s in args.seconds}

@@ -188,7 +188,8 @@ class TrainConfig:
             _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
 
 
-# Three layers of linear scan to one of long-term memory learnt most in equal time (decisions.md).
+# Three layers of linear scan to one of long-term memory learnt most of stdlib in equal time, by one
+# seed; only tiny was measured (decisions.md).
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(128, 4, 4, 5_000, "nnnl", ffn=3.5, ngrams=4_096, horizon=256),
     "mini": ModelConfig(256, 6, 4, 8_192, "nnl", ffn=4.0, ngrams=8_192, horizon=512),

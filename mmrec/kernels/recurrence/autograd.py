@@ -21,6 +21,7 @@ from mmrec.kernels.arrays import (
     start,
 )
 from mmrec.kernels.arrays import check as check_shape
+from mmrec.kernels.half import line
 from mmrec.kernels.ops import register
 from mmrec.kernels.recurrence import kernel
 from mmrec.kernels.threads import sequences
@@ -54,11 +55,6 @@ def _work(like: Tensor, weight: Tensor) -> float:
     return like.numel() * (1.5 + 0.02 * weight.shape[-1] * bool(weight.shape[0]))
 
 
-def _line(x: Tensor) -> np.ndarray:
-    """A tensor as a 1-D array, copied only if it is not contiguous."""
-    return x.detach().reshape(-1).numpy()
-
-
 def _run(
     z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, h0: Tensor,
     cu_seqlens: Tensor | None, mixed: bool, keep: bool,
@@ -68,8 +64,8 @@ def _run(
     spans, tiles = _walk(z, cu_seqlens)
     kernel.recurrence_fwd(
         *flat(z), *flat(gate), *flat(decay),
-        _line(weight), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
-        _line(h), _line(h_last), _line(s), mixed, tasks=len(tiles), work=_work(z, weight),
+        line(weight), weight.shape[-1], line(h0), spans, tiles, z.shape[1],
+        line(h), line(h_last), line(s), mixed, tasks=len(tiles), work=_work(z, weight),
     )  # fmt: skip
     return h, h_last, s
 
@@ -90,15 +86,15 @@ def _run_bwd(
     spans, tiles = _walk(z, cu_seqlens)
     kernel.recurrence_bwd(
         *flat(z), *flat(decay), *flat(dh),
-        _line(weight.transpose(1, 2)), weight.shape[-1], _line(h0), spans, tiles, z.shape[1],
-        _line(h), _line(s), _line(dh_last), _line(dz), _line(dg), _line(df), _line(dh0), mixed,
+        line(weight.transpose(1, 2)), weight.shape[-1], line(h0), spans, tiles, z.shape[1],
+        line(h), line(s), line(dh_last), line(dz), line(dg), line(df), line(dh0), mixed,
         tasks=len(tiles), work=_work(z, weight),
     )  # fmt: skip
     if dw.numel():
         share = -(-z.shape[2] // torch.get_num_threads())
         stripe = min(STRIPE, -(-share // ROWS) * ROWS)
         kernel.weight_gradient(
-            _line(h), _line(h0), _line(dg), spans, z.shape[1], weight.shape[-1], stripe, _line(dw),
+            line(h), line(h0), line(dg), spans, z.shape[1], weight.shape[-1], stripe, line(dw),
             tasks=weight.shape[0] * -(-weight.shape[-1] // stripe), work=_work(z, weight),
         )  # fmt: skip
     return dz, dg, df, dw, dh0
