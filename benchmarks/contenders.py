@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmrec.config import ModelConfig
 from mmrec.data.batches import Batches
 from mmrec.data.corpus import Corpus, prepare
 from mmrec.schedule import lr_factor
@@ -42,8 +44,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
     "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
 }  # fmt: skip
+# From so many seconds on the text repeats, and a contender takes these settings beside its own.
+LONG: dict[str, list[tuple[float, dict[str, Any]]]] = {
+    "mmrec": [(200, {"dropout": 0.1})],
+}
 LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "decay": 0.1,
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
+
+
+def settings(name: str, seconds: float) -> dict[str, Any]:
+    """What a contender runs with for so many seconds."""
+    chosen = {} if name == "mmrec" else dict(LOOP)
+    chosen |= SETTINGS[name]
+    for least, longer in LONG.get(name, []):
+        if seconds >= least:
+            chosen |= longer
+    return chosen
 
 
 class Attention(nn.Module):
@@ -181,7 +197,7 @@ def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: b
 
 def train_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Train a peer until its seconds are over; compilation and the first steps are not counted."""
-    s = LOOP | SETTINGS[name] | args.set
+    s = args.set
     torch.manual_seed(args.seed)
     vocab = corpus.tokenizer.vocab_size
     model = build(name, vocab, s, args.nanogpt)
@@ -273,7 +289,7 @@ def train_mmrec(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
             "parameters": count, "settings": args.set | {"preset": args.preset}}  # fmt: skip
 
 
-MODEL_KEYS = {"width", "depth", "heads", "layers", "blocks", "ffn", "conv", "dropout", "horizon"}
+MODEL_KEYS = {f.name for f in fields(ModelConfig)}
 
 
 def pair(text: str) -> tuple[str, Any]:
@@ -298,7 +314,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-curve", dest="curve", action="store_false")
     args = parser.parse_args()
-    args.set = dict(args.set)
+    args.set = settings(args.name, args.seconds) | dict(args.set)
     if args.threads:
         torch.set_num_threads(args.threads)
     corpus = Corpus.open(prepare(args.data, args.tokenizer, 5000))

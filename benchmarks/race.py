@@ -17,22 +17,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contenders import LOOP, SETTINGS, pair
+from contenders import SETTINGS, pair, settings
 
 from mmrec.bench import machine
 
 RESULTS = Path(__file__).parent / "results"
-# One axis after the other; a peer takes the best value of each before the next is tried.
+# One axis after the other, from where the peer stands up or down as long as that is better.
 SEARCH: dict[str, list[Any]] = {
     "lr": [1e-3, 2e-3, 4e-3, 8e-3],
     "batch": [4, 8, 16, 32],
     "seq_len": [64, 128, 256],
     "width": [96, 128, 192, 256, 384],
     "depth": [1, 2, 3, 4, 6],
+    "dropout": [0.0, 0.1, 0.2],
     "bf16": [False, True],
     "compile": [False, True],
 }
-FIXED = {"nanogpt": set(SEARCH), "nanogpt-tuned": {"bf16", "compile"}, "mmrec": set(SEARCH)}
+FIXED = {"nanogpt": set(SEARCH), "nanogpt-tuned": {"bf16", "compile"}, "mmrec": set(SEARCH),
+         "mamba": {"dropout"}}  # fmt: skip
 
 
 def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
@@ -56,20 +58,28 @@ def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
 def search(name: str, args: argparse.Namespace) -> None:
     """Try one setting after another at the first budget, and say what was best."""
     best: dict[str, Any] = dict(args.set)
-    start = LOOP | SETTINGS[name]
-    score = measure(name, args, args.seconds[0], 0, best, curve=False)["loss"]
-    print(f"{name}: {score:.4f} as it stands", flush=True)
+    start = settings(name, args.seconds[0])
+
+    def loss_with(tried: dict[str, Any]) -> float:
+        made = measure(name, args, args.seconds[0], 0, best | tried, curve=False)
+        loss = made.get("loss", float("inf"))
+        print(f"  {name} {json.dumps(best | tried)}: {loss:.4f}", flush=True)
+        return loss
+
+    score = loss_with({})
     for key, values in SEARCH.items():
         if key in FIXED.get(name, set()):
             continue
-        for value in values:
-            if value == (start | best)[key]:
-                continue
-            made = measure(name, args, args.seconds[0], 0, best | {key: value}, curve=False)
-            loss = made.get("loss", float("inf"))
-            print(f"  {name} {key}={value}: {loss:.4f}", flush=True)
-            if loss < score:
+        now = (start | best)[key]
+        above, below = [v for v in values if v > now], [v for v in values[::-1] if v < now]
+        for side in (above, below):
+            for value in side:
+                loss = loss_with({key: value})
+                if loss >= score:
+                    break
                 score, best = loss, best | {key: value}
+            if best.get(key, now) != now:  # better on one side: the other is not tried
+                break
     print(f"{name}: {score:.4f} with {json.dumps(best)}", flush=True)
 
 
