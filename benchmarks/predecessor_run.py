@@ -43,7 +43,7 @@ def main() -> None:
     model = Model(preset("tiny"))
     model.set_precision("bfloat16" if probe_bfloat16() else "float32")
     plan = TrainConfig()
-    optimizer = Muon(model.parameter_groups(plan.weight_decay), lr=plan.lr,
+    optimizer = Muon(model.parameter_groups(plan.weight_decay, plan.table_decay), lr=plan.lr,
                      betas=(plan.beta1, plan.beta2), muon_lr=plan.muon_lr)  # fmt: skip
     batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
     begin = time.perf_counter()

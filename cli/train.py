@@ -36,6 +36,7 @@ def train(
     warmup: Annotated[float | None, Opt(help="Warmup, share of the run.")] = None,
     schedule: Annotated[str | None, Opt(help="cosine, linear or constant.")] = None,
     weight_decay: Annotated[float | None, Opt(help="Weight decay of matrices.")] = None,
+    table_decay: Annotated[float | None, Opt(help="Weight decay of pairs and triples.")] = None,
     clip: Annotated[float | None, Opt(help="Largest gradient norm.")] = None,
     dropout: Annotated[float | None, Opt(help="Dropout of each branch.")] = None,
     layers: Annotated[str | None, Opt(help="Memories by layer: s, l, b(oth), n(o weight).")] = None,

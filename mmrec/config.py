@@ -123,6 +123,8 @@ class TrainConfig:
     """``cosine``, ``linear`` or ``constant``, after the warmup."""
     weight_decay: float = 0.1
     """Weight decay, on matrices only, a share of muon_lr."""
+    table_decay: float = 1.0
+    """Weight decay of the table of pairs and triples of tokens, a share of lr."""
     beta1: float = 0.9
     """AdamW first-moment decay."""
     beta2: float = 0.95
@@ -166,8 +168,10 @@ class TrainConfig:
         )
         _require(0 <= self.warmup <= 1, "warmup must lie in [0, 1]", self.warmup)
         _require(0 <= self.min_lr <= 1, "min_lr must lie in [0, 1]", self.min_lr)
-        good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
-        _require(good, "weight_decay must be finite and >= 0", self.weight_decay)
+        for name in ("weight_decay", "table_decay"):
+            value = getattr(self, name)
+            good = math.isfinite(value) and value >= 0
+            _require(good, f"{name} must be finite and >= 0", value)
         for name in ("beta1", "beta2"):
             _require(
                 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)", getattr(self, name)

@@ -221,17 +221,25 @@ class Model(nn.Module):
         """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
         self.reduced = precision == "bfloat16"
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: the layers' matrices, which Muon moves, and all else, undecayed."""
+    def parameter_groups(
+        self, weight_decay: float, table_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups: the layers' matrices, which Muon moves; all else, undecayed; and the
+        table of pairs and triples, which would learn the training text by heart."""
         matrices: list[Tensor] = []
         others: list[Tensor] = []
         for name, p in self.layers.named_parameters():
             (others if p.ndim < 2 or name.endswith("taps") else matrices).append(p)
-        others += [p for name, p in self.named_parameters() if not name.startswith("layers.")]
-        return [
+        rest = dict(self.named_parameters())
+        table = [rest.pop("ngrams")] if self.config.ngrams else []
+        others += [p for name, p in rest.items() if not name.startswith("layers.")]
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": weight_decay, "muon": True},
             {"params": others, "weight_decay": 0.0, "muon": False},
         ]
+        if table:
+            groups.append({"params": table, "weight_decay": table_decay, "muon": False})
+        return groups
 
     def start(self, batch: int) -> State:
         """The state of every layer before any token."""

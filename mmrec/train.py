@@ -79,7 +79,7 @@ class Trainer:
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
             )
         self.optimizer = Muon(
-            self.model.parameter_groups(config.weight_decay),
+            self.model.parameter_groups(config.weight_decay, config.table_decay),
             lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
         )  # fmt: skip
         table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]

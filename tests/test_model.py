@@ -124,6 +124,10 @@ def test_weight_decay_reaches_matrices_only() -> None:
     assert kinds == {"project", "merge", "ffn_in", "ffn_out"}
     assert rest["weight_decay"] == 0.0
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    model = Model(dataclasses.replace(SMALL, ngrams=64))
+    table = model.parameter_groups(0.1, 0.7)[2]
+    assert table["weight_decay"] == 0.7
+    assert [id(p) for p in table["params"]] == [id(model.ngrams)]
 
 
 def test_time_constants_are_spread_over_the_horizon() -> None:
