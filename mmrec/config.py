@@ -144,6 +144,9 @@ class TrainConfig:
     """How many step-N checkpoints to keep; best and last are always kept."""
     patience: int = 0
     """Stop after this many validations without a new best; 0 never stops early."""
+    on_nan: str = "stop"
+    """When a loss or gradient is NaN or infinite: ``stop``, ``skip`` the step, or ``rollback`` to
+    the newest checkpoint with other data and half the rate."""
     out: str = ""
     """Run folder; empty chooses ``runs/<preset>-<corpus>``."""
 
@@ -183,9 +186,12 @@ class TrainConfig:
             ("schedule", ["cosine", "linear", "constant"]),
             ("precision", ["auto", "float32", "bfloat16"]),
             ("tokenizer", ["bpe", "char", "byte"]),
+            ("on_nan", ["stop", "skip", "rollback"]),
         ):
             value = getattr(self, name)
             _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
+        good = self.on_nan != "rollback" or self.keep >= 1
+        _require(good, "keep must be >= 1, or on_nan rollback has nowhere to return to", self.keep)
 
 
 # Three layers of linear scan to one of long-term memory learnt most of stdlib in equal time, by one
