@@ -97,9 +97,11 @@ def memory(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -
 @app.command()
 def train(
     name: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = "tiny",
-    vocab: Annotated[int | None, typer.Option(min=2, help="Tokens of the vocabulary.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 16,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 256,
+    vocab: Annotated[
+        int | None, typer.Option(min=2, max=1 << 32, help="Tokens of the vocabulary.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1 << 32, help="Windows in a batch.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=1, max=1 << 32, help="Tokens a window.")] = 256,
     profile: Annotated[bool, typer.Option("--profile", help="Show the time by part.")] = False,
     as_json: Json = False,
 ) -> None:

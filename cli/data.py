@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmrec.config import InputError
+
 app = typer.Typer(help="Tokenise text into a corpus file, or look into one.")
 
 Source = Annotated[str, typer.Argument(help="stdlib, shakespeare, a file, a folder or a glob.")]
@@ -23,6 +25,8 @@ def prepare(
     """Read text, split it, train a tokenizer, and write one HDF5 file."""
     from mmrec.data.corpus import prepare
 
+    if out is not None and out.is_dir():
+        raise InputError(f"--out must be a file to write; {out} is a folder")
     typer.echo(prepare(source, tokenizer, vocab, out, lambda line: typer.echo(line, err=True)))
 
 

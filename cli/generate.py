@@ -19,7 +19,7 @@ def generate(
     top_p: Annotated[float, Opt(help="Keep the likeliest with this much probability.")] = 0.95,
     min_p: Annotated[float, Opt(help="Drop those below this share of the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, Opt(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int | None, Opt(help="Same seed, same text.", min=0)] = None,
+    seed: Annotated[int | None, Opt(help="Same seed, same text.", min=0, max=2**63 - 1)] = None,
     stop: Annotated[list[str] | None, Opt(help="End at this text; may be repeated.")] = None,
 ) -> None:
     """Write on from a prompt, as it comes."""

@@ -1,8 +1,9 @@
 """The ``mmrec`` command: one Typer app, one file a command."""
 
+import itertools
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,6 @@ from mmrec.config import VERSION, InputError
 
 app = typer.Typer(
     help="Train and run recurrent language models on a CPU.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -43,20 +43,46 @@ def main(
     """Train and run recurrent language models on a CPU."""
 
 
+USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError, of click or of Typer's copy of it
+
+
 def run() -> None:
-    """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 128 + n signal."""
     prepare_process(sys.argv[1:3])
+    command = typer.main.get_command(app)
     try:
-        app()
+        with command.make_context("mmrec", sys.argv[1:] or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except USAGE as error:
+        _fail(_usage(error))
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as head left
         sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        _fail("not enough memory: smaller sizes (--batch, --seq-len, --shape, the preset) need "
+              "less")  # fmt: skip
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(0)
+
+
+def _usage(error: Any) -> str:
+    """Typer's complaint, with what came (it leaves that out) and where help is."""
+    message = error.format_message().rstrip(".")
+    for option in getattr(getattr(error, "param", None), "opts", []):
+        came = [b for a, b in itertools.pairwise(sys.argv) if a == option]
+        came += [a.split("=", 1)[1] for a in sys.argv if a.startswith(f"{option}=")]
+        message += f"; got {came[-1]!r}" if came else ""
+    return f"{message} (see {error.ctx.command_path if error.ctx else 'mmrec'} --help)"
 
 
 def _fail(message: str) -> None:

@@ -1,8 +1,11 @@
 """``mmrec train``."""
 
+import contextlib
 import dataclasses
+import functools
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +17,15 @@ from mmrec.config import (
     load_toml,
     preset,
 )
+from mmrec.signals import leaving, unbreakable_output
+
+if TYPE_CHECKING:
+    from mmrec.run import Lock
+    from mmrec.train import Trainer
 
 Opt = typer.Option
+LENGTHS = {"steps", "epochs", "minutes"}
+say = functools.partial(print, flush=True)
 
 
 def train(
@@ -46,6 +56,7 @@ def train(
     save_every: Annotated[int | None, Opt(help="Steps between step-N checkpoints.")] = None,
     keep: Annotated[int | None, Opt(help="Number of step-N checkpoints kept.")] = None,
     patience: Annotated[int | None, Opt(help="Stop after so many validations; 0: never.")] = None,
+    on_nan: Annotated[str | None, Opt(help="stop, skip or rollback.")] = None,
     out: Annotated[str | None, Opt(help="Run folder.")] = None,
     force: Annotated[bool, Opt("--force", help="Overwrite the run in --out.")] = False,
     resume: Annotated[bool, Opt("--resume", help="Continue --out, or the newest run.")] = False,
@@ -56,11 +67,27 @@ def train(
         given.pop(key, None)
     if resume:
         wrong = ["PRESET"] * (name is not None) + ["--config"] * (config is not None)
-        wrong += [f"--{k.replace('_', '-')}" for k in given if k not in LENGTHS | {"out"}]
+        wrong += ["--force"] * force
+        wrong += [f"--{k.replace('_', '-')}" for k in given if k not in LENGTHS | {"out", "on_nan"}]
         if wrong:
             raise InputError(f"--resume keeps the settings of its run; {wrong[0]} cannot be given")
-        _finish(*_resume(given))
-        return
+    with unbreakable_output(), contextlib.ExitStack() as held:
+        with leaving("stopped before training began: there was nothing to save"):
+            if resume:
+                lock, trainer = _resume(given, held)
+            else:
+                lock, trainer = _begin(name, config, given, force, held)
+        _finish(trainer, lock, resume)
+
+
+def _begin(
+    name: str | None,
+    config: Path | None,
+    given: dict[str, Any],
+    force: bool,
+    held: contextlib.ExitStack,
+) -> tuple["Lock", "Trainer"]:
+    """A new run: its folder, locked, and its trainer."""
     tables = load_toml(config) if config else {}
     title = name or str(tables.get("preset", ""))
     if not title:
@@ -78,55 +105,59 @@ def train(
     from mmrec.train import Trainer
 
     chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
-    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, typer.echo)
+    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say)
     corpus = Corpus.open(path)
     stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
     default = Path("runs") / f"{title}-{stem.strip('*./') or 'data'}"
-    trainer = Trainer(default, corpus, model, chosen, title, typer.echo)
-    trainer.folder = open_run(chosen.out, default, force=force)
-    _finish(trainer, False)
+    trainer = Trainer(default, corpus, model, chosen, title, say)
+    lock = held.enter_context(open_run(chosen.out, default, force=force))
+    trainer.folder = lock.folder
+    return lock, trainer
 
 
-LENGTHS = {"steps", "epochs", "minutes"}
-
-
-def _resume(given: dict[str, Any]) -> tuple[Any, bool]:
-    """The trainer of an earlier run as its own config.toml describes it."""
+def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", "Trainer"]:
+    """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
     from mmrec.checkpoint import newest_run
     from mmrec.data.corpus import Corpus, prepare
+    from mmrec.run import Lock
     from mmrec.train import Trainer
 
     folder = Path(given.pop("out")) if "out" in given else newest_run()
-    if not folder.is_dir():
-        raise InputError(f"no run at {folder} to resume")
+    if not (folder / "config.toml").exists():
+        raise InputError(f"no run at {folder} to resume: expected a folder with a config.toml")
+    lock = held.enter_context(Lock(folder))
     tables = load_toml(folder / "config.toml")
     settings = dict(tables["train"])
-    if given:
-        settings = {k: v for k, v in settings.items() if k not in LENGTHS} | given
+    if LENGTHS & set(given):
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS}
+    settings |= given
     chosen, model = from_dict(TrainConfig, settings), from_dict(ModelConfig, tables["model"])
     title = str(tables["preset"])
-    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, typer.echo))
-    return Trainer(folder, corpus, model, chosen, title, typer.echo), True
+    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say))
+    return lock, Trainer(folder, corpus, model, chosen, title, say)
 
 
-def _finish(trainer: Any, resume: bool) -> None:
+def _finish(trainer: "Trainer", lock: "Lock", resume: bool) -> None:
+    from mmrec.checkpoint import run_checkpoints
     from mmrec.train import TrainingDiverged, train
 
-    folder = trainer.folder
+    folder, resuming = trainer.folder, f"mmrec train --resume --out {trainer.folder}"
     try:
-        made = train(trainer, resume=resume)
+        made = train(trainer, resume=resume, lock=lock)
     except TrainingDiverged as error:
-        saved = [folder / "best.h5", *sorted(folder.glob("step-*.h5"))]
-        kept = ", ".join(str(p) for p in saved if p.exists()) or "none yet"
-        typer.echo(f"error: {error}; good checkpoints: {kept}; try a lower --lr", err=True)
+        good = run_checkpoints(folder)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        say(f"error: {error}, which never reached the weights; {kept}; start again with a lower "
+            f"--lr and --muon-lr, or go on with {resuming} --on-nan skip (or rollback)",
+            file=sys.stderr)  # fmt: skip
         raise typer.Exit(1) from None
     if made["ended"] == "signal":
-        typer.echo(f"stopped at step {made['steps']:,} and saved; "
-                   f"continue with: mmrec train --resume --out {folder}", err=True)  # fmt: skip
-        raise typer.Exit(128 + trainer.signal)
+        say(f"stopped at step {made['steps']:,} and saved; continue with: {resuming}",
+            file=sys.stderr)  # fmt: skip
+        raise typer.Exit(128 + trainer.stop.number)
     if made["ended"] == "early":
-        typer.echo(f"stopped early: no better validation loss in {trainer.config.patience} checks")
-    typer.echo(f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
-               f"({made['tokens_per_second']:,} tokens/s); best validation loss "
-               f"{made['best_subset_loss']:.4f} at step {made['best_step']:,}")  # fmt: skip
-    typer.echo(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')
+        say(f"stopped early: no better validation loss in {trainer.config.patience} checks")
+    say(f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
+        f"({made['tokens_per_second']:,} tokens/s); best validation loss "
+        f"{made['best_subset_loss']:.4f} at step {made['best_step']:,}")  # fmt: skip
+    say(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')

@@ -19,7 +19,7 @@ import platformdirs
 
 from mmrec.config import InputError
 from mmrec.data.corpora import NAMES, Document, load_documents, split
-from mmrec.data.tokenizer import Tokenizer, train_tokenizer
+from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
 from mmrec.storage import atomic_write, open_file, read_json, write_json
 
 KIND, SCHEMA = "corpus", 1
@@ -128,6 +128,7 @@ def prepare(
     say = progress or (lambda line: None)
     if is_prepared(source):
         return Path(source)
+    check_wish(tokenizer, vocab_size)
     documents = load_documents(source)
     fingerprint = _fingerprint(documents)
     wanted = [fingerprint, tokenizer, vocab_size if tokenizer == "bpe" else 0, SCHEMA]

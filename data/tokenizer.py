@@ -111,20 +111,28 @@ def _byte_table(bpe: object) -> list[bytes]:
     return [b"" if w == EOT else bytes(table[c] for c in w) for w in words]
 
 
+def check_wish(kind: str, vocab_size: int) -> None:
+    """Raise InputError if there is no such tokenizer: asked before the work of reading text."""
+    if kind not in KINDS:
+        raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind == "bpe" and not 257 <= vocab_size <= 1 << 32:
+        raise InputError(
+            f"a bpe vocabulary must hold at least 257 tokens, the bytes and {EOT}, and at most "
+            f"2^32; got {vocab_size}"
+        )
+
+
 def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 5000) -> Tokenizer:
     """Train a tokenizer of that kind; ``vocab_size`` counts only for ``bpe``.
 
     Raises:
         InputError: unknown kind, or a BPE vocabulary too small for the 256 bytes and the end token.
     """
+    check_wish(kind, vocab_size)
     if kind == "char":
         return Tokenizer("char", "".join(sorted(set().union(*texts))))
     if kind != "bpe":
         return Tokenizer(kind, "")
-    if vocab_size < 257:
-        raise InputError(
-            f"a bpe vocabulary must hold at least 257 tokens, the bytes and {EOT}; got {vocab_size}"
-        )
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers, trainers
 

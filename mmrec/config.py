@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "0.1.0"
+LARGEST = 10**15  # of whole numbers: a size, and what it is multiplied with, stays countable
 
 
 class InputError(ValueError):
@@ -24,6 +25,11 @@ def nearest(word: str, known: list[str]) -> str:
 def _require(good: bool, rule: str, got: object) -> None:
     if not good:
         raise InputError(f"{rule}; got {got}")
+
+
+def _require_count(name: str, value: object) -> None:
+    good = isinstance(value, int) and 1 <= value <= LARGEST
+    _require(good, f"{name} must be a whole number from 1 to 10^15", value)
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "vocab_size", "blocks", "conv", "horizon"):
             value = getattr(self, name)
-            _require(
-                isinstance(value, int) and value >= 1, f"{name} must be a whole number >= 1", value
-            )
+            _require_count(name, value)
         _require(
             self.width % self.heads == 0, f"heads must divide the width {self.width}", self.heads
         )
@@ -146,22 +150,23 @@ class TrainConfig:
     """How many step-N checkpoints to keep; best and last are always kept."""
     patience: int = 0
     """Stop after this many validations without a new best; 0 never stops early."""
+    on_nan: str = "stop"
+    """When a loss or gradient is NaN or infinite: ``stop``, ``skip`` the step, or ``rollback`` to
+    the newest checkpoint with other data and half the rate."""
     out: str = ""
     """Run folder; empty chooses ``runs/<preset>-<corpus>``."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq_len", "accumulate", "eval_every", "eval_tokens", "save_every"):
             value = getattr(self, name)
-            _require(
-                isinstance(value, int) and value >= 1, f"{name} must be a whole number >= 1", value
-            )
+            _require_count(name, value)
         for name in ("lr", "muon_lr", "clip"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"{name} must be finite and > 0", value)
         for name in ("steps", "epochs", "minutes"):
             value = getattr(self, name)
-            good = value is None or (math.isfinite(value) and value > 0)
-            _require(good, f"{name} must be finite and > 0", value)
+            good = value is None or 0 < value <= LARGEST
+            _require(good, f"{name} must be > 0 and at most 10^15", value)
         given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         _require(
             len(given) <= 1, "only one of steps, epochs, minutes may be given", ", ".join(given)
@@ -176,20 +181,19 @@ class TrainConfig:
             _require(
                 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)", getattr(self, name)
             )
-        _require(
-            self.keep >= 0 and self.patience >= 0,
-            "keep and patience must be >= 0",
-            (self.keep, self.patience),
-        )
-        _require(self.vocab >= 0, "vocab must be >= 0", self.vocab)
-        _require(self.seed >= 0, "seed must be >= 0", self.seed)
+        for name in ("keep", "patience", "vocab"):
+            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        _require(0 <= self.seed < 1 << 63, "seed must lie in 0 to 2^63 - 1", self.seed)
         for name, known in (
             ("schedule", ["cosine", "linear", "constant"]),
             ("precision", ["auto", "float32", "bfloat16"]),
             ("tokenizer", ["bpe", "char", "byte"]),
+            ("on_nan", ["stop", "skip", "rollback"]),
         ):
             value = getattr(self, name)
             _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
+        good = self.on_nan != "rollback" or self.keep >= 1
+        _require(good, "keep must be >= 1, or on_nan rollback has nowhere to return to", self.keep)
 
 
 # Three layers of linear scan to one of long-term memory learnt most of stdlib in equal time, by one

@@ -52,7 +52,7 @@ def evaluate(
         eot: the id given as context to the first token.
         n_bytes: UTF-8 bytes of the text that the tokens stand for.
         chunk: tokens of a lane at once; changes speed and memory only.
-        progress: called with the number of tokens just scored.
+        progress: called with the number of tokens just scored; what it raises ends the evaluation.
 
     Raises:
         InputError: there is no token to score.
@@ -64,18 +64,22 @@ def evaluate(
     model.eval()
     state: State | None = None
     nats, right = 0.0, 0
-    for x, y, mask in eval_lanes(tokens, eot, lanes, chunk):
-        hidden, state = model.hidden_states(x, state)
-        rows = hidden[mask].split(LOSS_ROWS)  # a token's logits are large: few are alive at once
-        for h, target in zip(rows, y[mask].split(LOSS_ROWS), strict=True):
-            logits = model.head(h)
-            nats += float(
-                F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
-            )
-            right += int((logits.argmax(-1) == target).sum())
-        if progress is not None:
-            progress(int(mask.sum()))
-    model.train(training)
+    try:
+        for x, y, mask in eval_lanes(tokens, eot, lanes, chunk):
+            hidden, state = model.hidden_states(x, state)
+            rows = hidden[mask].split(
+                LOSS_ROWS
+            )  # a token's logits are large: few are alive at once
+            for h, target in zip(rows, y[mask].split(LOSS_ROWS), strict=True):
+                logits = model.head(h)
+                nats += float(
+                    F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
+                )
+                right += int((logits.argmax(-1) == target).sum())
+            if progress is not None:
+                progress(int(mask.sum()))
+    finally:
+        model.train(training)
     loss = nats / len(tokens)
     return Evaluation(
         loss=loss,

@@ -1,7 +1,12 @@
-"""The run folder: configuration, metrics, loss curve, checkpoints, and the table of epochs."""
+"""The run folder: its lock, where the run stands, metrics, loss curve, and the table of epochs."""
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import math
+import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -24,32 +29,132 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def open_run(out: str, default: Path, *, force: bool) -> Path:
-    """Choose and make the folder of a new run.
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: everything besides weights and random state that a resume needs."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    moved: int = 0
+    """Steps whose data was passed over: the next step takes the data of ``step + moved``."""
+    seconds: float = 0.0
+    """Training time so far, validation and saving not counted."""
+    lines: int = 0
+    """Lines of metrics.jsonl."""
+    best: float | None = None
+    """Lowest loss on the validation subset."""
+    best_step: int = 0
+    waited: int = 0
+    """Checks since the best."""
+    rate: float = 1.0
+    """What rollbacks left of the learning rates."""
+    in_row: int = 0
+    """Steps skipped since the last that was taken."""
+    skipped: int = 0
+    rollbacks: int = 0
+    spike: int = 0
+    """Step at which a spike was last spoken of."""
+    epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The epoch under way: sum and count of losses, first, last."""
+    epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    checks: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    since_check: list[float] = dataclasses.field(default_factory=list)
+
+
+class RunLocked(InputError):
+    """Another process writes in the run folder."""
+
+
+class Lock:
+    """The right to write in a run folder, until it is released or the process ends.
+
+    The system gives up a dead process's lock by itself. Readers ask for none. Where the file system
+    knows no locks, there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take it, making the folder. Raises RunLocked, naming the owner, if it is taken."""
+        self.folder, self._path = folder, folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while not self._take():
+                pass
+        except BlockingIOError:
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise RunLocked(f"{folder} is being written by {owner}: wait for it, stop it, or "
+                            "choose another --out") from None  # fmt: skip
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"cannot write in the run folder {folder}: {reason}") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+        for left in folder.glob(".*.tmp"):  # of a process killed while it wrote
+            left.unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        self._file = self._path.open("a+", encoding="utf-8")
+        self._file.seek(0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return True
+        self._file.close()  # its owner has just removed it: what is locked is no longer the file
+        return False
+
+    def release(self) -> None:
+        """Give it up; once is enough."""
+        if self._file.closed:
+            return
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def open_run(out: str, default: Path, *, force: bool) -> Lock:
+    """Choose, make and lock the folder of a new run.
 
     A named folder that holds a run is refused, or with ``force`` cleared of the files that a run
     makes; without a name the default is used, numbered if it is taken.
+
+    Raises:
+        RunLocked: the folder is being written, ``force`` or not.
+        InputError: it holds a run, or cannot be written.
     """
-    folder = Path(out) if out else default
-    number = 2
-    while not out and not force and _holds_run(folder):
-        folder = default.with_name(f"{default.name}-{number}")
+    folder, number = Path(out) if out else default, 1
+    while True:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"the run folder {folder} must be a folder; it is a file")
+        try:
+            lock = Lock(folder)
+        except RunLocked:
+            if out or force:
+                raise
+        else:
+            if force or not _holds_run(folder):
+                break
+            lock.release()
+            if out:
+                raise InputError(
+                    f"{folder} already holds a run: choose another --out, continue it with "
+                    "--resume, or overwrite it with --force"
+                )
         number += 1
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"the run folder {folder} must be a folder; it is a file")
-    if _holds_run(folder):
-        if not force:
-            raise InputError(
-                f"{folder} already holds a run: choose another --out, continue it with --resume, "
-                "or overwrite it with --force"
-            )
-        for path in [*(folder / name for name in FILES), *folder.glob("step-*.h5")]:
-            path.unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    return folder
+        folder = default.with_name(f"{default.name}-{number}")
+    for path in [*(folder / name for name in FILES), *folder.glob("step-*.h5")]:
+        path.unlink(missing_ok=True)
+    return lock
 
 
 def _holds_run(folder: Path) -> bool:
@@ -59,23 +164,31 @@ def _holds_run(folder: Path) -> bool:
 class Log:
     """Metrics of a run: a JSON line each, kept in memory too for the curve."""
 
-    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
-        """``resumed_at``: keep the lines up to that step and go on after them."""
+    def __init__(self, folder: Path, resumed: Progress | None = None) -> None:
+        """``resumed``: keep the lines that were there at that point and go on after them."""
         self.folder = folder
         self.lines: list[dict[str, Any]] = []
         self._drawn = 0.0
-        path = folder / "metrics.jsonl"
-        if resumed_at is not None and path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # the last line of a run that was killed while writing it
-                if line["step"] <= resumed_at:
-                    self.lines.append(line)
-        with atomic_file(path) as temporary:
+        self._path = folder / "metrics.jsonl"
+        if resumed is not None and self._path.exists():
+            for text in self._path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line, if its writer was killed
+                    self.lines.append(json.loads(text))
+            known = self.lines[: resumed.lines or None]
+            self.lines = [x for x in known if x["step"] <= resumed.step]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        with atomic_file(self._path) as temporary:
             temporary.write_text("".join(json.dumps(x) + "\n" for x in self.lines), "utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, count: int) -> None:
+        """Take back what came after the first ``count`` lines, but for skips and rollbacks."""
+        kept = [x for x in self.lines[count:] if x["kind"] in ("skip", "rollback")]
+        self.lines[count:] = kept
+        self._file.close()
+        self._rewrite()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, and redraw the curve if the last drawing is old."""
@@ -85,6 +198,15 @@ class Log:
         self._file.flush()
         if time.monotonic() - self._drawn > REDRAW_SECONDS:
             self.draw()
+
+    def sync(self) -> int:
+        """Wait until all lines are on the disk; return their number."""
+        os.fsync(self._file.fileno())
+        return len(self.lines)
+
+    def losses(self, count: int) -> list[float]:
+        """Training losses of the last ``count`` lines."""
+        return [x["loss"] for x in self.lines[-count:] if x["kind"] == "train"]
 
     def draw(self) -> None:
         """Write loss.png."""

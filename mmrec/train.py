@@ -1,58 +1,32 @@
 """The training loop: budget, steps, validation, checkpoints, and an end that loses nothing."""
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mmrec import checkpoint
-from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, to_toml
-from mmrec.data.batches import Batches, spread_pieces
+from mmrec import checkpoint, guard
+from mmrec.config import InputError, ModelConfig, TrainConfig, to_toml
 from mmrec.data.corpus import Corpus
-from mmrec.evaluate import LANES, Evaluation, evaluate
-from mmrec.model import Model, probe_bfloat16
-from mmrec.optimizer import Muon
-from mmrec.run import COLUMNS, Log, clock, epoch_row, overfitting
-from mmrec.schedule import lr_factor
+from mmrec.evaluate import evaluate
+from mmrec.guard import TrainingDiverged, WeightsDiverged
+from mmrec.run import COLUMNS, Lock, Log, clock, epoch_row, overfitting
+from mmrec.signals import Interrupted
+from mmrec.state import State, conditions
 from mmrec.storage import atomic_file
 
 Echo = Callable[[str], None]
 
 
-class TrainingDiverged(Exception):
-    """The loss or a gradient became NaN or infinite; the weights were not updated with it."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands: everything besides weights and random state that a resume needs."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Training time so far, validation and saving not counted."""
-    best: float = math.inf
-    """Lowest loss on the validation subset."""
-    best_step: int = 0
-    waited: int = 0
-    """Checks since the best."""
-    epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The epoch under way: sum and count of losses, first, last."""
-    epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    checks: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    since_check: list[float] = dataclasses.field(default_factory=list)
-
-
-class Trainer:
-    """One run: its model, data, optimizer and folder."""
+class Trainer(State):
+    """One run in its folder: steps, and what is measured, said and saved between them."""
 
     def __init__(
         self,
@@ -63,118 +37,41 @@ class Trainer:
         preset: str,
         echo: Echo = print,
     ) -> None:
-        self.folder, self.corpus, self.config, self.preset = folder, corpus, config, preset
+        super().__init__(folder, corpus, model_config, config, preset)
         self.echo = echo
-        torch.manual_seed(config.seed)
-        self.model = Model(
-            dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-        )
-        wants = config.precision == "bfloat16" or (config.precision == "auto" and probe_bfloat16())
-        self.precision = "bfloat16" if wants else "float32"
-        self.model.set_precision(self.precision)
-        self.batches = Batches(corpus.train.tokens, config.batch, config.seq_len, config.seed)
-        if corpus.val.n_tokens <= config.seq_len:
-            raise InputError(
-                f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "
-                f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
-            )
-        self.optimizer = Muon(
-            self.model.parameter_groups(config.weight_decay, config.table_decay),
-            lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
-        )  # fmt: skip
-        table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
-        self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
-        self.subset_bytes = max(1, sum(table[t] for t in self.subset.tolist()))
-        self.progress = Progress()
-        self.val: Evaluation | None = None
-        self.signal = 0
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split."""
-        return max(1, self.batches.steps_per_epoch // self.config.accumulate)
+    def early(self) -> bool:
+        """Whether the validation loss has not improved for too long."""
+        return 0 < self.config.patience <= self.progress.waited
 
-    @property
-    def total_steps(self) -> int | None:
-        """Length of the run in steps; None if minutes set it."""
-        c = self.config
-        if c.minutes is not None:
-            return None
-        if c.epochs is not None:
-            return max(1, round(c.epochs * self.steps_per_epoch))
-        return c.steps or DEFAULT_STEPS
+    def save_whole(self, name: str, log: Log) -> None:
+        """Write a checkpoint to resume from, after the metrics that it counts on."""
+        self.progress.lines = log.sync()
+        self.save(name, whole=True)
 
-    def fraction(self, ahead: float = 0.0) -> float:
-        """How far the run is, 0 to 1, or will be ``ahead`` steps from now."""
+    def check(self, log: Log) -> None:
+        """Validate on the fixed subset; keep the best model."""
         p = self.progress
-        if self.config.minutes is not None:
-            return min(1.0, p.seconds * (1 + ahead / max(1, p.step)) / (60 * self.config.minutes))
-        return min(1.0, (p.step + ahead) / (self.total_steps or 1))
-
-    def gradients(self, step: int) -> float:
-        """Accumulate the gradients of a step; return its mean loss."""
-        total, n = 0.0, self.config.accumulate
-        for i in range(n):
-            loss = self.model.loss(*self.batches.get(step * n + i))
-            (loss / n).backward()
-            total += loss.item() / n
-        return total
-
-    def warm_up(self) -> tuple[float, float]:
-        """Compile the kernels and time a step without taking one: (seconds of both)."""
-        state, times = torch.get_rng_state(), []
-        for _ in range(4):
-            begin = time.perf_counter()
-            self.gradients(0)
-            self.model.zero_grad(set_to_none=True)
-            times.append(time.perf_counter() - begin)
-        torch.set_rng_state(state)
-        return times[0], sorted(times[1:])[1] * 1.2  # the optimizer takes about a sixth of a step
-
-    def take_step(self) -> tuple[float, float, float]:
-        """One optimizer step; returns loss, gradient norm and learning rate."""
-        c = self.config
-        factor = lr_factor(self.fraction(0.5), c.warmup, c.schedule, c.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradients(self.progress.step)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-            raise TrainingDiverged(
-                f"{what} at step {self.progress.step + 1}: stopped before it reached the weights"
-            )
-        self.optimizer.step()
-        return loss, norm, c.lr * factor
-
-    def save(self, name: str, *, whole: bool) -> None:
-        """Write a checkpoint; ``whole`` ones can be resumed from."""
-        val = dataclasses.asdict(self.val) if self.val else None
-        info = {"preset": self.preset, "train": dataclasses.asdict(self.config), "val": val,
-                "source": self.corpus.info["source"], "precision": self.precision,
-                "fingerprint": self.corpus.info["fingerprint"]}  # fmt: skip
-        extra = (self.optimizer, dataclasses.asdict(self.progress)) if whole else (None, None)
-        path, tokenizer = self.folder / name, self.corpus.tokenizer
-        checkpoint.save(path, self.model, tokenizer, self.progress.step, info, *extra)
-
-    def check(self, log: Log) -> bool:
-        """Validate on the fixed subset; keep the best model. True if it is time to stop early."""
-        p = self.progress
-        self.val = evaluate(self.model, self.subset, self.corpus.tokenizer.eot, self.subset_bytes)
+        val = evaluate(self.model, self.subset, self.corpus.tokenizer.eot, self.subset_bytes,
+                       progress=self.stop.check)  # fmt: skip
+        if not math.isfinite(val.loss):
+            raise WeightsDiverged(f"validation loss {val.loss} at step {p.step}")
+        self.val = val
         train = sum(p.since_check) / max(1, len(p.since_check))
         p.since_check = []
-        p.checks.append({"step": p.step, "val": self.val.loss, "train": train})
-        log.write("val", p.step, loss=self.val.loss, bits_per_byte=self.val.bits_per_byte)
-        if self.val.loss < p.best:
-            p.best, p.best_step, p.waited = self.val.loss, p.step, 0
-            self.save("best.h5", whole=False)
+        p.checks.append({"step": p.step, "val": val.loss, "train": train})
+        log.write("val", p.step, loss=val.loss, bits_per_byte=val.bits_per_byte)
+        if p.best is None or val.loss < p.best:
+            p.best, p.best_step, p.waited = val.loss, p.step, 0
+            if self.ahead is None or val.loss <= self.ahead[0]:
+                self.save("best.h5", whole=False)
+                self.ahead = None
         else:
             p.waited += 1
         words = overfitting(p.checks)
         if words:
             self.echo(words)
-        return 0 < self.config.patience <= p.waited
 
     def end_epoch(self, log: Log, share: float = 1.0) -> None:
         """Validate on the whole split, add a row to the table; ``share`` of an epoch was seen."""
@@ -182,7 +79,8 @@ class Trainer:
         if not e:
             return
         val = self.corpus.val
-        scores = evaluate(self.model, val.tokens, self.corpus.tokenizer.eot, val.n_bytes)
+        scores = evaluate(self.model, val.tokens, self.corpus.tokenizer.eot, val.n_bytes,
+                          progress=self.stop.check)  # fmt: skip
         number = len(p.epochs) + 1
         row = {"epoch": number if share == 1 else round(number - 1 + share, 2),
                "mean": e["sum"] / e["count"], "first": e["first"], "last": e["last"],
@@ -195,6 +93,50 @@ class Trainer:
         if number == 1:
             self.echo(COLUMNS)
         self.echo(epoch_row(row))
+
+    def settle(self, log: Log) -> None:
+        """What is due after a step and was not done yet: a signal may have cut it short."""
+        p = self.progress
+        due = p.step > 0 and (p.step % self.config.eval_every == 0 or self.fraction() >= 1.0)
+        if due and not (p.checks and p.checks[-1]["step"] == p.step):
+            self.check(log)
+        if p.step % self.steps_per_epoch == 0:
+            self.end_epoch(log)
+
+    def diverged(self, error: TrainingDiverged, log: Log) -> None:
+        """Go on as ``on_nan`` says, or save what is good and raise the error."""
+        p, policy = self.progress, self.config.on_nan
+        limit = guard.limit_reached(policy, p.in_row, p.skipped, p.rollbacks)
+        if policy == "stop" or limit or (policy == "skip" and isinstance(error, WeightsDiverged)):
+            torch.set_rng_state(self.rng)  # a resume takes the same step again
+            with contextlib.suppress(WeightsDiverged):
+                self.save_whole("last.h5", log)
+            raise type(error)(f"{error}{f' {limit}' if limit else ''}")
+        if policy == "skip":
+            p.moved, p.skipped, p.in_row = p.moved + 1, p.skipped + 1, p.in_row + 1
+            self.echo(f"skipped: {error}; the step is left out, as --on-nan says")
+        else:
+            self.load(checkpoint.run_checkpoints(self.folder)[-1])
+            now, self.progress.seconds = self.progress, p.seconds
+            now.moved = p.step + p.moved + 1 - now.step
+            now.rate, now.rollbacks = p.rate * guard.CUT, p.rollbacks + 1
+            log.rewind(now.lines)
+            self.echo(f"rollback: {error}; back to step {now.step:,}, on with other data and "
+                      f"{now.rate:g} of the learning rates")  # fmt: skip
+        log.write(policy, self.progress.step, why=str(error))
+
+    def watch(self, log: Log) -> None:
+        """Say when the loss jumps, but not at every jump."""
+        p = self.progress
+        if p.spike and p.step - p.spike < guard.QUIET:
+            return
+        losses = log.losses(guard.WINDOW + 1)
+        median = guard.spike(losses)
+        if median is not None:
+            p.spike = p.step
+            self.echo(f"spike: loss {losses[-1]:.3f} at step {p.step:,}, its running median is "
+                      f"{median:.3f}; if it does not come down again, a lower --lr and --muon-lr "
+                      "help")  # fmt: skip
 
     def count(self, loss: float) -> None:
         """Add the loss of a step to the epoch under way."""
@@ -215,7 +157,7 @@ class Trainer:
         c, t, v = self.config, self.corpus.train, self.corpus.val
         count = sum(x.numel() for x in self.model.parameters())
         per_step = c.batch * c.seq_len * c.accumulate
-        self.echo(f"model   {self.preset}: {count / 1e6:.2f} M parameters, {self.precision}")
+        self.echo(f"model   {self.preset}: {count / 1e6:.2f} M parameters, {self.config.precision}")
         self.echo(f"data    {self.corpus.info['source']}: {t.n_tokens:,} training tokens, "
                   f"{v.n_tokens:,} validation tokens")  # fmt: skip
         compiled, each = self.warm_up()
@@ -237,102 +179,122 @@ class Trainer:
 
     def run(self, log: Log) -> str:
         """Train to the end of the budget; returns why it ended: done, early or signal."""
-        c, p = self.config, self.progress
         self.model.train()
-        per_step = c.batch * c.seq_len * c.accumulate
-        why = "done"
-        bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True,
-                   mininterval=0.5 if os.isatty(2) else 30.0, smoothing=0.05)  # fmt: skip
-        echo = self.echo
-
-        def above_the_bar(line: str) -> None:
-            bar.clear()
-            echo(line)
-            bar.refresh()
-
-        self.echo = above_the_bar
+        echo, why = self.echo, "signal"
         try:
-            while self.fraction() < 1.0:
+            self.announce()
+            if self.config.on_nan == "rollback" and not checkpoint.run_checkpoints(self.folder):
+                self.save_whole("step-0.h5", log)
+            with tqdm(total=self.total_steps, initial=self.progress.step, unit="step",
+                      dynamic_ncols=True, mininterval=0.5 if os.isatty(2) else 30.0,
+                      smoothing=0.05) as bar:  # fmt: skip
+
+                def above_the_bar(line: str) -> None:
+                    bar.clear()
+                    echo(line)
+                    bar.refresh()
+
+                self.echo = above_the_bar
+                self.loop(log, bar)
+                if not self.stop.number:
+                    share = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
+                    self.end_epoch(log, share or 1.0)
+                    why = "early" if self.early else "done"
+        except Interrupted:
+            pass
+        finally:
+            self.echo = echo
+        self.save_whole("last.h5", log)
+        return why
+
+    def loop(self, log: Log, bar: Any) -> None:
+        """Steps, and what is due after them, until the budget, the patience or a signal ends it."""
+        c = self.config
+        per_step = c.batch * c.seq_len * c.accumulate
+        while True:
+            p = self.progress
+            try:
+                self.settle(log)
+                if p.step and p.step % c.save_every == 0:
+                    self.save_whole(f"step-{p.step}.h5", log)
+                    self.trim()
+                if self.stop.number or self.early or self.fraction() >= 1.0:
+                    return
                 begin = time.perf_counter()
                 loss, norm, lr = self.take_step()
-                p.step += 1
-                p.seconds += time.perf_counter() - begin
-                self.count(loss)
-                log.write("train", p.step, loss=loss, lr=lr, norm=norm)
-                rate = per_step / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {rate:,.0f} tok/s", refresh=False)
-                bar.update()
-                due = p.step % c.eval_every == 0 or self.fraction() >= 1.0
-                early = due and self.check(log)
-                if p.step % self.steps_per_epoch == 0:
-                    self.end_epoch(log)
-                if p.step % c.save_every == 0:
-                    self.save(f"step-{p.step}.h5", whole=True)
-                    self.trim()
-                if self.signal or early:
-                    why = "signal" if self.signal else "early"
-                    break
-            if why != "signal":
-                self.end_epoch(log, p.step % self.steps_per_epoch / self.steps_per_epoch or 1.0)
-        finally:
-            bar.close()
-            self.echo = echo
-        self.save("last.h5", whole=True)
-        return why
+            except TrainingDiverged as error:
+                self.diverged(error, log)
+                bar.n = self.progress.step
+                continue
+            p.step, p.in_row = p.step + 1, 0
+            seconds = time.perf_counter() - begin
+            p.seconds += seconds
+            self.count(loss)
+            log.write("train", p.step, loss=loss, lr=lr, norm=norm)
+            self.watch(log)
+            text = f"loss {loss:.3f} lr {lr:.1e} {per_step / seconds:,.0f} tok/s"
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
 
     def summary(self, why: str) -> dict[str, Any]:
         """Write summary.json and return it."""
         p = self.progress
         tokens = p.step * self.config.batch * self.config.seq_len * self.config.accumulate
+        best, step = self.ahead or (p.best, p.best_step)
         made = {"ended": why, "steps": p.step, "tokens": tokens, "seconds": round(p.seconds, 1),
-                "tokens_per_second": round(tokens / max(p.seconds, 1e-9)), "best_step": p.best_step,
-                "best_subset_loss": p.best, "epochs": p.epochs}  # fmt: skip
+                "tokens_per_second": round(tokens / max(p.seconds, 1e-9)), "best_step": step,
+                "best_subset_loss": best, "skipped": p.skipped, "rollbacks": p.rollbacks,
+                "epochs": p.epochs}  # fmt: skip
         with atomic_file(self.folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
         return made
 
 
-def train(trainer: Trainer, *, resume: bool = False) -> dict[str, Any]:
+def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -> dict[str, Any]:
     """Run a trainer to its end and return the summary.
 
-    SIGINT or SIGTERM finish the step, save ``last.h5`` and end the run with ``ended: signal``; a
-    second one ends the process at once.
+    The first SIGINT, SIGTERM or SIGHUP finishes the step, saves ``last.h5`` and ends the run with
+    ``ended: signal``; a second one ends the process at once.
+
+    Args:
+        trainer: a new one.
+        resume: go on with the newest checkpoint of its folder, or from the start if the run ended
+            before its first.
+        lock: that of the folder, if the caller has it already.
 
     Raises:
-        TrainingDiverged: the loss is no longer finite; the checkpoints written before are whole.
+        RunLocked: another process writes in the folder.
+        TrainingDiverged: a loss or gradient is no longer finite and ``on_nan`` does not go on;
+            ``last.h5`` is the state before that step.
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
-    folder, p = trainer.folder, trainer.progress
-    if resume:
-        saved = checkpoint.run_checkpoints(folder)
-        if not saved:
-            raise InputError(f"{folder} holds no checkpoint to resume from (last.h5 or step-N.h5)")
-        _, info, _ = checkpoint.read_info(saved[-1])
-        if info["fingerprint"] != trainer.corpus.info["fingerprint"]:
-            raise InputError(
-                f"the text of {trainer.config.data} changed since {saved[-1]} was saved"
-            )
-        values = checkpoint.restore(saved[-1], trainer.model, trainer.optimizer)
-        trainer.progress = p = Progress(**values)
-        trainer.echo(f"resume  {saved[-1]}, step {p.step:,}")
-    config = to_toml(trainer.model.config, trainer.config, trainer.preset)
-    with atomic_file(folder / "config.toml") as temporary:
-        temporary.write_text(config, "utf-8")
-    log = Log(folder, p.step if resume else None)
+    folder = trainer.folder
+    with lock or Lock(folder), trainer.stop:
+        torch.set_rng_state(trainer.rng)  # whatever was drawn since the trainer was made
+        if resume:
+            _restore(trainer)
+        config = to_toml(trainer.model.config, trainer.config, trainer.preset)
+        with atomic_file(folder / "config.toml") as temporary:
+            temporary.write_text(config, "utf-8")
+        log = Log(folder, trainer.progress if resume else None)
+        try:
+            why = trainer.run(log)
+        finally:
+            log.close()
+        return trainer.summary(why)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        trainer.signal = number
-        for s in before:  # the next one ends the process at once
-            signal.signal(s, signal.SIG_DFL)
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for s in before:
-        signal.signal(s, stop)
-    try:
-        trainer.announce()
-        why = trainer.run(log)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        log.close()
-    return trainer.summary(why)
+def _restore(trainer: Trainer) -> None:
+    saved = checkpoint.run_checkpoints(trainer.folder)
+    if not saved:
+        if not (trainer.folder / "config.toml").exists():
+            raise InputError(f"{trainer.folder} holds no checkpoint to resume from")
+        trainer.find_ahead()
+        trainer.echo(f"resume  {trainer.folder} ended before its first checkpoint: from the start")
+        return
+    was, now = trainer.load(saved[-1]).get("conditions", {}), conditions()
+    trainer.echo(f"resume  {saved[-1]}, step {trainer.progress.step:,}")
+    other = ", ".join(f"{k} {was[k]}, now {now[k]}" for k in was if was[k] != now.get(k))
+    if other:
+        trainer.echo(f"note    trained with {other}: what follows is close to what would have "
+                     "been, not equal bit for bit")  # fmt: skip

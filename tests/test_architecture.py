@@ -29,12 +29,17 @@ ALLOWED = {
     "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage"},
+    "mmrec.guard": set(),
+    "mmrec.signals": set(),
     "mmrec.run": {"mmrec.config", "mmrec.storage"},
+    "mmrec.state": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.evaluate", "mmrec.guard",
+                    "mmrec.checkpoint", "mmrec.optimizer", "mmrec.run", "mmrec.schedule",
+                    "mmrec.signals"},
     "mmrec.nn": {"mmrec.kernels", "mmrec.model"},
     "mmrec.peers": {"mmrec.kernels"},
     "mmrec.bench": {"mmrec.kernels", "mmrec.peers"},
-    "mmrec.train": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage", "mmrec.evaluate",
-                    "mmrec.checkpoint", "mmrec.optimizer", "mmrec.run", "mmrec.schedule"},
+    "mmrec.train": {"mmrec.config", "mmrec.data", "mmrec.storage", "mmrec.evaluate", "mmrec.guard",
+                    "mmrec.checkpoint", "mmrec.run", "mmrec.signals", "mmrec.state"},
 }  # fmt: skip
 
 

@@ -1,29 +1,56 @@
 """The run folder: never overwritten unasked; the table, the curve and the words."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mmrec.config import InputError
-from mmrec.run import COLUMNS, clock, epoch_row, open_run, overfitting
+from mmrec.run import COLUMNS, Lock, RunLocked, clock, epoch_row, open_run, overfitting
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     default = tmp_path / "tiny-stdlib"
-    first = open_run("", default, force=False)
+
+    def opened(out: str = "", *, force: bool = False) -> Path:
+        with open_run(out, default, force=force) as lock:
+            return lock.folder
+
+    first = opened()
     assert first == default
     (first / "best.h5").write_text("precious")
     (first / "notes.txt").write_text("mine")
-    assert open_run("", default, force=False) == tmp_path / "tiny-stdlib-2"
+    assert opened() == tmp_path / "tiny-stdlib-2"
     with pytest.raises(InputError, match="already holds a run: choose another --out, .*--force"):
-        open_run(str(first), default, force=False)
+        opened(str(first))
     assert (first / "best.h5").read_text() == "precious"
-    assert open_run(str(first), default, force=True) == first
+    assert opened(str(first), force=True) == first
     assert [p.name for p in first.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="must be a folder; it is a file"):
-        open_run(str(first / "notes.txt"), default, force=False)
-    with pytest.raises(InputError, match="cannot make the run folder"):
-        open_run(str(first / "notes.txt" / "below"), default, force=False)
+        opened(str(first / "notes.txt"))
+    with pytest.raises(InputError, match="cannot write in the run folder"):
+        opened(str(first / "notes.txt" / "below"))
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    default = tmp_path / "tiny"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / ".last.h5.123.tmp").write_text("left by a process that was killed")
+    with open_run("", default, force=False) as first:
+        assert {p.name for p in default.iterdir()} == {".lock"}
+        for force in (False, True):
+            with pytest.raises(RunLocked, match=f"is being written by process {os.getpid()} on "):
+                open_run(str(default), default, force=force)
+        with pytest.raises(RunLocked):
+            open_run("", default, force=True)
+        with open_run("", default, force=False) as second:
+            assert second.folder == tmp_path / "tiny-2"
+        assert first.folder == default
+    first.release()
+    assert list(default.iterdir()) == []
+    (default / ".lock").write_text("process 1 on a machine that was switched off")
+    with Lock(default):
+        assert f"process {os.getpid()} on" in (default / ".lock").read_text()
 
 
 def test_the_table_lines_up() -> None:

@@ -16,7 +16,7 @@ import torch
 from mmrec import checkpoint
 from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
-from mmrec.run import Log
+from mmrec.run import Log, Progress
 from mmrec.schedule import lr_factor
 from mmrec.storage import StorageError
 from mmrec.train import Trainer, TrainingDiverged, train
@@ -66,7 +66,7 @@ def test_resume_is_bitwise_what_would_have_been(
 
     first.take_step = interrupted  # type: ignore[method-assign]
     assert train(first)["ended"] == "signal"
-    assert first.signal == signal.SIGTERM
+    assert first.stop.number == signal.SIGTERM
     again = make_trainer(corpus, tmp_path / "cut", accumulate=accumulate)
     torch.manual_seed(99)  # whatever the random state was, the checkpoint's counts
     assert train(again, resume=True)["ended"] == "done"
@@ -199,6 +199,6 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while writing
-    log = Log(tmp_path, resumed_at=2)
+    log = Log(tmp_path, Progress(step=2))
     log.close()
     assert losses(tmp_path) == [1.0, 0.5]

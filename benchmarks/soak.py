@@ -1,0 +1,121 @@
+"""Train, evaluate and generate in one process for a long time: does it keep what it should let go?
+
+    python benchmarks/soak.py [--minutes 30] [--data SOURCE]
+
+Each round trains a small model with every part of a run (checkpoints, validation, curve), scores
+the whole validation split with the best model, and writes text with it. After each round the
+process counts its resident memory, open files and threads; slopes are least squares over the second
+half of the time.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mmrec.cli.startup import prepare_process
+
+prepare_process(["train"])  # as the command does, before torch is loaded
+
+import numpy as np  # noqa: E402
+
+from mmrec.bench import machine  # noqa: E402
+from mmrec.checkpoint import load_model  # noqa: E402
+from mmrec.config import TrainConfig, preset  # noqa: E402
+from mmrec.data.corpus import Corpus, prepare  # noqa: E402
+from mmrec.evaluate import evaluate  # noqa: E402
+from mmrec.generate import generate  # noqa: E402
+from mmrec.train import Trainer, train  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {"memory_mb": "resident memory (MB)", "files": "open files", "threads": "threads"}
+FLAT = {"memory_mb": 0.01, "files": 0.0, "threads": 0.0}  # share of the mean gained in an hour
+
+
+def measure() -> dict[str, float]:
+    """Resident memory, open file handles and threads of this process, as Linux counts them."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+            "files": len(list(Path("/proc/self/fd").iterdir())),
+            "threads": len(list(Path("/proc/self/task").iterdir()))}  # fmt: skip
+
+
+def one_round(corpus: Corpus, folder: Path, seed: int) -> float:
+    """Train, evaluate and generate; returns bits per byte."""
+    shape = replace(preset("tiny"), width=64, ngrams=1024, dropout=0.1)
+    plan = TrainConfig(data=str(corpus.info["source"]), steps=40, batch=4, seq_len=128, seed=seed,
+                       eval_every=10, eval_tokens=4096, save_every=15)  # fmt: skip
+    train(Trainer(folder, corpus, shape, plan, "tiny", lambda line: None))
+    loaded = load_model(folder / "best.h5")
+    split = corpus.val
+    tokens = split.tokens[:50_000]
+    share = len(tokens) / split.n_tokens
+    made = evaluate(loaded.model, tokens, loaded.tokenizer.eot, int(split.n_bytes * share))
+    text = "".join(generate(loaded.model, loaded.tokenizer, "def ", max_tokens=100, seed=seed))
+    assert text
+    assert math.isfinite(made.loss)
+    return made.bits_per_byte
+
+
+def slope(hours: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Least-squares slope an hour and its standard error."""
+    x = hours - hours.mean()
+    rate = float(x @ values / (x @ x))
+    rest = values - values.mean() - rate * x
+    return rate, float(np.sqrt(rest @ rest / max(1, len(x) - 2) / (x @ x)))
+
+
+def draw(samples: list[dict[str, float]], made: dict[str, dict[str, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 6), dpi=120, layout="constrained")
+    minutes = [s["seconds"] / 60 for s in samples]
+    for axes, (part, label) in zip(figure.subplots(3, 1, sharex=True), PARTS.items(), strict=True):
+        axes.plot(minutes, [s[part] for s in samples], linewidth=1)
+        axes.axvspan(minutes[-1] / 2, minutes[-1], alpha=0.1)
+        axes.set(ylabel=label, title=f"second half: {made[part]['slope_per_hour']:+.2f} an hour")
+        axes.set_ylim(0, None)
+        axes.grid(alpha=0.3)
+    axes.set(xlabel="minutes")
+    figure.savefig(RESULTS / "soak.png", format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--data", default="stdlib")
+    args = parser.parse_args()
+    corpus = Corpus.open(prepare(args.data, "bpe", 5000, None, print))
+    begin, samples = time.monotonic(), []
+    scores: list[float] = []
+    while not samples or samples[-1]["seconds"] < 60 * args.minutes:
+        with tempfile.TemporaryDirectory() as folder:
+            scores.append(one_round(corpus, Path(folder) / "run", seed=len(samples)))
+        samples.append({"seconds": round(time.monotonic() - begin, 1), **measure()})
+        if len(samples) % 20 == 1:
+            print(f"round {len(samples)}: {samples[-1]}", flush=True)
+    late = [s for s in samples if s["seconds"] >= samples[-1]["seconds"] / 2]
+    hours = np.array([s["seconds"] / 3600 for s in late])
+    made: dict[str, dict[str, float]] = {}
+    for part in PARTS:
+        values = np.array([s[part] for s in late])
+        rate, error = slope(hours, values)
+        flat = rate - 2 * error <= FLAT[part] * values.mean()
+        made[part] = {"first": samples[0][part], "last": samples[-1][part],
+                      "highest": max(s[part] for s in samples), "slope_per_hour": rate,
+                      "standard_error": error, "flat": bool(flat)}  # fmt: skip
+        print(f"{PARTS[part]}: {rate:+.3f} ± {error:.3f} an hour, {'flat' if flat else 'GROWS'}")
+    result = {"machine": machine(), "minutes": args.minutes, "rounds": len(samples),
+              "bits_per_byte": [min(scores), max(scores)], **made, "samples": samples}  # fmt: skip
+    (RESULTS / "soak.json").write_text(json.dumps(result) + "\n", "utf-8")
+    draw(samples, made)
+
+
+if __name__ == "__main__":
+    main()

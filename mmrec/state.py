@@ -1,0 +1,178 @@
+"""The state of a run: all that a checkpoint holds, what a step does to it, how it is kept and got
+back bit for bit."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrec import checkpoint
+from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
+from mmrec.data.batches import Batches, spread_pieces
+from mmrec.data.corpus import Corpus
+from mmrec.evaluate import LANES, Evaluation
+from mmrec.guard import TrainingDiverged, WeightsDiverged
+from mmrec.model import Model, probe_bfloat16
+from mmrec.optimizer import Muon
+from mmrec.run import Progress
+from mmrec.schedule import lr_factor
+from mmrec.signals import Stop
+
+
+def conditions() -> dict[str, Any]:
+    """What the bits of a run depend on besides its settings and data."""
+    versions = {name: metadata.version(name) for name in ("torch", "numba", "numpy")}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "processor": capability, **versions}
+
+
+class State:
+    """Model, data, optimizer, random numbers and position of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Corpus,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        preset: str,
+    ) -> None:
+        self.folder, self.corpus, self.config, self.preset = folder, corpus, config, preset
+        # before the seed counts: a resume does not probe
+        wants = config.precision == "bfloat16" or (config.precision == "auto" and probe_bfloat16())
+        torch.manual_seed(config.seed)
+        self.model = Model(
+            dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+        )
+        self.set_precision("bfloat16" if wants else "float32")
+        self.batches = Batches(corpus.train.tokens, config.batch, config.seq_len, config.seed)
+        if corpus.val.n_tokens <= config.seq_len:
+            raise InputError(
+                f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "
+                f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
+            )
+        self.optimizer = Muon(
+            self.model.parameter_groups(config.weight_decay, config.table_decay),
+            lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
+        )  # fmt: skip
+        table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
+        self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
+        self.subset_bytes = max(1, sum(table[t] for t in self.subset.tolist()))
+        self.progress = Progress()
+        self.val: Evaluation | None = None
+        self.ahead: tuple[float, int] | None = None
+        """Loss and step of a best model that lies ahead (see find_ahead)."""
+        self.rng = torch.get_rng_state()
+        """The random state before the newest step."""
+        self.stop = Stop()
+
+    def set_precision(self, precision: str) -> None:
+        """Settle what ``auto`` is, so that no later probe settles it otherwise."""
+        self.config = dataclasses.replace(self.config, precision=precision)
+        self.model.set_precision(precision)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training split."""
+        return max(1, self.batches.steps_per_epoch // self.config.accumulate)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run in steps; None if minutes set it."""
+        c = self.config
+        if c.minutes is not None:
+            return None
+        if c.epochs is not None:
+            return max(1, round(c.epochs * self.steps_per_epoch))
+        return c.steps or DEFAULT_STEPS
+
+    def fraction(self, ahead: float = 0.0) -> float:
+        """How far the run is, 0 to 1, or will be ``ahead`` steps from now."""
+        p = self.progress
+        if self.config.minutes is not None:
+            return min(1.0, p.seconds * (1 + ahead / max(1, p.step)) / (60 * self.config.minutes))
+        return min(1.0, (p.step + ahead) / (self.total_steps or 1))
+
+    def gradients(self, step: int) -> float:
+        """Accumulate the gradients of a step's data; return its mean loss."""
+        total, n = 0.0, self.config.accumulate
+        for i in range(n):
+            loss = self.model.loss(*self.batches.get(step * n + i))
+            (loss / n).backward()
+            total += loss.item() / n
+        return total
+
+    def warm_up(self) -> tuple[float, float]:
+        """Compile the kernels and time a step without taking one: (seconds of both)."""
+        state, times = torch.get_rng_state(), []
+        try:
+            for _ in range(4):
+                begin = time.perf_counter()
+                self.gradients(0)
+                self.model.zero_grad(set_to_none=True)
+                times.append(time.perf_counter() - begin)
+                self.stop.check()
+        finally:
+            torch.set_rng_state(state)
+        return times[0], sorted(times[1:])[1] * 1.2  # the optimizer takes about a sixth of a step
+
+    def take_step(self) -> tuple[float, float, float]:
+        """One optimizer step; returns loss, gradient norm and learning rate."""
+        c, p = self.config, self.progress
+        factor = lr_factor(self.fraction(0.5), c.warmup, c.schedule, c.min_lr) * p.rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rng = torch.get_rng_state()
+        loss = self.gradients(p.step + p.moved)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+            raise TrainingDiverged(f"{what} at step {p.step + 1}")
+        self.optimizer.step()
+        return loss, norm, c.lr * factor
+
+    def save(self, name: str, *, whole: bool) -> None:
+        """Write a checkpoint; ``whole`` ones can be resumed from.
+
+        Raises:
+            WeightsDiverged: a weight is not finite; nothing was written.
+        """
+        for weight, p in self.model.named_parameters():
+            if not torch.isfinite(p).all():
+                raise WeightsDiverged(f"weight {weight} not finite at step {self.progress.step}")
+        val = dataclasses.asdict(self.val) if self.val else None
+        info = {"preset": self.preset, "train": dataclasses.asdict(self.config), "val": val,
+                "source": self.corpus.info["source"], "precision": self.config.precision,
+                "fingerprint": self.corpus.info["fingerprint"],
+                "conditions": conditions()}  # fmt: skip
+        extra = (self.optimizer, dataclasses.asdict(self.progress)) if whole else (None, None)
+        path, tokenizer = self.folder / name, self.corpus.tokenizer
+        checkpoint.save(path, self.model, tokenizer, self.progress.step, info, *extra)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint as if nothing had come after it; return its info."""
+        _, info, _ = checkpoint.read_info(path)
+        if info["fingerprint"] != self.corpus.info["fingerprint"]:
+            raise InputError(f"the text of {self.config.data} changed since {path} was saved")
+        self.optimizer.state.clear()
+        values = checkpoint.restore(path, self.model, self.optimizer)
+        self.progress = from_dict(Progress, values)
+        self.set_precision(info["precision"])
+        self.val = from_dict(Evaluation, info["val"]) if info["val"] else None
+        self.find_ahead()
+        return info
+
+    def find_ahead(self) -> None:
+        """Note a best model of a step still to come, which a kill or a rollback leaves behind: no
+        worse one may take its place."""
+        self.ahead = None
+        with contextlib.suppress(InputError):  # none there, or none that can be read
+            step, info, _ = checkpoint.read_info(self.folder / "best.h5")
+            if step > self.progress.step:
+                self.ahead = info["val"]["loss"], step
