@@ -15,7 +15,14 @@ import torch
 from tqdm import tqdm
 
 from mmrec import checkpoint
-from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, to_toml
+from mmrec.config import (
+    DEFAULT_STEPS,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    to_toml,
+)
 from mmrec.data.batches import Batches, spread_pieces
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import LANES, Evaluation, evaluate
@@ -23,7 +30,7 @@ from mmrec.model import Model, probe_bfloat16
 from mmrec.optimizer import Muon
 from mmrec.run import COLUMNS, Log, clock, epoch_row, overfitting
 from mmrec.schedule import lr_factor
-from mmrec.storage import atomic_file
+from mmrec.storage import atomic_file, keep_trying, sweep
 
 Echo = Callable[[str], None]
 
@@ -156,7 +163,8 @@ class Trainer:
                 "fingerprint": self.corpus.info["fingerprint"]}  # fmt: skip
         extra = (self.optimizer, dataclasses.asdict(self.progress)) if whole else (None, None)
         path, tokenizer = self.folder / name, self.corpus.tokenizer
-        checkpoint.save(path, self.model, tokenizer, self.progress.step, info, *extra)
+        step = self.progress.step
+        keep_trying(lambda: checkpoint.save(path, self.model, tokenizer, step, info, *extra))
 
     def check(self, log: Log) -> bool:
         """Validate on the fixed subset; keep the best model. True if it is time to stop early."""
@@ -203,12 +211,6 @@ class Trainer:
         if not p.epoch:
             p.epoch = {"sum": 0.0, "count": 0, "first": loss, "began": p.seconds}
         p.epoch.update(sum=p.epoch["sum"] + loss, count=p.epoch["count"] + 1, last=loss)
-
-    def trim(self) -> None:
-        """Remove all but the newest step-N checkpoints."""
-        steps = sorted(self.folder.glob("step-*.h5"), key=lambda f: int(f.stem.split("-")[1]))
-        for path in steps[: max(0, len(steps) - self.config.keep)]:
-            path.unlink()
 
     def announce(self) -> None:
         """Say what will be trained on what, for how long."""
@@ -268,7 +270,7 @@ class Trainer:
                     self.end_epoch(log)
                 if p.step % c.save_every == 0:
                     self.save(f"step-{p.step}.h5", whole=True)
-                    self.trim()
+                    checkpoint.trim(self.folder, max(1, c.keep))  # one is needed until the end
                 if self.signal or early:
                     why = "signal" if self.signal else "early"
                     break
@@ -278,6 +280,7 @@ class Trainer:
             bar.close()
             self.echo = echo
         self.save("last.h5", whole=True)
+        checkpoint.trim(self.folder, c.keep)
         return why
 
     def summary(self, why: str) -> dict[str, Any]:
@@ -303,18 +306,15 @@ def train(trainer: Trainer, *, resume: bool = False) -> dict[str, Any]:
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
     folder, p = trainer.folder, trainer.progress
+    sweep(folder)
     if resume:
-        saved = checkpoint.run_checkpoints(folder)
-        if not saved:
-            raise InputError(f"{folder} holds no checkpoint to resume from (last.h5 or step-N.h5)")
-        _, info, _ = checkpoint.read_info(saved[-1])
+        path, info, values = checkpoint.resume(
+            folder, trainer.model, trainer.optimizer, trainer.echo
+        )
         if info["fingerprint"] != trainer.corpus.info["fingerprint"]:
-            raise InputError(
-                f"the text of {trainer.config.data} changed since {saved[-1]} was saved"
-            )
-        values = checkpoint.restore(saved[-1], trainer.model, trainer.optimizer)
-        trainer.progress = p = Progress(**values)
-        trainer.echo(f"resume  {saved[-1]}, step {p.step:,}")
+            raise InputError(f"the text of {trainer.config.data} changed since {path} was saved")
+        trainer.progress = p = from_dict(Progress, values)
+        trainer.echo(f"resume  {path}, step {p.step:,}")
     config = to_toml(trainer.model.config, trainer.config, trainer.preset)
     with atomic_file(folder / "config.toml") as temporary:
         temporary.write_text(config, "utf-8")

@@ -10,6 +10,7 @@ import h5py
 import pytest
 
 from mmrec.cli import main
+from mmrec.storage import seal
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             Path(name).write_bytes(whole)
             with h5py.File(name, "a") as file:
                 file.attrs["schema"] = schema
+            seal(Path(name))
         Path("bad.txt").write_bytes(b"abc\xff")
         Path("empty.txt").touch()
         Path("short.txt").write_text("a few words only, not enough " * 3)
@@ -75,8 +77,8 @@ MISTAKES = [
     ("eval nowhere", "no checkpoint at nowhere: no such file"),
     ("eval cut.h5", "checkpoint cut.h5 is damaged or truncated"),
     ("eval text.h5", "text.h5 is not an HDF5 file"),
-    ("eval older.h5", r"earlier mmrec \(schema 1; this one reads from 2 on\): make it again"),
-    ("eval newer.h5", r"newer mmrec \(schema 99; this one reads up to 2\): upgrade mmrec"),
+    ("eval older.h5", r"earlier mmrec \(schema 1; this one reads from 3 on\): make it again"),
+    ("eval newer.h5", r"newer mmrec \(schema 99; this one reads up to 3\): upgrade mmrec"),
     ("eval --data bad.txt", "bad.txt must be UTF-8"),
     ("generate --model nowhere.h5 --prompt x", "no checkpoint at nowhere.h5: no such file"),
     ("generate --model text.h5 --prompt x", "text.h5 is not an HDF5 file"),
