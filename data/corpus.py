@@ -20,12 +20,12 @@ import platformdirs
 from mmrec.config import InputError
 from mmrec.data.corpora import NAMES, Document, load_documents, split
 from mmrec.data.tokenizer import Tokenizer, train_tokenizer
+from mmrec.files import sweep
 from mmrec.storage import (
     atomic_write,
     open_file,
     read_array,
     read_json,
-    sweep,
     write_array,
     write_json,
 )

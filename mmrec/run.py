@@ -1,5 +1,6 @@
 """The run folder: configuration, metrics, loss curve, checkpoints, and the table of epochs."""
 
+import contextlib
 import json
 import math
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.config import InputError
-from mmrec.storage import atomic_file
+from mmrec.files import StorageError, append, atomic_file, keep_trying, write_text
 
 FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
 REDRAW_SECONDS = 10.0
@@ -73,18 +74,17 @@ class Log:
                     continue  # the last line of a run that was killed while writing it
                 if line["step"] <= resumed_at:
                     self.lines.append(line)
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(x) + "\n" for x in self.lines), "utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(json.dumps(x) + "\n" for x in self.lines))
+        self._file = path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, and redraw the curve if the last drawing is old."""
-        line = {"kind": kind, "step": step, **values}
+        line, path = {"kind": kind, "step": step, **values}, self.folder / "metrics.jsonl"
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        data = f"{json.dumps(line)}\n".encode()
+        keep_trying(lambda: append(self._file, path, data))
         if time.monotonic() - self._drawn > REDRAW_SECONDS:
-            self.draw()
+            keep_trying(self.draw)  # it tells of a folder that vanished, too
 
     def draw(self) -> None:
         """Write loss.png."""
@@ -94,7 +94,8 @@ class Log:
 
     def close(self) -> None:
         """Draw a last time and close the file."""
-        self.draw()
+        with contextlib.suppress(StorageError):  # if another one ended the run, that is said
+            self.draw()
         self._file.close()
 
 

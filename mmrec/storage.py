@@ -11,9 +11,8 @@ import io
 import json
 import os
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +21,7 @@ import h5py
 import numpy as np
 
 from mmrec.config import VERSION, InputError
+from mmrec.files import atomic_file
 from mmrec.structure import attribute, check_structure, read_whole
 
 SEAL_BYTES = 512
@@ -29,10 +29,6 @@ SEAL = re.compile(rb"mmrec sealed (\d{1,18}) bytes, sha256 ([0-9a-f]{64})\n\0*")
 CHUNK_BYTES = 1 << 18  # of packed arrays
 JSON_BYTES = 1 << 24
 """Longest JSON value; the tokenizer of a vocabulary of 128,000 takes a third of it."""
-
-
-class StorageError(InputError):
-    """A file could not be written. What stood at its path before is untouched."""
 
 
 class DamagedError(InputError):
@@ -85,79 +81,6 @@ class _Sink(io.RawIOBase):
         self._file.close()
         if self.error is not None:
             raise self.error
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; put it in place if the block succeeds, else remove it.
-
-    The folder must exist: one that vanished is not made again, since what was mounted there may
-    only be away.
-
-    Raises:
-        StorageError: the system refused (disk full, no permission …); ``path`` is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)  # or the new name may be lost with the power
-    except OSError as error:
-        kept = "the file that was there is intact" if path.exists() else "nothing was left behind"
-        raise StorageError(f"could not write {path}: {error.strerror or error}; {kept}") from None
-    finally:
-        with contextlib.suppress(OSError):  # most often it has moved into place
-            temporary.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporaries that processes now dead have left in a folder."""
-    for path in folder.glob(".*.tmp"):
-        owner = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
-        if owner and not _alive(int(owner[1])):
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-def keep_trying(write: Callable[[], None]) -> None:
-    """Write; where the system refuses and a person is there, let them make room and try again.
-
-    Raises StorageError if there is no terminal, or the person gives up.
-    """
-    while True:
-        try:
-            return write()
-        except StorageError as error:
-            if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-                raise
-            print(
-                f"\nerror: {error}\nThe training state is still in memory. Free some space and "
-                "press Enter to try again, or q and Enter to give up: ",
-                end="", file=sys.stderr, flush=True,
-            )  # fmt: skip
-            answer = sys.stdin.readline()
-            if not answer or answer.strip().lower() == "q":
-                raise
 
 
 @contextlib.contextmanager

@@ -26,11 +26,11 @@ from mmrec.config import (
 from mmrec.data.batches import Batches, spread_pieces
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import LANES, Evaluation, evaluate
+from mmrec.files import keep_trying, sweep, write_text
 from mmrec.model import Model, probe_bfloat16
 from mmrec.optimizer import Muon
 from mmrec.run import COLUMNS, Log, clock, epoch_row, overfitting
 from mmrec.schedule import lr_factor
-from mmrec.storage import atomic_file, keep_trying, sweep
 
 Echo = Callable[[str], None]
 
@@ -290,8 +290,8 @@ class Trainer:
         made = {"ended": why, "steps": p.step, "tokens": tokens, "seconds": round(p.seconds, 1),
                 "tokens_per_second": round(tokens / max(p.seconds, 1e-9)), "best_step": p.best_step,
                 "best_subset_loss": p.best, "epochs": p.epochs}  # fmt: skip
-        with atomic_file(self.folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+        path, text = self.folder / "summary.json", json.dumps(made, indent=1) + "\n"
+        keep_trying(lambda: write_text(path, text))
         return made
 
 
@@ -316,8 +316,7 @@ def train(trainer: Trainer, *, resume: bool = False) -> dict[str, Any]:
         trainer.progress = p = from_dict(Progress, values)
         trainer.echo(f"resume  {path}, step {p.step:,}")
     config = to_toml(trainer.model.config, trainer.config, trainer.preset)
-    with atomic_file(folder / "config.toml") as temporary:
-        temporary.write_text(config, "utf-8")
+    write_text(folder / "config.toml", config)
     log = Log(folder, p.step if resume else None)
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,23 @@ def test_a_run_is_not_overwritten(
     assert call(monkeypatch, arguments + " --seq-len 32 --out runs/one") == 2
     assert "already holds a run" in capsys.readouterr().err
     assert Path("runs/one/last.h5").read_bytes() == before
+
+
+def test_a_path_inside_a_checkpoint_is_not_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the config.toml beside it, which anyone can look at, makes eval read a text."""
+    monkeypatch.chdir(world)
+    alone = world / "alone"
+    alone.mkdir()
+    shutil.copy("runs/one/best.h5", alone)
+    try:
+        assert call(monkeypatch, "eval alone/best.h5") == 2
+        assert "what a file names is not read unless the config.toml beside it" in (
+            capsys.readouterr().err
+        )
+    finally:
+        shutil.rmtree(alone)
 
 
 def test_commands_that_work(
