@@ -17,17 +17,22 @@ def evaluate(
     from tqdm import tqdm
 
     from mmrec.checkpoint import find_checkpoint, load_model
-    from mmrec.config import InputError
+    from mmrec.config import InputError, TrainConfig, from_dict
     from mmrec.data.corpora import load_documents
     from mmrec.data.corpus import Corpus, encode_documents, prepare
     from mmrec.evaluate import evaluate
 
     loaded = load_model(find_checkpoint(where))
-    settings = loaded.info["train"]
+    settings = dataclasses.asdict(from_dict(TrainConfig, loaded.info.get("train", {})))
     if data is None:
+        if not _may_read(settings["data"], loaded.path):
+            raise InputError(
+                f"{loaded.path} says it was trained on {settings['data']!r}; what a file names is "
+                "not read unless the config.toml beside it names it too: give --data"
+            )
         what = f"validation split of {settings['data']}"
         corpus = Corpus.open(prepare(settings["data"], settings["tokenizer"], settings["vocab"]))
-        if corpus.info["fingerprint"] != loaded.info["fingerprint"]:
+        if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
             raise InputError(f"the text of {settings['data']} changed since training; name --data")
         split = corpus.val
     else:
@@ -47,4 +52,15 @@ def evaluate(
     rate = made.tokens / made.seconds
     typer.echo(
         f"  scored          {made.tokens:,} tokens, {made.bytes:,} bytes, {rate:,.0f} tokens/s"
+    )
+
+
+def _may_read(source: str, checkpoint: Path) -> bool:
+    """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
+    from mmrec.config import load_toml
+    from mmrec.data.corpora import NAMES
+
+    config = checkpoint.with_name("config.toml")
+    return source in NAMES or (
+        config.is_file() and load_toml(config).get("train", {}).get("data") == source
     )

@@ -20,9 +20,17 @@ import platformdirs
 from mmrec.config import InputError
 from mmrec.data.corpora import NAMES, Document, load_documents, split
 from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
-from mmrec.storage import atomic_write, open_file, read_json, write_json
+from mmrec.files import sweep
+from mmrec.storage import (
+    atomic_write,
+    open_file,
+    read_array,
+    read_json,
+    write_array,
+    write_json,
+)
 
-KIND, SCHEMA = "corpus", 1
+KIND, SCHEMA = "corpus", 2
 
 
 @dataclass(frozen=True)
@@ -61,24 +69,34 @@ class Corpus:
     @classmethod
     def open(cls, path: Path) -> "Corpus":
         """Read a corpus file. Raises InputError if it is missing, damaged or of another kind."""
-        with open_file(path, KIND, SCHEMA) as file:
+        with open_file(path, KIND, SCHEMA, SCHEMA) as file:
             info = read_json(file, "info")
             tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-            train, val = (_read_split(file[side], tokenizer) for side in ("train", "val"))
+            train, val = (_read_split(file, side, tokenizer) for side in ("train", "val"))
         return cls(path, train, val, tokenizer, info)
 
 
-def _read_split(group: h5py.Group, tokenizer: Tokenizer) -> Split:
-    made = Split(group["tokens"][:], group["doc_offsets"][:], group["doc_bytes"][:])
+def _read_split(file: h5py.File, side: str, tokenizer: Tokenizer) -> Split:
+    dtype = _token_dtype(tokenizer)
+    names = {"tokens": dtype, "doc_offsets": np.int64, "doc_bytes": np.int64}
+    made = Split(*(read_array(file, f"{side}/{name}", kind) for name, kind in names.items()))
     if made.n_tokens and int(made.tokens.max()) >= tokenizer.vocab_size:
         raise ValueError("a token id lies outside the vocabulary")
+    starts = made.doc_offsets
+    fits = len(starts) == len(made.doc_bytes) + 1 and starts[0] == 0 and starts[-1] == made.n_tokens
+    if not (fits and (np.diff(starts) > 0).all() and (made.doc_bytes >= 0).all()):
+        raise ValueError(f"the documents of {side} do not add up to its tokens")
     return made
+
+
+def _token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> Split:
     """Tokenise documents, each followed by the end token."""
     pieces: list[np.ndarray] = []
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = _token_dtype(tokenizer)
     for ids in tokenizer.encode_batch([d.text for d in documents]):
         pieces.append(np.append(ids, tokenizer.eot).astype(dtype))
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
@@ -148,9 +166,16 @@ def prepare(
     made = train_tokenizer(tokenizer, [d.text for d in known], vocab_size)
     say(f"corpus {source}: tokenising")
     sides = {"train": parts.train, "val": parts.val}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out.parent}: {error.strerror}") from None
+    sweep(out.parent)
     with atomic_write(out, KIND, SCHEMA) as file:
         for side, docs in sides.items():
-            _write_split(file.create_group(side), encode_documents(made, docs))
+            part = encode_documents(made, docs)
+            for name in ("tokens", "doc_offsets", "doc_bytes"):
+                write_array(file, f"{side}/{name}", getattr(part, name))
         write_json(file, "tokenizer", json.loads(made.to_json()))
         info = {"source": source, "fingerprint": fingerprint, "wanted": wanted,
                 "duplicates": parts.duplicates, "python": platform.python_version()}  # fmt: skip
@@ -160,13 +185,7 @@ def prepare(
 
 def _matches(path: Path, wanted: list[Any]) -> bool:
     try:
-        with open_file(path, KIND, SCHEMA) as file:
-            return bool(read_json(file, "info")["wanted"] == wanted and file["val/tokens"].shape[0])
+        with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+            return bool(read_json(file, "info")["wanted"] == wanted)
     except InputError:
         return False  # a damaged cache file is made again
-
-
-def _write_split(group: h5py.Group, made: Split) -> None:
-    group.create_dataset("tokens", data=made.tokens, chunks=(min(len(made.tokens), 1 << 16),))
-    group.create_dataset("doc_offsets", data=made.doc_offsets)
-    group.create_dataset("doc_bytes", data=made.doc_bytes)

@@ -8,6 +8,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,21 +28,24 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, vocabulary: str) -> None:
-        """``vocabulary``: BPE as the tokenizers library's JSON; the characters in order; empty."""
+        """``vocabulary``: for bpe JSON of ``tokens``, the words in order of their ids, and
+        ``merges``, pairs of words; for char the characters in order; for byte nothing.
+
+        Raises ValueError or InputError if it is not that.
+        """
         self.kind, self._vocabulary = kind, vocabulary
         self.eot = 256 if kind == "byte" else 0
         if kind == "bpe":
-            # encode_batch uses threads of its own; without this a later fork prints a warning
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-            from tokenizers import Tokenizer as Library
-
-            self._bpe = Library.from_str(vocabulary)
-            self._bpe.encode_special_tokens = True  # the letters of EOT stay letters
-            self.vocab_size = self._bpe.get_vocab_size()
-            self._bytes = _byte_table(self._bpe)
+            stored = json.loads(vocabulary)
+            self._bytes = _byte_table(stored["tokens"], stored["merges"])
+            self._bpe = _library(stored["tokens"], stored["merges"])
+            self.vocab_size = len(self._bytes)
         elif kind == "char":
+            vocabulary.encode()  # halves of a surrogate pair are no characters
             self.vocab_size = len(vocabulary) + 1
             self._ids = {c: i + 1 for i, c in enumerate(vocabulary)}
+            if len(self._ids) != len(vocabulary):
+                raise ValueError("a character stands in it twice")
         elif kind == "byte":
             self.vocab_size = 257
         else:
@@ -98,17 +102,38 @@ class Tokenizer:
         except InputError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise InputError(f"the stored tokenizer is damaged: {error}") from None
+            raise InputError(f"the stored tokenizer is damaged: {error!r}") from None
 
 
-def _byte_table(bpe: object) -> list[bytes]:
-    """Bytes of every id: byte-level BPE writes byte b as a printable character."""
+def _byte_table(tokens: list[str], merges: list[list[str]]) -> list[bytes]:
+    """Bytes of every id: byte-level BPE writes byte b as a printable character.
+
+    The library trusts what it is given, so words and merges are checked here.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    size = bpe.get_vocab_size()  # type: ignore[attr-defined]
-    words = [bpe.id_to_token(i) for i in range(size)]  # type: ignore[attr-defined]
-    return [b"" if w == EOT else bytes(table[c] for c in w) for w in words]
+    known = set(tokens)
+    if tokens[:1] != [EOT] or len(known) != len(tokens) or not known >= table.keys():
+        raise ValueError(f"its words must be distinct: {EOT}, the 256 bytes, and more")
+    if not all(len(m) == 2 and {*m, m[0] + m[1]} <= known for m in merges):
+        raise ValueError("its merges must be pairs of its words that make a word")
+    return [b"", *(bytes(table[c] for c in word) for word in tokens[1:])]
+
+
+def _library(tokens: list[str], merges: list[list[str]]) -> Any:
+    """The ``tokenizers`` object of a byte-level BPE."""
+    # encode_batch uses threads of its own; without this a later fork prints a warning
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    ids = {word: i for i, word in enumerate(tokens)}
+    made = Library(models.BPE(ids, [(a, b) for a, b in merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
+    made.encode_special_tokens = True  # the letters of EOT stay letters
+    return made
 
 
 def check_wish(kind: str, vocab_size: int) -> None:
@@ -145,4 +170,7 @@ def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 5000) -> 
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    return Tokenizer("bpe", library.to_str())
+    model = json.loads(library.to_str())["model"]
+    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    made = {"tokens": words, "merges": model["merges"]}
+    return Tokenizer("bpe", json.dumps(made, ensure_ascii=False))

@@ -3,7 +3,11 @@
 The layout is described in docs/formats.md. Nothing in it is code, and nothing is unpickled.
 """
 
+import contextlib
 import json
+import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrec.config import InputError, ModelConfig, from_dict
+from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.model import Model
-from mmrec.storage import atomic_write, open_file, read_json, write_json
+from mmrec.storage import (
+    DamagedError,
+    atomic_write,
+    open_file,
+    read_array,
+    read_json,
+    write_array,
+    write_json,
+)
+from mmrec.structure import attribute
 
-KIND, SCHEMA = "checkpoint", 2
+KIND, SCHEMA = "checkpoint", 3
 RUNS = Path("runs")
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of Muon
 
@@ -65,92 +78,148 @@ def save(
         write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
         write_json(file, "info", info)
         for name, p in model.named_parameters():
-            _write(file, f"model/{name}", p)
+            write_array(file, f"model/{name}", _numbers(p), pack=True)
         if optimizer is not None:
             for name, p in model.named_parameters():
                 state = optimizer.state.get(p, {})
                 for moment in MOMENTS:
                     if moment in state:
-                        _write(file, f"optimizer/{moment}/{name}", state[moment])
+                        data = _numbers(state[moment])
+                        write_array(file, f"optimizer/{moment}/{name}", data, pack=True)
             write_json(file, "progress", progress)
-            file["rng"] = torch.get_rng_state().numpy()
+            write_array(file, "rng", torch.get_rng_state().numpy())
 
 
-def _write(file: h5py.File, name: str, x: Tensor) -> None:
-    # Bytes of equal weight side by side compress: exponents repeat, low bits do not.
-    data = x.detach().float().numpy()
-    packed = (
-        {"compression": "gzip", "compression_opts": 1, "shuffle": True} if data.size > 64 else {}
-    )
-    file.create_dataset(name, data=data, **packed)
+def _numbers(x: Tensor) -> np.ndarray:
+    return x.detach().float().numpy()
 
 
-def _read(file: h5py.File, name: str, like: Tensor) -> Tensor:
-    stored = file[name]
-    if stored.shape != tuple(like.shape) or stored.dtype != np.float32:
-        raise ValueError(
-            f"{name} must be float32 {tuple(like.shape)}; it is {stored.dtype} {stored.shape}"
-        )
-    return torch.from_numpy(stored[()])
+def _tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
+    return torch.from_numpy(read_array(file, name, np.float32, tuple(like.shape)))
+
+
+def _read_config(file: h5py.File) -> ModelConfig:
+    """The model configuration, held against what is stored before a model is made of it."""
+    config: ModelConfig = from_dict(ModelConfig, read_json(file, "config"))
+    weights = file.get("model")
+    if not isinstance(weights, h5py.Group) or config.depth > len(weights):
+        raise ValueError(f"its config says {config.depth:,} layers; fewer weights are stored")
+    return config
 
 
 def _read_model(file: h5py.File) -> Model:
-    config = from_dict(ModelConfig, read_json(file, "config"))
+    config = _read_config(file)
     with torch.device("meta"):  # shapes are checked before anything is allocated
         model = Model(config)
-    weights = {name: _read(file, f"model/{name}", p) for name, p in model.named_parameters()}
+    weights = {name: _tensor(file, f"model/{name}", p) for name, p in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     for p in model.parameters():
         p.requires_grad_()
     return model
 
 
+def _read_info(file: h5py.File) -> tuple[int, dict[str, Any]]:
+    step, info = attribute(file, "step", int), read_json(file, "info")
+    if step < 0:
+        raise ValueError(f"step must be >= 0; it is {step}")
+    from_dict(TrainConfig, info.get("train", {}))
+    for key in ("preset", "source", "fingerprint"):
+        if not isinstance(info.get(key, ""), str):
+            raise ValueError(f"{key} in info must be text")
+    return step, info
+
+
 def load_model(path: Path) -> Loaded:
     """Read the model of a checkpoint. Raises InputError for every file that is not a whole one."""
     with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+        step, info = _read_info(file)
         model = _read_model(file)
         tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError("the tokenizer has more tokens than the model")
-        return Loaded(
-            path, model.eval(), tokenizer, int(file.attrs["step"]), read_json(file, "info")
-        )
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError("the tokenizer and the model have vocabularies of different sizes")
+        return Loaded(path, model.eval(), tokenizer, step, info)
 
 
 def read_info(path: Path) -> tuple[int, dict[str, Any], ModelConfig]:
     """Step, info and model configuration of a checkpoint, without its weights."""
     with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        config = from_dict(ModelConfig, read_json(file, "config"))
-        return int(file.attrs["step"]), read_json(file, "info"), config
+        return *_read_info(file), _read_config(file)
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put weights, optimizer moments and random state back in place; return the saved progress.
 
-    Raises InputError if the checkpoint was written without them.
+    Raises InputError if the checkpoint is damaged or was written without them; the model and the
+    optimizer are then of no use until another one is restored.
     """
     with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         if "progress" not in file:
             raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-        step = int(file.attrs["step"])
+        step, _ = _read_info(file)
+        optimizer.state.clear()
         for name, p in model.named_parameters():
-            p.data.copy_(_read(file, f"model/{name}", p))
+            p.data.copy_(_tensor(file, f"model/{name}", p))
             kept = [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
             if kept:
-                moments = {m: _read(file, f"optimizer/{m}/{name}", p) for m in kept}
+                moments = {m: _tensor(file, f"optimizer/{m}/{name}", p) for m in kept}
                 optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        torch.set_rng_state(torch.from_numpy(file["rng"][:]))
-        progress: dict[str, Any] = read_json(file, "progress")
+        progress = read_json(file, "progress")
+        torch.set_rng_state(torch.from_numpy(read_array(file, "rng", np.uint8)))
         return progress | {"step": step}
 
 
+def resume(
+    run: Path, load: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Load the furthest whole checkpoint of a run; return its path and what ``load`` returned.
+
+    A damaged one is named and set aside as ``NAME.h5.damaged``, so that it is neither counted as
+    kept nor in the way, and the one before it is tried.
+
+    Raises InputError if none is whole, or the furthest is whole but not for this version.
+    """
+    saved, lost = run_checkpoints(run), []
+    if not saved:
+        raise InputError(f"{run} holds no checkpoint to resume from (last.h5 or step-N.h5)")
+    for path in reversed(saved):
+        try:
+            info = load(path)
+        except DamagedError as error:
+            say(f"{error}; going back to the checkpoint before it")
+            lost.append(path)
+            continue
+        for bad in lost:
+            with contextlib.suppress(OSError):
+                bad.replace(bad.with_name(f"{bad.name}.damaged"))
+        return path, info
+    raise InputError(f"no checkpoint of {run} is whole: {', '.join(p.name for p in saved)}")
+
+
+def step_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The step-N checkpoints of a run folder by their number, which their names say."""
+    named = ((re.fullmatch(r"step-(\d{1,18})\.h5", p.name), p) for p in run.glob("step-*.h5"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
 def run_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder that hold training state, the furthest one last."""
-    steps = sorted(run.glob("step-*.h5"), key=lambda p: int(p.stem.split("-")[1]))
-    found = [(int(p.stem.split("-")[1]), p) for p in steps]
-    if (run / "last.h5").exists():
-        found.append((read_info(run / "last.h5")[0], run / "last.h5"))
+    """The checkpoints of a run folder to resume from, the furthest one last.
+
+    last.h5 is placed by its step, or taken for the furthest if that cannot be read.
+    """
+    found: list[tuple[float, Path]] = [*step_checkpoints(run)]
+    last = run / "last.h5"
+    if last.exists():
+        try:
+            found.append((read_info(last)[0], last))
+        except InputError:
+            found.append((math.inf, last))
     return [path for _, path in sorted(found, key=lambda pair: pair[0])]
+
+
+def trim(run: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest step-N checkpoints."""
+    for _, path in step_checkpoints(run)[: -keep or None]:
+        path.unlink()
 
 
 def newest_run(runs: Path = RUNS) -> Path:

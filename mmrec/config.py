@@ -90,7 +90,7 @@ class ModelConfig:
     @property
     def kinds(self) -> str:
         """One letter for each of the layers, ``layers`` repeated to the depth."""
-        return (self.layers * self.depth)[: self.depth]
+        return (self.layers * -(-self.depth // len(self.layers)))[: self.depth]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ def _tokens(
     recent = start[-256:]
     for _ in range(limit):
         p = probabilities(model.head(x[0, -1]), how, recent)
+        if not p.isfinite().all():
+            raise InputError("the model's scores are not finite: its weights, or a temperature so "
+                             "near 0, are of no use")  # fmt: skip
         token = int(torch.multinomial(p, 1, generator=generator))
         if token == eot:
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.config import InputError
-from mmrec.storage import atomic_file
+from mmrec.files import StorageError, append, atomic_file, keep_trying, sweep, write_text
 
 FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
 REDRAW_SECONDS = 10.0
@@ -90,8 +90,7 @@ class Lock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()
-        for left in folder.glob(".*.tmp"):  # of a process killed while it wrote
-            left.unlink(missing_ok=True)
+        sweep(folder)
 
     def _take(self) -> bool:
         self._file = self._path.open("a+", encoding="utf-8")
@@ -179,9 +178,8 @@ class Log:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        with atomic_file(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(x) + "\n" for x in self.lines), "utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.lines))
+        self._file = self._path.open("ab", buffering=0)
 
     def rewind(self, count: int) -> None:
         """Take back what came after the first ``count`` lines, but for skips and rollbacks."""
@@ -194,10 +192,10 @@ class Log:
         """Append one line, and redraw the curve if the last drawing is old."""
         line = {"kind": kind, "step": step, **values}
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        data = f"{json.dumps(line)}\n".encode()
+        keep_trying(lambda: append(self._file, self._path, data))
         if time.monotonic() - self._drawn > REDRAW_SECONDS:
-            self.draw()
+            keep_trying(self.draw)  # it tells of a folder that vanished, too
 
     def sync(self) -> int:
         """Wait until all lines are on the disk; return their number."""
@@ -216,7 +214,8 @@ class Log:
 
     def close(self) -> None:
         """Draw a last time and close the file."""
-        self.draw()
+        with contextlib.suppress(StorageError):  # if another one ended the run, that is said
+            self.draw()
         self._file.close()
 
 

@@ -16,6 +16,7 @@ from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, fr
 from mmrec.data.batches import Batches, spread_pieces
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import LANES, Evaluation
+from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
 from mmrec.model import Model, probe_bfloat16
 from mmrec.optimizer import Muon
@@ -153,14 +154,14 @@ class State:
                 "conditions": conditions()}  # fmt: skip
         extra = (self.optimizer, dataclasses.asdict(self.progress)) if whole else (None, None)
         path, tokenizer = self.folder / name, self.corpus.tokenizer
-        checkpoint.save(path, self.model, tokenizer, self.progress.step, info, *extra)
+        step = self.progress.step
+        keep_trying(lambda: checkpoint.save(path, self.model, tokenizer, step, info, *extra))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint as if nothing had come after it; return its info."""
         _, info, _ = checkpoint.read_info(path)
         if info["fingerprint"] != self.corpus.info["fingerprint"]:
             raise InputError(f"the text of {self.config.data} changed since {path} was saved")
-        self.optimizer.state.clear()
         values = checkpoint.restore(path, self.model, self.optimizer)
         self.progress = from_dict(Progress, values)
         self.set_precision(info["precision"])

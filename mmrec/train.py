@@ -16,11 +16,11 @@ from mmrec import checkpoint, guard
 from mmrec.config import InputError, ModelConfig, TrainConfig, to_toml
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import evaluate
+from mmrec.files import keep_trying, write_text
 from mmrec.guard import TrainingDiverged, WeightsDiverged
 from mmrec.run import COLUMNS, Lock, Log, clock, epoch_row, overfitting
 from mmrec.signals import Interrupted
 from mmrec.state import State, conditions
-from mmrec.storage import atomic_file
 
 Echo = Callable[[str], None]
 
@@ -116,7 +116,7 @@ class Trainer(State):
             p.moved, p.skipped, p.in_row = p.moved + 1, p.skipped + 1, p.in_row + 1
             self.echo(f"skipped: {error}; the step is left out, as --on-nan says")
         else:
-            self.load(checkpoint.run_checkpoints(self.folder)[-1])
+            checkpoint.resume(self.folder, self.load, self.echo)
             now, self.progress.seconds = self.progress, p.seconds
             now.moved = p.step + p.moved + 1 - now.step
             now.rate, now.rollbacks = p.rate * guard.CUT, p.rollbacks + 1
@@ -145,12 +145,6 @@ class Trainer(State):
         if not p.epoch:
             p.epoch = {"sum": 0.0, "count": 0, "first": loss, "began": p.seconds}
         p.epoch.update(sum=p.epoch["sum"] + loss, count=p.epoch["count"] + 1, last=loss)
-
-    def trim(self) -> None:
-        """Remove all but the newest step-N checkpoints."""
-        steps = sorted(self.folder.glob("step-*.h5"), key=lambda f: int(f.stem.split("-")[1]))
-        for path in steps[: max(0, len(steps) - self.config.keep)]:
-            path.unlink()
 
     def announce(self) -> None:
         """Say what will be trained on what, for how long."""
@@ -205,6 +199,7 @@ class Trainer(State):
         finally:
             self.echo = echo
         self.save_whole("last.h5", log)
+        checkpoint.trim(self.folder, self.config.keep)
         return why
 
     def loop(self, log: Log, bar: Any) -> None:
@@ -217,7 +212,7 @@ class Trainer(State):
                 self.settle(log)
                 if p.step and p.step % c.save_every == 0:
                     self.save_whole(f"step-{p.step}.h5", log)
-                    self.trim()
+                    checkpoint.trim(self.folder, max(1, c.keep))  # one is needed until the end
                 if self.stop.number or self.early or self.fraction() >= 1.0:
                     return
                 begin = time.perf_counter()
@@ -245,8 +240,8 @@ class Trainer(State):
                 "tokens_per_second": round(tokens / max(p.seconds, 1e-9)), "best_step": step,
                 "best_subset_loss": best, "skipped": p.skipped, "rollbacks": p.rollbacks,
                 "epochs": p.epochs}  # fmt: skip
-        with atomic_file(self.folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+        path, text = self.folder / "summary.json", json.dumps(made, indent=1) + "\n"
+        keep_trying(lambda: write_text(path, text))
         return made
 
 
@@ -274,8 +269,7 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
         if resume:
             _restore(trainer)
         config = to_toml(trainer.model.config, trainer.config, trainer.preset)
-        with atomic_file(folder / "config.toml") as temporary:
-            temporary.write_text(config, "utf-8")
+        write_text(folder / "config.toml", config)
         log = Log(folder, trainer.progress if resume else None)
         try:
             why = trainer.run(log)
@@ -285,15 +279,15 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
 
 
 def _restore(trainer: Trainer) -> None:
-    saved = checkpoint.run_checkpoints(trainer.folder)
-    if not saved:
+    if not checkpoint.run_checkpoints(trainer.folder):
         if not (trainer.folder / "config.toml").exists():
             raise InputError(f"{trainer.folder} holds no checkpoint to resume from")
         trainer.find_ahead()
         trainer.echo(f"resume  {trainer.folder} ended before its first checkpoint: from the start")
         return
-    was, now = trainer.load(saved[-1]).get("conditions", {}), conditions()
-    trainer.echo(f"resume  {saved[-1]}, step {trainer.progress.step:,}")
+    path, info = checkpoint.resume(trainer.folder, trainer.load, trainer.echo)
+    was, now = info.get("conditions", {}), conditions()
+    trainer.echo(f"resume  {path}, step {trainer.progress.step:,}")
     other = ", ".join(f"{k} {was[k]}, now {now[k]}" for k in was if was[k] != now.get(k))
     if other:
         trainer.echo(f"note    trained with {other}: what follows is close to what would have "

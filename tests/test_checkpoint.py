@@ -1,5 +1,7 @@
 """Checkpoints: small enough, found where one looks, and clear about every fault."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -8,10 +10,13 @@ import torch
 
 from mmrec import checkpoint
 from mmrec.config import PRESETS, InputError
+from mmrec.data.corpus import Corpus
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.model import Model
 from mmrec.optimizer import Muon
+from mmrec.storage import seal, write_json
 from mmrec.train import Trainer, train
+from tests.conftest import make_trainer
 
 
 def make_optimizer(model: Model) -> Muon:
@@ -67,10 +72,10 @@ def test_the_best_of_the_newest_run_is_found(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.__delitem__("model/norm.weight"), "damaged or truncated: .*norm"),
-        (lambda f: f.__delitem__("tokenizer"), "damaged or truncated: .*tokenizer"),
-        (lambda f: f.__delitem__("config"), "damaged or truncated: .*config"),
-        (lambda f: f["config"].__setitem__(0, 0), "damaged or truncated"),
+        (lambda f: f.__delitem__("model/norm.weight"), "not valid: model/norm.weight is missing"),
+        (lambda f: f.__delitem__("tokenizer"), "not valid: tokenizer is missing"),
+        (lambda f: f.__delitem__("config"), "not valid: config is missing"),
+        (lambda f: f["config"].__setitem__(0, 0), "config is not what was stored"),
     ],
 )
 def test_a_checkpoint_with_something_missing(
@@ -80,6 +85,9 @@ def test_a_checkpoint_with_something_missing(
     path = trainer.folder / "last.h5"
     with h5py.File(path, "a") as file:
         damage(file)  # type: ignore[operator]
+    with pytest.raises(InputError, match="its bytes are not those that were written"):
+        checkpoint.load_model(path)
+    seal(path)  # as one who forges a file would
     with pytest.raises(InputError, match=message) as caught:
         checkpoint.load_model(path)
     assert "\n" not in str(caught.value)
@@ -90,8 +98,94 @@ def test_a_weight_of_another_shape_is_named(trainer: Trainer) -> None:
     path = trainer.folder / "last.h5"
     with h5py.File(path, "a") as file:
         del file["model/embedding"]
-        file["model/embedding"] = [1.0]
+        file["model/embedding"] = [1]
+    seal(path)
     with pytest.raises(
-        InputError, match=r"model/embedding must be float32 \(257, 32\); it is float64"
+        InputError, match=r"model/embedding must be float32 \(257, 32\); it is int64"
     ):
         checkpoint.load_model(path)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Corpus, tmp_path: Path) -> None:
+    """It is named, set aside, and the run goes on from the one before as if nothing had been."""
+    first = make_trainer(corpus, tmp_path, keep=1)
+    train(first)
+    end = (tmp_path / "last.h5").read_bytes()
+    assert [p.name for p in checkpoint.run_checkpoints(tmp_path)] == ["step-10.h5", "last.h5"]
+    flip(tmp_path / "last.h5")
+    (tmp_path / "step-of-mine.h5").write_text("not a checkpoint")
+    (tmp_path / "step-999.h5").write_bytes(end[:1000])
+    names = [p.name for p in checkpoint.run_checkpoints(tmp_path)]
+    assert names == ["step-10.h5", "step-999.h5", "last.h5"]
+    again = make_trainer(corpus, tmp_path, keep=1)
+    train(again, resume=True)
+    said = again.lines  # type: ignore[attr-defined]
+    assert re.search(
+        "last.h5 is damaged or truncated: its bytes are not .*; going back to", said[0]
+    )
+    assert re.search(r"step-999.h5 is damaged or truncated: it was [\d,]+ bytes long", said[1])
+    assert re.search(r"resume  .*step-10.h5, step 10", said[2])
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    kept = {p.name for p in tmp_path.glob("*.h5*")}
+    assert kept == {"best.h5", "last.h5", "last.h5.damaged", "step-10.h5", "step-999.h5.damaged",
+                    "step-of-mine.h5"}  # fmt: skip
+
+
+def test_none_is_whole_or_one_is_newer(corpus: Corpus, tmp_path: Path) -> None:
+    train(make_trainer(corpus, tmp_path))
+    path = tmp_path / "last.h5"
+    with h5py.File(path, "a") as file:
+        file.attrs["schema"] = 99
+    seal(path)
+    with pytest.raises(InputError, match="newer mmrec"):  # whole: nothing may go back behind it
+        train(make_trainer(corpus, tmp_path), resume=True)
+    for found in tmp_path.glob("*.h5"):
+        flip(found)
+    with pytest.raises(InputError, match=r"no checkpoint of .* is whole: step-5.h5, .*last.h5"):
+        train(make_trainer(corpus, tmp_path), resume=True)
+    assert len(list(tmp_path.glob("*.h5"))) == 4  # nothing was set aside
+
+
+def test_the_last_to_resume_from_is_never_trimmed(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(corpus, tmp_path, keep=0)
+    there: list[list[str]] = []
+    take = made.take_step
+
+    def watched() -> tuple[float, float, float]:
+        there.append(sorted(p.name for p in tmp_path.glob("step-*.h5")))
+        return take()
+
+    made.take_step = watched  # type: ignore[method-assign]
+    train(made)
+    assert there == [[]] * 5 + [["step-5.h5"]] * 5 + [["step-10.h5"]] * 2
+    assert sorted(p.name for p in tmp_path.glob("*.h5")) == ["best.h5", "last.h5"]
+
+
+def test_a_huge_model_that_is_not_stored_is_refused_at_once(trainer: Trainer) -> None:
+    """Its configuration is believed only as far as weights of that shape are there."""
+    trainer.save("last.h5", whole=True)
+    path = trainer.folder / "last.h5"
+    for key, value, message in [
+        ("depth", 10**9, "its config says 1,000,000,000 layers; fewer weights are stored"),
+        ("width", 2**20, r"must be float32 \(257, 1048576\); it is float32 \(257, 32\)"),
+        ("width", 2**62, "not valid: "),
+        ("vocab_size", 10**12, r"must be float32 \(1000000000000, 32\)"),
+        ("layers", "s" * 9, "is not valid"),
+        ("colour", 1, "unknown setting 'colour'"),
+    ]:
+        with h5py.File(path, "a") as file:
+            stored = asdict(trainer.model.config) | {key: value}
+            del file["config"]
+            write_json(file, "config", stored)
+        seal(path)
+        with pytest.raises(InputError, match=message) as caught:
+            checkpoint.load_model(path)
+        assert str(path) in str(caught.value)

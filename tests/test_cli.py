@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import h5py
 import pytest
 
 from mmrec.cli import main
+from mmrec.storage import seal
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             Path(name).write_bytes(whole)
             with h5py.File(name, "a") as file:
                 file.attrs["schema"] = schema
+            seal(Path(name))
         Path("bad.txt").write_bytes(b"abc\xff")
         Path("empty.txt").touch()
         Path("short.txt").write_text("a few words only, not enough " * 3)
@@ -252,6 +255,23 @@ def test_a_run_is_not_overwritten(world: Path, monkeypatch: pytest.MonkeyPatch) 
     before = Path("runs/one/last.h5").read_bytes()
     assert call(monkeypatch, "train --config small.toml --data world.txt --out runs/one") == 2
     assert Path("runs/one/last.h5").read_bytes() == before
+
+
+def test_a_path_inside_a_checkpoint_is_not_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the config.toml beside it, which anyone can look at, makes eval read a text."""
+    monkeypatch.chdir(world)
+    alone = world / "alone"
+    alone.mkdir()
+    shutil.copy("runs/one/best.h5", alone)
+    try:
+        assert call(monkeypatch, "eval alone/best.h5") == 2
+        assert "what a file names is not read unless the config.toml beside it" in (
+            capsys.readouterr().err
+        )
+    finally:
+        shutil.rmtree(alone)
 
 
 def test_commands_that_work(

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import pty
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -16,9 +18,9 @@ import torch
 from mmrec import checkpoint
 from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
+from mmrec.files import StorageError
 from mmrec.run import Log, Progress
 from mmrec.schedule import lr_factor
-from mmrec.storage import StorageError
 from mmrec.train import Trainer, TrainingDiverged, train
 from tests.conftest import make_trainer
 
@@ -158,6 +160,78 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
                            timeout=120, check=False)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == step + 3
+
+
+def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A training process whose input and errors are a pseudo-terminal, and our end of that."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mmrec", "train", *arguments]
+    run = subprocess.Popen(command, cwd=cwd, stdin=theirs, stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    return run, ours
+
+
+def read_until(terminal: int, text: str, seconds: float = 120) -> str:
+    """What the terminal shows, up to the text."""
+    seen, end = "", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < end, seen[-2000:]
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                seen += os.read(terminal, 65536).decode(errors="replace")
+            except OSError:  # the process has ended
+                break
+    return seen
+
+
+def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is laid on a real process, and lifted when it asks."""
+    run, terminal = start_on_a_terminal(
+        ["tiny", "--data", str(text_file), "--tokenizer", "byte", "--steps", "12", "--batch", "1",
+         "--seq-len", "16", "--save-every", "4", "--eval-every", "100", "--out", "r"], tmp_path
+    )  # fmt: skip
+    try:
+        read_until(terminal, "run folder r")
+        before = resource.prlimit(run.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (100_000, before[1]))
+        shown = read_until(terminal, "or q and Enter to give up: ")
+        assert "could not write r/" in shown
+        assert "File too large" in shown
+        assert "The training state is still in memory. Free some space" in shown
+        assert run.poll() is None
+        os.write(terminal, b"\n")  # nothing was freed: it asks again
+        read_until(terminal, "or q and Enter to give up: ")
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, before)
+        os.write(terminal, b"\n")
+        read_until(terminal, "curve ")
+        assert run.wait(60) == 0
+    finally:
+        run.kill()
+        run.wait()
+        os.close(terminal)
+    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == 12
+    assert len(losses(tmp_path / "r")) == 12
+    assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
+    """No terminal, no question: one line, and the folder is not silently made anew."""
+    made = make_trainer(corpus, tmp_path / "run")
+    take = made.take_step
+
+    def vanish() -> tuple[float, float, float]:
+        if made.progress.step == 3:
+            (tmp_path / "run").rename(tmp_path / "away")
+        return take()
+
+    made.take_step = vanish  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="could not write .*best.h5: No such file or directory"):
+        train(made)
+    assert not (tmp_path / "run").exists()
+    assert len(losses(tmp_path / "away")) == 4
+    (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
+    made.save("last.h5", whole=True)
+    assert checkpoint.read_info(tmp_path / "run" / "last.h5")[0] == 4
 
 
 def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
