@@ -86,6 +86,24 @@ class RMSNorm(nn.Module):
         return norm_conv(x, self.weight[None], half=half)[0]
 
 
+class Dropout(nn.Module):
+    """Set a share of the elements to zero in training, and scale up the rest.
+
+    torch's own draws from the one global generator, which lanes that run side by side would reach
+    in no fixed order.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor, dice: torch.Generator | None) -> Tensor:
+        if not self.training or self.share == 0:
+            return x
+        keep = 1 - self.share
+        return x * torch.empty_like(x).bernoulli_(keep, generator=dice).div_(keep)
+
+
 def spread_decays(count: int, horizon: int) -> Tensor:
     """Logits (count,) of decays exp(-1/τ), τ spread evenly in log time from 1 to the horizon."""
     tau = torch.logspace(0, math.log10(max(horizon, 1)), count, dtype=torch.float64)
@@ -122,7 +140,7 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(width)
         self.ffn_in = Linear(width, config.hidden)
         self.ffn_out = Linear(config.hidden, width, zero=True)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def start(self, batch: int) -> LayerState:
         """The state before any token."""
@@ -150,8 +168,10 @@ class Layer(nn.Module):
         y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
         return (y * F.silu(r)).to(p.dtype), LayerState(state.taps, h_last, s_last)
 
-    def forward(self, x: Tensor, state: LayerState, *, half: bool) -> tuple[Tensor, LayerState]:
-        """Map x (B, T, D) and the state to the new x and the new state."""
+    def forward(
+        self, x: Tensor, state: LayerState, *, half: bool, dice: torch.Generator | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Map x (B, T, D) and the state to the new x and the new state; dropout draws from dice."""
         u, taps = norm_conv(x, self.taps, state.taps, half=half)
         p = self.project(u)
         if self.kind == "n":
@@ -159,9 +179,9 @@ class Layer(nn.Module):
             state = state._replace(h=h)
         else:
             y, state = self.remember(p, state)
-        x = x + self.dropout(self.merge(y))
+        x = x + self.dropout(self.merge(y), dice)
         hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
-        x = x + self.dropout(self.ffn_out(hidden))
+        x = x + self.dropout(self.ffn_out(hidden), dice)
         return x, state._replace(taps=taps)
 
 
@@ -260,13 +280,15 @@ class Model(nn.Module):
                 x = x + F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
         return x
 
-    def hidden_states(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def hidden_states(
+        self, tokens: Tensor, state: State | None = None, dice: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
         """Final hidden states (B, T, D), normalised, for tokens (B, T) int64, and the new state."""
         state = self.start(tokens.shape[0]) if state is None else state
         x = self.embed(tokens, state.recent)
         after = []
         for layer, before in zip(self.layers, state.layers, strict=True):
-            x, last = layer(x, before, half=self.reduced)
+            x, last = layer(x, before, half=self.reduced, dice=dice)
             after.append(last)
         recent = torch.cat((state.recent, tokens), 1)[:, -2:]
         return self.norm(x), State(recent, after)
@@ -283,9 +305,12 @@ class Model(nn.Module):
         x, after = self.hidden_states(tokens, state)
         return self.head(x), after
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token of targets (B, T) given tokens (B, T), both int64."""
-        x, _ = self.hidden_states(tokens)
+    def loss(self, tokens: Tensor, targets: Tensor, dice: torch.Generator | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token of targets (B, T) given tokens (B, T), both int64.
+
+        Dropout draws from ``dice``, or from torch's global generator.
+        """
+        x, _ = self.hidden_states(tokens, None, dice)
         return HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
 
 

@@ -1,10 +1,14 @@
 """The optimizer: Muon for weight matrices, AdamW for all else."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmrec.lanes import Lanes
 
 # Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -41,8 +45,10 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         muon_lr: float,
         momentum: float = 0.95,
+        lanes: Lanes | None = None,
     ) -> None:
         """Groups hold ``params``, ``weight_decay`` and ``muon``; matrices may have more axes."""
+        self.lanes = lanes or Lanes(1)
         matrices = [g for g in groups if g["muon"]]
         self._adam = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=lr, betas=betas,
                                        fused=True)  # fmt: skip
@@ -52,28 +58,32 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group["peak"] = group["lr"]
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
+        tasks: list[Callable[[], object]] = [self._adam.step]
         for group in self.param_groups:
-            if group["muon"]:
-                self._step(group)
-        self._adam.step()
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"] if group["muon"] else []:
+                if p.grad is not None:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    alike[p.shape[-2:]].append(p)
+            # all matrices of one shape in one task, large ones first
+            order = sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape]))
+            tasks += [partial(self._move, group, alike[shape]) for shape in order]
+        self.lanes.run(tasks)
 
-    def _step(self, group: dict[str, Any]) -> None:
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(state["momentum"], group["momentum"])
-            shape = p.shape[-2:]
-            alike[shape] += zip(p.view(-1, *shape), update.view(-1, *shape), strict=True)
-        for (rows, columns), pairs in alike.items():
-            steps = orthogonalise(torch.stack([u for _, u in pairs]))
-            rate = group["lr"] * max(1, rows / columns) ** 0.5
-            for (p, _), step in zip(pairs, steps, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+    @torch.no_grad()
+    def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        rows, columns = params[0].shape[-2:]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for p in params:
+            momentum, grad = self.state[p]["momentum"], p.grad
+            assert grad is not None
+            momentum.lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(momentum, group["momentum"])
+            pairs += zip(p.view(-1, rows, columns), update.view(-1, rows, columns), strict=True)
+        steps = orthogonalise(torch.stack([u for _, u in pairs]))
+        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        for (p, _), step in zip(pairs, steps, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)

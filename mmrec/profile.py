@@ -1,12 +1,14 @@
 """Where the time of a training step goes: every part run alone at a preset's sizes, and the whole.
 
 FLOPs count a multiply and an add as two. A part's time is that of its forward and backward pass for
-all layers; what the parts do not explain (residual sums, casts, autograd, Python) is the rest.
+all layers, in every lane at once, each with its share of the batch; what the parts do not explain
+(residual sums, casts, autograd, Python, gradients of lanes added up) is the rest.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from mmrec.kernels import (
     norm_conv,
     squared_relu,
 )
+from mmrec.lanes import gradients, lanes_for
 from mmrec.model import HeadLoss, Layer, Model, probe_bfloat16
 from mmrec.optimizer import Muon
 
@@ -137,45 +140,32 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
     model = Model(config)
     half = train.precision == "bfloat16" or (train.precision == "auto" and probe_bfloat16())
     model.set_precision("bfloat16" if half else "float32")
-    optimizer = Muon(model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), muon_lr=1e-4)
+    lanes = lanes_for(model, batch)
+    optimizer = Muon(model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), muon_lr=1e-4,
+                     lanes=lanes)  # fmt: skip
     rng = np.random.default_rng(0)
     batches = Batches(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
 
-    def step() -> None:
-        model.loss(*batches.get(0)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    def update() -> None:
+        lanes.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
         optimizer.step()
+
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
+        gradients(model, lanes, *batches.get(0))
+        update()
 
     whole = median_seconds(step)
-    model.loss(*batches.get(0)).backward()  # gradients for the optimizer to work on
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
     parts = [Part("optimizer", median_seconds(update))]
-    x = torch.randn(batch, length, config.width)
-    known: dict[str, list[Part]] = {}
-    for layer, kind in zip(model.layers, config.kinds, strict=True):
-        assert isinstance(layer, Layer)
-        if kind not in known:
-            known[kind] = _layer_parts(layer, x, half)
-        parts += known[kind]
-    parts.append(Part("norm and convolution", median_seconds(_both(model.norm, x))))
-    tokens, targets = batches.get(0)
-    parts.append(Part("embedding", median_seconds(
-        lambda: model.embed(tokens, model.start(batch).recent).sum().backward())))  # fmt: skip
-    flat = x.flatten(0, 1)
-    head = _both(lambda x, e: HeadLoss.apply(x, e, targets.flatten(), half), flat, model.embedding)
-    flops = 6.0 * batch * length * model.embedding.numel()
-    parts.append(Part("loss", median_seconds(head), flops))
     parts.append(Part("data", median_seconds(lambda: batches.get(0))))
+    tokens, targets = (t[: -(-batch // lanes.count)] for t in batches.get(0))
+    measure = partial(_model_parts, model, config, tokens, targets, half)
+    parts += lanes.run([measure] * lanes.count)[0]
     sums: dict[str, list[float]] = {}
     for p in parts:
         total = sums.setdefault(p.name, [0.0, 0.0])
         total[0] += p.seconds
-        total[1] += p.flops
+        total[1] += p.flops * lanes.count  # only what the model does has any
     made = [Part(name, *total) for name, total in sums.items()]
     made.sort(key=lambda p: -p.seconds)
     made.append(Part("rest", max(0.0, whole - sum(p.seconds for p in made))))
@@ -183,3 +173,27 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
     peak = peak_rate(torch.bfloat16 if half else torch.float32)
     name = "bfloat16" if half else "float32"
     return Profile(made, whole, batch * length, flops, peak, name)
+
+
+def _model_parts(
+    model: Model, config: ModelConfig, tokens: Tensor, targets: Tensor, half: bool
+) -> list[Part]:
+    """The parts of the model for the tokens (B, T) of one lane."""
+    parts: list[Part] = []
+    x = torch.randn(*tokens.shape, config.width)
+    known: dict[str, list[Part]] = {}
+    for layer, kind in zip(model.layers, config.kinds, strict=True):
+        assert isinstance(layer, Layer)
+        if kind not in known:
+            known[kind] = _layer_parts(layer, x, half)
+        parts += known[kind]
+    parts.append(Part("norm and convolution", median_seconds(_both(model.norm, x))))
+    tables = [model.embedding] + ([model.ngrams] if config.ngrams else [])
+    before = model.start(len(tokens)).recent
+    parts.append(Part("embedding", median_seconds(
+        lambda: torch.autograd.grad(model.embed(tokens, before).sum(), tables))))  # fmt: skip
+    flat = x.flatten(0, 1)
+    head = _both(lambda x, e: HeadLoss.apply(x, e, targets.flatten(), half), flat, model.embedding)
+    flops = 6.0 * tokens.numel() * model.embedding.numel()
+    parts.append(Part("loss", median_seconds(head), flops))
+    return parts

@@ -18,6 +18,7 @@ from mmrec.data.corpus import Corpus
 from mmrec.evaluate import LANES, Evaluation
 from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
+from mmrec.lanes import gradients, lanes_for
 from mmrec.model import Model, probe_bfloat16
 from mmrec.optimizer import Muon
 from mmrec.run import Progress
@@ -57,9 +58,11 @@ class State:
                 f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
             )
+        self.lanes = lanes_for(self.model, config.batch)
         self.optimizer = Muon(
             self.model.parameter_groups(config.weight_decay, config.table_decay),
             lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
+            lanes=self.lanes,
         )  # fmt: skip
         table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
         self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
@@ -103,9 +106,8 @@ class State:
         """Accumulate the gradients of a step's data; return its mean loss."""
         total, n = 0.0, self.config.accumulate
         for i in range(n):
-            loss = self.model.loss(*self.batches.get(step * n + i))
-            (loss / n).backward()
-            total += loss.item() / n
+            batch = self.batches.get(step * n + i)
+            total += gradients(self.model, self.lanes, *batch, 1 / n) / n
         return total
 
     def warm_up(self) -> tuple[float, float]:
@@ -131,7 +133,8 @@ class State:
         self.optimizer.zero_grad(set_to_none=True)
         self.rng = torch.get_rng_state()
         loss = self.gradients(p.step + p.moved)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
+        weights = list(self.model.parameters())
+        [norm] = self.lanes.run([lambda: float(torch.nn.utils.clip_grad_norm_(weights, c.clip))])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
             raise TrainingDiverged(f"{what} at step {p.step + 1}")

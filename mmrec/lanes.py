@@ -1,0 +1,91 @@
+"""Lanes: threads of one process that each learn from a share of a batch.
+
+A step of a small model is hundreds of short operations. Splitting each of them over the cores
+costs a wake-up and a wait apiece; splitting the batch costs one of each a step, and every core
+works on data of its own, in its own cache. A lane runs torch and the kernels on one thread, so
+nothing inside it waits for a core that another process has taken.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmrec.model import Model
+
+LARGEST_MODEL = 64_000_000  # parameters: above, a gradient for each lane costs more than it saves
+
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """So many threads that take tasks side by side; one is the caller itself, with all cores."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._pool = count, None
+        if count == 1:
+            return
+        threads, ready = torch.get_num_threads(), threading.Barrier(count + 1)
+
+        def begin() -> None:
+            torch.get_num_threads()  # a thread's first question takes over the newest setting
+            torch.set_num_threads(1)  # of this thread; new ones would take it over, so all wait
+            ready.wait()
+
+        self._pool = ThreadPoolExecutor(count, "mmrec-lane", begin)
+        for _ in range(count):
+            self._pool.submit(int)
+        ready.wait()
+        torch.set_num_threads(threads)
+
+    def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+        """All results, in the order of the tasks; an error is raised when all have ended."""
+        if self._pool is None:
+            return [task() for task in tasks]
+        futures = [self._pool.submit(task) for task in tasks]
+        errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+        return [future.result() for future in futures]
+
+
+def lanes_for(model: Model, batch: int) -> Lanes:
+    """One lane a core and sequence for a small model, else a single one."""
+    small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
+    return Lanes(min(torch.get_num_threads(), batch) if small else 1)
+
+
+def gradients(
+    model: Model, lanes: Lanes, tokens: Tensor, targets: Tensor, share: float = 1.0
+) -> float:
+    """Add ``share`` of the gradient of a batch's mean loss to ``grad``; returns that loss.
+
+    tokens and targets (B, T) int64, B at least the number of lanes. The lanes' parts are added in
+    their order, so one number of lanes gives one result; dropout takes one number a lane from the
+    global random state.
+    """
+    parameters = list(model.parameters())
+
+    def task(x: Tensor, y: Tensor, seed: int) -> Callable[[], tuple[float, Sequence[Tensor]]]:
+        def work() -> tuple[float, Sequence[Tensor]]:
+            part = len(x) / len(tokens)
+            loss = model.loss(x, y, torch.Generator().manual_seed(seed)) * part
+            return loss.item(), torch.autograd.grad(loss * share, parameters)
+
+        return work
+
+    pieces = zip(tokens.tensor_split(lanes.count), targets.tensor_split(lanes.count), strict=True)
+    seeds = torch.randint(1 << 62, (lanes.count,)).tolist()
+    made = lanes.run([task(x, y, seed) for (x, y), seed in zip(pieces, seeds, strict=True)])
+
+    def add() -> None:
+        for p, *parts in zip(parameters, *(g for _, g in made), strict=True):
+            for part in parts:
+                p.grad = part if p.grad is None else p.grad.add_(part)
+
+    lanes.run([add])
+    return sum(loss for loss, _ in made)

@@ -1,0 +1,65 @@
+"""Lanes: the same gradients as one thread's, in one order, and errors that are not lost."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmrec.lanes import Lanes, gradients
+from mmrec.model import Model
+from tests.conftest import SMALL
+
+
+def made(count: int, dropout: float = 0.0, share: float = 1.0) -> tuple[float, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    model = Model(replace(SMALL, dropout=dropout, vocab_size=64))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(64, (5, 33))
+    loss = gradients(model, Lanes(count), tokens[:, :-1], tokens[:, 1:], share)
+    return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_lanes_add_up_to_one_thread(count: int) -> None:
+    """Also where a batch of five does not divide."""
+    (one, alone), (many, together) = made(1), made(count)
+    assert many == pytest.approx(one, rel=1e-5)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_the_bits_and_the_dropout_are_those_of_the_seed() -> None:
+    (one, first), (two, again) = made(2, dropout=0.3), made(2, dropout=0.3)
+    assert one == two != made(2)[0]
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_share_scales_gradients_not_the_loss() -> None:
+    (one, whole), (two, half) = made(2), made(2, share=0.5)
+    assert one == two
+    for a, b in zip(whole, half, strict=True):
+        torch.testing.assert_close(a / 2, b)
+
+
+def test_lanes_run_side_by_side_on_one_thread_each() -> None:
+    before = torch.get_num_threads()
+    both = threading.Barrier(2)
+    tasks: list[Callable[[], object]] = [lambda: both.wait(10) >= 0, torch.get_num_threads]
+    lanes = Lanes(2)
+    assert lanes.run([tasks[0], tasks[0]]) == [True, True]
+    assert lanes.run([tasks[1]]) == [1]
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_in_a_lane_comes_out_when_the_others_have_ended() -> None:
+    ended = []
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        Lanes(2).run([fail, lambda: ended.append(1)])
+    assert ended == [1]
