@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmrec.cli import bench, data
+from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
 from mmrec.cli.generate import generate
 from mmrec.cli.info import info
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("info")(info)
 app.add_typer(data.app, name="data")

@@ -33,6 +33,7 @@ ALLOWED = {
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage",
                          "mmrec.structure"},
+    "mmrec.compare": {"mmrec.checkpoint", "mmrec.config", "mmrec.files"},
     "mmrec.guard": set(),
     "mmrec.signals": set(),
     "mmrec.run": {"mmrec.config", "mmrec.files"},

@@ -62,6 +62,9 @@ MISTAKES = [
     ("", "COMMAND", "trian", "No such command 'trian'. Did you mean 'train'"),
     ("data", "COMMAND", "", "Missing command"),
     ("bench", "COMMAND", "skan", "No such command 'skan'"),
+    ("compare", "RUN...", "runs/none", "runs/none must be a run folder; it holds no metrics.jsonl"),
+    ("compare", "RUN...", "", "Missing argument 'RUN...'"),
+    ("compare", "--out", "runs/one --out runs", "--out must be a file .*; runs is a folder"),
     ("train", "PRESET", "tinny",
      "unknown preset 'tinny': expected one of tiny, .*; did you mean 'tiny'"),
     ("train", "PRESET", "", "name a preset: mmrec train tiny"),
@@ -302,6 +305,19 @@ def test_commands_that_work(
     assert "bytes/token" in capsys.readouterr().out
     assert call(monkeypatch, f"data prepare {text_file} --out made.h5") == 0
     assert Path("made.h5").exists()
+    capsys.readouterr()
+    assert call(monkeypatch, "compare runs/one runs/one --out both.png") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[0] == "run"
+    assert table[1] == table[2]
+    assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(monkeypatch, "compare runs/one --json") == 0
+    [curve] = json.loads(capsys.readouterr().out)
+    logged = [json.loads(x) for x in Path("runs/one/metrics.jsonl").read_text().splitlines()]
+    assert curve["checks"] == [
+        [x["step"], x["bits_per_byte"]] for x in logged if x["kind"] == "val"
+    ]
+    assert curve["ended"] == "done"
     assert call(monkeypatch, "--version") == 0
 
 
