@@ -11,17 +11,24 @@ import typer
 def evaluate(
     where: Annotated[Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]")] = None,
     data: Annotated[str | None, typer.Option(help="Other text to score, all of it.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw loss by position and calibration as a PNG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on its whole validation split, or on all of --data."""
+    import numpy as np
     from tqdm import tqdm
 
     from mmrec.checkpoint import find_checkpoint, load_model
     from mmrec.config import InputError, TrainConfig, from_dict
     from mmrec.data.corpora import load_documents
     from mmrec.data.corpus import Corpus, encode_documents, prepare
-    from mmrec.evaluate import evaluate
+    from mmrec.evaluate import TokenScores, evaluate
+    from mmrec.report import draw, make_report
 
+    if plot is not None and plot.is_dir():
+        raise InputError(f"--plot must be a file to write the picture in; {plot} is a folder")
     loaded = load_model(find_checkpoint(where))
     settings = dataclasses.asdict(from_dict(TrainConfig, loaded.info.get("train", {})))
     if data is None:
@@ -37,22 +44,38 @@ def evaluate(
         split = corpus.val
     else:
         what, split = f"all of {data}", encode_documents(loaded.tokenizer, load_documents(data))
+    detail = TokenScores.empty(split.n_tokens)
     with tqdm(total=split.n_tokens, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
         made = evaluate(loaded.model, split.tokens, loaded.tokenizer.eot, split.n_bytes,
-                        progress=bar.update)  # fmt: skip
+                        detail=detail, progress=bar.update)  # fmt: skip
+    tokenizer = loaded.tokenizer
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    report = make_report(np.asarray(split.tokens), tokenizer.eot, sizes, detail)
+    if plot is not None:
+        draw(report, plot, f"{loaded.path}, step {loaded.step:,}")
     if as_json:
         extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": what}
-        typer.echo(json.dumps(extra | dataclasses.asdict(made), indent=1))
+        typer.echo(
+            json.dumps(extra | dataclasses.asdict(made) | dataclasses.asdict(report), indent=1)
+        )
         return
     typer.echo(f"{loaded.path}, step {loaded.step:,}, on the {what}\n")
     typer.echo(f"  loss            {made.loss:.4f} nats/token")
     typer.echo(f"  perplexity      {made.perplexity:.2f}")
-    typer.echo(f"  bits per byte   {made.bits_per_byte:.4f}")
+    typer.echo(f"  bits per byte   {made.bits_per_byte:.4f}{_interval(report.interval)}")
     typer.echo(f"  accuracy        {made.accuracy:.2%} of next tokens")
+    typer.echo(f"  calibration     {report.calibration_error:.3f} between probability and accuracy")
     rate = made.tokens / made.seconds
     typer.echo(
-        f"  scored          {made.tokens:,} tokens, {made.bytes:,} bytes, {rate:,.0f} tokens/s"
+        f"  scored          {made.tokens:,} tokens, {made.bytes:,} bytes, {report.documents:,} "
+        f"documents, {rate:,.0f} tokens/s"
     )
+    if plot is not None:
+        typer.echo(f"  picture         {plot}")
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return f" (95 % by documents: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
 def _may_read(source: str, checkpoint: Path) -> bool:

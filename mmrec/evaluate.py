@@ -34,6 +34,23 @@ class Evaluation:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What each of n tokens got; ``evaluate`` fills the arrays."""
+
+    nats: np.ndarray
+    """(n,) float32, minus the log-probability of the token."""
+    sure: np.ndarray
+    """(n,) float32, the probability of the likeliest token there."""
+    right: np.ndarray
+    """(n,) bool, whether that was the token."""
+
+    @classmethod
+    def empty(cls, count: int) -> "TokenScores":
+        """Room for the scores of so many tokens."""
+        return cls(np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool))
+
+
 @torch.inference_mode()
 def evaluate(
     model: Model,
@@ -42,6 +59,7 @@ def evaluate(
     n_bytes: int,
     *,
     chunk: int = 256,
+    detail: TokenScores | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Score tokens (n,), n ≥ 1, in contiguous lanes whose state is carried from chunk to chunk.
@@ -52,6 +70,7 @@ def evaluate(
         eot: the id given as context to the first token.
         n_bytes: UTF-8 bytes of the text that the tokens stand for.
         chunk: tokens of a lane at once; changes speed and memory only.
+        detail: is given the scores of each token.
         progress: called with the number of tokens just scored; what it raises ends the evaluation.
 
     Raises:
@@ -64,18 +83,29 @@ def evaluate(
     model.eval()
     state: State | None = None
     nats, right = 0.0, 0
+    places = torch.arange(lanes * -(-len(tokens) // lanes))
+    columns = places.view(lanes, -1).split(chunk, 1)  # the tokens that a chunk scores
     try:
-        for x, y, mask in eval_lanes(tokens, eot, lanes, chunk):
+        for (x, y, mask), column in zip(
+            eval_lanes(tokens, eot, lanes, chunk), columns, strict=True
+        ):
+            at = column[mask].split(LOSS_ROWS)
             hidden, state = model.hidden_states(x, state)
             rows = hidden[mask].split(
                 LOSS_ROWS
             )  # a token's logits are large: few are alive at once
-            for h, target in zip(rows, y[mask].split(LOSS_ROWS), strict=True):
+            for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
                 logits = model.head(h)
-                nats += float(
-                    F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
-                )
-                right += int((logits.argmax(-1) == target).sum())
+                each = F.cross_entropy(logits, target, reduction="none")
+                nats += float(each.sum(dtype=torch.float64))
+                likeliest = logits.argmax(-1)
+                hits = likeliest == target
+                right += int(hits.sum())
+                if detail is not None:
+                    sure = F.cross_entropy(logits, likeliest, reduction="none").neg().exp()
+                    index = where.numpy()
+                    detail.nats[index], detail.sure[index] = each.numpy(), sure.numpy()
+                    detail.right[index] = hits.numpy()
             if progress is not None:
                 progress(int(mask.sum()))
     finally:

@@ -30,6 +30,7 @@ ALLOWED = {
                       "mmrec.model", "mmrec.optimizer"},
     "mmrec.info": {"mmrec.config", "mmrec.model"},
     "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.model"},
+    "mmrec.report": {"mmrec.evaluate", "mmrec.files"},
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage",
                          "mmrec.structure"},

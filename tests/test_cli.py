@@ -64,6 +64,7 @@ MISTAKES = [
     ("bench", "COMMAND", "skan", "No such command 'skan'"),
     ("compare", "RUN...", "runs/none", "runs/none must be a run folder; it holds no metrics.jsonl"),
     ("compare", "RUN...", "", "Missing argument 'RUN...'"),
+    ("eval", "--plot", "--plot runs", "--plot must be a file .*; runs is a folder"),
     ("compare", "--out", "runs/one --out runs", "--out must be a file .*; runs is a folder"),
     ("train", "PRESET", "tinny",
      "unknown preset 'tinny': expected one of tiny, .*; did you mean 'tiny'"),
@@ -287,7 +288,10 @@ def test_commands_that_work(
     assert call(monkeypatch, "eval --json") == 0
     scores = json.loads(capsys.readouterr().out)
     assert 0 < scores["bits_per_byte"] < 8.2
-    assert call(monkeypatch, f"eval runs/one/last.h5 --data {text_file}") == 0
+    assert scores["interval"] is None or scores["interval"][0] <= scores["bits_per_byte"]
+    assert sum(b["tokens"] for b in scores["positions"]) == scores["tokens"]
+    assert call(monkeypatch, f"eval runs/one/last.h5 --data {text_file} --plot eval.png") == 0
+    assert Path("eval.png").read_bytes()[:4] == b"\x89PNG"
     assert "bits per byte" in capsys.readouterr().out
     texts = []
     for _ in range(2):
