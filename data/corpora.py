@@ -1,11 +1,14 @@
 """Documents: from a corpus name, a file, a folder or a glob to texts, and their split."""
 
 import ast
+import gzip
 import hashlib
 import io
+import json
 import os
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,6 +25,7 @@ SUFFIXES = frozenset(  # what a folder is searched for; a file named by itself m
         *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "rs", "rb", "lua", "jl", "r"),
     )
 )
+RECORDS = (".jsonl", ".jsonl.gz")  # a document a line, its text in the field "text"
 FEW = 20  # with fewer documents than this, each one is cut instead of being given to one side
 VALIDATION = 0.1
 
@@ -38,19 +42,42 @@ def load_documents(source: str) -> list[Document]:
     """Read all documents of a corpus name, a file, a folder (recursively) or a glob, sorted.
 
     Text must be UTF-8; a byte order mark at the start of a file is dropped, nothing else is
-    changed. Files are cut into documents at ``<|endoftext|>``; empty documents are left out.
+    changed. Files are cut into documents at ``<|endoftext|>``; empty documents are left out. A
+    ``.jsonl`` or ``.jsonl.gz`` holds a JSON object a line, whose field ``text`` is a document.
 
     Raises:
-        InputError: unknown name; missing, unreadable, empty or non-UTF-8 file; nothing to read.
+        InputError: unknown name; missing, unreadable, empty or non-UTF-8 file; a line that is not
+            JSON or has no text; nothing to read.
     """
     if source == "stdlib":
         return list(_stdlib())
     if source == "shakespeare":
         return list(_shakespeare())
-    documents = [d for path in _find(source) for d in _cut(str(path), _read(path))]
+    documents = [d for path in _find(source) for d in _documents(path)]
     if not documents:
         raise InputError(f"{source} is empty: expected text; got only white space or nothing")
     return documents
+
+
+def _documents(path: Path) -> Iterator[Document]:
+    if not path.name.lower().endswith(RECORDS):
+        yield from _cut(str(path), _read(path))
+        return
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number} must be JSON: {error}") from None
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise InputError(f"{path} line {number} must be a JSON object; it is a {kind}")
+        if not isinstance(record.get("text"), str):
+            fields = ", ".join(map(str, list(record)[:8])) or "none"
+            raise InputError(f"{path} line {number} must have a field 'text' that holds text; its "
+                             f"fields are: {fields}")  # fmt: skip
+        yield from _cut(f"{path}:{number}", record["text"])
 
 
 def _cut(name: str, text: str) -> Iterator[Document]:
@@ -64,10 +91,10 @@ def _find(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found = [p for p in sorted(path.rglob("*")) if _is_text(p) and p.is_file()]
         found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
         if not found:
-            raise InputError(f"folder {source} holds no text files (.txt, .md, .py, …)")
+            raise InputError(f"folder {source} holds no text files (.txt, .md, .py, .jsonl, …)")
         return found
     if any(c in source for c in "*?["):
         root = Path(path.anchor) if path.is_absolute() else Path()
@@ -83,9 +110,19 @@ def _find(source: str) -> list[Path]:
     )
 
 
+def _is_text(path: Path) -> bool:
+    """Whether a folder's file is read; the log of a run in it is none of its texts."""
+    records = path.name.lower().endswith(RECORDS) and path.name != "metrics.jsonl"
+    return records or path.suffix.lower() in SUFFIXES
+
+
 def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            raw = gzip.decompress(raw)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} must be a whole gzip file: {error}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     try:

@@ -1,5 +1,7 @@
 """Documents from every kind of source, and a split that leaks nothing."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,39 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert [d.text for d in load_documents(str(tmp_path / "*.txt"))] == ["one", "two"]
     assert [d.text for d in load_documents(str(tmp_path / "**" / "*.md"))] == ["thrée"]
     assert [d.text for d in load_documents(str(tmp_path / "b" / "c.md"))] == ["thrée"]
+
+
+def test_a_line_of_json_is_a_document(tmp_path: Path) -> None:
+    """U+2028 is no end of a line, and a run's own log no text."""
+    texts = ["a\u2028b", "two\nlines", " ", "cut<|endoftext|>here"]
+    lines = "".join(json.dumps({"url": i, "text": t}, ensure_ascii=False) + "\n\n"
+                    for i, t in enumerate(texts))  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    (tmp_path / "x.jsonl").write_text(lines, "utf-8")
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    found = load_documents(str(tmp_path / "x.jsonl"))
+    assert [d.text for d in found] == ["a\u2028b", "two\nlines", "cut", "here"]
+    assert found[1].name.endswith("x.jsonl:3")
+    assert [d.text for d in load_documents(str(tmp_path))] == [d.text for d in found] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl line 2 must be JSON"),
+        ("a.jsonl", b"[1]", "line 1 must be a JSON object; it is a list"),
+        ("a.jsonl", b'{"content": "x", "id": 1}', "'text'.*; its fields are: content, id"),
+        ("a.jsonl", b'{"text": 3}', "must have a field 'text' that holds text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 50)[:-12], "must be a whole gzip file"),
+        ("a.jsonl.gz", b'{"text": "x"}', "must be a whole gzip file"),
+    ],
+)
+def test_bad_records_say_where_and_what(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_documents(str(tmp_path / name))
 
 
 def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
