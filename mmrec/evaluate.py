@@ -91,9 +91,7 @@ def evaluate(
         ):
             at = column[mask].split(LOSS_ROWS)
             hidden, state = model.hidden_states(x, state)
-            rows = hidden[mask].split(
-                LOSS_ROWS
-            )  # a token's logits are large: few are alive at once
+            rows = hidden[mask].split(LOSS_ROWS)  # logits are large: few are alive at once
             for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
                 logits = model.head(h)
                 each = F.cross_entropy(logits, target, reduction="none")
