@@ -1,10 +1,13 @@
 """Settings for every test, and a small real corpus with a small model trained on it."""
 
 import os
+import signal
 from pathlib import Path
 
 # Four threads even on two cores: results must not depend on their number. Read at Numba's import.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
+# A job that a shell put in the background ignores SIGINT, and so would the processes under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
