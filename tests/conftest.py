@@ -6,8 +6,6 @@ from pathlib import Path
 
 # Four threads even on two cores: results must not depend on their number. Read at Numba's import.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
-# A job that a shell put in the background ignores SIGINT, and so would the processes under test.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
@@ -16,6 +14,9 @@ import torch
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus, prepare
 from mmrec.train import Trainer
+
+# A job that a shell put in the background ignores SIGINT, and so would the processes under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first call of a kernel compiles, so property tests have no deadline.
 hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, derandomize=True)
