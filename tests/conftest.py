@@ -15,8 +15,9 @@ from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus, prepare
 from mmrec.train import Trainer
 
-# A job that a shell put in the background ignores SIGINT, and so would the processes under test.
+# A job in a shell's background ignores SIGINT, one under nohup SIGHUP, and so would what is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The first call of a kernel compiles, so property tests have no deadline.
 hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, derandomize=True)
