@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from mmrec.config import ModelConfig
 from mmrec.data.batches import Batches
-from mmrec.data.corpus import Corpus, prepare
+from mmrec.data.corpus import Corpus
+from mmrec.data.preparing import prepare
 from mmrec.schedule import lr_factor
 
 CHECKS = 8  # validations on the way, outside the clock

@@ -337,7 +337,8 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
 
     from mmrec import checkpoint
     from mmrec.config import ModelConfig
-    from mmrec.data.corpus import Corpus, prepare
+    from mmrec.data.corpus import Corpus
+    from mmrec.data.preparing import prepare
     from mmrec.model import Model
     from mmrec.optimizer import Muon
 

@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from mmrec.bench import machine  # noqa: E402
 from mmrec.config import TrainConfig, preset  # noqa: E402
 from mmrec.data.batches import Batches  # noqa: E402
-from mmrec.data.corpus import Corpus, prepare  # noqa: E402
+from mmrec.data.corpus import Corpus  # noqa: E402
+from mmrec.data.preparing import prepare  # noqa: E402
 from mmrec.evaluate import evaluate  # noqa: E402
 from mmrec.model import Model, probe_bfloat16  # noqa: E402
 from mmrec.optimizer import Muon  # noqa: E402

@@ -27,7 +27,8 @@ import numpy as np  # noqa: E402
 from mmrec.bench import machine  # noqa: E402
 from mmrec.checkpoint import load_model  # noqa: E402
 from mmrec.config import TrainConfig, preset  # noqa: E402
-from mmrec.data.corpus import Corpus, prepare  # noqa: E402
+from mmrec.data.corpus import Corpus  # noqa: E402
+from mmrec.data.preparing import prepare  # noqa: E402
 from mmrec.evaluate import evaluate  # noqa: E402
 from mmrec.generate import generate  # noqa: E402
 from mmrec.train import Trainer, train  # noqa: E402

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mmrec.config import TrainConfig
 
 
 def evaluate(
     where: Annotated[Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]")] = None,
     data: Annotated[str | None, typer.Option(help="Other text to score, all of it.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of --data that holds the text.")] = "",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken records.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw loss by position and calibration as a PNG.")
     ] = None,
@@ -22,32 +27,46 @@ def evaluate(
 
     from mmrec.checkpoint import find_checkpoint, load_model
     from mmrec.config import InputError, TrainConfig, from_dict
-    from mmrec.data.corpora import load_documents
-    from mmrec.data.corpus import Corpus, encode_documents, prepare
+    from mmrec.data.corpora import documents
+    from mmrec.data.corpus import Corpus, is_prepared
+    from mmrec.data.encoding import encode_documents
+    from mmrec.data.preparing import prepare, reading
+    from mmrec.data.readers import Reading
     from mmrec.evaluate import TokenScores, evaluate
     from mmrec.report import draw, make_report
 
     if plot is not None and plot.is_dir():
         raise InputError(f"--plot must be a file to write the picture in; {plot} is a folder")
     loaded = load_model(find_checkpoint(where))
-    settings = dataclasses.asdict(from_dict(TrainConfig, loaded.info.get("train", {})))
+    settings = from_dict(TrainConfig, loaded.info.get("train", {}))
     if data is None:
-        if not _may_read(settings["data"], loaded.path):
+        if not _may_read(settings, loaded.path):
             raise InputError(
-                f"{loaded.path} says it was trained on {settings['data']!r}; what a file names is "
+                f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "
                 "not read unless the config.toml beside it names it too: give --data"
             )
-        what = f"validation split of {settings['data']}"
-        corpus = Corpus.open(prepare(settings["data"], settings["tokenizer"], settings["vocab"]))
+        what = f"validation split of {settings.data}"
+        kind, how = settings.tokenizer, reading(settings)
+        corpus = Corpus.open(prepare(settings.data, kind, settings.vocab, how=how))
         if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
-            raise InputError(f"the text of {settings['data']} changed since training; name --data")
+            raise InputError(f"the text of {settings.data} changed since training; name --data")
         split = corpus.val
+    elif is_prepared(data):
+        corpus = Corpus.open(Path(data))
+        if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
+            raise InputError(f"{data} must have the tokenizer of {loaded.path}; it has another: "
+                             "give its text instead")  # fmt: skip
+        what, split = f"validation split of {data}", corpus.val
     else:
-        what, split = f"all of {data}", encode_documents(loaded.tokenizer, load_documents(data))
+        texts = documents(data, Reading(text_field, skip_bad))
+        what, split = f"all of {data}", encode_documents(loaded.tokenizer, texts)
+        if not split.n_tokens:
+            raise InputError(f"{data} is empty: expected text; got only white space or nothing")
     detail = TokenScores.empty(split.n_tokens)
     with tqdm(total=split.n_tokens, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
         made = evaluate(loaded.model, split.tokens, loaded.tokenizer.eot, split.n_bytes,
-                        detail=detail, progress=bar.update)  # fmt: skip
+                        resets=settings.state != "window", detail=detail,
+                        progress=bar.update)  # fmt: skip
     tokenizer = loaded.tokenizer
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     report = make_report(np.asarray(split.tokens), tokenizer.eot, sizes, detail)
@@ -78,12 +97,13 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return f" (95 % by documents: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
-def _may_read(source: str, checkpoint: Path) -> bool:
+def _may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
     from mmrec.config import load_toml
     from mmrec.data.corpora import NAMES
 
+    if settings.data in NAMES and not settings.val_file:
+        return True
     config = checkpoint.with_name("config.toml")
-    return source in NAMES or (
-        config.is_file() and load_toml(config).get("train", {}).get("data") == source
-    )
+    said = load_toml(config).get("train", {}) if config.is_file() else {}
+    return (said.get("data"), said.get("val_file", "")) == (settings.data, settings.val_file)

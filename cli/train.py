@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,14 @@ say = functools.partial(print, flush=True)
 def train(
     name: Annotated[str | None, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = None,
     config: Annotated[Path | None, Opt(help="TOML file with [model] and [train] tables.")] = None,
-    data: Annotated[str | None, Opt(help="stdlib, shakespeare, file, folder or glob.")] = None,
+    data: Annotated[
+        str | None, Opt(help="stdlib, shakespeare, file, folder, glob, - or hf:NAME.")
+    ] = None,
+    text_field: Annotated[str | None, Opt(help="Field or column that holds the text.")] = None,
+    skip_bad: Annotated[bool | None, Opt("--skip-bad", help="Pass over broken records.")] = None,
+    max_bytes: Annotated[int | None, Opt(help="Read no more text than this.")] = None,
+    val_share: Annotated[float | None, Opt(help="Share of the text for validation.")] = None,
+    val_file: Annotated[str | None, Opt(help="Source of the validation text.")] = None,
     tokenizer: Annotated[str | None, Opt(help="bpe, char or byte.")] = None,
     vocab: Annotated[int | None, Opt(help="Vocabulary of bpe.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the text.")] = None,
@@ -39,6 +47,7 @@ def train(
     minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
     batch: Annotated[int | None, Opt(help="Windows in a batch.")] = None,
     seq_len: Annotated[int | None, Opt(help="Tokens in a window.")] = None,
+    state: Annotated[str | None, Opt(help="Memories start at window, document or carry.")] = None,
     accumulate: Annotated[int | None, Opt(help="Batches in a step.")] = None,
     lr: Annotated[float | None, Opt(help="Peak rate of embeddings, norms, biases.")] = None,
     muon_lr: Annotated[float | None, Opt(help="Peak rate of weight matrices.")] = None,
@@ -100,15 +109,22 @@ def _begin(
         settings = {k: v for k, v in settings.items() if k not in LENGTHS}
     chosen = from_dict(TrainConfig, settings | given)
 
-    from mmrec.data.corpus import Corpus, prepare
+    from mmrec.data.corpora import mixture, read_once
+    from mmrec.data.corpus import Corpus
+    from mmrec.data.preparing import prepare, reading
     from mmrec.run import open_run
     from mmrec.train import Trainer
 
     chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
-    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say)
+    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, reading(chosen))
     corpus = Corpus.open(path)
     stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
-    default = Path("runs") / f"{title}-{stem.strip('*./') or 'data'}"
+    stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
+    default = Path("runs") / f"{title}-{stem}"
+    if any(
+        read_once(part) for _, part in mixture(chosen.data)
+    ):  # a resume will find the tokens, not the text
+        chosen = dataclasses.replace(chosen, data=str(path.resolve()))
     trainer = Trainer(default, corpus, model, chosen, title, say)
     lock = held.enter_context(open_run(chosen.out, default, force=force))
     trainer.folder = lock.folder
@@ -118,7 +134,8 @@ def _begin(
 def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
     from mmrec.checkpoint import newest_run
-    from mmrec.data.corpus import Corpus, prepare
+    from mmrec.data.corpus import Corpus
+    from mmrec.data.preparing import prepare, reading
     from mmrec.run import Lock
     from mmrec.train import Trainer
 
@@ -133,7 +150,8 @@ def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", 
     settings |= given
     chosen, model = from_dict(TrainConfig, settings), from_dict(ModelConfig, tables["model"])
     title = str(tables["preset"])
-    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say))
+    how = reading(chosen)
+    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, how))
     return lock, Trainer(folder, corpus, model, chosen, title, say)
 
 

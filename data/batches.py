@@ -3,7 +3,7 @@
 Axes: B windows of a batch, T tokens of a window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,17 +11,23 @@ from torch import Tensor
 
 from mmrec.config import InputError
 
+BLOCK = 256  # windows in which a mixture keeps its shares
+
 
 class Batches:
     """Training windows, a pure function of the position, so a position is all that a resume needs.
 
     Each epoch cuts the stream at a fresh random offset into windows of ``seq_len`` inputs and as
     many targets, one token on, and deals them out in a fresh order; both come from (seed, epoch).
+    With ``carry`` a row of one batch goes on where that row of the batch before it ended.
     """
 
-    def __init__(self, tokens: np.ndarray, batch: int, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, batch: int, seq_len: int, seed: int, *, carry: bool = False
+    ) -> None:
         """``tokens`` (n,) ids. Raises InputError if they do not fill one batch."""
         self._tokens, self.batch, self.seq_len, self.seed = tokens, batch, seq_len, seed
+        self._carry = carry
         self._windows = (len(tokens) - 1) // seq_len
         self.steps_per_epoch = self._windows // batch
         if self.steps_per_epoch == 0:
@@ -36,8 +42,15 @@ class Batches:
         rng = np.random.default_rng([self.seed, epoch])
         slack = len(self._tokens) - 1 - self.steps_per_epoch * self.batch * self.seq_len
         offset = rng.integers(0, slack + 1)
-        order = rng.permutation(self.steps_per_epoch * self.batch)
+        count = self.steps_per_epoch * self.batch
+        order = rng.permutation(count)
+        if self._carry:
+            order = np.arange(count).reshape(self.batch, -1).T.ravel()
         self._starts, self._epoch = offset + order * self.seq_len, epoch
+
+    def begins(self, step: int) -> bool:
+        """Whether an epoch begins: there, no row goes on where another ended."""
+        return step % self.steps_per_epoch == 0
 
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (B, T) int64, of a micro-step counted from 0 over all epochs."""
@@ -48,6 +61,70 @@ class Batches:
         windows = self._tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
         both = torch.from_numpy(windows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+class Mixture:
+    """Windows of several streams, each stream with its share of them, in batches.
+
+    Every 256 windows hold each stream's share, in a fresh order from (seed, number of the 256); the
+    windows of one stream come as from Batches. A pure function of the position, too.
+    """
+
+    def __init__(
+        self, streams: Sequence[np.ndarray], weights: Sequence[float], batch: int, seq_len: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        """Streams (n,) of ids. Raises InputError if one does not fill a window, or never comes."""
+        self._streams = [Batches(s, 1, seq_len, seed + i) for i, s in enumerate(streams)]
+        self.batch, self.seq_len, self.seed = batch, seq_len, seed
+        self.steps_per_epoch = sum(s.steps_per_epoch for s in self._streams) // batch
+        if self.steps_per_epoch == 0:
+            raise InputError(f"one batch needs {batch} windows of {seq_len} tokens; the training "
+                             "text has fewer: use more text or a smaller batch")  # fmt: skip
+        exact = np.asarray(weights) / sum(weights) * BLOCK
+        self._counts = exact.astype(np.int64)
+        left = np.argsort(self._counts - exact, kind="stable")[: BLOCK - self._counts.sum()]
+        self._counts[left] += 1
+        if not self._counts.all():
+            raise InputError(f"the weights of a mixture must be at least 1/{BLOCK} of their sum; "
+                             f"got {', '.join(f'{w:g}' for w in weights)}")  # fmt: skip
+        self._block, self._order = -1, np.empty(0, np.int64)
+
+    def begins(self, step: int) -> bool:
+        """Whether an epoch begins: as many windows as all streams hold."""
+        return step % self.steps_per_epoch == 0
+
+    def get(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T) int64, of a micro-step counted from 0."""
+        rows = [self._row(k) for k in range(step * self.batch, (step + 1) * self.batch)]
+        x, y = zip(*rows, strict=True)
+        return torch.cat(x), torch.cat(y)
+
+    def _row(self, number: int) -> tuple[Tensor, Tensor]:
+        block, at = divmod(number, BLOCK)
+        if block != self._block:
+            order = np.repeat(np.arange(len(self._counts)), self._counts)
+            self._order = np.random.default_rng([self.seed, block]).permutation(order)
+            self._block = block
+        stream = self._order[at]
+        before = int((self._order[:at] == stream).sum())
+        return self._streams[stream].get(block * int(self._counts[stream]) + before)
+
+
+def deal(
+    tokens: np.ndarray, parts: Sequence[tuple[float, int, int]], batch: int, seq_len: int,
+    seed: int, *, carry: bool,
+) -> Batches | Mixture:  # fmt: skip
+    """Training batches of a corpus: of its stream, or of a mixture's (weight, begin, end).
+
+    Raises InputError if the text is too short, or a mixture is to be carried on.
+    """
+    if len(parts) == 1:
+        return Batches(tokens, batch, seq_len, seed, carry=carry)
+    if carry:
+        raise InputError("state carry must have one source to go on in; this corpus is a mixture")
+    streams, weights = [tokens[lo:hi] for _, lo, hi in parts], [weight for weight, _, _ in parts]
+    return Mixture(streams, weights, batch, seq_len, seed)
 
 
 def eval_lanes(

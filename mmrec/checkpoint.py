@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
-from mmrec.model import Model
+from mmrec.model import Model, State
 from mmrec.storage import (
     DamagedError,
     atomic_write,
@@ -57,6 +57,7 @@ def save(
     info: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
+    carried: State | None = None,
 ) -> None:
     """Write a checkpoint, complete or not at all.
 
@@ -68,6 +69,7 @@ def save(
         info: what a reader is told, as JSON values.
         optimizer: with ``progress`` it makes the checkpoint one to resume from.
         progress: position in the data, clock and records of the run, as JSON values.
+        carried: what the rows of the next batch go on from.
 
     Raises:
         StorageError: the system refused; the earlier file is intact.
@@ -88,6 +90,8 @@ def save(
                         write_array(file, f"optimizer/{moment}/{name}", data, pack=True)
             write_json(file, "progress", progress)
             write_array(file, "rng", torch.get_rng_state().numpy())
+            for name, x in _named(carried) if carried else ():
+                write_array(file, f"carried/{name}", x.numpy())
 
 
 def _numbers(x: Tensor) -> np.ndarray:
@@ -166,6 +170,26 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         progress = read_json(file, "progress")
         torch.set_rng_state(torch.from_numpy(read_array(file, "rng", np.uint8)))
         return progress | {"step": step}
+
+
+def _named(state: State) -> Iterator[tuple[str, Tensor]]:
+    yield "recent", state.recent
+    for i, layer in enumerate(state.layers):
+        yield from ((f"{i}/{name}", x) for name, x in layer._asdict().items() if x is not None)
+
+
+def carried(path: Path, like: State) -> State | None:
+    """What the rows of the next batch go on from, shaped like a state; None if nothing is stored.
+
+    Raises InputError if it is of another shape.
+    """
+    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+        if "carried" not in file:
+            return None
+        for name, x in _named(like):
+            stored = read_array(file, f"carried/{name}", x.numpy().dtype, tuple(x.shape))
+            x.copy_(torch.from_numpy(stored))
+        return like
 
 
 def resume(

@@ -32,6 +32,12 @@ def _require_count(name: str, value: object) -> None:
     _require(good, f"{name} must be a whole number from 1 to 10^15", value)
 
 
+def check_reading(max_bytes: int, val_share: float) -> None:
+    """Raise InputError for a limit or a split that is none."""
+    _require(0 <= max_bytes <= LARGEST, "max_bytes must lie in 0 to 10^15", max_bytes)
+    _require(0 < val_share <= 0.5, "val_share must lie in (0, 0.5]", val_share)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of one MM-Rec model."""
@@ -99,6 +105,16 @@ class TrainConfig:
 
     data: str = "stdlib"
     """Corpus name, file, folder, glob, or a prepared corpus file."""
+    text_field: str = ""
+    """Field of a record, or column of a table, that holds the text; empty is ``text``."""
+    skip_bad: bool = False
+    """Pass over broken records and files that are not UTF-8, and count them."""
+    max_bytes: int = 0
+    """Read no more text than this, in bytes; 0 reads everything."""
+    val_share: float = 0.1
+    """Share of the text that is kept for validation."""
+    val_file: str = ""
+    """Source of the whole validation text; empty keeps a share of ``data``."""
     tokenizer: str = "bpe"
     """``bpe``, ``char`` or ``byte``."""
     vocab: int = 0
@@ -113,6 +129,9 @@ class TrainConfig:
     """Windows in one micro-batch."""
     seq_len: int = 256
     """Tokens in a window."""
+    state: str = "window"
+    """Where the memories start empty: at each ``window``; at each ``document`` in it, too; or, with
+    ``carry``, at each document only, windows going on where the ones before them ended."""
     accumulate: int = 1
     """Micro-batches in one optimizer step."""
     lr: float = 1e-2
@@ -183,12 +202,14 @@ class TrainConfig:
             )
         for name in ("keep", "patience", "vocab"):
             _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        check_reading(self.max_bytes, self.val_share)
         _require(0 <= self.seed < 1 << 63, "seed must lie in 0 to 2^63 - 1", self.seed)
         for name, known in (
             ("schedule", ["cosine", "linear", "constant"]),
             ("precision", ["auto", "float32", "bfloat16"]),
             ("tokenizer", ["bpe", "char", "byte"]),
             ("on_nan", ["stop", "skip", "rollback"]),
+            ("state", ["window", "document", "carry"]),
         ):
             value = getattr(self, name)
             _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
@@ -265,7 +286,7 @@ def to_toml(model: ModelConfig, train: TrainConfig, preset_name: str) -> str:
     """Write the resolved configuration as TOML that load_toml reads back."""
 
     def line(key: str, value: Any) -> str:
-        text = f'"{value}"' if isinstance(value, str) else repr(value)
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
         if isinstance(value, str):
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             text = f'"{escaped}"'

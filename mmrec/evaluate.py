@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from mmrec.config import InputError
 from mmrec.data.batches import eval_lanes
-from mmrec.model import LOSS_ROWS, Model, State
+from mmrec.loss import LOSS_ROWS
+from mmrec.model import Model, State
 
 LANES = 8
 LANE_TOKENS = 1024  # a shorter split gets fewer lanes: a lane's start lacks context
@@ -59,6 +60,7 @@ def evaluate(
     n_bytes: int,
     *,
     chunk: int = 256,
+    resets: bool = False,
     detail: TokenScores | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
@@ -70,6 +72,7 @@ def evaluate(
         eot: the id given as context to the first token.
         n_bytes: UTF-8 bytes of the text that the tokens stand for.
         chunk: tokens of a lane at once; changes speed and memory only.
+        resets: start every document without a memory of those before it.
         detail: is given the scores of each token.
         progress: called with the number of tokens just scored; what it raises ends the evaluation.
 
@@ -90,7 +93,8 @@ def evaluate(
             eval_lanes(tokens, eot, lanes, chunk), columns, strict=True
         ):
             at = column[mask].split(LOSS_ROWS)
-            hidden, state = model.hidden_states(x, state)
+            starts = x == eot if resets else None
+            hidden, state = model.hidden_states(x, state, starts=starts)
             rows = hidden[mask].split(LOSS_ROWS)  # logits are large: few are alive at once
             for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
                 logits = model.head(h)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mmrec.model import Model
+from mmrec.model import LayerState, Model, State
 
 LARGEST_MODEL = 64_000_000  # parameters: above, a gradient for each lane costs more than it saves
 
@@ -59,33 +59,70 @@ def lanes_for(model: Model, batch: int) -> Lanes:
     return Lanes(min(torch.get_num_threads(), batch) if small else 1)
 
 
-def gradients(
-    model: Model, lanes: Lanes, tokens: Tensor, targets: Tensor, share: float = 1.0
-) -> float:
-    """Add ``share`` of the gradient of a batch's mean loss to ``grad``; returns that loss.
+Part = tuple[float, Sequence[Tensor], State]
 
-    tokens and targets (B, T) int64, B at least the number of lanes. The lanes' parts are added in
+
+def gradients(
+    model: Model,
+    lanes: Lanes,
+    tokens: Tensor,
+    targets: Tensor,
+    share: float = 1.0,
+    *,
+    state: State | None = None,
+    eot: int | None = None,
+) -> tuple[float, State]:
+    """Add ``share`` of the gradient of a batch's mean loss to ``grad``; returns that loss, and the
+    state after the batch, which carries no gradient.
+
+    tokens and targets (B, T) int64, B at least the number of lanes. ``state`` is what the rows go
+    on from; where ``eot`` is given, a text begins at each such token. The lanes' parts are added in
     their order, so one number of lanes gives one result; dropout takes one number a lane from the
     global random state.
     """
     parameters = list(model.parameters())
 
-    def task(x: Tensor, y: Tensor, seed: int) -> Callable[[], tuple[float, Sequence[Tensor]]]:
-        def work() -> tuple[float, Sequence[Tensor]]:
+    def task(x: Tensor, y: Tensor, seed: int, before: State | None) -> Callable[[], Part]:
+        def work() -> Part:
             part = len(x) / len(tokens)
-            loss = model.loss(x, y, torch.Generator().manual_seed(seed)) * part
-            return loss.item(), torch.autograd.grad(loss * share, parameters)
+            dice, starts = torch.Generator().manual_seed(seed), None if eot is None else x == eot
+            loss, after = model.loss_and_state(x, y, dice, before, starts)
+            made = torch.autograd.grad(loss * (part * share), parameters)
+            return loss.item() * part, made, after
 
         return work
 
-    pieces = zip(tokens.tensor_split(lanes.count), targets.tensor_split(lanes.count), strict=True)
-    seeds = torch.randint(1 << 62, (lanes.count,)).tolist()
-    made = lanes.run([task(x, y, seed) for (x, y), seed in zip(pieces, seeds, strict=True)])
+    count = lanes.count
+    pieces = zip(tokens.tensor_split(count), targets.tensor_split(count), strict=True)
+    befores = [None] * count if state is None else _split(state, count)
+    seeds = torch.randint(1 << 62, (count,)).tolist()
+    tasks = [task(x, y, *rest) for (x, y), *rest in zip(pieces, seeds, befores, strict=True)]
+    made = lanes.run(tasks)
 
     def add() -> None:
-        for p, *parts in zip(parameters, *(g for _, g in made), strict=True):
+        for p, *parts in zip(parameters, *(g for _, g, _ in made), strict=True):
             for part in parts:
                 p.grad = part if p.grad is None else p.grad.add_(part)
 
     lanes.run([add])
-    return sum(loss for loss, _ in made)
+    return sum(loss for loss, _, _ in made), _join([after for _, _, after in made])
+
+
+def _split(state: State, count: int) -> list[State]:
+    """The states of the rows of each lane."""
+
+    def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * count if x is None else x.tensor_split(count)
+
+    layers = [list(map(LayerState, *map(parts, layer))) for layer in state.layers]
+    return list(map(State, state.recent.tensor_split(count), map(list, zip(*layers, strict=True))))
+
+
+def _join(states: list[State]) -> State:
+    def whole(*parts: Tensor | None) -> Tensor | None:
+        held = [x.detach() for x in parts if x is not None]
+        return torch.cat(held) if held else None
+
+    layers = [LayerState(*map(whole, *same))  # type: ignore[arg-type]
+              for same in zip(*(s.layers for s in states), strict=True)]  # fmt: skip
+    return State(torch.cat([s.recent for s in states]), layers)

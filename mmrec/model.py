@@ -35,9 +35,10 @@ from mmrec.kernels import (
     norm_conv,
     squared_relu,
 )
+from mmrec.loss import HeadLoss
+from mmrec.packing import Packing, previous
 
 PRIMES = (1_000_003, 998_244_353, 2_654_435_761)  # of the hash of pairs and triples
-LOSS_ROWS = 512  # tokens whose logits are alive at once in the loss
 
 
 class LayerState(NamedTuple):
@@ -152,74 +153,50 @@ class Layer(nn.Module):
             self.taps.new_zeros(batch, self.heads, size, size) if self.long else None,
         )
 
-    def remember(self, p: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def remember(
+        self, p: Tensor, state: LayerState, cu: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
         """Both memories: projections p (B, T, …) to their gated outputs (B, T, D)."""
         h_last, s_last, mixed = state.h, state.s, []
         *parts, r = (p.float() if p.dtype == torch.bfloat16 else p).split(self.parts, dim=-1)
         if self.short:
             z, f, g = parts[:3]
-            h, h_last = gated_recurrence(z, g, f + self.decay_bias, self.recurrent, state.h)
+            decay = f + self.decay_bias
+            h, h_last = gated_recurrence(z, g, decay, self.recurrent, state.h, cu_seqlens=cu)
             mixed.append(self.short_norm(h))
         if self.long:
             q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in parts[-5:-2])
             a, b = parts[-2:]
-            o, s_last = associative_memory(q, k, v, a + self.memory_bias, b, state.s)
+            a = a + self.memory_bias
+            o, s_last = associative_memory(q, k, v, a, b, state.s, cu_seqlens=cu)
             mixed.append(self.long_norm(o.flatten(-2)))
         y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
         return (y * F.silu(r)).to(p.dtype), LayerState(state.taps, h_last, s_last)
 
     def forward(
-        self, x: Tensor, state: LayerState, *, half: bool, dice: torch.Generator | None = None
+        self,
+        x: Tensor,
+        state: LayerState,
+        *,
+        half: bool,
+        dice: torch.Generator | None = None,
+        cu: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Map x (B, T, D) and the state to the new x and the new state; dropout draws from dice."""
-        u, taps = norm_conv(x, self.taps, state.taps, half=half)
+        """Map x (B, T, D) and the state to the new x and the new state; dropout draws from dice.
+
+        ``cu`` (N + 1,) packs N sequences in one row; the state is then that of each of them.
+        """
+        u, taps = norm_conv(x, self.taps, state.taps, half=half, cu_seqlens=cu)
         p = self.project(u)
         if self.kind == "n":
-            y, h = gated_scan(p, self.decay_bias, state.h)
+            y, h = gated_scan(p, self.decay_bias, state.h, cu_seqlens=cu)
             state = state._replace(h=h)
         else:
-            y, state = self.remember(p, state)
+            y, state = self.remember(p, state, cu)
         x = x + self.dropout(self.merge(y), dice)
         hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
         x = x + self.dropout(self.ffn_out(hidden), dice)
         return x, state._replace(taps=taps)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x Eᵀ against targets, a few hundred tokens at a time.
-
-    Logits are as large as V numbers a token; computing each chunk's gradient while its logits are
-    still in cache means they are never stored, and never read back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, half: bool) -> Tensor:
-        dtype = torch.bfloat16 if half else x.dtype
-        need = any(ctx.needs_input_grad)
-        e = weight.to(dtype)
-        dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight)
-        total = torch.zeros((), dtype=torch.float64)
-        for lo in range(0, x.shape[0], LOSS_ROWS):
-            rows, y = x[lo : lo + LOSS_ROWS].to(dtype), targets[lo : lo + LOSS_ROWS, None]
-            logits = F.linear(rows, e).to(x.dtype)
-            top, right = logits.amax(-1, keepdim=True), logits.gather(1, y)
-            total_exp = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            total += (total_exp.log() + top - right).sum(dtype=torch.float64)
-            if need:  # softmax minus one-hot, the two parts apart: fewer passes over the logits
-                share = total_exp.reciprocal()
-                powers = logits.to(dtype)
-                dx[lo : lo + LOSS_ROWS] = (powers @ e) * share - weight[y[:, 0]]
-                dweight += powers.T @ (rows * share).to(dtype)
-                dweight.index_add_(0, y[:, 0], x[lo : lo + LOSS_ROWS], alpha=-1)
-        ctx.save_for_backward(dx, dweight)
-        return (total / x.shape[0]).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        scale = grad / dx.shape[0]
-        return dx * scale, dweight * scale, None, None
 
 
 class Model(nn.Module):
@@ -266,43 +243,63 @@ class Model(nn.Module):
         recent = torch.zeros(batch, 2, dtype=torch.int64, device=self.embedding.device)
         return State(recent, [layer.start(batch) for layer in self.layers])  # type: ignore[operator]
 
-    def embed(self, tokens: Tensor, recent: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, recent: Tensor, starts: Tensor | None = None) -> Tensor:
         """Sum of the embeddings of each token (B, T) and of the pair and triple that it ends.
 
         Pairs and triples share one table by a hash (Svenstrup et al. 2017, arXiv:1709.03933).
         """
         x = F.embedding(tokens, self.embedding)
         if self.config.ngrams:
-            all_tokens = torch.cat((recent, tokens), 1)
-            pair = all_tokens[:, 1:-1] * PRIMES[0] + tokens
-            triple = all_tokens[:, :-2] * PRIMES[1] + pair
+            one, two = previous(tokens, recent, starts)
+            pair = one * PRIMES[0] + tokens
+            triple = two * PRIMES[1] + pair
             for number in (pair, triple * PRIMES[2]):
                 x = x + F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
         return x
 
     def hidden_states(
-        self, tokens: Tensor, state: State | None = None, dice: torch.Generator | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        dice: torch.Generator | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Final hidden states (B, T, D), normalised, for tokens (B, T) int64, and the new state."""
+        """Final hidden states (B, T, D), normalised, for tokens (B, T) int64, and the new state.
+
+        ``starts`` (B, T) bool: where it is set, a text begins that knows nothing of what precedes.
+        """
         state = self.start(tokens.shape[0]) if state is None else state
-        x = self.embed(tokens, state.recent)
+        x = self.embed(tokens, state.recent, starts)
+        pack = None if starts is None else Packing.of(starts)
+        if pack:
+            x = x.flatten(0, 1)[None]
         after = []
         for layer, before in zip(self.layers, state.layers, strict=True):
-            x, last = layer(x, before, half=self.reduced, dice=dice)
+            if pack:
+                before = LayerState(*map(pack.spread, before))  # type: ignore[arg-type]
+            x, last = layer(x, before, half=self.reduced, dice=dice, cu=pack and pack.cu_seqlens)
+            if pack:
+                last = LayerState(*map(pack.gather, last))  # type: ignore[arg-type]
             after.append(last)
         recent = torch.cat((state.recent, tokens), 1)[:, -2:]
+        if starts is not None:
+            x = x.view(*tokens.shape, -1)
+            recent[:, 0].masked_fill_(starts[:, -1], 0)
         return self.norm(x), State(recent, after)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (…, V) for hidden states (…, D)."""
         return F.linear(x, self.embedding)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Logits (B, T, V) for tokens (B, T) int64, and the state to go on from.
 
-        ``state=None`` starts a text. Logits at t depend on tokens up to t only.
+        ``state=None`` starts a text, and so does every True of ``starts`` (B, T). Logits at t
+        depend on tokens of the same text up to t only.
         """
-        x, after = self.hidden_states(tokens, state)
+        x, after = self.hidden_states(tokens, state, starts=starts)
         return self.head(x), after
 
     def loss(self, tokens: Tensor, targets: Tensor, dice: torch.Generator | None = None) -> Tensor:
@@ -310,8 +307,20 @@ class Model(nn.Module):
 
         Dropout draws from ``dice``, or from torch's global generator.
         """
-        x, _ = self.hidden_states(tokens, None, dice)
-        return HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
+        return self.loss_and_state(tokens, targets, dice)[0]
+
+    def loss_and_state(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        dice: torch.Generator | None = None,
+        state: State | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """The loss, and the state to go on from."""
+        x, after = self.hidden_states(tokens, state, dice, starts)
+        loss = HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
+        return loss, after
 
 
 def probe_bfloat16() -> bool:

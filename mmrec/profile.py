@@ -24,7 +24,8 @@ from mmrec.kernels import (
     squared_relu,
 )
 from mmrec.lanes import gradients, lanes_for
-from mmrec.model import HeadLoss, Layer, Model, probe_bfloat16
+from mmrec.loss import HeadLoss
+from mmrec.model import Layer, Model, probe_bfloat16
 from mmrec.optimizer import Muon
 
 REPEATS = 9

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from mmrec.structure import attribute, check_structure, read_whole
 SEAL_BYTES = 512
 SEAL = re.compile(rb"mmrec sealed (\d{1,18}) bytes, sha256 ([0-9a-f]{64})\n\0*")
 CHUNK_BYTES = 1 << 18  # of packed arrays
+MAPPED_BYTES = 1 << 27  # and more are not read at once
 JSON_BYTES = 1 << 24
 """Longest JSON value; the tokenizer of a vocabulary of 128,000 takes a third of it."""
 
@@ -233,6 +234,36 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, pack: bool = Fa
                "shuffle": True}  # fmt: skip
     made = file.create_dataset(name, data=data, **how)
     made.attrs["crc32"] = np.uint32(zlib.crc32(data.data))
+
+
+def write_chunks(
+    file: h5py.File, name: str, dtype: Any, count: int, chunks: Iterable[np.ndarray]
+) -> None:
+    """Store an array (count,) that comes in pieces, as write_array would."""
+    made, at, crc = file.create_dataset(name, (count,), dtype), 0, 0
+    for chunk in chunks:
+        made[at : at + len(chunk)] = chunk
+        at, crc = at + len(chunk), zlib.crc32(chunk.data, crc)
+    made.attrs["crc32"] = np.uint32(crc)
+
+
+def map_array(file: h5py.File, path: Path, name: str, dtype: Any) -> np.ndarray:
+    """Read what write_array stored; a long one of one axis is read from the disk as it is used.
+
+    Raises as read_array does. A file of ours is replaced, never changed, so the mapping holds.
+    """
+    stored = file.get(name)
+    small = not isinstance(stored, h5py.Dataset) or stored.nbytes < MAPPED_BYTES
+    if small or stored.chunks or stored.dtype != dtype or stored.ndim != 1:
+        return read_array(file, name, dtype)
+    at = stored.id.get_offset()  # from the start of the file, its seal included
+    made = np.memmap(path, dtype, "r", at, stored.shape)
+    crc = 0
+    for lo in range(0, len(made), CHUNK_BYTES):
+        crc = zlib.crc32(made[lo : lo + CHUNK_BYTES].data, crc)
+    if crc != attribute(stored, "crc32", int):
+        raise ValueError(f"{name} is not what was stored: its checksum differs")
+    return made
 
 
 def read_array(

@@ -54,7 +54,7 @@ class Trainer(State):
         """Validate on the fixed subset; keep the best model."""
         p = self.progress
         val = evaluate(self.model, self.subset, self.corpus.tokenizer.eot, self.subset_bytes,
-                       progress=self.stop.check)  # fmt: skip
+                       resets=self.resets, progress=self.stop.check)  # fmt: skip
         if not math.isfinite(val.loss):
             raise WeightsDiverged(f"validation loss {val.loss} at step {p.step}")
         self.val = val
@@ -80,7 +80,7 @@ class Trainer(State):
             return
         val = self.corpus.val
         scores = evaluate(self.model, val.tokens, self.corpus.tokenizer.eot, val.n_bytes,
-                          progress=self.stop.check)  # fmt: skip
+                          resets=self.resets, progress=self.stop.check)  # fmt: skip
         number = len(p.epochs) + 1
         row = {"epoch": number if share == 1 else round(number - 1 + share, 2),
                "mean": e["sum"] / e["count"], "first": e["first"], "last": e["last"],
@@ -106,6 +106,7 @@ class Trainer(State):
     def diverged(self, error: TrainingDiverged, log: Log) -> None:
         """Go on as ``on_nan`` says, or save what is good and raise the error."""
         p, policy = self.progress, self.config.on_nan
+        self.carried = self.carried_before  # what came of the step may be no number
         limit = guard.limit_reached(policy, p.in_row, p.skipped, p.rollbacks)
         if policy == "stop" or limit or (policy == "skip" and isinstance(error, WeightsDiverged)):
             torch.set_rng_state(self.rng)  # a resume takes the same step again

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mmrec.config import ModelConfig, TrainConfig
-from mmrec.data.corpus import Corpus, prepare
+from mmrec.data.corpus import Corpus
+from mmrec.data.preparing import prepare
 from mmrec.train import Trainer
 
 # A job in a shell's background ignores SIGINT, one under nohup SIGHUP, and so would what is tested.

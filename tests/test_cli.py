@@ -42,6 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         Path("empty.txt").touch()
         Path("short.txt").write_text("a few words only, not enough " * 3)
         Path("world.txt").write_text(text_file.read_text())
+        Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
+        assert call(patch, "data prepare world.txt --tokenizer char --out other.h5") == 0
         Path("lr.toml").write_text("[train]\nlr = nan\n")
         Path("cut.toml").write_text("[train\n")
         Path("word.toml").write_text('preset = "tiny"\n[train]\nlrr = 1\n')
@@ -90,6 +92,16 @@ MISTAKES = [
      "validation split must hold one window of 21 tokens"),
     ("train", "--data", "tiny --data cut.h5", "corpus cut.h5 is damaged or truncated"),
     ("train", "--data", "tiny --data newer.h5", "newer.h5 must be a corpus; it is a checkpoint"),
+    ("train", "--text-field", "tiny --data records.jsonl --text-field body",
+     "records.jsonl line 1 must have a field 'body' .*; its fields are: text, url"),
+    ("train", "--data", "tiny --data records.jsonl", "records.jsonl line 2 must be JSON"),
+    ("train", "--data", "tiny --data hf:a:b:c:d", r"must be hf:NAME\[:CONFIG\]\[:SPLIT\]"),
+    ("train", "--data", "tiny --data 0:world.txt,1:stdlib",
+     "weights of a mixture must be > 0; got 0:world.txt,1:stdlib"),
+    ("train", "--max-bytes", "tiny --max-bytes -1", r"max_bytes must lie in 0 to 10\^15; got -1"),
+    ("train", "--val-share", "tiny --val-share 0", r"val_share must lie in \(0, 0.5\]; got 0"),
+    ("train", "--val-share", "tiny --val-share nan", r"val_share must lie in \(0, 0.5\]; got nan"),
+    ("train", "--val-file", "tiny --data world.txt --val-file none.txt", "no data at none.txt"),
     ("train", "--tokenizer", "tiny --tokenizer words",
      "tokenizer must be one of bpe, char, byte; got 'words'"),
     ("train", "--vocab", "tiny --vocab 10",
@@ -108,6 +120,8 @@ MISTAKES = [
     ("train", "--batch", "tiny --batch 0", "batch must be a whole number from 1 to .*; got 0"),
     ("train", "--batch", f"tiny --batch {BIG}", r"batch must be a whole number from 1 to 10\^15"),
     ("train", "--seq-len", "tiny --seq-len -5", "seq_len must be a whole number from 1 .*; got -5"),
+    ("train", "--state", "tiny --state epoch",
+     "state must be one of window, document, carry; got 'epoch'"),
     ("train", "--accumulate", "tiny --accumulate 0",
      "accumulate must be a whole number from 1 .*; got 0"),
     ("train", "--lr", "tiny --lr nan", "lr must be finite and > 0; got nan"),
@@ -165,6 +179,9 @@ MISTAKES = [
      r"newer mmrec \(schema 99; this one reads up to \d\): upgrade mmrec"),
     ("eval", "--data", "--data bad.txt", "bad.txt must be UTF-8"),
     ("eval", "--data", "--data none.txt", "no data at none.txt"),
+    ("eval", "--data", "--data empty.txt", "empty.txt is empty"),
+    ("eval", "--data", "--data other.h5", "other.h5 must have the tokenizer of .*; it has another"),
+    ("eval", "--text-field", "--data records.jsonl --text-field body", "must have a field 'body'"),
     ("generate", "--model", "--model nowhere.h5 --prompt x",
      "no checkpoint at nowhere.h5: no such file"),
     ("generate", "--model", "--model text.h5 --prompt x", "text.h5 is not an HDF5 file"),
@@ -196,6 +213,12 @@ MISTAKES = [
      "tokenizer must be one of bpe, char, byte; got 'words'"),
     ("data inspect", "--vocab", "world.txt --vocab 3",
      "vocabulary must hold at least 257 tokens, .*; got 3"),
+    *((f"data {name}", option, f"{source} {option} {value}", message)
+      for name in ("prepare", "inspect") for source, option, value, message in (
+          ("records.jsonl", "--text-field", "body", "its fields are: text, url"),
+          ("world.txt", "--max-bytes", "-1", "max_bytes must lie in 0 to .*; got -1"),
+          ("world.txt", "--val-share", "0.6", r"val_share must lie in \(0, 0.5\]; got 0.6"),
+          ("world.txt", "--val-file", "bad.txt", "bad.txt must be UTF-8 text"))),
     *((f"bench {name}", option, arguments, message) for name in ("scan", "recurrence", "memory")
       for option, arguments, message in (
           ("--shape", "--shape 4x5", "--shape must be . sizes joined by 'x', .*; got '4x5'"),
@@ -307,9 +330,15 @@ def test_commands_that_work(
     assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer char") == 0
     assert "bytes/token" in capsys.readouterr().out
-    assert call(monkeypatch, f"data prepare {text_file} --out made.h5") == 0
+    assert call(monkeypatch, f"data prepare {text_file} --tokenizer byte --out made.h5") == 0
     assert Path("made.h5").exists()
     capsys.readouterr()
+    assert call(monkeypatch, "eval --data made.h5 --json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["bits_per_byte"] == scores["bits_per_byte"]
+    assert again["data"] == "validation split of made.h5"
+    assert call(monkeypatch, "eval --data records.jsonl --skip-bad --json") == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == len("good")
     assert call(monkeypatch, "compare runs/one runs/one --out both.png") == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[0] == "run"

@@ -18,7 +18,7 @@ from mmrec.config import (
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
-    train = TrainConfig(data='a "quoted" \\ path', minutes=2.5, lr=1e-4)
+    train = TrainConfig(data='a "quoted" \\ path', minutes=2.5, lr=1e-4, skip_bad=True)
     path = tmp_path / "c.toml"
     path.write_text(to_toml(PRESETS["mini"], train, "mini"))
     tables = load_toml(path)

@@ -41,6 +41,20 @@ def test_chunks_do_not_matter_and_progress_counts_every_token(
     assert trainer.model.training  # left as it was
 
 
+def test_documents_may_start_without_those_before_them(trainer: Trainer, corpus: Corpus) -> None:
+    for p in trainer.model.parameters():
+        p.data += torch.randn_like(p) * 0.05
+    text, eot = corpus.val.tokens, corpus.tokenizer.eot
+    documents = [np.append(text[lo : lo + n], eot) for lo, n in ((0, 40), (50, 300), (400, 7))]
+    alone = [evaluate(trainer.model, d, eot, len(d)) for d in documents]
+    stream = np.concatenate(documents)
+    together = evaluate(trainer.model, stream, eot, len(stream), resets=True, chunk=32)
+    want = sum(a.loss * a.tokens for a in alone) / len(stream)
+    assert together.loss == pytest.approx(want, rel=1e-5)
+    carried = evaluate(trainer.model, stream, eot, len(stream), chunk=32)
+    assert carried.loss != pytest.approx(want, rel=1e-5)
+
+
 def test_nothing_to_evaluate(trainer: Trainer) -> None:
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(trainer.model, np.empty(0, np.uint16), 256, 0)

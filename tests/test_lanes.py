@@ -18,7 +18,7 @@ def made(count: int, dropout: float = 0.0, share: float = 1.0) -> tuple[float, l
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     tokens = torch.randint(64, (5, 33))
-    loss = gradients(model, Lanes(count), tokens[:, :-1], tokens[:, 1:], share)
+    loss, _ = gradients(model, Lanes(count), tokens[:, :-1], tokens[:, 1:], share)
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -42,6 +42,29 @@ def test_a_share_scales_gradients_not_the_loss() -> None:
     assert one == two
     for a, b in zip(whole, half, strict=True):
         torch.testing.assert_close(a / 2, b)
+
+
+def test_texts_and_carried_states_do_not_depend_on_the_lanes() -> None:
+    torch.manual_seed(3)
+    model = Model(replace(SMALL, vocab_size=8, layers="nbsl", depth=4))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(8, (2, 5, 17))
+    found = []
+    for count in (1, 3):
+        model.zero_grad(set_to_none=True)
+        state, losses = None, []
+        for piece in tokens:
+            loss, state = gradients(model, Lanes(count), piece[:, :-1], piece[:, 1:],
+                                    state=state, eot=0)  # fmt: skip
+            losses.append(loss)
+        assert state is not None
+        memories = [x for layer in state.layers for x in layer if x is not None]
+        assert not any(x.requires_grad for x in memories)
+        found.append([torch.tensor(losses), state.recent, *memories,
+                      *(p.grad for p in model.parameters())])  # fmt: skip
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
 def test_lanes_run_side_by_side_on_one_thread_each() -> None:

@@ -1,6 +1,7 @@
 """The model: its size, causality, the three ways of running it, its loss, and its gradients."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -52,6 +53,34 @@ def test_whole_equals_chunks(cuts: list[int], layers: str) -> None:
         for a, b in zip(one, other, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    st.lists(st.booleans(), min_size=48, max_size=48),
+    st.integers(1, 23),
+    st.sampled_from(["b", "s", "l", "n", "bsln"]),
+)
+def test_texts_that_begin_inside_know_nothing_of_what_precedes(
+    marks: list[bool], cut: int, layers: str
+) -> None:
+    """Rows cut into texts, run whole and in two chunks, against each text alone."""
+    model = awake(dataclasses.replace(SMALL, layers=layers, ngrams=16))
+    tokens, starts = torch.randint(0, 40, (2, 24)), torch.tensor(marks).view(2, 24)
+    with torch.no_grad():
+        whole, last = model(tokens, starts=starts)
+        first, state = model(tokens[:, :cut], starts=starts[:, :cut])
+        second, after = model(tokens[:, cut:], state, starts[:, cut:])
+        for row in range(2):
+            edges = sorted({0, 24, *starts[row].nonzero().flatten().tolist()})
+            for lo, hi in itertools.pairwise(edges):
+                alone, _ = model(tokens[row : row + 1, lo:hi])
+                torch.testing.assert_close(whole[row, lo:hi], alone[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-5, atol=1e-5)
+    assert torch.equal(last.recent, after.recent)
+    for one, other in zip(last.layers, after.layers, strict=True):
+        for a, b in zip(one, other, strict=True):
+            if a is not None and b is not None:
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -91,6 +91,9 @@ def assert_same(a: Trainer, b: Trainer) -> None:
         {"precision": "bfloat16"},
         {"batch": 10, "steps": 16, "eval_every": 7},  # of six steps an epoch
         {"schedule": "cosine", "save_every": 1},
+        {"state": "document"},
+        {"state": "carry", "accumulate": 2},
+        {"state": "carry", "batch": 10, "steps": 16, "eval_every": 7},
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import InputError
-from mmrec.data.batches import Batches, eval_lanes, spread_pieces
+from mmrec.data.batches import Batches, Mixture, deal, eval_lanes, spread_pieces
 
 
 def test_an_epoch_is_a_partition_in_a_new_order() -> None:
@@ -38,6 +38,19 @@ def test_a_position_gives_the_same_batch_whatever_came_before() -> None:
     assert not torch.equal(one.get(70)[0], different[0])
 
 
+def test_rows_go_on_where_they_ended() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    batches = Batches(tokens, batch=3, seq_len=10, seed=1, carry=True)
+    for epoch in range(2):
+        end = torch.empty(0)
+        for at in range(33):
+            x, _ = batches.get(epoch * 33 + at)
+            assert batches.begins(epoch * 33 + at) == (at == 0)
+            if at:
+                assert torch.equal(x[:, 0], end + 1)
+            end = x[:, -1]
+
+
 def test_too_little_text() -> None:
     with pytest.raises(
         InputError, match=r"needs 4 windows of 8 tokens = 33; the training .* has 32"
@@ -66,3 +79,28 @@ def test_pieces_reach_over_the_whole_split() -> None:
     assert len(set(made.ravel().tolist())) == 80
     assert np.array_equal(spread_pieces(tokens, 2000, 8), tokens)
     assert np.array_equal(spread_pieces(tokens, 5, 8), tokens[:5])
+
+
+def test_a_mixture_keeps_its_shares_and_passes_over_every_window() -> None:
+    streams = [np.arange(1000), np.arange(2000, 2400), np.arange(5000, 5100)]
+    made, other = (Mixture(streams, (0.5, 0.3, 0.2), batch=4, seq_len=10, seed=2) for _ in range(2))
+    assert made.steps_per_epoch == (99 + 39 + 9) // 4
+    starts = torch.cat([made.get(step)[0][:, 0] for step in range(128)])  # two blocks
+    counts = [int(((starts >= lo) & (starts < hi)).sum())
+              for lo, hi in ((0, 1000), (2000, 2400), (5000, 5100))]  # fmt: skip
+    assert counts == [256, 154, 102]
+    first = starts[starts < 1000][:99].tolist()
+    assert len(set(first)) == 99  # an epoch of its own
+    assert torch.equal(other.get(77)[0], made.get(77)[0])
+    x, y = made.get(100)
+    assert torch.equal(x + 1, y)
+
+
+def test_mixtures_that_cannot_be_dealt() -> None:
+    one = np.arange(100)
+    with pytest.raises(InputError, match="at least 1/256 of their sum; got 1, 0.001"):
+        Mixture([one, one], (1, 0.001), 1, 10, 0)
+    with pytest.raises(InputError, match="one batch needs 99 windows of 10 tokens"):
+        Mixture([one, one], (1, 1), 99, 10, 0)
+    with pytest.raises(InputError, match="carry must have one source"):
+        deal(one, [(1.0, 0, 50), (1.0, 50, 100)], 1, 10, 0, carry=True)

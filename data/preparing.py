@@ -1,0 +1,210 @@
+"""Preparing a corpus: documents to tokens in one HDF5 file, in bounded memory, on all cores."""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mmrec.config import InputError, TrainConfig
+from mmrec.data.corpora import Source, documents, mixture, reread
+from mmrec.data.corpus import KIND, SCHEMA, cache_folder, is_prepared
+from mmrec.data.encoding import Parts
+from mmrec.data.readers import Document, Reading
+from mmrec.data.splitting import TRAIN, Plan, scan, sketches, split
+from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
+from mmrec.files import sweep
+from mmrec.storage import atomic_write, open_file, read_json, write_json
+
+SAMPLE = 1 << 26  # bytes of training text that a bpe tokenizer is trained on
+
+Say = Callable[[str], None]
+
+
+def reading(config: TrainConfig) -> Reading:
+    """How a run reads its text."""
+    names = ("text_field", "skip_bad", "max_bytes", "val_share", "val_file")
+    return Reading(**{name: getattr(config, name) for name in names})
+
+
+def prepare(
+    source: str,
+    tokenizer: str = "bpe",
+    vocab_size: int = 5000,
+    out: Path | None = None,
+    progress: Say | None = None,
+    how: Reading | None = None,
+) -> Path:
+    """Make the corpus file of a source, or find the one made before, and return its path.
+
+    Memory does not grow with the text but by about a hundred bytes a document. A text of more than
+    64 M characters is tokenised in parts, and what a kill left done is not done again.
+
+    Args:
+        source: see ``corpora.documents``, or a prepared ``.h5`` file (returned as it is).
+        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``.
+        vocab_size: vocabulary of ``bpe``.
+        out: where to write; None for the cache.
+        progress: called with a line of text at each stage.
+        how: fields, what is skipped, and the split.
+
+    Raises:
+        InputError: the source cannot be read or is too small to split; the tokenizer is unknown.
+        StorageError: the file cannot be written.
+    """
+    say, how = progress or (lambda line: None), how or Reading()
+    mixed = mixture(source)
+    if is_prepared(source) and len(mixed) == 1:
+        return Path(source)
+    check_wish(tokenizer, vocab_size)
+    folder = out.parent if out else cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    with contextlib.ExitStack() as held:
+        if any(is_prepared(part) for _, part in mixed):
+            raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
+        mains = [held.enter_context(reread(part, how, folder)) for _, part in mixed]
+        held.enter_context(_alone(folder, say))
+        sweep(folder)
+        work = _Work(source, mains, tokenizer, vocab_size, how, say)
+        path = out or folder / work.name
+        if path.exists() and _matches(path, work.wanted):
+            say(f"corpus {source}: unchanged, using {path}")
+        else:
+            work.make(path)
+    return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, say: Say) -> Iterator[None]:
+    """Wait until no other process prepares a corpus in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # where the file system knows no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that prepares a corpus in {folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _bar(total: int | None, what: str) -> Any:
+    often = 0.5 if os.isatty(2) else 30.0
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, delay=2,
+                mininterval=often, dynamic_ncols=True)  # fmt: skip
+
+
+class _Work:
+    """One source on its way to a corpus file."""
+
+    def __init__(
+        self, source: str, mains: list[Source], kind: str, vocab_size: int, how: Reading, say: Say
+    ) -> None:
+        self.source, self.kind, self.how, self.say = source, kind, how, say
+        self.vocab_size = vocab_size if kind == "bpe" else 0
+        self.streams = mains
+        if how.val_file:
+            held_out = Reading(how.text_field, how.skip_bad)
+            self.streams = [lambda: documents(how.val_file, held_out), *mains]
+        self.ends: list[int] = []
+        """Documents up to the end of each stream."""
+        with _bar(None, "reading") as bar:
+            self.found = scan(self._numbered(bar))
+        self.given = self.ends[0] if how.val_file else 0
+        if len(self.found.keys) == self.given:
+            raise InputError(f"{source} is empty: expected text; got only white space or nothing")
+        rule: Any = self.given or how.val_share
+        self.wanted = [self.found.fingerprint, kind, self.vocab_size, rule, SCHEMA]
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "text"
+        key = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:16]
+        self.name = f"{stem}-{kind}-{key}.h5"
+
+    def _numbered(self, bar: Any) -> Iterator[Document]:
+        number = 0
+        for stream in self.streams:
+            for d in stream():
+                bar.update(len(d.text))
+                number += not d.more
+                yield d
+            self.ends.append(number)
+
+    def stream(self) -> Iterator[Document]:
+        """All documents, the validation file's first."""
+        return itertools.chain.from_iterable(stream() for stream in self.streams)
+
+    def make(self, path: Path) -> None:
+        """Write the corpus file."""
+        found, size = self.found, int(self.found.sizes.sum())
+        with _bar(size, "comparing") as bar:
+            plan = split(found, self.how, lambda: sketches(self.stream(), bar.update), self.given)
+        if not plan.has_both(found):
+            raise InputError(f"{self.source} is too small to split into training and validation "
+                             "text")  # fmt: skip
+        parts = Parts(path, self.wanted)
+        tokenizer = parts.tokenizer
+        if tokenizer is None:
+            self.say(f"corpus {self.source}: {len(found.keys):,} documents, {size:,} bytes; "
+                     f"training the {self.kind} tokenizer")  # fmt: skip
+            tokenizer = self._train(plan)
+            parts.tokenizer = tokenizer
+        if self.kind == "bpe" and tokenizer.vocab_size < self.vocab_size:
+            self.say(f"note: this text makes a vocabulary of {tokenizer.vocab_size:,} tokens, not "
+                     f"the {self.vocab_size:,} asked for")  # fmt: skip
+        begin, left = time.perf_counter(), size - parts.bytes
+        done = f", {parts.bytes:,} bytes were done before" if parts.bytes else ""
+        self.say(f"corpus {self.source}: tokenising{done}")
+        with _bar(size, "tokenising") as bar:
+            bar.update(parts.bytes)
+            parts.fill(tokenizer, plan.deal(self.stream()), bar.update)
+        rate = left / 1e6 / (time.perf_counter() - begin)
+        info = {"source": self.source, "fingerprint": found.fingerprint, "wanted": self.wanted,
+                "duplicates": plan.duplicates, "near_duplicates": plan.near,
+                "skipped": self.how.bad, "longest": found.longest, "random": found.random,
+                "mixture": self._mixture(plan, parts),
+                "python": platform.python_version()}  # fmt: skip
+        with atomic_write(path, KIND, SCHEMA) as file:
+            parts.copy_into(file)
+            write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
+            write_json(file, "info", info)
+        self.say(f"corpus {self.source}: {parts.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
+        parts.remove()
+
+    def _mixture(self, plan: Plan, parts: Parts) -> list[dict[str, Any]]:
+        """Weight of each source, and where its training tokens end: they lie one after another."""
+        offsets, _ = parts.documents(TRAIN)
+        ends = self.ends[1:] if self.given else self.ends
+        mixed = zip(mixture(self.source), ends, strict=True)
+        return [{"source": name, "weight": weight, "end": int(offsets[plan.training(end)])}
+                for (weight, name), end in mixed]  # fmt: skip
+
+    def _train(self, plan: Plan) -> Tokenizer:
+        """A tokenizer of the training text, or of a sample of it where there is much."""
+        dealt = plan.deal(self.stream())
+        if self.kind != "bpe":  # validation text, too, so that none of its characters is unknown
+            return train_tokenizer(self.kind, (d.text for _, d in dealt))
+        rng, share = np.random.default_rng(0), SAMPLE / int(self.found.sizes.sum())
+        texts = (d.text for side, d in dealt if side == TRAIN and rng.random() < share)
+        return train_tokenizer(self.kind, texts, self.vocab_size)
+
+
+def _matches(path: Path, wanted: list[Any]) -> bool:
+    try:
+        with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+            return bool(read_json(file, "info")["wanted"] == wanted)
+    except InputError:
+        return False  # a damaged cache file is made again
