@@ -8,49 +8,149 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mmrec.checkpoint import Loaded
     from mmrec.config import TrainConfig
+    from mmrec.data.corpus import Corpus
+
+COPIED_TOKENS = 20_000_000  # of the training text, in which copies are looked for
+
+
+Opt = typer.Option
 
 
 def evaluate(
-    where: Annotated[Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]")] = None,
-    data: Annotated[str | None, typer.Option(help="Other text to score, all of it.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of --data that holds the text.")] = "",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken records.")] = False,
+    where: Annotated[list[Path] | None, typer.Argument(metavar="[RUN|CHECKPOINT]...")] = None,
+    data: Annotated[str | None, Opt(help="Other text to score, all of it.")] = None,
+    text_field: Annotated[str, Opt(help="Field of --data that holds the text.")] = "",
+    skip_bad: Annotated[bool, Opt("--skip-bad", help="Pass over broken records.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw loss by position and calibration as a PNG.")
+        Path | None, Opt(help="Draw loss by position and calibration as a PNG.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    prompts: Annotated[Path | None, Opt(help="Write on from the prompts of a file.")] = None,
+    temperatures: Annotated[str, Opt(help="Of --prompts, joined by commas.")] = "0,0.8,1",
+    max_tokens: Annotated[int, Opt(help="Most tokens after a prompt.", min=1)] = 120,
+    report: Annotated[Path | None, Opt(help="Write what came of --prompts: .md or .html.")] = None,
+    tasks: Annotated[str, Opt(help="Tasks of lm-evaluation-harness, joined by commas.")] = "",
+    include_path: Annotated[Path | None, Opt(help="Folder with more tasks, as YAML.")] = None,
+    as_json: Annotated[bool, Opt("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score a model on its whole validation split, or on all of --data."""
+    """Score a model on its whole validation split, on all of --data, by --prompts or --tasks."""
+    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.config import InputError
+
+    for option, path in (("--plot", plot), ("--report", report)):
+        if path is not None and path.is_dir():
+            raise InputError(f"{option} must be a file to write; {path} is a folder")
+    if len(where or ()) > 1 and not prompts:
+        raise InputError(f"one model at a time is scored; got {len(where or ())}: --prompts takes "
+                         "several, and mmrec compare")  # fmt: skip
+    models = [load_model(find_checkpoint(path)) for path in where or [None]]
+    if prompts:
+        _write_on(models, prompts, temperatures, max_tokens, report, as_json)
+    elif tasks:
+        _run_tasks(models[0], tasks, include_path, as_json)
+    else:
+        _score(models[0], data, text_field, skip_bad, plot, as_json)
+
+
+def _corpus(loaded: "Loaded") -> "Corpus":
+    """The corpus that a model was trained on. Raises InputError if its text may not be read."""
+    from mmrec.config import InputError
+    from mmrec.data.corpus import Corpus
+    from mmrec.data.preparing import prepare, reading
+
+    settings = _settings(loaded)
+    if not _may_read(settings, loaded.path):
+        raise InputError(
+            f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "
+            "not read unless the config.toml beside it names it too: give --data"
+        )
+    how = reading(settings)
+    corpus = Corpus.open(prepare(settings.data, settings.tokenizer, settings.vocab, how=how))
+    if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
+        raise InputError(f"the text of {settings.data} changed since training; name --data")
+    return corpus
+
+
+def _settings(loaded: "Loaded") -> "TrainConfig":
+    from mmrec.config import TrainConfig, from_dict
+
+    made: TrainConfig = from_dict(TrainConfig, loaded.info.get("train", {}))
+    return made
+
+
+def _write_on(
+    models: list["Loaded"], prompts: Path, temperatures: str, max_tokens: int,
+    report: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from tqdm import tqdm
+
+    from mmrec.config import InputError
+    from mmrec.files import write_text
+    from mmrec.generate import Sampling
+    from mmrec.prompts import as_html, as_markdown, read_prompts, write_samples
+
+    if report is not None and report.suffix not in (".md", ".html"):
+        raise InputError(f"--report must end in .md or .html; got {report}")
+    try:
+        warm = [float(x) for x in temperatures.split(",")]
+    except ValueError:
+        raise InputError(f"--temperatures must be numbers joined by commas; got {temperatures!r}"
+                         ) from None  # fmt: skip
+    for x in warm:
+        Sampling(temperature=x)
+    texts = read_prompts(prompts)
+    train = _corpus(models[0]).train.tokens[:COPIED_TOKENS]
+    tokenizer = models[0].tokenizer
+    training = b"".join(tokenizer.token_bytes(t) for t in train.tolist())
+    count = len(models) * len(texts) * len(warm)
+    with tqdm(total=count, unit="text", leave=False, disable=None) as bar:
+        made = write_samples(models, texts, warm, training, max_tokens, bar.update)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(s) for s in made], ensure_ascii=False, indent=1))
+    elif report is None:
+        typer.echo(as_markdown(made), nl=False)
+    if report is not None:
+        write_text(report, as_html(made) if report.suffix == ".html" else as_markdown(made))
+        typer.echo(f"{count} texts: {report}", err=as_json)
+
+
+def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool) -> None:
+    from mmrec.config import InputError
+
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--include-path must be a folder of tasks; {folder} is none")
+    try:
+        from lm_eval.utils import make_table
+
+        from mmrec.harness import run_tasks
+    except ImportError:
+        raise InputError("--tasks needs a package: pip install 'mmrec[harness]'") from None
+    made = run_tasks(loaded, [t for t in tasks.split(",") if t], folder)
+    if as_json:
+        typer.echo(json.dumps(made["results"], indent=1, default=str))
+    else:
+        typer.echo(make_table(made))
+
+
+def _score(
+    loaded: "Loaded", data: str | None, text_field: str, skip_bad: bool, plot: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     import numpy as np
     from tqdm import tqdm
 
-    from mmrec.checkpoint import find_checkpoint, load_model
-    from mmrec.config import InputError, TrainConfig, from_dict
+    from mmrec.config import InputError
     from mmrec.data.corpora import documents
     from mmrec.data.corpus import Corpus, is_prepared
     from mmrec.data.encoding import encode_documents
-    from mmrec.data.preparing import prepare, reading
     from mmrec.data.readers import Reading
     from mmrec.evaluate import TokenScores, evaluate
     from mmrec.report import draw, make_report
 
-    if plot is not None and plot.is_dir():
-        raise InputError(f"--plot must be a file to write the picture in; {plot} is a folder")
-    loaded = load_model(find_checkpoint(where))
-    settings = from_dict(TrainConfig, loaded.info.get("train", {}))
+    settings = _settings(loaded)
     if data is None:
-        if not _may_read(settings, loaded.path):
-            raise InputError(
-                f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "
-                "not read unless the config.toml beside it names it too: give --data"
-            )
-        what = f"validation split of {settings.data}"
-        kind, how = settings.tokenizer, reading(settings)
-        corpus = Corpus.open(prepare(settings.data, kind, settings.vocab, how=how))
-        if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
-            raise InputError(f"the text of {settings.data} changed since training; name --data")
-        split = corpus.val
+        what, split = f"validation split of {settings.data}", _corpus(loaded).val
     elif is_prepared(data):
         corpus = Corpus.open(Path(data))
         if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmrec.config import InputError
 from mmrec.data.batches import eval_lanes
@@ -15,6 +16,7 @@ from mmrec.loss import LOSS_ROWS
 from mmrec.model import Model, State
 
 LANES = 8
+CHUNK = 512  # tokens of a single text that are read at once
 LANE_TOKENS = 1024  # a shorter split gets fewer lanes: a lane's start lacks context
 
 
@@ -122,3 +124,35 @@ def evaluate(
         bytes=n_bytes,
         seconds=time.perf_counter() - begin,
     )
+
+
+class Continuation:
+    """A model that has read a text: what does it think of what may follow?"""
+
+    def __init__(self, model: Model, last: Tensor, state: State) -> None:
+        """``last`` (1, D), the hidden state at the newest token."""
+        self._model, self._last, self._state = model, last, state
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the log-probability, in nats, of each of the next tokens (n,) given those before
+        it, float64; and whether it was the likeliest, bool."""
+        targets, state, last = torch.tensor(ids, dtype=torch.int64), self._state, self._last
+        nats, right = [np.empty(0)], [np.empty(0, bool)]
+        for piece in targets.split(CHUNK) if ids else ():
+            hidden, state = self._model.hidden_states(piece[None], state)
+            logits = self._model.head(torch.cat((last, hidden[0, :-1]))).double()
+            nats.append(F.cross_entropy(logits, piece, reduction="none").numpy())
+            right.append((logits.argmax(-1) == piece).numpy())
+            last = hidden[0, -1:]
+        return np.concatenate(nats), np.concatenate(right)
+
+
+@torch.inference_mode()
+def continuation(model: Model, ids: Sequence[int]) -> Continuation:
+    """Let a model read a text of at least one token, in chunks."""
+    state: State | None = None
+    for piece in torch.tensor(ids, dtype=torch.int64).split(CHUNK):
+        hidden, state = model.hidden_states(piece[None], state)
+    assert state is not None
+    return Continuation(model, hidden[0, -1:], state)

@@ -32,6 +32,8 @@ ALLOWED = {
                       "mmrec.loss", "mmrec.model", "mmrec.optimizer"},
     "mmrec.info": {"mmrec.config", "mmrec.model"},
     "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.loss", "mmrec.model"},
+    "mmrec.prompts": {"mmrec.checkpoint", "mmrec.config", "mmrec.evaluate", "mmrec.generate"},
+    "mmrec.harness": {"mmrec.checkpoint", "mmrec.config", "mmrec.evaluate", "mmrec.generate"},
     "mmrec.report": {"mmrec.evaluate", "mmrec.files"},
     "mmrec.generate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.checkpoint": {"mmrec.config", "mmrec.data", "mmrec.model", "mmrec.storage",
