@@ -44,7 +44,8 @@ def evaluate(
     if len(where or ()) > 1 and not prompts:
         raise InputError(f"one model at a time is scored; got {len(where or ())}: --prompts takes "
                          "several, and mmrec compare")  # fmt: skip
-    models = [load_model(find_checkpoint(path)) for path in where or [None]]
+    paths: list[Path | None] = [*where] if where else [None]
+    models = [load_model(find_checkpoint(path)) for path in paths]
     if prompts:
         _write_on(models, prompts, temperatures, max_tokens, report, as_json)
     elif tasks:

@@ -72,7 +72,9 @@ def test_answers_are_plain_sums(loaded: Loaded, corpus: Corpus) -> None:
              ("a", long), ("nothing", "")]  # fmt: skip
     made = model.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
     for (context, text), (value, greedy) in zip(pairs, made, strict=True):
-        want, likeliest = plain(loaded, context, text) if text else (0.0, True)
+        bare = context.rstrip()  # spaces between the two belong to what follows
+        after = context[len(bare) :] + text
+        want, likeliest = plain(loaded, bare, after) if after else (0.0, True)
         assert value == pytest.approx(want, rel=1e-5, abs=1e-4)
         assert greedy == likeliest
     rolling = model.loglikelihood_rolling([request(long), request("é")], disable_tqdm=True)
