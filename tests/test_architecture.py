@@ -28,6 +28,7 @@ ALLOWED = {
     "mmrec.optimizer": {"mmrec.lanes"},
     "mmrec.profile": {"mmrec.config", "mmrec.data", "mmrec.kernels", "mmrec.lanes",
                       "mmrec.model", "mmrec.optimizer"},
+    "mmrec.grow": {"mmrec.config", "mmrec.model"},
     "mmrec.info": {"mmrec.config", "mmrec.model"},
     "mmrec.evaluate": {"mmrec.config", "mmrec.data", "mmrec.model"},
     "mmrec.report": {"mmrec.evaluate", "mmrec.files"},
