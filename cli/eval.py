@@ -38,7 +38,8 @@ def evaluate(
                 "not read unless the config.toml beside it names it too: give --data"
             )
         what = f"validation split of {settings['data']}"
-        corpus = Corpus.open(prepare(settings["data"], settings["tokenizer"], settings["vocab"]))
+        made_before = loaded.tokenizer if settings["grow_from"] else settings["tokenizer"]
+        corpus = Corpus.open(prepare(settings["data"], made_before, settings["vocab"]))
         if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
             raise InputError(f"the text of {settings['data']} changed since training; name --data")
         split = corpus.val

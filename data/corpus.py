@@ -125,7 +125,7 @@ def is_prepared(source: str) -> bool:
 
 def prepare(
     source: str,
-    tokenizer: str = "bpe",
+    tokenizer: str | Tokenizer = "bpe",
     vocab_size: int = 5000,
     out: Path | None = None,
     progress: Callable[[str], None] | None = None,
@@ -134,7 +134,8 @@ def prepare(
 
     Args:
         source: corpus name, file, folder, glob, or a prepared ``.h5`` file (returned as it is).
-        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``.
+        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``; or one made
+            before, to be used as it is.
         vocab_size: vocabulary of ``bpe``.
         out: where to write; None for the cache.
         progress: called with a line of text at each stage.
@@ -146,24 +147,31 @@ def prepare(
     say = progress or (lambda line: None)
     if is_prepared(source):
         return Path(source)
-    check_wish(tokenizer, vocab_size)
+    known = tokenizer if isinstance(tokenizer, Tokenizer) else None
+    if isinstance(tokenizer, Tokenizer):
+        kind = tokenizer.kind
+        detail: str | int = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    else:
+        check_wish(tokenizer, vocab_size)
+        kind, detail = tokenizer, vocab_size if tokenizer == "bpe" else 0
     documents = load_documents(source)
     fingerprint = _fingerprint(documents)
-    wanted = [fingerprint, tokenizer, vocab_size if tokenizer == "bpe" else 0, SCHEMA]
+    wanted = [fingerprint, kind, detail, SCHEMA]
     if out is None:
         stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "corpus"
         key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-        out = cache_folder() / f"{stem}-{tokenizer}-{key}.h5"
+        out = cache_folder() / f"{stem}-{kind}-{key}.h5"
     if out.exists() and _matches(out, wanted):
         say(f"corpus {source}: unchanged, using {out}")
         return out
     parts = split(documents)
     if not parts.train or not parts.val:
         raise InputError(f"{source} is too small to split into training and validation text")
-    say(f"corpus {source}: {len(documents)} documents; training the {tokenizer} tokenizer")
-    # characters are taken from both sides, so that none of the validation text is unknown
-    known = parts.train + (parts.val if tokenizer == "char" else [])
-    made = train_tokenizer(tokenizer, [d.text for d in known], vocab_size)
+    if known is None:
+        say(f"corpus {source}: {len(documents)} documents; training the {kind} tokenizer")
+        # characters are taken from both sides, so that none of the validation text is unknown
+        texts = [d.text for d in parts.train + (parts.val if kind == "char" else [])]
+        known = train_tokenizer(kind, texts, vocab_size)
     say(f"corpus {source}: tokenising")
     sides = {"train": parts.train, "val": parts.val}
     try:
@@ -173,14 +181,31 @@ def prepare(
     sweep(out.parent)
     with atomic_write(out, KIND, SCHEMA) as file:
         for side, docs in sides.items():
-            part = encode_documents(made, docs)
+            part = encode_documents(known, docs)
             for name in ("tokens", "doc_offsets", "doc_bytes"):
                 write_array(file, f"{side}/{name}", getattr(part, name))
-        write_json(file, "tokenizer", json.loads(made.to_json()))
+        write_json(file, "tokenizer", json.loads(known.to_json()))
         info = {"source": source, "fingerprint": fingerprint, "wanted": wanted,
                 "duplicates": parts.duplicates, "python": platform.python_version()}  # fmt: skip
         write_json(file, "info", info)
     return out
+
+
+def open_corpus(
+    source: str, tokenizer: Tokenizer, progress: Callable[[str], None] | None = None
+) -> Corpus:
+    """The corpus of a source under a tokenizer made before: that of a model to go on with.
+
+    Raises:
+        InputError: as of ``prepare``, or a prepared file was made with another tokenizer.
+    """
+    corpus = Corpus.open(prepare(source, tokenizer, progress=progress))
+    if corpus.tokenizer.to_json() != tokenizer.to_json():
+        raise InputError(
+            f"{source} must be tokenised as the model's text was; it was made with another "
+            "tokenizer: give the text itself, which is tokenised anew"
+        )
+    return corpus
 
 
 def _matches(path: Path, wanted: list[Any]) -> bool:

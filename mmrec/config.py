@@ -103,6 +103,8 @@ class TrainConfig:
     """``bpe``, ``char`` or ``byte``."""
     vocab: int = 0
     """Vocabulary asked of ``bpe``; 0 takes the preset's."""
+    grow_from: str = ""
+    """Run or checkpoint that weights and tokenizer come from; empty starts from nothing."""
     steps: int | None = None
     """Optimizer steps."""
     epochs: float | None = None

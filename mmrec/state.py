@@ -24,6 +24,7 @@ from mmrec.optimizer import Muon
 from mmrec.run import Progress
 from mmrec.schedule import lr_factor
 from mmrec.signals import Stop
+from mmrec.start import take_over
 
 
 def conditions() -> dict[str, Any]:
@@ -74,6 +75,15 @@ class State:
         self.rng = torch.get_rng_state()
         """The random state before the newest step."""
         self.stop = Stop()
+
+    def start_from(self, source: checkpoint.Loaded) -> None:
+        """Take over the weights of a checkpoint, grown to this model's shape, and its moments.
+
+        Raises InputError if the shape cannot be grown to.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.progress.aged = take_over(self.model, self.optimizer, source)
 
     def set_precision(self, precision: str) -> None:
         """Settle what ``auto`` is, so that no later probe settles it otherwise."""

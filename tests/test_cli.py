@@ -30,6 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         start = f"train --config small.toml --data {text_file} --steps"
         assert call(patch, f"{start} 6 --out runs/one") == 0
         assert call(patch, f"{start} 1 --tokenizer char --out char") == 0
+        assert call(patch, f"data prepare {text_file} --tokenizer char --out char.h5") == 0
         whole = Path("runs/one/last.h5").read_bytes()
         Path("cut.h5").write_bytes(whole[:5000])
         Path("text.h5").write_text("not HDF5")
@@ -183,6 +184,35 @@ MISTAKES = [
     ("generate", "--seed", "--prompt x --seed -1", "'--seed': .*; got '-1'"),
     ("generate", "--seed", f"--prompt x --seed {BIG}", "'--seed': .*; got '1000"),
     ("generate", "--stop", "--prompt x --stop=", "a stop text must not be empty"),
+    ("train", "--grow-from", "tiny --grow-from none", "no checkpoint at none: no such file"),
+    ("train", "--grow-from", "--config small.toml --grow-from char --tokenizer byte",
+     "keeps the tokenizer of its source, char of .*: leave out --tokenizer and --vocab; got byte"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --vocab 300",
+     "keeps the tokenizer of its source, byte of 257: .*; got byte of 300"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --layers l",
+     "must hold the source's in their order.*'nn', the grown ones 'llll'"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --layers b --data char.h5",
+     "char.h5 must be tokenised as the model's text was"),
+    ("train", "--grow-from", "--resume --grow-from char", "--resume keeps .*; --grow-from cannot"),
+    ("grow", "RUN|CHECKPOINT", "none --to mini", "no checkpoint at none: no such file"),
+    ("grow", "RUN|CHECKPOINT", "runs/one", "say what to grow: --to PRESET, or --width"),
+    ("grow", "RUN|CHECKPOINT", "runs/one --width 32", "nothing to grow: .* has this shape already"),
+    ("grow", "RUN|CHECKPOINT", "text.h5 --to mini", "text.h5 is not an HDF5 file"),
+    ("grow", "RUN|CHECKPOINT", "older.h5 --to mini", "earlier mmrec .schema 1"),
+    ("grow", "--to", "runs/one --to minni", "unknown preset 'minni'.*did you mean 'mini'"),
+    ("grow", "--width", "runs/one --width 16", "never shrinks: the width must be .* 32; got 16"),
+    ("grow", "--width", "runs/one --width 33", "heads must divide the width 33; got 2"),
+    ("grow", "--depth", "runs/one --depth 1", "the depth must be at least the source's 2; got 1"),
+    ("grow", "--depth", f"runs/one --depth {BIG}", "depth must be a whole number from 1 to"),
+    ("grow", "--heads", "runs/one --heads 4", "the width of a head must be .* 16; got 8"),
+    ("grow", "--ngrams", "runs/one --ngrams -1", "ngrams must be >= 0; got -1"),
+    ("grow", "--ffn", "runs/one --ffn 0.5", "the feed-forward width must be .*; got 16"),
+    ("grow", "--layers", "runs/one --layers l", "must hold the source's in their order"),
+    ("grow", "--how", "runs/one --width 64 --how wish",
+     "how must be one of preserve, stack, random; got 'wish'"),
+    ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
+    ("grow", "--out", "runs/one --width 64 --out runs", "--out must be a file .*; runs is a"),
+    ("grow", "--out", "runs/one --width 64 --out world.txt", "world.txt is there already"),
     ("info", "PRESET", "huge", "unknown preset 'huge'"),
     ("info", "PRESET", "", "Missing argument 'PRESET'"),
     ("data prepare", "[source]", "none/", "no data at none/"),
@@ -415,3 +445,69 @@ def test_bench_train_says_where_a_step_goes(
     whole = sum(p["seconds"] for p in made["parts"])
     assert whole >= made["seconds"] * 0.99
     assert 0 < made["share"] < 2
+
+
+def program(world: Path, arguments: str) -> str:
+    """Standard output of a real process, which must end well and complain of nothing."""
+    command = [sys.executable, "-W", "error", "-m", "mmrec", *arguments.split()]
+    environment = os.environ | {"MMREC_CACHE": str(world / "cache")}
+    run = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True,
+                         check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def scores(world: Path, where: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(program(world, f"eval {where} --json"))
+    return made
+
+
+def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
+    """Grown, a run scores the same on real text; training goes on with its tokenizer and moments;
+    a resume and an evaluation find them again."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    for name in ("small.toml", "world.txt"):
+        shutil.copy(world / name, tmp_path)
+    out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
+    assert "to   width 64, 3 layers (nnn), 2 heads" in out
+    before = scores(tmp_path, "one/last.h5")
+    after = json.loads(program(tmp_path, "eval grown.h5 --data world.txt --json"))
+    again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
+    assert after["loss"] == pytest.approx(again["loss"], abs=1e-4)
+
+    options = "--batch 2 --seq-len 32 --eval-every 4 --data world.txt"
+    out = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 12 --out more")
+    assert "start   grown.h5, step 6, with its moments" in out
+    assert (tmp_path / "more/step-0.h5").exists()
+    assert scores(tmp_path, "more")["loss"] < before["loss"]
+
+    whole = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 6 --out cut")
+    assert "with its moments" in whole
+    out = program(tmp_path, "train --resume --out cut --steps 12")
+    assert "resume  cut/last.h5, step 6" in out
+    assert scores(tmp_path, "cut")["loss"] < before["loss"]
+
+
+def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:
+    """Another text under the tokenizer of the first, which training anew would not give."""
+    shutil.copy(world / "world.txt", tmp_path)
+    (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
+    (tmp_path / "s.toml").write_text(
+        'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
+        "[train]\nbatch = 2\nseq_len = 32\neval_every = 3\nsteps = 4\n"
+    )
+    program(tmp_path, "train --config s.toml --data world.txt --vocab 400 --out a")
+    out = program(tmp_path, "train --config s.toml --data other.txt --grow-from a --out b")
+    assert "start   a/best.h5, step" in out
+    assert "training the bpe" not in out
+    with h5py.File(tmp_path / "a/last.h5") as a, h5py.File(tmp_path / "b/last.h5") as b:
+        assert a["tokenizer"][()].tobytes() == b["tokenizer"][()].tobytes()
+    program(tmp_path, "train --resume --out b --steps 6")
+    assert scores(tmp_path, "b")["step"] > 0
+    for name in ("step-0.h5", "last.h5", "best.h5"):
+        (tmp_path / "b" / name).unlink()
+    command = [sys.executable, "-m", "mmrec", "train", "--resume", "--out", "b"]
+    lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert lost.returncode == 2
+    assert lost.stderr.count("\n") == 1
+    assert "b holds no whole checkpoint, so its tokenizer is lost" in lost.stderr
