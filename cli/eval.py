@@ -32,7 +32,7 @@ def evaluate(
     loaded = load_model(find_checkpoint(where))
     settings = dataclasses.asdict(from_dict(TrainConfig, loaded.info.get("train", {})))
     if data is None:
-        if not _may_read(settings["data"], loaded.path):
+        if not may_read(settings["data"], loaded.path):
             raise InputError(
                 f"{loaded.path} says it was trained on {settings['data']!r}; what a file names is "
                 "not read unless the config.toml beside it names it too: give --data"
@@ -79,7 +79,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return f" (95 % by documents: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
-def _may_read(source: str, checkpoint: Path) -> bool:
+def may_read(source: str, checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
     from mmrec.config import load_toml
     from mmrec.data.corpora import NAMES

@@ -10,6 +10,7 @@ import typer
 from mmrec.cli import bench, data
 from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
+from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
@@ -27,6 +28,7 @@ app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("grow")(grow)
+app.command("finetune")(finetune)
 app.command("info")(info)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -68,7 +68,7 @@ def gradients(
     their order, so one number of lanes gives one result; dropout takes one number a lane from the
     global random state.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def task(x: Tensor, y: Tensor, seed: int) -> Callable[[], tuple[float, Sequence[Tensor]]]:
         def work() -> tuple[float, Sequence[Tensor]]:

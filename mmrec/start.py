@@ -1,6 +1,7 @@
 """Starting from a checkpoint: its weights and moments, grown to the shape that is wanted."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import optim
 
 from mmrec import checkpoint
 from mmrec.checkpoint import Loaded
-from mmrec.config import ModelConfig
+from mmrec.config import InputError, ModelConfig
 from mmrec.grow import Growth
 from mmrec.model import Model
 from mmrec.optimizer import Muon
@@ -36,8 +37,48 @@ def take_over(
     growth.fill(model, source.model)
     kept, steps = checkpoint.read_moments(source.path, source.model)
     moments = growth.moments(model, kept)
+    if not moments:
+        optimizer.state.clear()
+        return 0
+    muon = {p for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    for name, p in model.named_parameters():  # AdamW counts steps: all are of one age
+        if name not in moments and p not in muon:
+            moments[name] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
     checkpoint.put_moments(model, optimizer, moments, steps)
-    return steps if moments else 0
+    return steps
+
+
+def freeze(model: Model, what: str) -> None:
+    """Let parameters keep their values: they get no gradient from now on.
+
+    Args:
+        model: changed in place.
+        what: as ``TrainConfig.freeze``; empty freezes nothing.
+
+    Raises:
+        InputError: a word is unknown, a layer is not there, or nothing would be left to learn.
+    """
+    for word in filter(None, what.split(",")):
+        layers = re.fullmatch(r"layers:(\d{1,9})(?:-(\d{1,9}))?", word)
+        if layers:
+            first, last = int(layers[1]), int(layers[2] or layers[1])
+            if not first <= last < model.config.depth:
+                raise InputError(f"freeze must name layers from 0 to {model.config.depth - 1}, the "
+                                 f"first one first; got {word!r}")  # fmt: skip
+            starts = tuple(f"layers.{i}." for i in range(first, last + 1))
+            names = [n for n, _ in model.named_parameters() if n.startswith(starts)]
+        elif word == "embeddings":
+            names = ["embedding", "ngrams"]
+        elif word == "memory":
+            names = [n for n, _ in model.layers.named_parameters(prefix="layers") if "ffn" not in n]
+        else:
+            raise InputError("freeze must be words out of embeddings, memory, layers:0-2, joined "
+                             f"by commas; got {word!r}")  # fmt: skip
+        for name, p in model.named_parameters():
+            if name in names:
+                p.requires_grad_(False)
+    if not any(p.requires_grad for n, p in model.named_parameters() if n != "norm.weight"):
+        raise InputError(f"freeze must leave something to learn; got {what!r}")
 
 
 def grow_checkpoint(

@@ -13,8 +13,8 @@ import torch
 
 from mmrec import checkpoint
 from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
-from mmrec.data.batches import Batches, spread_pieces
-from mmrec.data.corpus import Corpus
+from mmrec.data.batches import Batches, Mixed, spread_pieces
+from mmrec.data.corpus import Corpus, open_corpus
 from mmrec.evaluate import LANES, Evaluation
 from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
@@ -24,7 +24,7 @@ from mmrec.optimizer import Muon
 from mmrec.run import Progress
 from mmrec.schedule import lr_factor
 from mmrec.signals import Stop
-from mmrec.start import take_over
+from mmrec.start import freeze, take_over
 
 
 def conditions() -> dict[str, Any]:
@@ -53,7 +53,14 @@ class State:
             dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         )
         self.set_precision("bfloat16" if wants else "float32")
-        self.batches = Batches(corpus.train.tokens, config.batch, config.seq_len, config.seed)
+        freeze(self.model, config.freeze)
+        self.batches: Batches | Mixed = Batches(
+            corpus.train.tokens, config.batch, config.seq_len, config.seed
+        )
+        if config.replay:
+            text = open_corpus(config.replay_data, corpus.tokenizer).train.tokens
+            old = Batches(text, config.batch, config.seq_len, config.seed)
+            self.batches = Mixed(self.batches, old, config.replay)
         if corpus.val.n_tokens <= config.seq_len:
             raise InputError(
                 f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "

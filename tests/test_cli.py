@@ -213,6 +213,34 @@ MISTAKES = [
     ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
     ("grow", "--out", "runs/one --width 64 --out runs", "--out must be a file .*; runs is a"),
     ("grow", "--out", "runs/one --width 64 --out world.txt", "world.txt is there already"),
+    ("finetune", "RUN|CHECKPOINT", "none --data world.txt", "no checkpoint at none: no such file"),
+    ("finetune", "RUN|CHECKPOINT", "older.h5 --data world.txt", "earlier mmrec .schema 1"),
+    ("finetune", "--data", "runs/one", "Missing option '--data'"),
+    ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
+    ("finetune", "--data", "runs/one --data char.h5", "char.h5 must be tokenised as the model's"),
+    ("finetune", "--old", "runs/one --data world.txt --old none.txt", "no data at none.txt"),
+    *(("finetune", "--freeze", f"runs/one --data world.txt --freeze {word}", message)
+      for word, message in (
+          ("heads", "freeze must be words out of embeddings, memory, layers:0-2.*; got 'heads'"),
+          ("layers:1-2", "freeze must name layers from 0 to 1, .*; got 'layers:1-2'"),
+          ("embeddings,layers:0-1", "freeze must leave something to learn; got 'emb"))),
+    *(("finetune", f"--{name}", f"runs/one --data world.txt --{name} {value}", message)
+      for name, value, message in (
+          ("replay", "1", r"replay must lie in \[0, 1\); got 1"),
+          ("replay", "0.1 --old bad.txt", "bad.txt must be UTF-8"),
+          ("epochs", "0", "epochs must be > 0 and at most"),
+          ("steps", "0", "steps must be > 0 and at most"),
+          ("minutes", "-1", "minutes must be > 0 and at most"),
+          ("batch", "0", "batch must be a whole number from 1"),
+          ("seq-len", "0", "seq_len must be a whole number from 1"),
+          ("lr", "nan", "lr must be finite and > 0; got nan"),
+          ("muon-lr", "0", "muon_lr must be finite and > 0; got 0"),
+          ("warmup", "2", r"warmup must lie in \[0, 1\]; got 2"),
+          ("dropout", "1", r"dropout must lie in \[0, 1\); got 1"),
+          ("eval-every", "0", "eval_every must be a whole number from 1"),
+          ("patience", "-1", "patience must be >= 0; got -1"),
+          ("seed", "-1", "seed must lie in 0 to"),
+          ("out", "runs/one", "runs/one already holds a run"))),
     ("info", "PRESET", "huge", "unknown preset 'huge'"),
     ("info", "PRESET", "", "Missing argument 'PRESET'"),
     ("data prepare", "[source]", "none/", "no data at none/"),
@@ -511,3 +539,27 @@ def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> 
     assert lost.returncode == 2
     assert lost.stderr.count("\n") == 1
     assert "b holds no whole checkpoint, so its tokenizer is lost" in lost.stderr
+
+
+def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
+    """The new text gets better, the report says so of both texts, and what is frozen stays."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    (tmp_path / "new.txt").write_text(Path(__file__).read_text())
+    out = program(tmp_path, "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
+                  "--eval-every 4 --replay 0.3 --lr 5e-3 --muon-lr 1e-2 --out two")  # fmt: skip
+    made = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
+    assert made["new"]["after"] < made["new"]["before"]
+    assert set(made) == {"new", "old"}
+    assert f"new text new.txt: {made['new']['before']:.4f} bits per byte before, " in out
+    scored = json.loads(program(tmp_path, "eval two --json"))
+    assert scored["bits_per_byte"] == pytest.approx(made["new"]["after"], abs=1e-6)
+    with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
+        same = {}
+        for name in ("embedding", "ngrams", "layers.0.ffn_in.weight", "layers.1.ffn_in.weight"):
+            same[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
+    assert list(same.values()) == [True, True, True, False]
+    out = program(tmp_path, "train --resume --out two --steps 14")
+    assert "resume  two/last.h5, step 12" in out
+    Path(tmp_path / "one/config.toml").unlink()
+    out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
+    assert "note: what is forgotten of the old text is not measured" in out
