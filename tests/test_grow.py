@@ -1,5 +1,8 @@
 """Growth: the same function, in a model in which everything can learn."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from mmrec.config import PRESETS, InputError, ModelConfig
 from mmrec.grow import Growth, grow, place_layers
 from mmrec.model import Model
 from mmrec.optimizer import Muon
+from tests.conftest import ROOT
 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
 
@@ -230,3 +234,18 @@ def test_other_ways_are_other_functions() -> None:
     assert all(map(torch.equal, again.parameters(), anew.parameters()))
     with pytest.raises(InputError, match="how must be one of preserve, stack, random; got 'x'"):
         grow(source, new, "x")
+
+
+def test_the_benchmark_counts_what_the_source_cost(text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), str(text_file), "--steps",
+               "8", "--seeds", "1", "--batch", "1", "--seq-len", "32", "--tokenizer", "byte",
+               "--out", str(tmp_path)]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads((tmp_path / "growth-modules.json").read_text())["rows"]
+    assert [r["run"] for r in rows] == ["scratch", "small", "preserve", "stack"]
+    scratch, small, grown, _ = rows
+    assert grown["before"]["flops"] == small["flops"] > 0
+    assert small["flops"] + grown["flops"] == pytest.approx(scratch["flops"], rel=0.1)
+    assert (tmp_path / "growth-modules.png").stat().st_size > 10_000
+    assert "| preserve |" in run.stdout
