@@ -14,6 +14,7 @@ norms LEMON's (Wang et al. 2023, arXiv:2310.07999); ``stack`` is Gong et al. 201
 Training of BERT by Progressively Stacking". The arithmetic is in docs/growth.md.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,13 @@ def place_layers(old: str, new: str) -> list[int] | None:
 class Growth:
     """The way from one shape to a larger one, for weights and for what optimizers keep of them."""
 
-    def __init__(self, old: ModelConfig, new: ModelConfig, how: str = "preserve") -> None:
+    def __init__(
+        self,
+        old: ModelConfig,
+        new: ModelConfig,
+        how: str = "preserve",
+        pieces: Sequence[list[int]] = (),
+    ) -> None:
         """Plan it from the two shapes alone.
 
         Args:
@@ -67,19 +74,25 @@ class Growth:
             new: the shape wanted.
             how: ``preserve``; ``stack`` fills new layers with copies of old ones, which changes the
                 function; ``random`` keeps nothing, for comparison.
+            pieces: for each new token, which come after the old ones, the old tokens that it joins.
+                Its embedding is their mean.
 
         Raises:
             InputError: something would shrink, or cannot be kept as it is in the new shape.
         """
         if how not in HOW:
             raise InputError(f"how must be one of {', '.join(HOW)}; got {how!r}")
-        self.old, self.new, self.how = old, new, how
+        self.old, self.new, self.how, self.pieces = old, new, how, pieces
         self.c = (new.width / old.width) ** 0.5
         self.layers: dict[int, int] = {}
         """Old layer by new one."""
         self.moves: list[Move] = []
+        if new.vocab_size != old.vocab_size + len(pieces):
+            raise InputError(
+                "a grown model keeps the tokenizer of its source, so vocab_size must be "
+                f"{old.vocab_size + len(pieces)}; got {new.vocab_size}"
+            )
         if how == "random":
-            _check_vocabulary(old, new)
             return
         _check_sizes(old, new)
         placed = place_layers(old.kinds, new.kinds)
@@ -188,6 +201,8 @@ class Growth:
             if move.new.endswith("norm.weight"):
                 into.fill_(value.mean())  # a new channel counts as much as an old one
             into[move.places] = value
+        for token, pieces in enumerate(self.pieces, self.old.vocab_size):
+            model.embedding[token] = model.embedding[pieces].mean(0)
 
     def _open(self, layer: Layer, was: str) -> None:
         """Prepare what is new in a layer that holds an old one: silent, and ready to learn."""
@@ -274,16 +289,7 @@ def _spread(count: int, horizon: int) -> Tensor:
     return spread_decays(count + 1, horizon)[1:]
 
 
-def _check_vocabulary(old: ModelConfig, new: ModelConfig) -> None:
-    if new.vocab_size != old.vocab_size:
-        raise InputError(
-            "a grown model keeps the tokenizer of its source, so vocab_size must be "
-            f"{old.vocab_size}; got {new.vocab_size}"
-        )
-
-
 def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
-    _check_vocabulary(old, new)
     names = {"width": "width", "depth": "depth", "heads": "heads", "head_width": "width of a head",
              "hidden": "feed-forward width", "conv": "conv", "ngrams": "ngrams"}  # fmt: skip
     for name, words in names.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import optim
 from mmrec import checkpoint
 from mmrec.checkpoint import Loaded
 from mmrec.config import InputError, ModelConfig
+from mmrec.data.tokenizer import Tokenizer
 from mmrec.grow import Growth
 from mmrec.model import Model
 from mmrec.optimizer import Muon
@@ -17,7 +19,11 @@ from mmrec.run import Progress
 
 
 def take_over(
-    model: Model, optimizer: optim.Optimizer, source: Loaded, how: str = "preserve"
+    model: Model,
+    optimizer: optim.Optimizer,
+    source: Loaded,
+    how: str = "preserve",
+    pieces: Sequence[list[int]] = (),
 ) -> int:
     """Turn a model, just initialised, into the source grown to its shape.
 
@@ -26,6 +32,7 @@ def take_over(
         optimizer: given the source's moments, if it was saved with them, else left without any.
         source: the checkpoint.
         how: see ``Growth``.
+        pieces: see ``Growth``.
 
     Returns:
         The steps that the moments had seen; 0 without them.
@@ -33,7 +40,7 @@ def take_over(
     Raises:
         InputError: see ``Growth``.
     """
-    growth = Growth(source.model.config, model.config, how)
+    growth = Growth(source.model.config, model.config, how, pieces)
     growth.fill(model, source.model)
     kept, steps = checkpoint.read_moments(source.path, source.model)
     moments = growth.moments(model, kept)
@@ -82,7 +89,15 @@ def freeze(model: Model, what: str) -> None:
 
 
 def grow_checkpoint(
-    source: Loaded, config: ModelConfig, out: Path, *, name: str, how: str, seed: int
+    source: Loaded,
+    config: ModelConfig,
+    out: Path,
+    *,
+    name: str,
+    how: str,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    pieces: Sequence[list[int]] = (),
 ) -> Model:
     """Write a checkpoint of the source grown to a shape, with its moments if it has any.
 
@@ -93,6 +108,8 @@ def grow_checkpoint(
         name: the preset that the file says.
         how: see ``Growth``.
         seed: of what is drawn at random.
+        tokenizer: with the new tokens; None for the source's.
+        pieces: see ``Growth``.
 
     Raises:
         InputError: see ``Growth``.
@@ -102,9 +119,9 @@ def grow_checkpoint(
         torch.manual_seed(seed)
         model = Model(config)
         optimizer = Muon(model.parameter_groups(0.0), lr=1.0, betas=(0.9, 0.95), muon_lr=1.0)
-        steps = take_over(model, optimizer, source, how)
+        steps = take_over(model, optimizer, source, how, pieces)
     info = source.info | {"preset": name, "val": None, "grown_from": str(source.path), "how": how}
     progress = dataclasses.asdict(Progress(step=source.step, aged=steps - source.step))
     kept = (optimizer, progress) if steps else (None, None)
-    checkpoint.save(out, model, source.tokenizer, source.step, info, *kept)
+    checkpoint.save(out, model, tokenizer or source.tokenizer, source.step, info, *kept)
     return model

@@ -30,6 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         start = f"train --config small.toml --data {text_file} --steps"
         assert call(patch, f"{start} 6 --out runs/one") == 0
         assert call(patch, f"{start} 1 --tokenizer char --out char") == 0
+        bpe = "--tokenizer bpe --vocab 300 --out bpe"
+        assert call(patch, f"{start} 1 {bpe}") == 0
         assert call(patch, f"data prepare {text_file} --tokenizer char --out char.h5") == 0
         whole = Path("runs/one/last.h5").read_bytes()
         Path("cut.h5").write_bytes(whole[:5000])
@@ -208,6 +210,10 @@ MISTAKES = [
     ("grow", "--ngrams", "runs/one --ngrams -1", "ngrams must be >= 0; got -1"),
     ("grow", "--ffn", "runs/one --ffn 0.5", "the feed-forward width must be .*; got 16"),
     ("grow", "--layers", "runs/one --layers l", "must hold the source's in their order"),
+    ("grow", "--vocab", "runs/one --vocab 300", "only a bpe vocabulary can grow; .* is 'byte'"),
+    ("grow", "--vocab", "bpe --vocab 300", "must hold more than the 300 tokens .*; got 300"),
+    ("grow", "--data", "bpe --vocab 400 --data none.txt", "no data at none.txt"),
+    ("grow", "--data", "runs/one --width 64 --data world.txt", "--vocab takes .*; give both"),
     ("grow", "--how", "runs/one --width 64 --how wish",
      "how must be one of preserve, stack, random; got 'wish'"),
     ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
@@ -497,7 +503,7 @@ def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
     for name in ("small.toml", "world.txt"):
         shutil.copy(world / name, tmp_path)
     out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
-    assert "to   width 64, 3 layers (nnn), 2 heads" in out
+    assert "to   width 64, 3 layers (nnn), 2 heads, vocabulary 257, " in out
     before = scores(tmp_path, "one/last.h5")
     after = json.loads(program(tmp_path, "eval grown.h5 --data world.txt --json"))
     again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
@@ -563,3 +569,21 @@ def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
     Path(tmp_path / "one/config.toml").unlink()
     out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
     assert "note: what is forgotten of the old text is not measured" in out
+
+
+def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
+    """Fewer, longer tokens of the same text, a model that knows of them, and training goes on."""
+    from mmrec.checkpoint import load_model
+
+    shutil.copytree(world / "bpe", tmp_path / "bpe")
+    shutil.copy(world / "world.txt", tmp_path)
+    out = program(tmp_path, "grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
+    assert "to   width 64, 2 layers (nn), 2 heads, vocabulary 500, " in out
+    text = (world / "world.txt").read_text()
+    old, new = load_model(tmp_path / "bpe/last.h5"), load_model(tmp_path / "more.h5")
+    ids = new.tokenizer.encode(text)
+    assert len(ids) < 0.95 * len(old.tokenizer.encode(text))
+    assert new.tokenizer.decode(ids) == text
+    out = program(tmp_path, "train --grow-from more.h5 --data world.txt --batch 2 --seq-len 32 "
+                  "--steps 4 --out on")  # fmt: skip
+    assert "with its moments" in out

@@ -236,6 +236,19 @@ def test_other_ways_are_other_functions() -> None:
         grow(source, new, "x")
 
 
+def test_new_tokens_are_the_mean_of_what_they_join() -> None:
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    new = replace(old, width=32, heads=4, vocab_size=259)
+    source, grown = taught(old), Model(new).eval()
+    Growth(old, new, pieces=[[5, 7], [8, 8, 5]]).fill(grown, source)
+    x = tokens()
+    with torch.no_grad():
+        want, got = source(x)[0], grown(x)[0]
+    assert (got[..., :257] - want).abs().max() < 1e-4
+    torch.testing.assert_close(got[..., 257], got[..., [5, 7]].mean(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(got[..., 258], got[..., [8, 8, 5]].mean(-1), atol=1e-4, rtol=0)
+
+
 def test_the_benchmark_counts_what_the_source_cost(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), str(text_file), "--steps",
                "8", "--seeds", "1", "--batch", "1", "--seq-len", "32", "--tokenizer", "byte",
