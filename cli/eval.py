@@ -61,13 +61,14 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     from mmrec.data.preparing import prepare, reading
 
     settings = _settings(loaded)
-    if not _may_read(settings, loaded.path):
+    if not may_read(settings, loaded.path):
         raise InputError(
             f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "
             "not read unless the config.toml beside it names it too: give --data"
         )
     how = reading(settings)
-    corpus = Corpus.open(prepare(settings.data, settings.tokenizer, settings.vocab, how=how))
+    kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
+    corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
     if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
         raise InputError(f"the text of {settings.data} changed since training; name --data")
     return corpus
@@ -198,7 +199,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return f" (95 % by documents: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
-def _may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
+def may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
     from mmrec.config import load_toml
     from mmrec.data.corpora import NAMES

@@ -10,7 +10,9 @@ import typer
 from mmrec.cli import bench, data
 from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
+from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
+from mmrec.cli.grow import grow
 from mmrec.cli.info import info
 from mmrec.cli.startup import prepare_process
 from mmrec.cli.train import train
@@ -25,6 +27,8 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
+app.command("grow")(grow)
+app.command("finetune")(finetune)
 app.command("info")(info)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

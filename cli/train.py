@@ -21,6 +21,7 @@ from mmrec.config import (
 from mmrec.signals import leaving, unbreakable_output
 
 if TYPE_CHECKING:
+    from mmrec.checkpoint import Loaded
     from mmrec.run import Lock
     from mmrec.train import Trainer
 
@@ -42,6 +43,7 @@ def train(
     val_file: Annotated[str | None, Opt(help="Source of the validation text.")] = None,
     tokenizer: Annotated[str | None, Opt(help="bpe, char or byte.")] = None,
     vocab: Annotated[int | None, Opt(help="Vocabulary of bpe.")] = None,
+    grow_from: Annotated[str | None, Opt(help="Run to grow to PRESET and train on.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the text.")] = None,
     steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,
     minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
@@ -86,7 +88,7 @@ def train(
                 lock, trainer = _resume(given, held)
             else:
                 lock, trainer = _begin(name, config, given, force, held)
-        _finish(trainer, lock, resume)
+        finish(trainer, lock, resume)
 
 
 def _begin(
@@ -98,42 +100,86 @@ def _begin(
 ) -> tuple["Lock", "Trainer"]:
     """A new run: its folder, locked, and its trainer."""
     tables = load_toml(config) if config else {}
-    title = name or str(tables.get("preset", ""))
-    if not title:
-        raise InputError("name a preset: mmrec train tiny, or one in a --config file")
-    values = dataclasses.asdict(preset(title)) | tables.get("model", {})
-    values |= {k: given.pop(k) for k in ("dropout", "layers") if k in given}
-    model = from_dict(ModelConfig, values)
     settings = dict(tables.get("train", {}))
     if LENGTHS & set(given):
         settings = {k: v for k, v in settings.items() if k not in LENGTHS}
+    own = {k: given.pop(k) for k in ("dropout", "layers") if k in given}
     chosen = from_dict(TrainConfig, settings | given)
+    title = name or str(tables.get("preset", ""))
+    if not (title or chosen.grow_from):
+        raise InputError("name a preset: mmrec train tiny, or one in a --config file")
+    shape = preset(title) if title else ModelConfig()
+    source = None
+    if chosen.grow_from:
+        source = _source(chosen.grow_from, settings | given)
+        shape = shape if title else source.model.config
+        title = title or str(source.info.get("preset", "model"))
+    values = dataclasses.asdict(shape) | tables.get("model", {}) | own
+    model: ModelConfig = from_dict(ModelConfig, values)
+    if source is None:
+        chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
+    return begin(title, model, chosen, source, force, held)
 
+
+def begin(
+    title: str,
+    model: ModelConfig,
+    chosen: TrainConfig,
+    source: "Loaded | None",
+    force: bool,
+    held: contextlib.ExitStack,
+) -> tuple["Lock", "Trainer"]:
+    """A new run, from the source's weights and with its tokenizer if there is one."""
     from mmrec.data.corpora import mixture, read_once
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare, reading
+    from mmrec.data.preparing import open_corpus, prepare, reading
+    from mmrec.grow import Growth
     from mmrec.run import open_run
     from mmrec.train import Trainer
 
-    chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
-    path = prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, reading(chosen))
-    corpus = Corpus.open(path)
+    if source is None:
+        how = reading(chosen)
+        corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, how))
+    else:
+        known = source.tokenizer
+        chosen = dataclasses.replace(chosen, tokenizer=known.kind, vocab=known.vocab_size)
+        # a mistake is said before any text is read
+        Growth(source.model.config, dataclasses.replace(model, vocab_size=known.vocab_size))
+        corpus = open_corpus(chosen.data, known, say, reading(chosen))
     stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
     stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
     default = Path("runs") / f"{title}-{stem}"
-    if any(
-        read_once(part) for _, part in mixture(chosen.data)
-    ):  # a resume will find the tokens, not the text
-        chosen = dataclasses.replace(chosen, data=str(path.resolve()))
+    # what is read once leaves tokens, not text, for a resume to find
+    if any(read_once(part) for _, part in mixture(chosen.data)):
+        chosen = dataclasses.replace(chosen, data=str(corpus.path.resolve()))
     trainer = Trainer(default, corpus, model, chosen, title, say)
+    if source is not None:
+        trainer.start_from(source)
+        moments = ", with its moments" if trainer.progress.aged else ""
+        say(f"start   {source.path}, step {source.step:,}{moments}")
     lock = held.enter_context(open_run(chosen.out, default, force=force))
     trainer.folder = lock.folder
     return lock, trainer
 
 
+def _source(where: str, settings: dict[str, Any]) -> "Loaded":
+    """The checkpoint to grow from; InputError if another tokenizer is asked for than its own."""
+    from mmrec.checkpoint import find_checkpoint, load_model
+
+    source = load_model(find_checkpoint(Path(where)))
+    known = source.tokenizer
+    kind, size = settings.get("tokenizer", known.kind), settings.get("vocab", 0)
+    if kind != known.kind or size not in (0, known.vocab_size):
+        raise InputError(
+            f"a grown model keeps the tokenizer of its source, {known.kind} of "
+            f"{known.vocab_size:,}: leave out --tokenizer and --vocab; got {kind} of {size:,}"
+        )
+    return source
+
+
 def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
-    from mmrec.checkpoint import newest_run
+    from mmrec.checkpoint import newest_run, run_tokenizer
     from mmrec.data.corpus import Corpus
     from mmrec.data.preparing import prepare, reading
     from mmrec.run import Lock
@@ -150,12 +196,14 @@ def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", 
     settings |= given
     chosen, model = from_dict(TrainConfig, settings), from_dict(ModelConfig, tables["model"])
     title = str(tables["preset"])
+    kept = run_tokenizer(folder) if chosen.grow_from else chosen.tokenizer
     how = reading(chosen)
-    corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, how))
+    corpus = Corpus.open(prepare(chosen.data, kept, chosen.vocab, None, say, how))
     return lock, Trainer(folder, corpus, model, chosen, title, say)
 
 
-def _finish(trainer: "Trainer", lock: "Lock", resume: bool) -> None:
+def finish(trainer: "Trainer", lock: "Lock", resume: bool) -> None:
+    """Train to the end and say how it went; exit code 1 if it diverged, 128 + n after a signal."""
     from mmrec.checkpoint import run_checkpoints
     from mmrec.train import TrainingDiverged, train
 

@@ -127,6 +127,29 @@ def deal(
     return Mixture(streams, weights, batch, seq_len, seed)
 
 
+class Mixed:
+    """Batches in which a share of the windows is of another text; of both, a position is all that a
+    resume needs.
+
+    What is still seen is not forgotten: rehearsal, in Robins 1995, "Catastrophic forgetting,
+    rehearsal and pseudorehearsal".
+    """
+
+    def __init__(self, new: Batches | Mixture, old: Batches, share: float) -> None:
+        """Both of one shape (B, T); ``share`` of the windows, in the mean, are of ``old``."""
+        self._new, self._old, self._each = new, old, share * new.batch
+        self.steps_per_epoch, self.begins = new.steps_per_epoch, new.begins
+
+    def get(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T) int64; the first rows are of the old text."""
+        x, y = self._new.get(step)
+        count = int((step + 1) * self._each) - int(step * self._each)
+        if count:
+            old_x, old_y = self._old.get(step)
+            x[:count], y[:count] = old_x[:count], old_y[:count]
+        return x, y
+
+
 def eval_lanes(
     tokens: np.ndarray, eot: int, lanes: int, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

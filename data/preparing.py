@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mmrec.config import InputError, TrainConfig
 from mmrec.data.corpora import Source, documents, mixture, reread
-from mmrec.data.corpus import KIND, SCHEMA, cache_folder, is_prepared
+from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
 from mmrec.data.encoding import Parts
 from mmrec.data.readers import Document, Reading
 from mmrec.data.splitting import TRAIN, Plan, scan, sketches, split
@@ -39,7 +39,7 @@ def reading(config: TrainConfig) -> Reading:
 
 def prepare(
     source: str,
-    tokenizer: str = "bpe",
+    tokenizer: str | Tokenizer = "bpe",
     vocab_size: int = 5000,
     out: Path | None = None,
     progress: Say | None = None,
@@ -52,7 +52,8 @@ def prepare(
 
     Args:
         source: see ``corpora.documents``, or a prepared ``.h5`` file (returned as it is).
-        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``.
+        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``; or one made
+            before, to be used as it is.
         vocab_size: vocabulary of ``bpe``.
         out: where to write; None for the cache.
         progress: called with a line of text at each stage.
@@ -66,7 +67,8 @@ def prepare(
     mixed = mixture(source)
     if is_prepared(source) and len(mixed) == 1:
         return Path(source)
-    check_wish(tokenizer, vocab_size)
+    if isinstance(tokenizer, str):
+        check_wish(tokenizer, vocab_size)
     folder = out.parent if out else cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,31 @@ def prepare(
         else:
             work.make(path)
     return path
+
+
+def open_corpus(
+    source: str, tokenizer: Tokenizer, progress: Say | None = None, how: Reading | None = None
+) -> Corpus:
+    """The corpus of a source under a tokenizer made before: that of a model to go on with.
+
+    Raises:
+        InputError: as of ``prepare``, or a prepared file was made with another tokenizer.
+    """
+    corpus = Corpus.open(prepare(source, tokenizer, progress=progress, how=how))
+    if corpus.tokenizer.to_json() != tokenizer.to_json():
+        raise InputError(
+            f"{source} must be tokenised as the model's text was; it was made with another "
+            "tokenizer: give the text itself, which is tokenised anew"
+        )
+    return corpus
+
+
+def training_texts(source: str, how: Reading | None = None) -> Iterator[str]:
+    """The texts of the training side of a source, piece by piece."""
+    how = how or Reading()
+    found = scan(documents(source, how))
+    plan = split(found, how, lambda: sketches(documents(source, how), lambda n: None))
+    return (d.text for side, d in plan.deal(documents(source, how)) if side == TRAIN)
 
 
 @contextlib.contextmanager
@@ -113,10 +140,18 @@ class _Work:
     """One source on its way to a corpus file."""
 
     def __init__(
-        self, source: str, mains: list[Source], kind: str, vocab_size: int, how: Reading, say: Say
+        self,
+        source: str,
+        mains: list[Source],
+        tokenizer: str | Tokenizer,
+        vocab_size: int,
+        how: Reading,
+        say: Say,
     ) -> None:
-        self.source, self.kind, self.how, self.say = source, kind, how, say
-        self.vocab_size = vocab_size if kind == "bpe" else 0
+        self.source, self.how, self.say = source, how, say
+        self.known = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
+        self.kind, self.vocab_size = kind, vocab_size if kind == "bpe" else 0
         self.streams = mains
         if how.val_file:
             held_out = Reading(how.text_field, how.skip_bad)
@@ -129,7 +164,10 @@ class _Work:
         if len(self.found.keys) == self.given:
             raise InputError(f"{source} is empty: expected text; got only white space or nothing")
         rule: Any = self.given or how.val_share
-        self.wanted = [self.found.fingerprint, kind, self.vocab_size, rule, SCHEMA]
+        detail: Any = self.vocab_size
+        if self.known:
+            detail = hashlib.sha256(self.known.to_json().encode()).hexdigest()
+        self.wanted = [self.found.fingerprint, kind, detail, rule, SCHEMA]
         stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "text"
         key = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:16]
         self.name = f"{stem}-{kind}-{key}.h5"
@@ -156,13 +194,13 @@ class _Work:
             raise InputError(f"{self.source} is too small to split into training and validation "
                              "text")  # fmt: skip
         parts = Parts(path, self.wanted)
-        tokenizer = parts.tokenizer
+        tokenizer = self.known or parts.tokenizer
         if tokenizer is None:
             self.say(f"corpus {self.source}: {len(found.keys):,} documents, {size:,} bytes; "
                      f"training the {self.kind} tokenizer")  # fmt: skip
             tokenizer = self._train(plan)
             parts.tokenizer = tokenizer
-        if self.kind == "bpe" and tokenizer.vocab_size < self.vocab_size:
+        if self.known is None and tokenizer.vocab_size < self.vocab_size:
             self.say(f"note: this text makes a vocabulary of {tokenizer.vocab_size:,} tokens, not "
                      f"the {self.vocab_size:,} asked for")  # fmt: skip
         begin, left = time.perf_counter(), size - parts.bytes

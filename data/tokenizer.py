@@ -7,7 +7,10 @@ of text: the letters ``<|endoftext|>`` in a text are encoded as letters.
 import codecs
 import json
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -174,3 +177,80 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 5000) -> 
     words = sorted(model["vocab"], key=model["vocab"].__getitem__)
     made = {"tokens": words, "merges": model["merges"]}
     return Tokenizer("bpe", json.dumps(made, ensure_ascii=False))
+
+
+def extend_tokenizer(
+    tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int
+) -> tuple[Tokenizer, list[list[int]]]:
+    """Train a byte-level BPE on from its merges: old tokens keep their ids, new ones join old ones.
+
+    Args:
+        tokenizer: of kind ``bpe``.
+        texts: what pairs are counted in.
+        vocab_size: tokens wanted; fewer are made where no pair is left that comes twice.
+
+    Returns:
+        The tokenizer, and for each new token, in order, the ids of the old ones that it joins.
+
+    Raises:
+        InputError: another kind of tokenizer, or not more tokens than it has.
+    """
+    if tokenizer.kind != "bpe":
+        raise InputError(f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}")
+    if not tokenizer.vocab_size < vocab_size <= 1 << 32:
+        raise InputError(f"a grown vocabulary must hold more than the {tokenizer.vocab_size:,} "
+                         f"tokens that there are, and at most 2^32; got {vocab_size}")  # fmt: skip
+    from tokenizers import pre_tokenizers
+
+    stored = json.loads(tokenizer._vocabulary)
+    tokens, merges = list(stored["tokens"]), list(stored["merges"])
+    joins: dict[str, list[int]] = {word: [i] for i, word in enumerate(tokens)}
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counts = Counter(piece for t in texts for piece, _ in splitter.pre_tokenize_str(t))
+    words = [[t.value for t in tokenizer._bpe.model.tokenize(word)] for word in counts]
+    times = list(counts.values())
+    total: Counter[tuple[str, str]] = Counter()
+    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+
+    def count(i: int, sign: int) -> None:
+        for pair in pairwise(words[i]):
+            total[pair] += sign * times[i]
+            places[pair].add(i)
+
+    for i in range(len(words)):
+        count(i, 1)
+    queue = [(-n, pair) for pair, n in total.items()]
+    heapify(queue)
+    while queue and len(tokens) < vocab_size:
+        n, pair = heappop(queue)
+        if -n != total[pair]:  # counted anew since; a pair that still counts stands there again
+            continue
+        if -n < 2:
+            break
+        new = "".join(pair)
+        merges.append(list(pair))
+        if new not in joins:
+            tokens.append(new)
+            joins[new] = joins[pair[0]] + joins[pair[1]]
+        changed = set()
+        for i in sorted(places.pop(pair)):
+            count(i, -1)
+            changed |= set(pairwise(words[i]))
+            words[i] = _join(words[i], pair)
+            count(i, 1)
+            changed |= set(pairwise(words[i]))
+        for other in changed:
+            heappush(queue, (-total[other], other))
+    made = Tokenizer("bpe", json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False))
+    return made, [joins[word] for word in tokens[tokenizer.vocab_size :]]
+
+
+def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word in which each such pair of pieces, from the left, is one piece."""
+    made: list[str] = []
+    at = 0
+    while at < len(word):
+        size = 2 if tuple(word[at : at + 2]) == pair else 1
+        made.append("".join(word[at : at + size]))
+        at += size
+    return made

@@ -150,6 +150,38 @@ def read_info(path: Path) -> tuple[int, dict[str, Any], ModelConfig]:
         return *_read_info(file), _read_config(file)
 
 
+def _read_moments(file: h5py.File, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    made = {}
+    for name, p in model.named_parameters():
+        kept = [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
+        if kept:
+            made[name] = {m: _tensor(file, f"optimizer/{m}/{name}", p) for m in kept}
+    return made
+
+
+def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Optimizer moments of a checkpoint by parameter and name, and the steps that they have seen;
+    none if it was saved without."""
+    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+        if "progress" not in file:
+            return {}, 0
+        aged = read_json(file, "progress").get("aged", 0)
+        return _read_moments(file, model), attribute(file, "step", int) + int(aged)
+
+
+def put_moments(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    moments: dict[str, dict[str, Tensor]],
+    steps: int,
+) -> None:
+    """Give an optimizer the moments that so many steps left, and forget those that it has."""
+    optimizer.state.clear()
+    for name, p in model.named_parameters():
+        if name in moments:
+            optimizer.state[p] = {"step": torch.tensor(float(steps)), **moments[name]}
+
+
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put weights, optimizer moments and random state back in place; return the saved progress.
 
@@ -160,14 +192,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         if "progress" not in file:
             raise InputError(f"{path} holds a model but no training state: resume from last.h5")
         step, _ = _read_info(file)
-        optimizer.state.clear()
+        progress = read_json(file, "progress")
         for name, p in model.named_parameters():
             p.data.copy_(_tensor(file, f"model/{name}", p))
-            kept = [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
-            if kept:
-                moments = {m: _tensor(file, f"optimizer/{m}/{name}", p) for m in kept}
-                optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        progress = read_json(file, "progress")
+        put_moments(model, optimizer, _read_moments(file, model), step + progress.get("aged", 0))
         torch.set_rng_state(torch.from_numpy(read_array(file, "rng", np.uint8)))
         return progress | {"step": step}
 
@@ -190,6 +218,17 @@ def carried(path: Path, like: State) -> State | None:
             stored = read_array(file, f"carried/{name}", x.numpy().dtype, tuple(x.shape))
             x.copy_(torch.from_numpy(stored))
         return like
+
+
+def run_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer of a run, from its furthest checkpoint that can be read.
+
+    Raises InputError if there is none.
+    """
+    for path in reversed(run_checkpoints(run)):
+        with contextlib.suppress(InputError), open_file(path, KIND, SCHEMA, SCHEMA) as file:
+            return Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
+    raise InputError(f"{run} holds no whole checkpoint, so its tokenizer is lost: start it again")
 
 
 def resume(

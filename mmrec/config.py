@@ -119,6 +119,15 @@ class TrainConfig:
     """``bpe``, ``char`` or ``byte``."""
     vocab: int = 0
     """Vocabulary asked of ``bpe``; 0 takes the preset's."""
+    grow_from: str = ""
+    """Run or checkpoint that weights and tokenizer come from; empty starts from nothing."""
+    freeze: str = ""
+    """What keeps its weights, joined by commas: ``embeddings``, ``memory`` (all of a layer but its
+    feed-forward), ``layers:0-2``."""
+    replay: float = 0.0
+    """Share of the windows of a batch that come from ``replay_data``, against forgetting."""
+    replay_data: str = ""
+    """Text of an earlier training, under the same tokenizer."""
     steps: int | None = None
     """Optimizer steps."""
     epochs: float | None = None
@@ -203,6 +212,11 @@ class TrainConfig:
         for name in ("keep", "patience", "vocab"):
             _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         check_reading(self.max_bytes, self.val_share)
+        _require(0 <= self.replay < 1, "replay must lie in [0, 1)", self.replay)
+        good = not self.replay or bool(self.replay_data)
+        _require(good, "replay needs replay_data, the text to take windows of", repr(""))
+        good = not self.replay or self.state != "carry"
+        _require(good, "replay needs state window or document", repr(self.state))
         _require(0 <= self.seed < 1 << 63, "seed must lie in 0 to 2^63 - 1", self.seed)
         for name, known in (
             ("schedule", ["cosine", "linear", "constant"]),

@@ -80,7 +80,7 @@ def gradients(
     their order, so one number of lanes gives one result; dropout takes one number a lane from the
     global random state.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def task(x: Tensor, y: Tensor, seed: int, before: State | None) -> Callable[[], Part]:
         def work() -> Part:

@@ -52,6 +52,8 @@ class Progress:
     """Steps skipped since the last that was taken."""
     skipped: int = 0
     rollbacks: int = 0
+    aged: int = 0
+    """Steps that the moments of the optimizer had seen when the run took them over."""
     spike: int = 0
     """Step at which a spike was last spoken of."""
     epoch: dict[str, Any] = dataclasses.field(default_factory=dict)

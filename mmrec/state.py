@@ -14,8 +14,9 @@ import torch
 
 from mmrec import checkpoint
 from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
-from mmrec.data.batches import deal, spread_pieces
+from mmrec.data.batches import Batches, Mixed, Mixture, deal, spread_pieces
 from mmrec.data.corpus import Corpus
+from mmrec.data.preparing import open_corpus
 from mmrec.evaluate import LANES, Evaluation
 from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
@@ -26,6 +27,7 @@ from mmrec.optimizer import Muon
 from mmrec.run import Progress
 from mmrec.schedule import lr_factor
 from mmrec.signals import Stop
+from mmrec.start import freeze, take_over
 
 
 def conditions() -> dict[str, Any]:
@@ -64,8 +66,15 @@ class State:
             dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         )
         self.set_precision("bfloat16" if wants else "float32")
-        self.batches = deal(corpus.train.tokens, corpus.parts, config.batch, config.seq_len,
-                            config.seed, carry=config.state == "carry")  # fmt: skip
+        freeze(self.model, config.freeze)
+        self.batches: Batches | Mixture | Mixed = deal(
+            corpus.train.tokens, corpus.parts, config.batch, config.seq_len, config.seed,
+            carry=config.state == "carry",
+        )  # fmt: skip
+        if config.replay:
+            text = open_corpus(config.replay_data, corpus.tokenizer).train.tokens
+            old = Batches(text, config.batch, config.seq_len, config.seed)
+            self.batches = Mixed(self.batches, old, config.replay)
         self.carried: Memories | None = None
         """What the rows of a batch go on from, if they do."""
         self.carried_before: Memories | None = None
@@ -90,6 +99,15 @@ class State:
         self.rng = torch.get_rng_state()
         """The random state before the newest step."""
         self.stop = Stop()
+
+    def start_from(self, source: checkpoint.Loaded) -> None:
+        """Take over the weights of a checkpoint, grown to this model's shape, and its moments.
+
+        Raises InputError if the shape cannot be grown to.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.progress.aged = take_over(self.model, self.optimizer, source)
 
     def set_precision(self, precision: str) -> None:
         """Settle what ``auto`` is, so that no later probe settles it otherwise."""

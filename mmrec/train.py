@@ -269,6 +269,8 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
         torch.set_rng_state(trainer.rng)  # whatever was drawn since the trainer was made
         if resume:
             _restore(trainer)
+        elif trainer.config.grow_from:  # before there is anything that could be resumed without it
+            trainer.save("step-0.h5", whole=True)
         config = to_toml(trainer.model.config, trainer.config, trainer.preset)
         write_text(folder / "config.toml", config)
         log = Log(folder, trainer.progress if resume else None)
@@ -283,6 +285,9 @@ def _restore(trainer: Trainer) -> None:
     if not checkpoint.run_checkpoints(trainer.folder):
         if not (trainer.folder / "config.toml").exists():
             raise InputError(f"{trainer.folder} holds no checkpoint to resume from")
+        if trainer.config.grow_from:
+            raise InputError(f"{trainer.folder} lost its checkpoints, and with them what it "
+                             "was grown from: start it again")  # fmt: skip
         trainer.find_ahead()
         trainer.echo(f"resume  {trainer.folder} ended before its first checkpoint: from the start")
         return

@@ -30,6 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         start = f"train --config small.toml --data {text_file} --steps"
         assert call(patch, f"{start} 6 --out runs/one") == 0
         assert call(patch, f"{start} 1 --tokenizer char --out char") == 0
+        bpe = "--tokenizer bpe --vocab 300 --out bpe"
+        assert call(patch, f"{start} 1 {bpe}") == 0
+        assert call(patch, f"data prepare {text_file} --tokenizer char --out char.h5") == 0
         whole = Path("runs/one/last.h5").read_bytes()
         Path("cut.h5").write_bytes(whole[:5000])
         Path("text.h5").write_text("not HDF5")
@@ -216,6 +219,67 @@ MISTAKES = [
     ("generate", "--seed", "--prompt x --seed -1", "'--seed': .*; got '-1'"),
     ("generate", "--seed", f"--prompt x --seed {BIG}", "'--seed': .*; got '1000"),
     ("generate", "--stop", "--prompt x --stop=", "a stop text must not be empty"),
+    ("train", "--grow-from", "tiny --grow-from none", "no checkpoint at none: no such file"),
+    ("train", "--grow-from", "--config small.toml --grow-from char --tokenizer byte",
+     "keeps the tokenizer of its source, char of .*: leave out --tokenizer and --vocab; got byte"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --vocab 300",
+     "keeps the tokenizer of its source, byte of 257: .*; got byte of 300"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --layers l",
+     "must hold the source's in their order.*'nn', the grown ones 'llll'"),
+    ("train", "--grow-from", "tiny --grow-from runs/one --layers b --data char.h5",
+     "char.h5 must be tokenised as the model's text was"),
+    ("train", "--grow-from", "--resume --grow-from char", "--resume keeps .*; --grow-from cannot"),
+    ("grow", "RUN|CHECKPOINT", "none --to mini", "no checkpoint at none: no such file"),
+    ("grow", "RUN|CHECKPOINT", "runs/one", "say what to grow: --to PRESET, or --width"),
+    ("grow", "RUN|CHECKPOINT", "runs/one --width 32", "nothing to grow: .* has this shape already"),
+    ("grow", "RUN|CHECKPOINT", "text.h5 --to mini", "text.h5 is not an HDF5 file"),
+    ("grow", "RUN|CHECKPOINT", "older.h5 --to mini", "earlier mmrec .schema 1"),
+    ("grow", "--to", "runs/one --to minni", "unknown preset 'minni'.*did you mean 'mini'"),
+    ("grow", "--width", "runs/one --width 16", "never shrinks: the width must be .* 32; got 16"),
+    ("grow", "--width", "runs/one --width 33", "heads must divide the width 33; got 2"),
+    ("grow", "--depth", "runs/one --depth 1", "the depth must be at least the source's 2; got 1"),
+    ("grow", "--depth", f"runs/one --depth {BIG}", "depth must be a whole number from 1 to"),
+    ("grow", "--heads", "runs/one --heads 4", "the width of a head must be .* 16; got 8"),
+    ("grow", "--ngrams", "runs/one --ngrams -1", "ngrams must be >= 0; got -1"),
+    ("grow", "--ffn", "runs/one --ffn 0.5", "the feed-forward width must be .*; got 16"),
+    ("grow", "--layers", "runs/one --layers l", "must hold the source's in their order"),
+    ("grow", "--vocab", "runs/one --vocab 300", "only a bpe vocabulary can grow; .* is 'byte'"),
+    ("grow", "--vocab", "bpe --vocab 300", "must hold more than the 300 tokens .*; got 300"),
+    ("grow", "--data", "bpe --vocab 400 --data none.txt", "no data at none.txt"),
+    ("grow", "--data", "runs/one --width 64 --data world.txt", "--vocab takes .*; give both"),
+    ("grow", "--how", "runs/one --width 64 --how wish",
+     "how must be one of preserve, stack, random; got 'wish'"),
+    ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
+    ("grow", "--out", "runs/one --width 64 --out runs", "--out must be a file .*; runs is a"),
+    ("grow", "--out", "runs/one --width 64 --out world.txt", "world.txt is there already"),
+    ("finetune", "RUN|CHECKPOINT", "none --data world.txt", "no checkpoint at none: no such file"),
+    ("finetune", "RUN|CHECKPOINT", "older.h5 --data world.txt", "earlier mmrec .schema 1"),
+    ("finetune", "--data", "runs/one", "Missing option '--data'"),
+    ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
+    ("finetune", "--data", "runs/one --data char.h5", "char.h5 must be tokenised as the model's"),
+    ("finetune", "--old", "runs/one --data world.txt --old none.txt", "no data at none.txt"),
+    *(("finetune", "--freeze", f"runs/one --data world.txt --freeze {word}", message)
+      for word, message in (
+          ("heads", "freeze must be words out of embeddings, memory, layers:0-2.*; got 'heads'"),
+          ("layers:1-2", "freeze must name layers from 0 to 1, .*; got 'layers:1-2'"),
+          ("embeddings,layers:0-1", "freeze must leave something to learn; got 'emb"))),
+    *(("finetune", f"--{name}", f"runs/one --data world.txt --{name} {value}", message)
+      for name, value, message in (
+          ("replay", "1", r"replay must lie in \[0, 1\); got 1"),
+          ("replay", "0.1 --old bad.txt", "bad.txt must be UTF-8"),
+          ("epochs", "0", "epochs must be > 0 and at most"),
+          ("steps", "0", "steps must be > 0 and at most"),
+          ("minutes", "-1", "minutes must be > 0 and at most"),
+          ("batch", "0", "batch must be a whole number from 1"),
+          ("seq-len", "0", "seq_len must be a whole number from 1"),
+          ("lr", "nan", "lr must be finite and > 0; got nan"),
+          ("muon-lr", "0", "muon_lr must be finite and > 0; got 0"),
+          ("warmup", "2", r"warmup must lie in \[0, 1\]; got 2"),
+          ("dropout", "1", r"dropout must lie in \[0, 1\); got 1"),
+          ("eval-every", "0", "eval_every must be a whole number from 1"),
+          ("patience", "-1", "patience must be >= 0; got -1"),
+          ("seed", "-1", "seed must lie in 0 to"),
+          ("out", "runs/one", "runs/one already holds a run"))),
     ("info", "PRESET", "huge", "unknown preset 'huge'"),
     ("info", "PRESET", "", "Missing argument 'PRESET'"),
     ("data prepare", "[source]", "none/", "no data at none/"),
@@ -229,8 +293,9 @@ MISTAKES = [
      "tokenizer must be one of bpe, char, byte; got 'words'"),
     ("data inspect", "--vocab", "world.txt --vocab 3",
      "vocabulary must hold at least 257 tokens, .*; got 3"),
-    *((f"data {name}", option, f"{source} {option} {value}", message)
-      for name in ("prepare", "inspect") for source, option, value, message in (
+    *((name, option, f"{before}{source} {option} {value}", message)
+      for name, before in (("data prepare", ""), ("data inspect", ""),
+                           ("finetune", "runs/one --data ")) for source, option, value, message in (
           ("records.jsonl", "--text-field", "body", "its fields are: text, url"),
           ("world.txt", "--max-bytes", "-1", "max_bytes must lie in 0 to .*; got -1"),
           ("world.txt", "--val-share", "0.6", r"val_share must lie in \(0, 0.5\]; got 0.6"),
@@ -460,3 +525,111 @@ def test_bench_train_says_where_a_step_goes(
     whole = sum(p["seconds"] for p in made["parts"])
     assert whole >= made["seconds"] * 0.99
     assert 0 < made["share"] < 2
+
+
+def program(world: Path, arguments: str) -> str:
+    """Standard output of a real process, which must end well and complain of nothing."""
+    command = [sys.executable, "-W", "error", "-m", "mmrec", *arguments.split()]
+    environment = os.environ | {"MMREC_CACHE": str(world / "cache")}
+    run = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True,
+                         check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def scores(world: Path, where: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(program(world, f"eval {where} --json"))
+    return made
+
+
+def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
+    """Grown, a run scores the same on real text; training goes on with its tokenizer and moments;
+    a resume and an evaluation find them again."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    for name in ("small.toml", "world.txt"):
+        shutil.copy(world / name, tmp_path)
+    out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
+    assert "to   width 64, 3 layers (nnn), 2 heads, vocabulary 257, " in out
+    before = scores(tmp_path, "one/last.h5")
+    after = json.loads(program(tmp_path, "eval grown.h5 --data world.txt --json"))
+    again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
+    assert after["loss"] == pytest.approx(again["loss"], abs=1e-4)
+
+    options = "--batch 2 --seq-len 32 --eval-every 4 --data world.txt"
+    out = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 12 --out more")
+    assert "start   grown.h5, step 6, with its moments" in out
+    assert (tmp_path / "more/step-0.h5").exists()
+    assert scores(tmp_path, "more")["loss"] < before["loss"]
+
+    whole = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 6 --out cut")
+    assert "with its moments" in whole
+    out = program(tmp_path, "train --resume --out cut --steps 12")
+    assert "resume  cut/last.h5, step 6" in out
+    assert scores(tmp_path, "cut")["loss"] < before["loss"]
+
+
+def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:
+    """Another text under the tokenizer of the first, which training anew would not give."""
+    shutil.copy(world / "world.txt", tmp_path)
+    (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
+    (tmp_path / "s.toml").write_text(
+        'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
+        "[train]\nbatch = 2\nseq_len = 32\neval_every = 3\nsteps = 4\n"
+    )
+    program(tmp_path, "train --config s.toml --data world.txt --vocab 400 --out a")
+    out = program(tmp_path, "train --config s.toml --data other.txt --grow-from a --out b")
+    assert "start   a/best.h5, step" in out
+    assert "training the bpe" not in out
+    with h5py.File(tmp_path / "a/last.h5") as a, h5py.File(tmp_path / "b/last.h5") as b:
+        assert a["tokenizer"][()].tobytes() == b["tokenizer"][()].tobytes()
+    program(tmp_path, "train --resume --out b --steps 6")
+    assert scores(tmp_path, "b")["step"] > 0
+    for name in ("step-0.h5", "last.h5", "best.h5"):
+        (tmp_path / "b" / name).unlink()
+    command = [sys.executable, "-m", "mmrec", "train", "--resume", "--out", "b"]
+    lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert lost.returncode == 2
+    assert lost.stderr.count("\n") == 1
+    assert "b holds no whole checkpoint, so its tokenizer is lost" in lost.stderr
+
+
+def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
+    """The new text gets better, the report says so of both texts, and what is frozen stays."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    (tmp_path / "new.txt").write_text(Path(__file__).read_text())
+    out = program(tmp_path, "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
+                  "--eval-every 4 --replay 0.3 --lr 5e-3 --muon-lr 1e-2 --out two")  # fmt: skip
+    made = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
+    assert made["new"]["after"] < made["new"]["before"]
+    assert set(made) == {"new", "old"}
+    assert f"new text new.txt: {made['new']['before']:.4f} bits per byte before, " in out
+    scored = json.loads(program(tmp_path, "eval two --json"))
+    assert scored["bits_per_byte"] == pytest.approx(made["new"]["after"], abs=1e-6)
+    with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
+        same = {}
+        for name in ("embedding", "ngrams", "layers.0.ffn_in.weight", "layers.1.ffn_in.weight"):
+            same[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
+    assert list(same.values()) == [True, True, True, False]
+    out = program(tmp_path, "train --resume --out two --steps 14")
+    assert "resume  two/last.h5, step 12" in out
+    Path(tmp_path / "one/config.toml").unlink()
+    out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
+    assert "note: what is forgotten of the old text is not measured" in out
+
+
+def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
+    """Fewer, longer tokens of the same text, a model that knows of them, and training goes on."""
+    from mmrec.checkpoint import load_model
+
+    shutil.copytree(world / "bpe", tmp_path / "bpe")
+    shutil.copy(world / "world.txt", tmp_path)
+    out = program(tmp_path, "grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
+    assert "to   width 64, 2 layers (nn), 2 heads, vocabulary 500, " in out
+    text = (world / "world.txt").read_text()
+    old, new = load_model(tmp_path / "bpe/last.h5"), load_model(tmp_path / "more.h5")
+    ids = new.tokenizer.encode(text)
+    assert len(ids) < 0.95 * len(old.tokenizer.encode(text))
+    assert new.tokenizer.decode(ids) == text
+    out = program(tmp_path, "train --grow-from more.h5 --data world.txt --batch 2 --seq-len 32 "
+                  "--steps 4 --out on")  # fmt: skip
+    assert "with its moments" in out

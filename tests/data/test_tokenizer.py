@@ -1,11 +1,13 @@
 """Tokenizers give back what they were given, whole and as a stream."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import InputError
-from mmrec.data.tokenizer import EOT, Tokenizer, train_tokenizer
+from mmrec.data.tokenizer import EOT, Tokenizer, extend_tokenizer, train_tokenizer
 
 TEXT = "the cat sat on the mat; the thé was thin. 漢字 🙂\n" * 20
 KINDS = [train_tokenizer(kind, [TEXT], 300) for kind in ("bpe", "char", "byte")]
@@ -55,3 +57,37 @@ def test_bad_input() -> None:
     for damaged in ("", "{}", '{"kind": "bpe", "vocabulary": "x"}', "[1]"):
         with pytest.raises(InputError, match="stored tokenizer is damaged"):
             Tokenizer.from_json(damaged)
+
+
+def test_a_bpe_is_trained_on() -> None:
+    """As good as one trained at once; old tokens stay, and new ones say what they are made of."""
+    text = Path(__file__).read_text()
+    old = train_tokenizer("bpe", [text], 300)
+    grown, pieces = extend_tokenizer(old, [text], 420)
+    assert grown.vocab_size == 420
+    assert len(pieces) == 120
+    for token in range(300):
+        assert grown.token_bytes(token) == old.token_bytes(token)
+    for token, joined in enumerate(pieces, 300):
+        assert len(joined) > 1
+        assert max(joined) < 300
+        assert b"".join(map(old.token_bytes, joined)) == grown.token_bytes(token)
+    ids = grown.encode(text)
+    assert grown.decode(ids) == text
+    assert Tokenizer.from_json(grown.to_json()).encode(text).tolist() == ids.tolist()
+    at_once = len(train_tokenizer("bpe", [text], 420).encode(text))
+    assert len(ids) == pytest.approx(at_once, rel=0.005)
+    used = {int(i) for i in ids}
+    assert len(used & set(range(300, 420))) > 90
+
+
+def test_a_text_may_have_too_little_for_more_tokens() -> None:
+    grown, pieces = extend_tokenizer(KINDS[0], ["aab aab xy aaaa aaaa"], 10_000)
+    assert grown.vocab_size == KINDS[0].vocab_size + len(pieces) < 310
+    assert grown.decode(grown.encode("aab xy aaaa")) == "aab xy aaaa"
+
+
+@pytest.mark.parametrize("tokenizer", KINDS[1:], ids=lambda t: t.kind)
+def test_only_a_bpe_grows(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="only a bpe vocabulary can grow"):
+        extend_tokenizer(tokenizer, [TEXT], 1000)
