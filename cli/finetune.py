@@ -32,6 +32,7 @@ def finetune(
     data: Annotated[str, Opt(help="The new text, as for train.")],
     old: Annotated[str | None, Opt(help="Text of the run; by default what it says.")] = None,
     freeze: Annotated[str | None, Opt(help="embeddings, memory, layers:0-2 …")] = None,
+    layer_decay: Annotated[float | None, Opt(help="Rates of a layer, share of the next.")] = None,
     replay: Annotated[float | None, Opt(help="Share of the old text in a batch.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the new text.")] = None,
     steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,
