@@ -69,6 +69,8 @@ class Race:
                 trainer.progress.aged = take_over(trainer.model, trainer.optimizer,
                                                   load_model(source), how)  # fmt: skip
         made = train(trainer)
+        if made["ended"] == "signal":  # the run was cut, so it cost less than its share
+            raise SystemExit(128 + trainer.stop.number)
         bits = made["epochs"][-1]["bits_per_byte"]
         scale = trainer.val.bits_per_byte / trainer.val.loss if trainer.val else 1.0
         flops, seconds = self.flops[name] * made["steps"], made["seconds"]

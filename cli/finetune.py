@@ -37,6 +37,7 @@ def finetune(
     val_share: Annotated[float | None, Opt(help="Share of the text for validation.")] = None,
     val_file: Annotated[str | None, Opt(help="Source of the validation text.")] = None,
     freeze: Annotated[str | None, Opt(help="embeddings, memory, layers:0-2 …")] = None,
+    layer_decay: Annotated[float | None, Opt(help="Rates of a layer, share of the next.")] = None,
     replay: Annotated[float | None, Opt(help="Share of the old text in a batch.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the new text.")] = None,
     steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 # Commands that keep all cores at work; others take torch as it comes.
-HEAVY = ("train", "eval", "bench train")
+HEAVY = ("train", "finetune", "eval", "bench train")
 
 
 def prepare_process(command: list[str]) -> None:

@@ -124,6 +124,8 @@ class TrainConfig:
     freeze: str = ""
     """What keeps its weights, joined by commas: ``embeddings``, ``memory`` (all of a layer but its
     feed-forward), ``layers:0-2``."""
+    layer_decay: float = 1.0
+    """Rates of a layer as a share of those of the layer above; the embeddings come lowest."""
     replay: float = 0.0
     """Share of the windows of a batch that come from ``replay_data``, against forgetting."""
     replay_data: str = ""
@@ -212,6 +214,8 @@ class TrainConfig:
         for name in ("keep", "patience", "vocab"):
             _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         check_reading(self.max_bytes, self.val_share)
+        good = 0 < self.layer_decay <= 1
+        _require(good, "layer_decay must lie in (0, 1]", self.layer_decay)
         _require(0 <= self.replay < 1, "replay must lie in [0, 1)", self.replay)
         good = not self.replay or bool(self.replay_data)
         _require(good, "replay needs replay_data, the text to take windows of", repr(""))

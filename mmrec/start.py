@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import optim
@@ -86,6 +87,27 @@ def freeze(model: Model, what: str) -> None:
                 p.requires_grad_(False)
     if not any(p.requires_grad for n, p in model.named_parameters() if n != "norm.weight"):
         raise InputError(f"freeze must leave something to learn; got {what!r}")
+
+
+def rates_by_layer(
+    model: Model, groups: list[dict[str, Any]], decay: float
+) -> list[dict[str, Any]]:
+    """Split optimizer groups so that each has one ``rate``, a share of the peak learning rate.
+
+    The top layer and the last norm learn at the full rate, each layer below at ``decay`` of the one
+    above it, and the embeddings below them all. Source: Howard and Ruder 2018 (arXiv:1801.06146).
+    """
+    depth, rates = model.config.depth, {}
+    for name, p in model.named_parameters():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        below = depth - 1 - int(layer[1]) if layer else 0 if name == "norm.weight" else depth
+        rates[p] = decay**below
+    made = []
+    for group in groups:
+        for rate in sorted({rates[p] for p in group["params"]}):
+            alike = [p for p in group["params"] if rates[p] == rate]
+            made.append(group | {"params": alike, "rate": rate})
+    return made
 
 
 def grow_checkpoint(

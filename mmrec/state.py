@@ -27,7 +27,7 @@ from mmrec.optimizer import Muon
 from mmrec.run import Progress
 from mmrec.schedule import lr_factor
 from mmrec.signals import Stop
-from mmrec.start import freeze, take_over
+from mmrec.start import freeze, rates_by_layer, take_over
 
 
 def conditions() -> dict[str, Any]:
@@ -84,11 +84,15 @@ class State:
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
             )
         self.lanes = lanes_for(self.model, config.batch)
+        groups = self.model.parameter_groups(config.weight_decay, config.table_decay)
+        if config.layer_decay < 1:
+            groups = rates_by_layer(self.model, groups, config.layer_decay)
         self.optimizer = Muon(
-            self.model.parameter_groups(config.weight_decay, config.table_decay),
-            lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
             lanes=self.lanes,
         )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["peak"] *= group.get("rate", 1.0)
         table = [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
         self.subset = spread_pieces(corpus.val.tokens, config.eval_tokens, LANES)
         self.subset_bytes = max(1, sum(table[t] for t in self.subset.tolist()))

@@ -265,6 +265,7 @@ MISTAKES = [
           ("embeddings,layers:0-1", "freeze must leave something to learn; got 'emb"))),
     *(("finetune", f"--{name}", f"runs/one --data world.txt --{name} {value}", message)
       for name, value, message in (
+          ("layer-decay", "0", r"layer_decay must lie in \(0, 1\]; got 0"),
           ("replay", "1", r"replay must lie in \[0, 1\); got 1"),
           ("replay", "0.1 --old bad.txt", "bad.txt must be UTF-8"),
           ("epochs", "0", "epochs must be > 0 and at most"),

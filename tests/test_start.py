@@ -141,6 +141,25 @@ def test_a_wrong_freeze_is_refused(what: str) -> None:
         freeze(Model(SMALL), what)
 
 
+def test_lower_layers_learn_at_lower_rates(corpus: Corpus, tmp_path: Path) -> None:
+    """With a decay of nearly nothing only the top layer and the last norm move."""
+    trainer = make_trainer(corpus, tmp_path / "half", layer_decay=0.5)
+    model, peaks = trainer.model, {}
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            peaks[p] = group["peak"] / (0.02 if group["muon"] else 0.01)
+    assert len(peaks) == len(list(model.parameters()))
+    wanted = {"embedding": 0.25, "layers.0": 0.5, "layers.1": 1.0, "norm.weight": 1.0}
+    for name, p in model.named_parameters():
+        assert peaks[p] == next(v for k, v in wanted.items() if name.startswith(k)), name
+    trainer = make_trainer(corpus, tmp_path / "top", layer_decay=1e-12, steps=3)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    train(trainer)
+    for name, p in trainer.model.named_parameters():
+        moved = float((p - before[name]).detach().abs().max())
+        assert (moved > 1e-5) == name.startswith(("layers.1", "norm")), name
+
+
 def test_a_share_of_the_windows_is_old() -> None:
     new = Batches(np.zeros(4000, np.uint16), 8, 10, seed=0)
     old = Batches(np.ones(900, np.uint16), 8, 10, seed=0)
