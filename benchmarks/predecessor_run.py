@@ -24,7 +24,8 @@ from mmrec.data.batches import Batches  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
 from mmrec.data.preparing import prepare  # noqa: E402
 from mmrec.evaluate import evaluate  # noqa: E402
-from mmrec.model import Model, probe_bfloat16  # noqa: E402
+from mmrec.machine import probe_bfloat16  # noqa: E402
+from mmrec.model import Model  # noqa: E402
 from mmrec.optimizer import Muon  # noqa: E402
 from mmrec.schedule import lr_factor  # noqa: E402
 

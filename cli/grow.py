@@ -47,7 +47,8 @@ def grow(
         raise InputError("--data is the text that --vocab takes new tokens from; give both")
     path = find_checkpoint(where)
     _, info, old = read_info(path)
-    base = dataclasses.asdict(preset(to) if to else old)
+    kind = str(info.get("train", {}).get("tokenizer", "bpe"))
+    base = dataclasses.asdict(preset(to, kind) if to else old)
     new = from_dict(ModelConfig, base | given | {"vocab_size": old.vocab_size})
     Growth(old, new, how)  # a mistake is said before the weights are read
     if new == old and vocab is None:

@@ -108,12 +108,11 @@ def _begin(
     title = name or str(tables.get("preset", ""))
     if not (title or chosen.grow_from):
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
-    shape = preset(title) if title else ModelConfig()
-    source = None
-    if chosen.grow_from:
-        source = _source(chosen.grow_from, settings | given)
-        shape = shape if title else source.model.config
-        title = title or str(source.info.get("preset", "model"))
+    source = _source(chosen.grow_from, settings | given) if chosen.grow_from else None
+    if title:
+        shape = preset(title, source.tokenizer.kind if source else chosen.tokenizer)
+    elif source:
+        shape, title = source.model.config, str(source.info.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own
     model: ModelConfig = from_dict(ModelConfig, values)
     if source is None:

@@ -52,7 +52,11 @@ def mixture(source: str) -> list[tuple[float, str]]:
 
 def read_once(source: str) -> bool:
     """Whether a source can be read only once, or only at a price."""
-    return source == "-" or source.startswith("hf:") or Path(source).is_fifo()
+    if source == "-" or source.startswith("hf:"):
+        return True
+    with contextlib.suppress(OSError):  # a name that is too long, for one
+        return Path(source).is_fifo()
+    return False
 
 
 def documents(source: str, how: Reading | None = None) -> Iterator[Document]:
@@ -70,11 +74,15 @@ def documents(source: str, how: Reading | None = None) -> Iterator[Document]:
             has no text, unless ``how`` skips it.
     """
     how = how or Reading()
-    how.bad, size = 0, 0
-    for document in _all(source, how):
+    yield from _limited(_all(source, how), how.max_bytes)
+
+
+def _limited(stream: Iterator[Document], most: int) -> Iterator[Document]:
+    size = 0
+    for document in stream:
         yield document
-        size += len(document.text.encode()) if how.max_bytes else 0
-        if how.max_bytes and size >= how.max_bytes:
+        size += len(document.text.encode()) if most else 0
+        if most and size >= most:
             if document.more:  # what comes is not read; an empty piece ends the document
                 yield Document(document.name, "")
             return
@@ -122,8 +130,9 @@ def reread(source: str, how: Reading, folder: Path) -> Iterator[Source]:
                 shutil.copyfileobj(stream, file)
 
         def again() -> Iterator[Document]:
-            for d in read_file(copy, how, records=records):
-                yield Document(d.name.replace(str(copy), source), d.text, d.more)
+            stream = read_file(copy, how, records=records)
+            named = (Document(d.name.replace(str(copy), source), d.text, d.more) for d in stream)
+            return _limited(named, how.max_bytes)
 
         yield again
     finally:
@@ -132,6 +141,10 @@ def reread(source: str, how: Reading, folder: Path) -> Iterator[Source]:
 
 def _find(source: str) -> list[Path]:
     path = Path(source).expanduser()
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(f"cannot read {source[:80]}…: {error.strerror}") from None
     if path.is_file() or path.is_fifo():
         return [path]
     if path.is_dir():

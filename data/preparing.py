@@ -1,6 +1,7 @@
 """Preparing a corpus: documents to tokens in one HDF5 file, in bounded memory, on all cores."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -47,7 +48,7 @@ def prepare(
 ) -> Path:
     """Make the corpus file of a source, or find the one made before, and return its path.
 
-    Memory does not grow with the text but by about a hundred bytes a document. A text of more than
+    Memory does not grow with the text but by about 250 bytes a document. A text of more than
     64 M characters is tokenised in parts, and what a kill left done is not done again.
 
     Args:
@@ -63,7 +64,7 @@ def prepare(
         InputError: the source cannot be read or is too small to split; the tokenizer is unknown.
         StorageError: the file cannot be written.
     """
-    say, how = progress or (lambda line: None), how or Reading()
+    say, how = progress or (lambda line: None), dataclasses.replace(how or Reading(), bad=0)
     mixed = mixture(source)
     if is_prepared(source) and len(mixed) == 1:
         return Path(source)
@@ -153,13 +154,14 @@ class _Work:
         kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
         self.kind, self.vocab_size = kind, vocab_size if kind == "bpe" else 0
         self.streams = mains
+        held_out = Reading(how.text_field, how.skip_bad) if how.val_file else None
         if how.val_file:
-            held_out = Reading(how.text_field, how.skip_bad)
             self.streams = [lambda: documents(how.val_file, held_out), *mains]
         self.ends: list[int] = []
         """Documents up to the end of each stream."""
         with _bar(None, "reading") as bar:
             self.found = scan(self._numbered(bar))
+        self.skipped = how.bad + (held_out.bad if held_out else 0)
         self.given = self.ends[0] if how.val_file else 0
         if len(self.found.keys) == self.given:
             raise InputError(f"{source} is empty: expected text; got only white space or nothing")
@@ -167,7 +169,8 @@ class _Work:
         detail: Any = self.vocab_size
         if self.known:
             detail = hashlib.sha256(self.known.to_json().encode()).hexdigest()
-        self.wanted = [self.found.fingerprint, kind, detail, rule, SCHEMA]
+        weights = [weight for weight, _ in mixture(source)]
+        self.wanted = [self.found.fingerprint, kind, detail, rule, weights, SCHEMA]
         stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "text"
         key = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:16]
         self.name = f"{stem}-{kind}-{key}.h5"
@@ -212,7 +215,7 @@ class _Work:
         rate = left / 1e6 / (time.perf_counter() - begin)
         info = {"source": self.source, "fingerprint": found.fingerprint, "wanted": self.wanted,
                 "duplicates": plan.duplicates, "near_duplicates": plan.near,
-                "skipped": self.how.bad, "longest": found.longest, "random": found.random,
+                "skipped": self.skipped, "longest": found.longest, "random": found.random,
                 "mixture": self._mixture(plan, parts),
                 "python": platform.python_version()}  # fmt: skip
         with atomic_write(path, KIND, SCHEMA) as file:

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 from mmrec.config import InputError
 
 SEPARATOR = "<|endoftext|>"  # cuts one text into documents
-PIECE = 1 << 20  # characters of a document that are held at once
+PIECE = 1 << 16  # characters of a document that are held, and given to one core, at once
 LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which has to be read whole
 CHUNK = 1 << 20
 LONE = re.compile(r"(?<=\S)[ \n](?=\S)")
-SEARCHED = 1 << 16  # characters in which a place to cut is looked for
+SEARCHED = 1 << 12  # characters in which a place to cut is looked for
 RECORDS = (".jsonl", ".ndjson", ".parquet")
 PACKED = (".gz", ".zst")
 

@@ -171,7 +171,7 @@ def _by_hash(keys: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
 def sketches(documents: Iterable[Document], count: Count) -> np.ndarray:
     """What makes like documents meet: (documents, 16) uint64, equal in one column where alike.
 
-    MinHash (Broder 1997) of the runs of five words of a document's first million characters, in
+    MinHash (Broder 1997) of the runs of five words of a document's first 65,536 characters, in
     sixteen bands of eight: two documents that share 90 % of their runs meet with probability
     0.9999, 80 %: 0.95, half: 0.06.
     """

@@ -297,6 +297,9 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
         if got < least:
             raise InputError(f"growth never shrinks: the {words} must be at least the source's "
                              f"{least}; got {got}")  # fmt: skip
+    if old.ngrams and new.runs != old.runs:
+        raise InputError(f"runs must be the source's {old.runs}, or the table would say other "
+                         f"things; got {new.runs}")  # fmt: skip
     if old.ngrams and new.ngrams % old.ngrams:
         raise InputError(
             f"ngrams must be a multiple of the source's {old.ngrams}, or pairs would share other "

@@ -13,14 +13,13 @@ One layer, with σ the sigmoid and u the input after norm and a short causal con
 
 A layer of the kind ``n`` has the short-term memory with W_g = 0, a linear scan, and no other: all
 between its products is one op, ``gated_scan``. x starts as the sum of the embeddings of a token and
-of the pair and the triple of tokens that it ends.
+of the runs of two and three tokens (of characters four, too) that it ends.
 
 The state of a layer does not grow with the text, and a text may be run whole, in chunks with
 carried state, or token by token: the numbers are the same.
 """
 
 import math
-import time
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +35,14 @@ from mmrec.kernels import (
     squared_relu,
 )
 from mmrec.loss import HeadLoss
-from mmrec.packing import Packing, previous
+from mmrec.packing import Packing, newest, previous
 
-PRIMES = (1_000_003, 998_244_353, 2_654_435_761)  # of the hash of pairs and triples
+RUNS = (  # factors of the hash of pairs, triples and longer runs: of the token before, of the sum
+    (1_000_003, 1),
+    (998_244_353, 2_654_435_761),
+    (1_299_709, 40_503),
+    (15_485_863, 69_069),
+)
 
 
 class LayerState(NamedTuple):
@@ -56,7 +60,7 @@ class State(NamedTuple):
     """What the model remembers between calls."""
 
     recent: Tensor
-    """(B, 2) int64, the last two tokens."""
+    """(B, runs - 1) int64, the last tokens."""
     layers: list[LayerState]
 
 
@@ -94,15 +98,17 @@ class Dropout(nn.Module):
     in no fixed order.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, rows: bool = False) -> None:
+        """``rows``: whole vectors at once."""
         super().__init__()
-        self.share = share
+        self.share, self.rows = share, rows
 
     def forward(self, x: Tensor, dice: torch.Generator | None) -> Tensor:
         if not self.training or self.share == 0:
             return x
         keep = 1 - self.share
-        return x * torch.empty_like(x).bernoulli_(keep, generator=dice).div_(keep)
+        mask = x.new_empty((*x.shape[:-1], 1) if self.rows else x.shape)
+        return x * mask.bernoulli_(keep, generator=dice).div_(keep)
 
 
 def spread_decays(count: int, horizon: int) -> Tensor:
@@ -210,6 +216,8 @@ class Model(nn.Module):
         if config.ngrams:
             self.ngrams = nn.Parameter(torch.empty(config.ngrams, config.width))
             nn.init.normal_(self.ngrams, std=0.02)
+            # twice as often as the rest: they are what learns a text by heart
+            self.row_dropout = Dropout(min(0.5, 2 * config.dropout), rows=True)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
         self.reduced = False  # bfloat16 products
@@ -240,21 +248,30 @@ class Model(nn.Module):
 
     def start(self, batch: int) -> State:
         """The state of every layer before any token."""
-        recent = torch.zeros(batch, 2, dtype=torch.int64, device=self.embedding.device)
+        back = self.config.runs - 1
+        recent = torch.zeros(batch, back, dtype=torch.int64, device=self.embedding.device)
         return State(recent, [layer.start(batch) for layer in self.layers])  # type: ignore[operator]
 
-    def embed(self, tokens: Tensor, recent: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Sum of the embeddings of each token (B, T) and of the pair and triple that it ends.
+    def embed(
+        self,
+        tokens: Tensor,
+        recent: Tensor,
+        starts: Tensor | None = None,
+        dice: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sum of the embeddings of each token (B, T) and of the runs of tokens that it ends.
 
-        Pairs and triples share one table by a hash (Svenstrup et al. 2017, arXiv:1709.03933).
+        Pairs, triples and longer runs share one table by a hash (Svenstrup et al. 2017,
+        arXiv:1709.03933).
         """
         x = F.embedding(tokens, self.embedding)
         if self.config.ngrams:
-            one, two = previous(tokens, recent, starts)
-            pair = one * PRIMES[0] + tokens
-            triple = two * PRIMES[1] + pair
-            for number in (pair, triple * PRIMES[2]):
-                x = x + F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
+            run, earlier = tokens, previous(tokens, recent, starts)
+            for before, (factor, spread) in zip(earlier, RUNS, strict=False):
+                run = before * factor + run
+                number = run * spread
+                row = F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
+                x = x + self.row_dropout(row, dice)
         return x
 
     def hidden_states(
@@ -269,7 +286,7 @@ class Model(nn.Module):
         ``starts`` (B, T) bool: where it is set, a text begins that knows nothing of what precedes.
         """
         state = self.start(tokens.shape[0]) if state is None else state
-        x = self.embed(tokens, state.recent, starts)
+        x = self.embed(tokens, state.recent, starts, dice)
         pack = None if starts is None else Packing.of(starts)
         if pack:
             x = x.flatten(0, 1)[None]
@@ -281,11 +298,9 @@ class Model(nn.Module):
             if pack:
                 last = LayerState(*map(pack.gather, last))  # type: ignore[arg-type]
             after.append(last)
-        recent = torch.cat((state.recent, tokens), 1)[:, -2:]
-        if starts is not None:
+        if pack:
             x = x.view(*tokens.shape, -1)
-            recent[:, 0].masked_fill_(starts[:, -1], 0)
-        return self.norm(x), State(recent, after)
+        return self.norm(x), State(newest(tokens, state.recent, starts), after)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (…, V) for hidden states (…, D)."""
@@ -321,20 +336,3 @@ class Model(nn.Module):
         x, after = self.hidden_states(tokens, state, dice, starts)
         loss = HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
         return loss, after
-
-
-def probe_bfloat16() -> bool:
-    """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.randn(1024, 512).to(dtype), torch.randn(512, 512).to(dtype)
-        a @ b
-        best = math.inf
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    # The casts to and from bfloat16 cost memory traffic, so a small advantage is none.
-    return seconds(torch.bfloat16) * 1.3 < seconds(torch.float32)

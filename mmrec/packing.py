@@ -48,12 +48,29 @@ class Packing(NamedTuple):
         return None if state is None else state.index_select(0, self.last)
 
 
-def previous(tokens: Tensor, recent: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens one and two places before each of (B, T), 0 where that is another text."""
-    joined = torch.cat((recent, tokens), 1)
-    one, two = joined[:, 1:-1], joined[:, :-2]
-    if starts is None:
-        return one, two
-    near = starts.clone()
-    near[:, 1:] |= starts[:, :-1]
-    return one.masked_fill(starts, 0), two.masked_fill(near, 0)
+def previous(tokens: Tensor, recent: Tensor, starts: Tensor | None) -> list[Tensor]:
+    """The tokens one, two, … places before each of (B, T), 0 where that is another text.
+
+    ``recent`` (B, R) are the R tokens before them, the newest last.
+    """
+    back, time = recent.shape[1], tokens.shape[1]
+    joined, made = torch.cat((recent, tokens), 1), []
+    near = starts  # whether a text begins at a place or just before it
+    for k in range(1, back + 1):
+        before = joined[:, back - k : back - k + time]
+        if near is not None and starts is not None:
+            before = before.masked_fill(near, 0)
+            near = near.clone()
+            near[:, k:] |= starts[:, : time - k]
+        made.append(before)
+    return made
+
+
+def newest(tokens: Tensor, recent: Tensor, starts: Tensor | None) -> Tensor:
+    """The last R tokens of (B, R) and (B, T) together, 0 where that is another text."""
+    back, time = recent.shape[1], tokens.shape[1]
+    made = torch.cat((recent, tokens), 1)[:, time:].clone()
+    if starts is not None:
+        for k in range(1, back):
+            made[:, back - 1 - k].masked_fill_(starts[:, max(0, time - k) :].any(1), 0)
+    return made

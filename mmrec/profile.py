@@ -25,7 +25,8 @@ from mmrec.kernels import (
 )
 from mmrec.lanes import gradients, lanes_for
 from mmrec.loss import HeadLoss
-from mmrec.model import Layer, Model, probe_bfloat16
+from mmrec.machine import probe_bfloat16
+from mmrec.model import Layer, Model
 from mmrec.optimizer import Muon
 
 REPEATS = 9

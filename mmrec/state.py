@@ -21,7 +21,8 @@ from mmrec.evaluate import LANES, Evaluation
 from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
 from mmrec.lanes import gradients, lanes_for
-from mmrec.model import Model, probe_bfloat16
+from mmrec.machine import probe_bfloat16
+from mmrec.model import Model
 from mmrec.model import State as Memories
 from mmrec.optimizer import Muon
 from mmrec.run import Progress

@@ -1,6 +1,9 @@
 """Evaluation against an independent computation."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +11,13 @@ import torch
 
 from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
+from mmrec.data.encoding import encode_documents
+from mmrec.data.readers import Document
+from mmrec.data.tokenizer import train_tokenizer
 from mmrec.evaluate import evaluate
+from mmrec.model import Model
 from mmrec.train import Trainer
+from tests.conftest import SMALL
 
 
 def test_scores_equal_a_plain_computation(trainer: Trainer, corpus: Corpus) -> None:
@@ -28,6 +36,26 @@ def test_scores_equal_a_plain_computation(trainer: Trainer, corpus: Corpus) -> N
     assert made.bits_per_byte == pytest.approx(nats / math.log(2) / 1500, rel=1e-5)
     right = (logp.argmax(-1) == stream[0, 1:]).double().mean().item()
     assert made.accuracy == pytest.approx(right, abs=2 / 1500)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_bits_per_byte_are_of_the_text_under_any_tokenizer(kind: str, text_file: Path) -> None:
+    """Against a sum token by token in float64, over the bytes of the text itself."""
+    text = text_file.read_text()[:2500] + "é 日本語 😀"
+    tokenizer = train_tokenizer(kind, [text], 300)
+    model = Model(replace(SMALL, vocab_size=tokenizer.vocab_size)).eval()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.05
+    split = encode_documents(tokenizer, [Document("a", text)])
+    made = evaluate(model, split.tokens, tokenizer.eot, split.n_bytes)
+    ids = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist(), tokenizer.eot])
+    exact, state, nats = model.double(), None, 0.0
+    with torch.no_grad():
+        for token, target in pairwise(ids):
+            logits, state = exact(token.view(1, 1), state)
+            nats -= torch.log_softmax(logits[0, 0], 0)[target].item()
+    assert made.bytes == len(text.encode())
+    assert made.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_chunks_do_not_matter_and_progress_counts_every_token(

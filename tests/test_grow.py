@@ -199,6 +199,7 @@ def test_moments_follow_their_weights() -> None:
      ({"ffn": 1.0}, "the feed-forward width must be at least the source's 64; got 32"),
      ({"conv": 2}, "the conv must be at least the source's 4; got 2"),
      ({"ngrams": 0}, "the ngrams must be at least the source's 50; got 0"),
+     ({"runs": 4}, "runs must be the source's 3, or the table .*; got 4"),
      ({"ngrams": 75}, "ngrams must be a multiple of the source's 50.*; got 75"),
      ({"vocab_size": 300}, "keeps the tokenizer of its source, so vocab_size must be 257; got 300"),
      ({"layers": "nb"}, "must hold the source's in their order.* 'sb', the grown ones 'nb'"),

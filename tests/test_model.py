@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import PRESETS, ModelConfig
-from mmrec.model import Model, probe_bfloat16, spread_decays
+from mmrec.config import PRESETS, ModelConfig, preset
+from mmrec.machine import probe_bfloat16
+from mmrec.model import Model, spread_decays
 
 SMALL = ModelConfig(width=16, depth=4, heads=2, vocab_size=40, layers="bsln", blocks=2, ffn=2.0)
 
@@ -27,6 +28,17 @@ def awake(config: ModelConfig) -> Model:
 def test_tiny_has_the_promised_size() -> None:
     count = sum(p.numel() for p in Model(PRESETS["tiny"]).parameters())
     assert abs(count / 1.96e6 - 1) <= 0.005
+
+
+def test_characters_have_longer_runs_in_no_larger_a_model() -> None:
+    shape = dataclasses.replace(preset("tiny", "char"), vocab_size=66)
+    assert (shape.runs, preset("tiny").runs) == (4, 3)
+    assert sum(p.numel() for p in Model(shape).parameters()) <= 1.96e6
+    x = torch.tensor([[1, 2, 3, 4, 5], [9, 2, 3, 4, 5]])
+    model = Model(shape)
+    with torch.no_grad():
+        a, b = model.embed(x, model.start(2).recent)
+    assert [torch.equal(*pair) for pair in zip(a, b, strict=True)] == [False] * 4 + [True]
 
 
 def test_presets_grow_and_reach_7b_without_memory() -> None:
@@ -60,12 +72,13 @@ def test_whole_equals_chunks(cuts: list[int], layers: str) -> None:
     st.lists(st.booleans(), min_size=48, max_size=48),
     st.integers(1, 23),
     st.sampled_from(["b", "s", "l", "n", "bsln"]),
+    st.integers(2, 5),
 )
 def test_texts_that_begin_inside_know_nothing_of_what_precedes(
-    marks: list[bool], cut: int, layers: str
+    marks: list[bool], cut: int, layers: str, runs: int
 ) -> None:
     """Rows cut into texts, run whole and in two chunks, against each text alone."""
-    model = awake(dataclasses.replace(SMALL, layers=layers, ngrams=16))
+    model = awake(dataclasses.replace(SMALL, layers=layers, ngrams=16, runs=runs))
     tokens, starts = torch.randint(0, 40, (2, 24)), torch.tensor(marks).view(2, 24)
     with torch.no_grad():
         whole, last = model(tokens, starts=starts)

@@ -201,6 +201,8 @@ def test_a_mixture_of_sources(tmp_path: Path, few: bool) -> None:
     corpus = Corpus.open(prepare(source, "byte", out=tmp_path / "made.h5"))
     (three, begin, middle), (one, at, end) = corpus.parts
     assert (three, one, begin, end) == (3.0, 1.0, 0, corpus.train.n_tokens)
+    other = prepare(source.replace("3:", "2:"), "byte", out=tmp_path / "made.h5")
+    assert Corpus.open(other).parts[0][0] == 2.0  # made again for other weights
     assert middle == at
     for held, tokens in ((sources["a"], corpus.train.tokens[:middle]),
                          (sources["b"], corpus.train.tokens[middle:])):  # fmt: skip

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from mmrec.config import InputError
 from mmrec.data import readers
 from mmrec.data.corpora import documents
+from mmrec.data.corpus import Corpus
 from mmrec.data.encoding import encode_documents
 from mmrec.data.preparing import prepare
 from mmrec.data.readers import Cutter, Document, Reading
@@ -134,6 +135,10 @@ def test_standard_input(tmp_path: Path, records: bool) -> None:
                           capture_output=True, timeout=120)  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
+    cut = subprocess.run([*command, f"--out={out}", "--max-bytes=10", *[option] * records],
+                         input=data, capture_output=True, timeout=120)  # fmt: skip
+    assert cut.returncode == 0, cut.stderr
+    assert Corpus.open(out).train.n_bytes < 100
 
 
 @pytest.mark.parametrize(
@@ -180,8 +185,9 @@ def test_bad_records_are_counted_where_that_is_wished(tmp_path: Path) -> None:
     how = Reading(skip_bad=True)
     assert [d.text for d in documents(str(tmp_path), how)] == ["x", "y", "good"]
     assert how.bad == 4
-    assert [d.text for d in documents(str(tmp_path), how)] == ["x", "y", "good"]
-    assert how.bad == 4  # of one reading, not of all
+    out = tmp_path.parent / "made.h5"
+    made = Corpus.open(prepare(str(tmp_path), "byte", out=out, how=Reading(skip_bad=True)))
+    assert made.info["skipped"] == 4  # of one reading, not of all
 
 
 def test_a_line_of_json_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +212,7 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
         (str(tmp_path / "none.txt"), "no such file or folder"),
         (str(tmp_path / "folder"), "holds no text files"),
         (str(tmp_path / "*.rst"), "no file matches"),
+        ("x" * 5000, "cannot read xxx.*: File name too long"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             texts(source)
