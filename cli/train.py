@@ -110,7 +110,7 @@ def _begin(
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
     source = _source(chosen.grow_from, settings | given) if chosen.grow_from else None
     if title:
-        shape = preset(title, source.tokenizer.kind if source else chosen.tokenizer)
+        shape = preset(title, source.tokenizer.kind if source else _kind(chosen))
     elif source:
         shape, title = source.model.config, str(source.info.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own
@@ -118,6 +118,15 @@ def _begin(
     if source is None:
         chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
     return begin(title, model, chosen, source, force, held)
+
+
+def _kind(chosen: TrainConfig) -> str:
+    """The kind of tokenizer that the text will have."""
+    from mmrec.data.corpus import Corpus, is_prepared
+
+    if not is_prepared(chosen.data):
+        return chosen.tokenizer
+    return Corpus.open(Path(chosen.data)).tokenizer.kind
 
 
 def begin(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,18 @@ def test_a_path_inside_a_checkpoint_is_not_read(
         )
     finally:
         shutil.rmtree(alone)
+
+
+def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    for data in ("world.txt --tokenizer char", "other.h5"):
+        wish = f"train tiny --data {data} --steps 1 --batch 1 --seq-len 8 --out runs/chars --force"
+        assert call(monkeypatch, wish) == 0
+        made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
+        assert (made["runs"], made["ngrams"]) == (4, 8192)
+    shutil.rmtree("runs/chars")
 
 
 def test_commands_that_work(

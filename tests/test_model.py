@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
 from mmrec.machine import probe_bfloat16
-from mmrec.model import Model, spread_decays
+from mmrec.model import Dropout, Model, spread_decays
 
 SMALL = ModelConfig(width=16, depth=4, heads=2, vocab_size=40, layers="bsln", blocks=2, ffn=2.0)
 
@@ -136,6 +136,18 @@ def test_loss_and_gradients_equal_plain_cross_entropy() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(x, y), plain)
+
+
+def test_dropout_takes_elements_or_whole_rows() -> None:
+    x = torch.ones(4, 200, 8)
+    for rows in (False, True):
+        made = Dropout(0.25, rows=rows)
+        y = made(x, torch.Generator().manual_seed(1))
+        assert set(y.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+        assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+        assert bool((y == y[..., :1]).all()) == rows
+        assert torch.equal(y, made(x, torch.Generator().manual_seed(1)))
+        assert torch.equal(made.eval()(x, None), x)
 
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:
