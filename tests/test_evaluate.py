@@ -41,7 +41,7 @@ def test_scores_equal_a_plain_computation(trainer: Trainer, corpus: Corpus) -> N
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_bits_per_byte_are_of_the_text_under_any_tokenizer(kind: str, text_file: Path) -> None:
     """Against a sum token by token in float64, over the bytes of the text itself."""
-    text = text_file.read_text()[:2500] + "é 日本語 😀"
+    text = text_file.read_text()[:1500] + "é 日本語 😀"  # short: one lane, so one state
     tokenizer = train_tokenizer(kind, [text], 300)
     model = Model(replace(SMALL, vocab_size=tokenizer.vocab_size)).eval()
     for p in model.parameters():
