@@ -70,7 +70,8 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
     corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
     if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
-        raise InputError(f"the text of {settings.data} changed since training; name --data")
+        raise InputError(f"the text of {settings.data}, or how mmrec reads it, changed since "
+                         "training; name --data")  # fmt: skip
     return corpus
 
 
@@ -102,9 +103,7 @@ def _write_on(
     for x in warm:
         Sampling(temperature=x)
     texts = read_prompts(prompts)
-    train = _corpus(models[0]).train.tokens[:COPIED_TOKENS]
-    tokenizer = models[0].tokenizer
-    training = b"".join(tokenizer.token_bytes(t) for t in train.tolist())
+    training = [_training_text(loaded) for loaded in models]
     count = len(models) * len(texts) * len(warm)
     with tqdm(total=count, unit="text", leave=False, disable=None) as bar:
         made = write_samples(models, texts, warm, training, max_tokens, bar.update)
@@ -115,6 +114,18 @@ def _write_on(
     if report is not None:
         write_text(report, as_html(made) if report.suffix == ".html" else as_markdown(made))
         typer.echo(f"{count} texts: {report}", err=as_json)
+
+
+def _training_text(loaded: "Loaded") -> bytes:
+    """What copies are looked for in; nothing, said aloud, where it cannot be read."""
+    from mmrec.config import InputError
+
+    try:
+        train = _corpus(loaded).train.tokens[:COPIED_TOKENS]
+    except InputError as error:
+        typer.echo(f"note: copies of the training text are not looked for: {error}", err=True)
+        return b""
+    return b"".join(loaded.tokenizer.token_bytes(t) for t in train.tolist())
 
 
 def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool) -> None:

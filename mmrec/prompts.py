@@ -148,13 +148,18 @@ def write_samples(
     models: Sequence[Loaded],
     prompts: Sequence[str],
     temperatures: Sequence[float],
-    training: bytes,
+    training: Sequence[bytes],
     max_tokens: int,
     progress: Callable[[int], object],
 ) -> list[Sample]:
-    """Every model writes on from every prompt at every temperature, with seed 0 and top_p 0.95."""
-    drafts, bodies = [], []
-    for loaded in models:
+    """Every model writes on from every prompt at every temperature, with seed 0 and top_p 0.95.
+
+    ``training`` is each model's own training text, in which copies are looked for; an empty one has
+    none.
+    """
+    made: list[Sample] = []
+    for loaded, text_before in zip(models, training, strict=True):
+        drafts, bodies = [], []
         for prompt in prompts:
             for warm in temperatures:
                 how = Sampling(temperature=warm)
@@ -167,9 +172,10 @@ def write_samples(
                 drafts.append((str(loaded.path), prompt, warm, text, mean))
                 bodies.append(text.encode())
                 progress(1)
-    copied = Copies(training).longest(bodies)
-    return [Sample(*draft, span.decode("utf-8", "replace"))
-            for draft, span in zip(drafts, copied, strict=True)]  # fmt: skip
+        copied = Copies(text_before).longest(bodies)
+        made += [Sample(*draft, span.decode("utf-8", "ignore"))  # its ends may cut a character
+                 for draft, span in zip(drafts, copied, strict=True)]  # fmt: skip
+    return made
 
 
 HEAD = ("checkpoint", "temperature", "distinct-1", "distinct-2", "distinct-3", "repeated",

@@ -15,6 +15,7 @@ import pytest
 
 from mmrec.cli import main
 from mmrec.storage import seal
+from tests.mistakes import MISTAKES
 
 
 @pytest.fixture(scope="module")
@@ -60,261 +61,6 @@ def call(patch: pytest.MonkeyPatch, arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main.run()
     return int(caught.value.code or 0)
-
-
-BIG = 10**30
-# command, the option or argument at fault, arguments, what standard error says
-MISTAKES = [
-    ("", "COMMAND", "trian", "No such command 'trian'. Did you mean 'train'"),
-    ("data", "COMMAND", "", "Missing command"),
-    ("bench", "COMMAND", "skan", "No such command 'skan'"),
-    ("compare", "RUN...", "runs/none", "runs/none must be a run folder; it holds no metrics.jsonl"),
-    ("compare", "RUN...", "", "Missing argument 'RUN...'"),
-    ("eval", "--plot", "--plot runs", "--plot must be a file to write; runs is a folder"),
-    ("compare", "--out", "runs/one --out runs", "--out must be a file .*; runs is a folder"),
-    ("train", "PRESET", "tinny",
-     "unknown preset 'tinny': expected one of tiny, .*; did you mean 'tiny'"),
-    ("train", "PRESET", "", "name a preset: mmrec train tiny"),
-    ("train", "PRESET", "tiny mini", r"unexpected extra argument\(s\) \(mini\)"),
-    ("train", "--config", "--config none.toml", "cannot read config file none.toml: No such file"),
-    ("train", "--config", "--config .", "cannot read config file .: Is a directory"),
-    ("train", "--config", "--config lr.toml tiny", "lr must be finite and > 0; got nan"),
-    ("train", "--config", "--config cut.toml", "config file cut.toml is not TOML"),
-    ("train", "--config", "--config word.toml",
-     "unknown setting 'lrr' for TrainConfig; did you mean 'lr'"),
-    ("train", "--config", "--config type.toml", "steps must be of type int | None; got 'x'"),
-    ("train", "--config", "--config cut.h5", "config file cut.h5 is not TOML"),
-    ("train", "--data", "tiny --data stdlob", "unknown corpus 'stdlob'.*did you mean 'stdlib'"),
-    ("train", "--data", "tiny --data none.txt", "no data at none.txt: no such file or folder"),
-    ("train", "--data", "tiny --data *.none", r"no file matches \*.none"),
-    ("train", "--data", "tiny --data bad.txt",
-     "bad.txt must be UTF-8 text; byte 0xff at offset 3 is not"),
-    ("train", "--data", "tiny --data empty.txt", "empty.txt is empty"),
-    ("train", "--data", "tiny --data short.txt --tokenizer byte",
-     "one batch needs 16 windows of 256"),
-    ("train", "--data", "tiny --data short.txt --tokenizer byte --batch 1 --seq-len 20",
-     "validation split must hold one window of 21 tokens"),
-    ("train", "--data", "tiny --data cut.h5", "corpus cut.h5 is damaged or truncated"),
-    ("train", "--data", "tiny --data newer.h5", "newer.h5 must be a corpus; it is a checkpoint"),
-    ("train", "--text-field", "tiny --data records.jsonl --text-field body",
-     "records.jsonl line 1 must have a field 'body' .*; its fields are: text, url"),
-    ("train", "--data", "tiny --data records.jsonl", "records.jsonl line 2 must be JSON"),
-    ("train", "--data", "tiny --data hf:a:b:c:d", r"must be hf:NAME\[:CONFIG\]\[:SPLIT\]"),
-    ("train", "--data", "tiny --data 0:world.txt,1:stdlib",
-     "weights of a mixture must be > 0; got 0:world.txt,1:stdlib"),
-    ("train", "--max-bytes", "tiny --max-bytes -1", r"max_bytes must lie in 0 to 10\^15; got -1"),
-    ("train", "--val-share", "tiny --val-share 0", r"val_share must lie in \(0, 0.5\]; got 0"),
-    ("train", "--val-share", "tiny --val-share nan", r"val_share must lie in \(0, 0.5\]; got nan"),
-    ("train", "--val-file", "tiny --data world.txt --val-file none.txt", "no data at none.txt"),
-    ("train", "--tokenizer", "tiny --tokenizer words",
-     "tokenizer must be one of bpe, char, byte; got 'words'"),
-    ("train", "--vocab", "tiny --vocab 10",
-     "bpe vocabulary must hold at least 257 tokens, .*; got 10"),
-    ("train", "--vocab", "tiny --vocab -1", "vocab must be >= 0; got -1"),
-    ("train", "--vocab", f"tiny --vocab {BIG}", r"at most 2\^32; got 1000000"),
-    ("train", "--epochs", "tiny --epochs 0", r"epochs must be > 0 and at most 10\^15; got 0"),
-    ("train", "--epochs", "tiny --epochs nan", "epochs must be > 0 and at most .*; got nan"),
-    ("train", "--steps", "tiny --steps 0", "steps must be > 0 and at most .*; got 0"),
-    ("train", "--steps", "tiny --steps 1.5", "'--steps': .* integer.*; got '1.5'"),
-    ("train", "--steps", f"tiny --steps={BIG}", "steps must be > 0 and at most .*; got 1000"),
-    ("train", "--steps", "tiny --steps", "'--steps' requires an argument"),
-    ("train", "--steps", "tiny --stpes 4", "No such option: --stpes.*--steps"),
-    ("train", "--minutes", "tiny --minutes -1", "minutes must be > 0 and at most .*; got -1"),
-    ("train", "--minutes", "tiny --steps 5 --minutes 1", "only one of steps, epochs, minutes"),
-    ("train", "--batch", "tiny --batch 0", "batch must be a whole number from 1 to .*; got 0"),
-    ("train", "--batch", f"tiny --batch {BIG}", r"batch must be a whole number from 1 to 10\^15"),
-    ("train", "--seq-len", "tiny --seq-len -5", "seq_len must be a whole number from 1 .*; got -5"),
-    ("train", "--state", "tiny --state epoch",
-     "state must be one of window, document, carry; got 'epoch'"),
-    ("train", "--accumulate", "tiny --accumulate 0",
-     "accumulate must be a whole number from 1 .*; got 0"),
-    ("train", "--lr", "tiny --lr nan", "lr must be finite and > 0; got nan"),
-    ("train", "--lr", "tiny --lr inf", "lr must be finite and > 0; got inf"),
-    ("train", "--lr", "tiny --lr fast", "'--lr': .*; got 'fast'"),
-    ("train", "--muon-lr", "tiny --muon-lr 0", "muon_lr must be finite and > 0; got 0"),
-    ("train", "--min-lr", "tiny --min-lr 1.5", r"min_lr must lie in \[0, 1\]; got 1.5"),
-    ("train", "--warmup", "tiny --warmup -0.1", r"warmup must lie in \[0, 1\]; got -0.1"),
-    ("train", "--schedule", "tiny --schedule step",
-     "schedule must be one of cosine, linear, constant; got 'step'"),
-    ("train", "--table-decay", "tiny --table-decay -1",
-     "table_decay must be finite and >= 0; got -1"),
-    ("train", "--weight-decay", "tiny --weight-decay -1",
-     "weight_decay must be finite and >= 0; got -1"),
-    ("train", "--clip", "tiny --clip 0", "clip must be finite and > 0; got 0"),
-    ("train", "--dropout", "tiny --dropout 1", r"dropout must lie in \[0, 1\); got 1"),
-    ("train", "--layers", "tiny --layers q", "layers must be letters out of .*; got 'q'"),
-    ("train", "--precision", "tiny --precision float16",
-     "precision must be one of auto, float32, bfloat16; got 'float16'"),
-    ("train", "--seed", "tiny --seed -1", r"seed must lie in 0 to 2\^63 - 1; got -1"),
-    ("train", "--seed", f"tiny --seed {BIG}", "seed must lie in 0 to .*; got 1000"),
-    ("train", "--eval-every", "tiny --eval-every 0",
-     "eval_every must be a whole number from 1 .*; got 0"),
-    ("train", "--save-every", "tiny --save-every 0",
-     "save_every must be a whole number from 1 .*; got 0"),
-    ("train", "--keep", "tiny --keep -1", "keep must be >= 0; got -1"),
-    ("train", "--keep", "tiny --keep 0 --on-nan rollback",
-     "keep must be >= 1, or on_nan rollback has nowhere"),
-    ("train", "--patience", "tiny --patience -1", "patience must be >= 0; got -1"),
-    ("train", "--on-nan", "tiny --on-nan ignore",
-     "on_nan must be one of stop, skip, rollback; got 'ignore'"),
-    ("train", "--out", "--config small.toml --data world.txt --out small.toml",
-     "the run folder small.toml must be a folder; it is a file"),
-    ("train", "--out", "--config small.toml --data world.txt --out /proc/none",
-     "cannot write in the run folder /proc/none"),
-    ("train", "--out", "--config small.toml --data world.txt --out runs/one",
-     "runs/one already holds a run: choose another --out"),
-    ("train", "--resume", "--resume --lr 1",
-     "--resume keeps the settings of its run; --lr cannot be given"),
-    ("train", "--resume", "tiny --resume",
-     "--resume keeps the settings of its run; PRESET cannot be given"),
-    ("train", "--resume", "--resume --config small.toml",
-     "--resume keeps .*; --config cannot be given"),
-    ("train", "--resume", "--resume --out nowhere",
-     "no run at nowhere to resume: expected a folder with a config.toml"),
-    ("train", "--force", "--resume --force", "--resume keeps .*; --force cannot be given"),
-    ("eval", "[RUN|CHECKPOINT]...", "nowhere", "no checkpoint at nowhere: no such file"),
-    ("eval", "[RUN|CHECKPOINT]...", "runs",
-     "no checkpoint in runs: expected best.h5, last.h5 or step-N.h5"),
-    ("eval", "[RUN|CHECKPOINT]...", "cut.h5", "checkpoint cut.h5 is damaged or truncated"),
-    ("eval", "[RUN|CHECKPOINT]...", "text.h5", "text.h5 is not an HDF5 file"),
-    ("eval", "[RUN|CHECKPOINT]...", "older.h5",
-     r"earlier mmrec \(schema 1; this one reads from \d on\): make it again"),
-    ("eval", "[RUN|CHECKPOINT]...", "newer.h5",
-     r"newer mmrec \(schema 99; this one reads up to \d\): upgrade mmrec"),
-    ("eval", "--data", "--data bad.txt", "bad.txt must be UTF-8"),
-    ("eval", "--data", "--data none.txt", "no data at none.txt"),
-    ("eval", "--data", "--data empty.txt", "empty.txt is empty"),
-    ("eval", "--data", "--data other.h5", "other.h5 must have the tokenizer of .*; it has another"),
-    ("eval", "--text-field", "--data records.jsonl --text-field body", "must have a field 'body'"),
-    ("eval", "[RUN|CHECKPOINT]...", "runs/one char",
-     "one model at a time is scored; got 2: --prompts takes several"),
-    ("eval", "--prompts", "--prompts none.txt", "cannot read none.txt: No such file"),
-    ("eval", "--prompts", "--prompts empty.txt", "empty.txt must hold prompts, one a line"),
-    ("eval", "--prompts", "--prompts bad.txt", "bad.txt must be UTF-8 text"),
-    ("eval", "--prompts", "--prompts records.jsonl",
-     "records.jsonl line 1 must be a JSON object with a field 'prompt'"),
-    ("eval", "--temperatures", "--prompts short.txt --temperatures 0,warm",
-     "--temperatures must be numbers joined by commas; got '0,warm'"),
-    ("eval", "--temperatures", "--prompts short.txt --temperatures -1",
-     "temperature must be finite and >= 0; got -1"),
-    ("eval", "--max-tokens", "--prompts short.txt --max-tokens 0", "'--max-tokens': .*1; got '0'"),
-    ("eval", "--report", "--prompts short.txt --report r.pdf", "must end in .md or .html; got r.p"),
-    ("eval", "--report", "--prompts short.txt --report runs", "--report must be a file to write"),
-    ("eval", "--tasks", "--tasks none-such", "the harness has no task 'none-such'"),
-    ("eval", "--include-path", "--tasks x --include-path none", "must be a folder of tasks; none"),
-    ("generate", "--model", "--model nowhere.h5 --prompt x",
-     "no checkpoint at nowhere.h5: no such file"),
-    ("generate", "--model", "--model text.h5 --prompt x", "text.h5 is not an HDF5 file"),
-    ("generate", "--prompt", "--prompt", "'--prompt' requires an argument"),
-    ("generate", "--prompt", "--model char --prompt ☃", "char.*'☃'|'☃'.*char"),
-    ("generate", "--max-tokens", "--prompt x --max-tokens -1", "max_tokens must be >= 0; got -1"),
-    ("generate", "--temperature", "--prompt x --temperature -1",
-     "temperature must be finite and >= 0; got -1"),
-    ("generate", "--temperature", "--prompt x --temperature nan",
-     "temperature must be finite and >= 0; got nan"),
-    ("generate", "--top-k", "--prompt x --top-k -1", "top_k must be >= 0; got -1"),
-    ("generate", "--top-p", "--prompt x --top-p 0", r"top_p must be in \(0, 1\]; got 0"),
-    ("generate", "--min-p", "--prompt x --min-p 2", r"min_p must be in \[0, 1\]; got 2"),
-    ("generate", "--repetition-penalty", "--prompt x --repetition-penalty 0",
-     "repetition_penalty must be finite and > 0; got 0"),
-    ("generate", "--seed", "--prompt x --seed -1", "'--seed': .*; got '-1'"),
-    ("generate", "--seed", f"--prompt x --seed {BIG}", "'--seed': .*; got '1000"),
-    ("generate", "--stop", "--prompt x --stop=", "a stop text must not be empty"),
-    ("train", "--grow-from", "tiny --grow-from none", "no checkpoint at none: no such file"),
-    ("train", "--grow-from", "--config small.toml --grow-from char --tokenizer byte",
-     "keeps the tokenizer of its source, char of .*: leave out --tokenizer and --vocab; got byte"),
-    ("train", "--grow-from", "tiny --grow-from runs/one --vocab 300",
-     "keeps the tokenizer of its source, byte of 257: .*; got byte of 300"),
-    ("train", "--grow-from", "tiny --grow-from runs/one --layers l",
-     "must hold the source's in their order.*'nn', the grown ones 'llll'"),
-    ("train", "--grow-from", "tiny --grow-from runs/one --layers b --data char.h5",
-     "char.h5 must be tokenised as the model's text was"),
-    ("train", "--grow-from", "--resume --grow-from char", "--resume keeps .*; --grow-from cannot"),
-    ("grow", "RUN|CHECKPOINT", "none --to mini", "no checkpoint at none: no such file"),
-    ("grow", "RUN|CHECKPOINT", "runs/one", "say what to grow: --to PRESET, or --width"),
-    ("grow", "RUN|CHECKPOINT", "runs/one --width 32", "nothing to grow: .* has this shape already"),
-    ("grow", "RUN|CHECKPOINT", "text.h5 --to mini", "text.h5 is not an HDF5 file"),
-    ("grow", "RUN|CHECKPOINT", "older.h5 --to mini", "earlier mmrec .schema 1"),
-    ("grow", "--to", "runs/one --to minni", "unknown preset 'minni'.*did you mean 'mini'"),
-    ("grow", "--width", "runs/one --width 16", "never shrinks: the width must be .* 32; got 16"),
-    ("grow", "--width", "runs/one --width 33", "heads must divide the width 33; got 2"),
-    ("grow", "--depth", "runs/one --depth 1", "the depth must be at least the source's 2; got 1"),
-    ("grow", "--depth", f"runs/one --depth {BIG}", "depth must be a whole number from 1 to"),
-    ("grow", "--heads", "runs/one --heads 4", "the width of a head must be .* 16; got 8"),
-    ("grow", "--ngrams", "runs/one --ngrams -1", "ngrams must be >= 0; got -1"),
-    ("grow", "--ffn", "runs/one --ffn 0.5", "the feed-forward width must be .*; got 16"),
-    ("grow", "--layers", "runs/one --layers l", "must hold the source's in their order"),
-    ("grow", "--vocab", "runs/one --vocab 300", "only a bpe vocabulary can grow; .* is 'byte'"),
-    ("grow", "--vocab", "bpe --vocab 300", "must hold more than the 300 tokens .*; got 300"),
-    ("grow", "--data", "bpe --vocab 400 --data none.txt", "no data at none.txt"),
-    ("grow", "--data", "runs/one --width 64 --data world.txt", "--vocab takes .*; give both"),
-    ("grow", "--how", "runs/one --width 64 --how wish",
-     "how must be one of preserve, stack, random; got 'wish'"),
-    ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
-    ("grow", "--out", "runs/one --width 64 --out runs", "--out must be a file .*; runs is a"),
-    ("grow", "--out", "runs/one --width 64 --out world.txt", "world.txt is there already"),
-    ("finetune", "RUN|CHECKPOINT", "none --data world.txt", "no checkpoint at none: no such file"),
-    ("finetune", "RUN|CHECKPOINT", "older.h5 --data world.txt", "earlier mmrec .schema 1"),
-    ("finetune", "--data", "runs/one", "Missing option '--data'"),
-    ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
-    ("finetune", "--data", "runs/one --data char.h5", "char.h5 must be tokenised as the model's"),
-    ("finetune", "--old", "runs/one --data world.txt --old none.txt", "no data at none.txt"),
-    *(("finetune", "--freeze", f"runs/one --data world.txt --freeze {word}", message)
-      for word, message in (
-          ("heads", "freeze must be words out of embeddings, memory, layers:0-2.*; got 'heads'"),
-          ("layers:1-2", "freeze must name layers from 0 to 1, .*; got 'layers:1-2'"),
-          ("embeddings,layers:0-1", "freeze must leave something to learn; got 'emb"))),
-    *(("finetune", f"--{name}", f"runs/one --data world.txt --{name} {value}", message)
-      for name, value, message in (
-          ("layer-decay", "0", r"layer_decay must lie in \(0, 1\]; got 0"),
-          ("replay", "1", r"replay must lie in \[0, 1\); got 1"),
-          ("replay", "0.1 --old bad.txt", "bad.txt must be UTF-8"),
-          ("epochs", "0", "epochs must be > 0 and at most"),
-          ("steps", "0", "steps must be > 0 and at most"),
-          ("minutes", "-1", "minutes must be > 0 and at most"),
-          ("batch", "0", "batch must be a whole number from 1"),
-          ("seq-len", "0", "seq_len must be a whole number from 1"),
-          ("lr", "nan", "lr must be finite and > 0; got nan"),
-          ("muon-lr", "0", "muon_lr must be finite and > 0; got 0"),
-          ("warmup", "2", r"warmup must lie in \[0, 1\]; got 2"),
-          ("dropout", "1", r"dropout must lie in \[0, 1\); got 1"),
-          ("eval-every", "0", "eval_every must be a whole number from 1"),
-          ("patience", "-1", "patience must be >= 0; got -1"),
-          ("seed", "-1", "seed must lie in 0 to"),
-          ("out", "runs/one", "runs/one already holds a run"))),
-    ("info", "PRESET", "huge", "unknown preset 'huge'"),
-    ("info", "PRESET", "", "Missing argument 'PRESET'"),
-    ("data prepare", "[source]", "none/", "no data at none/"),
-    ("data prepare", "--tokenizer", "world.txt --tokenizer words",
-     "tokenizer must be one of bpe, char, byte; got 'words'"),
-    ("data prepare", "--vocab", "world.txt --vocab 3",
-     "vocabulary must hold at least 257 tokens, .*; got 3"),
-    ("data prepare", "--out", "world.txt --out .", "--out must be a file to write; . is a folder"),
-    ("data inspect", "[source]", "text.h5", "text.h5 is not an HDF5 file"),
-    ("data inspect", "--tokenizer", "world.txt --tokenizer words",
-     "tokenizer must be one of bpe, char, byte; got 'words'"),
-    ("data inspect", "--vocab", "world.txt --vocab 3",
-     "vocabulary must hold at least 257 tokens, .*; got 3"),
-    *((name, option, f"{before}{source} {option} {value}", message)
-      for name, before in (("data prepare", ""), ("data inspect", ""),
-                           ("finetune", "runs/one --data ")) for source, option, value, message in (
-          ("records.jsonl", "--text-field", "body", "its fields are: text, url"),
-          ("world.txt", "--max-bytes", "-1", "max_bytes must lie in 0 to .*; got -1"),
-          ("world.txt", "--val-share", "0.6", r"val_share must lie in \(0, 0.5\]; got 0.6"),
-          ("world.txt", "--val-file", "bad.txt", "bad.txt must be UTF-8 text"))),
-    *((f"bench {name}", option, arguments, message) for name in ("scan", "recurrence", "memory")
-      for option, arguments, message in (
-          ("--shape", "--shape 4x5", "--shape must be . sizes joined by 'x', .*; got '4x5'"),
-          ("--shape", "--shape 4x0x5x6", "--shape must be . sizes .*; got '4x0x5x6'"),
-          ("--repeats", "--repeats 2", "'--repeats': .*3; got '2'"))),
-    ("bench scan", "--shape", "--shape 999999999x9999999x99", "not enough memory: smaller sizes"),
-    ("bench train", "PRESET", "tinny", "unknown preset 'tinny'.*did you mean 'tiny'"),
-    ("bench train", "--vocab", "tiny --vocab 1", "'--vocab': .*2; got '1'"),
-    ("bench train", "--batch", "tiny --batch 0", "'--batch': .*1; got '0'"),
-    ("bench train", "--batch", "tiny --batch 999999999 --seq-len 1000",
-     "not enough memory: smaller sizes"),
-    ("bench train", "--seq-len", "tiny --seq-len 0", "'--seq-len': .*1; got '0'"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -394,6 +140,31 @@ def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
         made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
         assert (made["runs"], made["ngrams"]) == (4, 8192)
     shutil.rmtree("runs/chars")
+
+
+def test_a_missing_harness_is_named(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
+    assert call(monkeypatch, "eval --tasks x") == 2
+    assert "--tasks needs a package: pip install 'mmrec[harness]'" in capsys.readouterr().err
+
+
+def test_prompts_without_their_training_text(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    Path("alone").mkdir()
+    shutil.copy("runs/one/best.h5", "alone")
+    try:
+        wish = "eval alone/best.h5 runs/one --prompts short.txt --temperatures 0 --max-tokens 9"
+        assert call(monkeypatch, wish) == 0
+        made = capsys.readouterr()
+        assert "note: copies of the training text are not looked for" in made.err
+        assert made.out.count("temperature 0,") == 2
+    finally:
+        shutil.rmtree("alone")
 
 
 def test_commands_that_work(

@@ -84,9 +84,12 @@ def test_samples_of_a_trained_model(trainer: Trainer, corpus: Corpus) -> None:
     train(trainer)
     loaded = load_model(trainer.folder / "last.h5")
     training = corpus.tokenizer.decode(corpus.train.tokens).encode()
-    made = write_samples([loaded], ["def ", "im"], [0.0, 1.0], training, 40, lambda n: None)
+    made = write_samples([loaded], ["def ", "im"], [0.0, 1.0], [training], 40, lambda n: None)
     assert [(s.prompt, s.temperature) for s in made] == [("def ", 0), ("def ", 1), ("im", 0),
                                                         ("im", 1)]  # fmt: skip
+    assert all(s.copied.encode() in training for s in made)
+    [other] = write_samples([loaded], ["im"], [0.0], [b""], 40, lambda n: None)
+    assert (other.text, other.copied) == (made[2].text, "")
     for s in made:  # its log-probability, token by token in float64
         ids = [256, *s.prompt.encode(), *s.text.encode()]
         with torch.no_grad():
