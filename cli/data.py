@@ -1,5 +1,6 @@
 """``mmrec data``: prepare a corpus, look into one."""
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ def prepare(
     val_share: ValShare = 0.1,
     val_file: ValFile = "",
     out: Annotated[Path | None, typer.Option(help="Where to write; default: the cache.")] = None,
+    compress: Annotated[bool, typer.Option("--compress", help="Make a smaller file.")] = False,
 ) -> None:
     """Read text, split it, train a tokenizer, and write one HDF5 file."""
     from mmrec.data.preparing import prepare
@@ -43,7 +45,8 @@ def prepare(
     if out is not None and out.is_dir():
         raise InputError(f"--out must be a file to write; {out} is a folder")
     how = _reading(text_field, skip_bad, max_bytes, val_share, val_file)
-    typer.echo(prepare(source, tokenizer, vocab, out, lambda line: typer.echo(line, err=True), how))
+    say = functools.partial(typer.echo, err=True)
+    typer.echo(prepare(source, tokenizer, vocab, out, say, how, pack=compress))
 
 
 def _reading(

@@ -232,6 +232,6 @@ def finish(trainer: "Trainer", lock: "Lock", resume: bool) -> None:
     if made["ended"] == "early":
         say(f"stopped early: no better validation loss in {trainer.config.patience} checks")
     say(f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
-        f"({made['tokens_per_second']:,} tokens/s); best validation loss "
-        f"{made['best_subset_loss']:.4f} at step {made['best_step']:,}")  # fmt: skip
+        f"({made['tokens_per_second']:,} tokens/s)")  # fmt: skip
+    say(f"best model {folder / 'best.h5'}, of step {made['best_step']:,}: {made['best_because']}")
     say(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')

@@ -190,14 +190,14 @@ class Parts:
         """doc_offsets and doc_bytes of a side."""
         return self._sides[side].documents()
 
-    def copy_into(self, file: h5py.File) -> None:
-        """Write the splits of the corpus, a part at a time."""
+    def copy_into(self, file: h5py.File, *, pack: bool) -> None:
+        """Write the splits of the corpus, a part at a time; ``pack`` compresses the tokens."""
         assert self.tokenizer is not None
         dtype = token_dtype(self.tokenizer)
         for name, side in zip(SIDES, self._sides, strict=True):
             rest = side.take(dtype)
             chunks = itertools.chain((self._read(p, name, dtype) for p in self._files), [rest])
-            write_chunks(file, f"{name}/tokens", dtype, sum(side.lens), chunks)
+            write_chunks(file, f"{name}/tokens", dtype, sum(side.lens), chunks, pack=pack)
             offsets, sizes = side.documents()
             write_array(file, f"{name}/doc_offsets", offsets)
             write_array(file, f"{name}/doc_bytes", sizes)

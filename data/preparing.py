@@ -45,6 +45,8 @@ def prepare(
     out: Path | None = None,
     progress: Say | None = None,
     how: Reading | None = None,
+    *,
+    pack: bool = False,
 ) -> Path:
     """Make the corpus file of a source, or find the one made before, and return its path.
 
@@ -59,6 +61,7 @@ def prepare(
         out: where to write; None for the cache.
         progress: called with a line of text at each stage.
         how: fields, what is skipped, and the split.
+        pack: compress the tokens; they are then read into memory whole.
 
     Raises:
         InputError: the source cannot be read or is too small to split; the tokenizer is unknown.
@@ -81,7 +84,7 @@ def prepare(
         mains = [held.enter_context(reread(part, how, folder)) for _, part in mixed]
         held.enter_context(_alone(folder, say))
         sweep(folder)
-        work = _Work(source, mains, tokenizer, vocab_size, how, say)
+        work = _Work(source, mains, tokenizer, vocab_size, how, say, pack=pack)
         path = out or folder / work.name
         if path.exists() and _matches(path, work.wanted):
             say(f"corpus {source}: unchanged, using {path}")
@@ -148,8 +151,10 @@ class _Work:
         vocab_size: int,
         how: Reading,
         say: Say,
+        *,
+        pack: bool,
     ) -> None:
-        self.source, self.how, self.say = source, how, say
+        self.source, self.how, self.say, self.pack = source, how, say, pack
         self.known = tokenizer if isinstance(tokenizer, Tokenizer) else None
         kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
         self.kind, self.vocab_size = kind, vocab_size if kind == "bpe" else 0
@@ -171,6 +176,7 @@ class _Work:
             detail = hashlib.sha256(self.known.to_json().encode()).hexdigest()
         weights = [weight for weight, _ in mixture(source)]
         self.wanted = [self.found.fingerprint, kind, detail, rule, weights, SCHEMA]
+        self.wanted += ["packed"] * pack
         stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "text"
         key = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:16]
         self.name = f"{stem}-{kind}-{key}.h5"
@@ -219,7 +225,7 @@ class _Work:
                 "mixture": self._mixture(plan, parts),
                 "python": platform.python_version()}  # fmt: skip
         with atomic_write(path, KIND, SCHEMA) as file:
-            parts.copy_into(file)
+            parts.copy_into(file, pack=self.pack)
             write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
             write_json(file, "info", info)
         self.say(f"corpus {self.source}: {parts.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")

@@ -276,3 +276,18 @@ def overfitting(checks: list[dict[str, float]], window: int = 3) -> str | None:
         f"{checks[-1]['train']:.3f} while the validation loss rose {best['val']:.3f} -> "
         f"{checks[-1]['val']:.3f}; the best model is kept. More text, --dropout or --patience help"
     )
+
+
+def verdict(checks: list[dict[str, float]], best: float, step: int) -> str:
+    """Say in words why the best model is that of ``step``, whose validation loss was ``best``."""
+    after = [c for c in checks if c["step"] > step]
+    why = f"validation loss {best:.4f}, the lowest of {len(checks)} checks"
+    if not after:
+        earlier = checks[-2]["val"] - best if len(checks) > 1 else 0.0
+        return f"{why}; it was the last one{', and the loss was still falling' * (earlier > 0)}"
+    last, then = after[-1], next((c for c in checks if c["step"] == step), None)
+    why += f"; it was {last['val']:.4f} at step {last['step']:,.0f}"
+    if then is not None and last["train"] < then["train"]:
+        why += (f", while the training loss fell {then['train']:.4f} -> {last['train']:.4f}: from "
+                "there on it learnt its text by heart")  # fmt: skip
+    return why

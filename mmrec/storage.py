@@ -27,6 +27,7 @@ from mmrec.structure import attribute, check_structure, read_whole
 SEAL_BYTES = 512
 SEAL = re.compile(rb"mmrec sealed (\d{1,18}) bytes, sha256 ([0-9a-f]{64})\n\0*")
 CHUNK_BYTES = 1 << 18  # of packed arrays
+PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 MAPPED_BYTES = 1 << 27  # and more are not read at once
 JSON_BYTES = 1 << 24
 """Longest JSON value; the tokenizer of a vocabulary of 128,000 takes a third of it."""
@@ -230,17 +231,26 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, pack: bool = Fa
         while np.prod(chunk) * data.itemsize > CHUNK_BYTES:
             at = next(i for i, n in enumerate(chunk) if n > 1)  # whole rows stay together
             chunk[at] = -(-chunk[at] // 2)
-        how = {"chunks": tuple(chunk), "compression": "gzip", "compression_opts": 1,
-               "shuffle": True}  # fmt: skip
+        how = {"chunks": tuple(chunk), **PACKED}
     made = file.create_dataset(name, data=data, **how)
     made.attrs["crc32"] = np.uint32(zlib.crc32(data.data))
 
 
 def write_chunks(
-    file: h5py.File, name: str, dtype: Any, count: int, chunks: Iterable[np.ndarray]
+    file: h5py.File,
+    name: str,
+    dtype: Any,
+    count: int,
+    chunks: Iterable[np.ndarray],
+    *,
+    pack: bool = False,
 ) -> None:
     """Store an array (count,) that comes in pieces, as write_array would."""
-    made, at, crc = file.create_dataset(name, (count,), dtype), 0, 0
+    how: dict[str, Any] = {}
+    if pack and count:
+        size = min(count, CHUNK_BYTES // np.dtype(dtype).itemsize)
+        how = {"chunks": (size,), **PACKED}
+    made, at, crc = file.create_dataset(name, (count,), dtype, **how), 0, 0
     for chunk in chunks:
         made[at : at + len(chunk)] = chunk
         at, crc = at + len(chunk), zlib.crc32(chunk.data, crc)

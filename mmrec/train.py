@@ -18,7 +18,7 @@ from mmrec.data.corpus import Corpus
 from mmrec.evaluate import evaluate
 from mmrec.files import keep_trying, write_text
 from mmrec.guard import TrainingDiverged, WeightsDiverged
-from mmrec.run import COLUMNS, Lock, Log, clock, epoch_row, overfitting
+from mmrec.run import COLUMNS, Lock, Log, clock, epoch_row, overfitting, verdict
 from mmrec.signals import Interrupted
 from mmrec.state import State, conditions
 
@@ -237,10 +237,11 @@ class Trainer(State):
         p = self.progress
         tokens = p.step * self.config.batch * self.config.seq_len * self.config.accumulate
         best, step = self.ahead or (p.best, p.best_step)
+        reason = "" if best is None else verdict(p.checks, best, step)
         made = {"ended": why, "steps": p.step, "tokens": tokens, "seconds": round(p.seconds, 1),
                 "tokens_per_second": round(tokens / max(p.seconds, 1e-9)), "best_step": step,
-                "best_subset_loss": best, "skipped": p.skipped, "rollbacks": p.rollbacks,
-                "epochs": p.epochs}  # fmt: skip
+                "best_subset_loss": best, "best_because": reason, "skipped": p.skipped,
+                "rollbacks": p.rollbacks, "epochs": p.epochs}  # fmt: skip
         path, text = self.folder / "summary.json", json.dumps(made, indent=1) + "\n"
         keep_trying(lambda: write_text(path, text))
         return made

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmrec.config import InputError
-from mmrec.run import COLUMNS, Lock, RunLocked, clock, epoch_row, open_run, overfitting
+from mmrec.run import COLUMNS, Lock, RunLocked, clock, epoch_row, open_run, overfitting, verdict
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
@@ -78,3 +78,19 @@ def test_overfitting_is_said_once_in_words() -> None:
     assert overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
     level = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
     assert overfitting(level) is None  # training does not fall either: not overfitting
+
+
+def test_the_verdict_says_why_a_model_is_the_best() -> None:
+    def checks(vals: list[float], slope: float = -0.1) -> list[dict[str, float]]:
+        return [{"step": 10 * (i + 1), "val": v, "train": 3.0 + slope * i}
+                for i, v in enumerate(vals)]  # fmt: skip
+
+    falling = verdict(checks([3.0, 2.5, 2.4]), 2.4, 30)
+    assert falling == ("validation loss 2.4000, the lowest of 3 checks; it was the last one, and "
+                       "the loss was still falling")  # fmt: skip
+    risen = verdict(checks([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
+    assert risen == ("validation loss 2.5000, the lowest of 4 checks; it was 2.7000 at step 40, "
+                     "while the training loss fell 2.9000 -> 2.7000: from there on it learnt its "
+                     "text by heart")  # fmt: skip
+    assert "by heart" not in verdict(checks([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
+    assert "falling" not in verdict(checks([3.0]), 3.0, 10)

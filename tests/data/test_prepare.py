@@ -77,6 +77,16 @@ def test_a_given_validation_file(text_file: Path, tmp_path: Path) -> None:
     assert corpus.tokenizer.decode(corpus.train.tokens) == text_file.read_text()
 
 
+def test_a_compressed_corpus_is_smaller_and_the_same(text_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    plain = prepare(str(text_file), "bpe", 400, path)
+    made, size = Corpus.open(plain), plain.stat().st_size
+    packed = Corpus.open(prepare(str(text_file), "bpe", 400, path, pack=True))
+    assert path.stat().st_size < size
+    for side in ("train", "val"):
+        assert (getattr(packed, side).tokens == getattr(made, side).tokens).all()
+
+
 def test_many_tokens_stay_on_the_disk(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = prepare(str(text_file), "bpe", 400)
     read = Corpus.open(path).train.tokens
