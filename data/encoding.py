@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,23 +41,24 @@ def encode(
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
     """Every piece with its side and its ids, in order, the end token after the last of a document.
 
-    A batch is tokenised on all cores while the one before it is taken and the next one read.
+    Each batch is tokenised on all cores; two are under way while one is taken and another read, so
+    that the cores have work while the ids of a batch become an array.
     """
 
     def finish(batch: list[tuple[int, Document]], job: Future[list[np.ndarray]]) -> Iterator[Any]:
         for (side, d), ids in zip(batch, job.result(), strict=True):
-            whole = ids if d.more else np.append(ids, tokenizer.eot)
-            yield side, d, whole.astype(token_dtype(tokenizer))
+            whole = np.empty(len(ids) + (not d.more), token_dtype(tokenizer))
+            whole[: len(ids)], whole[len(ids) :] = ids, tokenizer.eot
+            yield side, d, whole
 
-    with ThreadPoolExecutor(1) as pool:
-        before: tuple[list[tuple[int, Document]], Future[list[np.ndarray]]] | None = None
+    with ThreadPoolExecutor(2) as pool:
+        ahead: deque[tuple[list[tuple[int, Document]], Future[list[np.ndarray]]]] = deque()
         for batch in _batches(dealt):
-            job = pool.submit(tokenizer.encode_batch, [d.text for _, d in batch])
-            if before:
-                yield from finish(*before)
-            before = batch, job
-        if before:
-            yield from finish(*before)
+            ahead.append((batch, pool.submit(tokenizer.encode_batch, [d.text for _, d in batch])))
+            if len(ahead) > 2:
+                yield from finish(*ahead.popleft())
+        while ahead:
+            yield from finish(*ahead.popleft())
 
 
 def _batches(dealt: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
