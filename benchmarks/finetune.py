@@ -1,10 +1,11 @@
-"""Fine-tuning against training from scratch: the same text, the same minutes.
+"""Fine-tuning against training from scratch: the same text, the same number of tokens.
 
-    python benchmarks/finetune.py stdlib stories.txt --minutes 1
-    python benchmarks/finetune.py 'c4/*.jsonl' project/ --minutes 1 --source-minutes 5
+    python benchmarks/finetune.py stdlib stories.txt --steps 200 --out stdlib-to-stories
+    python benchmarks/finetune.py c4.jsonl project/ --source runs/tiny-c4 --out english-to-code
 
-A model is trained on the first text once; then, for every seed, it is fine-tuned on the second in
-several ways, and one of its size is trained on the second alone, with `mmrec` as its user runs it.
+A model is trained on the first text once, unless a run is named; then, for every seed, it is fine-
+tuned on the second in several ways, and one of its size is trained on the second alone, with
+`mmrec` as its user runs it. Every run's learning rates end at its last step.
 Scores are bits per byte of the best checkpoint over the whole validation split of the second text,
 whatever its tokenizer, and of the first. Writes results/finetune-NAME.json and .png.
 """
@@ -51,11 +52,11 @@ def result(run: Path) -> dict[str, Any]:
 
 def race(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All runs: the source, and for each seed one from scratch and one of each way."""
-    source, rows = folder / "source", []
-    mmrec("train", args.preset, "--data", args.old, "--minutes", str(args.source_minutes),
-          "--out", str(source))  # fmt: skip
+    source, rows = args.source or folder / "source", []
+    if not args.source:
+        mmrec("train", args.preset, "--data", args.old, "--out", str(source))
     rows.append({"way": "source", "seed": 0, **result(source)})
-    length = ["--minutes", str(args.minutes), "--eval-every", str(args.eval_every)]
+    length = ["--steps", str(args.steps), "--eval-every", str(args.eval_every)]
     for seed in range(args.seeds):
         common = ["--data", args.new, *length, "--seed", str(seed), "--dropout", str(args.dropout)]
         run = folder / f"scratch-{seed}"
@@ -110,8 +111,8 @@ def main() -> None:
     parser.add_argument("old", help="what the source is trained on")
     parser.add_argument("new", help="what is learnt then")
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--source-minutes", type=float, default=5.0)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--source", type=Path, help="a run on the first text")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=20)
@@ -120,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = race(args, Path(name))
-    about = {k: v for k, v in vars(args).items() if k not in ("old", "new", "out")}
+    about = {k: v for k, v in vars(args).items() if k not in ("old", "new", "out", "source")}
     path = RESULTS / f"finetune-{args.out}.json"
     made = {"machine": machine(), "settings": about, "rows": rows}
     path.write_text(json.dumps(made, indent=1) + "\n")

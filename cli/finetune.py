@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 Opt = typer.Option
 # A fifth of the rates that a model is trained with: a few passes over a text that may be small.
-DEFAULTS = {"lr": 2e-3, "muon_lr": 4e-3, "warmup": 0.1, "patience": 5, "eval_every": 50}
+DEFAULTS: dict[str, Any] = {
+    "lr": 2e-3,
+    "muon_lr": 4e-3,
+    "warmup": 0.1,
+    "patience": 5,
+    "eval_every": 50,
+}
+LORA_LR = 1e-2
 PASSES = 4.0
 # What a fine-tuning takes from the training that it goes on with.
-KEPT = ("batch", "seq_len", "accumulate", "weight_decay", "table_decay", "beta1", "beta2", "clip",
-        "precision", "eval_tokens")  # fmt: skip
+KEPT = ("batch", "seq_len", "state", "accumulate", "weight_decay", "table_decay", "beta1", "beta2",
+        "clip", "precision", "eval_tokens")  # fmt: skip
 
 
 def finetune(
@@ -38,6 +45,8 @@ def finetune(
     val_file: Annotated[str | None, Opt(help="Source of the validation text.")] = None,
     freeze: Annotated[str | None, Opt(help="embeddings, memory, layers:0-2 …")] = None,
     layer_decay: Annotated[float | None, Opt(help="Rates of a layer, share of the next.")] = None,
+    lora: Annotated[int | None, Opt(help="Learn factors of this rank beside the weights.")] = None,
+    lora_alpha: Annotated[float | None, Opt(help="What they count, over the rank.")] = None,
     replay: Annotated[float | None, Opt(help="Share of the old text in a batch.")] = None,
     epochs: Annotated[float | None, Opt(help="Length in passes over the new text.")] = None,
     steps: Annotated[int | None, Opt(help="Length in optimizer steps.")] = None,
@@ -64,6 +73,13 @@ def finetune(
     source = load_model(find_checkpoint(where))
     earlier = source.info.get("train", {})
     settings = {k: earlier[k] for k in KEPT if k in earlier} | DEFAULTS | given
+    if lora and lr is None:
+        settings["lr"] = LORA_LR
+    if lora_alpha is not None and not lora:
+        raise InputError(f"--lora-alpha needs --lora, the rank; got {lora_alpha} alone")
+    if replay and settings.get("state") == "carry":
+        settings["state"] = "document"
+        say("note: with --replay memories start anew in each window, not only in each document")
     if not LENGTHS & given.keys():
         settings["epochs"] = PASSES
     with unbreakable_output(), contextlib.ExitStack() as held:
@@ -79,11 +95,11 @@ def finetune(
             lock, trainer = begin(title, shape, chosen, source, force, held)
             texts = {"new": trainer.corpus} | ({"old": before} if before is not None else {})
             say("scoring the validation text before training")
-            scores = {k: [_bits(trainer.model, text)] for k, text in texts.items()}
+            scores = {k: [_bits(trainer.model, text, trainer.resets)] for k, text in texts.items()}
         finish(trainer, lock, resume=False)
     best = load_model(trainer.folder / "best.h5").model
     for key, text in texts.items():
-        scores[key].append(_bits(best, text))
+        scores[key].append(_bits(best, text, trainer.resets))
         what = text.info["source"]
         say(f"{key} text {what}: {scores[key][0]:.4f} bits per byte before, {scores[key][1]:.4f} "
             "after")  # fmt: skip
@@ -115,11 +131,11 @@ def _old_corpus(source: "Loaded", named: str | None, *, needed: bool) -> "Corpus
     return corpus
 
 
-def _bits(model: "Model", corpus: "Corpus") -> float:
+def _bits(model: "Model", corpus: "Corpus", resets: bool) -> float:
     from mmrec.evaluate import evaluate
 
-    val = corpus.val
-    return evaluate(model, val.tokens, corpus.tokenizer.eot, val.n_bytes).bits_per_byte
+    val, eot = corpus.val, corpus.tokenizer.eot
+    return evaluate(model, val.tokens, eot, val.n_bytes, resets=resets).bits_per_byte
 
 
 def _note(path: Path, scores: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.lora import FACTORS, merge
 from mmrec.model import Model, State
 from mmrec.storage import (
     DamagedError,
@@ -79,7 +80,10 @@ def save(
         write_json(file, "config", asdict(model.config))
         write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
         write_json(file, "info", info)
-        for name, p in model.named_parameters():
+        weights: dict[str, Tensor] = dict(model.named_parameters())
+        if optimizer is None:
+            weights = _merged(weights, _settings(info))
+        for name, p in weights.items():
             write_array(file, f"model/{name}", _numbers(p), pack=True)
         if optimizer is not None:
             for name, p in model.named_parameters():
@@ -92,6 +96,20 @@ def save(
             write_array(file, "rng", torch.get_rng_state().numpy())
             for name, x in _named(carried) if carried else ():
                 write_array(file, f"carried/{name}", x.numpy())
+
+
+def _settings(info: dict[str, Any]) -> TrainConfig:
+    made: TrainConfig = from_dict(TrainConfig, info.get("train", {}))
+    return made
+
+
+def _merged(weights: dict[str, Tensor], train: TrainConfig) -> dict[str, Tensor]:
+    """Weights by name, factors of LoRA merged into what they stand beside."""
+    made = {n: x for n, x in weights.items() if not n.endswith(FACTORS)}
+    for name in [n.removesuffix(".up") for n in weights if n.endswith(".up")]:
+        weight, down, up = (weights[f"{name}.{x}"].detach() for x in ("weight", "down", "up"))
+        made[f"{name}.weight"] = merge(weight, down, up, train.lora_alpha / train.lora)
+    return made
 
 
 def _numbers(x: Tensor) -> np.ndarray:
@@ -111,12 +129,28 @@ def _read_config(file: h5py.File) -> ModelConfig:
     return config
 
 
-def _read_model(file: h5py.File) -> Model:
+def _factors(file: h5py.File, model: Model, rank: int) -> dict[str, Tensor]:
+    """The factors of LoRA by name, where some are stored."""
+    made = {}
+    for name, p in model.named_parameters():
+        stem = name.removesuffix(".weight")
+        if f"model/{stem}.up" in file:
+            outputs, inputs = p.shape
+            for part, shape in (("down", (rank, inputs)), ("up", (outputs, rank))):
+                stored = read_array(file, f"model/{stem}.{part}", np.float32, shape)
+                made[f"{stem}.{part}"] = torch.from_numpy(stored)
+    return made
+
+
+def _read_model(file: h5py.File, info: dict[str, Any]) -> Model:
     config = _read_config(file)
     with torch.device("meta"):  # shapes are checked before anything is allocated
         model = Model(config)
-    weights = {name: _tensor(file, f"model/{name}", p) for name, p in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
+    train, weights = _settings(info), dict[str, Tensor]()
+    for name, p in model.named_parameters():
+        weights[name] = _tensor(file, f"model/{name}", p)
+    weights |= _factors(file, model, train.lora)
+    model.load_state_dict(_merged(weights, train), assign=True)
     for p in model.parameters():
         p.requires_grad_()
     return model
@@ -126,7 +160,7 @@ def _read_info(file: h5py.File) -> tuple[int, dict[str, Any]]:
     step, info = attribute(file, "step", int), read_json(file, "info")
     if step < 0:
         raise ValueError(f"step must be >= 0; it is {step}")
-    from_dict(TrainConfig, info.get("train", {}))
+    _settings(info)
     for key in ("preset", "source", "fingerprint"):
         if not isinstance(info.get(key, ""), str):
             raise ValueError(f"{key} in info must be text")
@@ -137,7 +171,7 @@ def load_model(path: Path) -> Loaded:
     """Read the model of a checkpoint. Raises InputError for every file that is not a whole one."""
     with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         step, info = _read_info(file)
-        model = _read_model(file)
+        model = _read_model(file, info)
         tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError("the tokenizer and the model have vocabularies of different sizes")

@@ -130,6 +130,10 @@ class TrainConfig:
     feed-forward), ``layers:0-2``."""
     layer_decay: float = 1.0
     """Rates of a layer as a share of those of the layer above; the embeddings come lowest."""
+    lora: int = 0
+    """Rank of the factors learnt beside frozen weights (LoRA); 0 learns the weights themselves."""
+    lora_alpha: float = 16.0
+    """What the product of the factors counts is this over the rank."""
     replay: float = 0.0
     """Share of the windows of a batch that come from ``replay_data``, against forgetting."""
     replay_data: str = ""
@@ -220,6 +224,11 @@ class TrainConfig:
         check_reading(self.max_bytes, self.val_share)
         good = 0 < self.layer_decay <= 1
         _require(good, "layer_decay must lie in (0, 1]", self.layer_decay)
+        _require(self.lora >= 0, "lora must be >= 0, the rank of the factors", self.lora)
+        good = math.isfinite(self.lora_alpha) and self.lora_alpha > 0
+        _require(good, "lora_alpha must be finite and > 0", self.lora_alpha)
+        good = not self.lora or bool(self.grow_from)
+        _require(good, "lora needs grow_from, the model whose weights stay", repr(""))
         _require(0 <= self.replay < 1, "replay must lie in [0, 1)", self.replay)
         good = not self.replay or bool(self.replay_data)
         _require(good, "replay needs replay_data, the text to take windows of", repr(""))

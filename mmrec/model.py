@@ -234,7 +234,8 @@ class Model(nn.Module):
         matrices: list[Tensor] = []
         others: list[Tensor] = []
         for name, p in self.layers.named_parameters():
-            (others if p.ndim < 2 or name.endswith("taps") else matrices).append(p)
+            vector = p.ndim < 2 or name.endswith(("taps", "down", "up"))  # factors: see mmrec.lora
+            (others if vector else matrices).append(p)
         rest = dict(self.named_parameters())
         table = [rest.pop("ngrams")] if self.config.ngrams else []
         others += [p for name, p in rest.items() if not name.startswith("layers.")]

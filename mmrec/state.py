@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmrec import checkpoint
+from mmrec import checkpoint, lora
 from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.batches import Batches, Mixed, Mixture, deal, spread_pieces
 from mmrec.data.corpus import Corpus
@@ -67,14 +67,19 @@ class State:
             dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         )
         self.set_precision("bfloat16" if wants else "float32")
+        if config.lora:
+            lora.attach(self.model, config.lora, config.lora_alpha)
         freeze(self.model, config.freeze)
         self.batches: Batches | Mixture | Mixed = deal(
             corpus.train.tokens, corpus.parts, config.batch, config.seq_len, config.seed,
             carry=config.state == "carry",
         )  # fmt: skip
+        self.fingerprints = {"fingerprint": corpus.info["fingerprint"]}
+        """Of all text that is learnt from; a run goes on with the same only."""
         if config.replay:
-            text = open_corpus(config.replay_data, corpus.tokenizer).train.tokens
-            old = Batches(text, config.batch, config.seq_len, config.seed)
+            replayed = open_corpus(config.replay_data, corpus.tokenizer)
+            self.fingerprints["replay_fingerprint"] = replayed.info["fingerprint"]
+            old = Batches(replayed.train.tokens, config.batch, config.seq_len, config.seed)
             self.batches = Mixed(self.batches, old, config.replay)
         self.carried: Memories | None = None
         """What the rows of a batch go on from, if they do."""
@@ -113,6 +118,9 @@ class State:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.progress.aged = take_over(self.model, self.optimizer, source)
+        if self.config.lora:  # what is learnt has no past
+            self.optimizer.state.clear()
+            self.progress.aged = 0
 
     def set_precision(self, precision: str) -> None:
         """Settle what ``auto`` is, so that no later probe settles it otherwise."""
@@ -203,8 +211,7 @@ class State:
         val = dataclasses.asdict(self.val) if self.val else None
         info = {"preset": self.preset, "train": dataclasses.asdict(self.config), "val": val,
                 "source": self.corpus.info["source"], "precision": self.config.precision,
-                "fingerprint": self.corpus.info["fingerprint"],
-                "conditions": conditions()}  # fmt: skip
+                **self.fingerprints, "conditions": conditions()}  # fmt: skip
         carried = self.carried if self.config.state == "carry" else None
         progress = dataclasses.asdict(self.progress)
         extra = (self.optimizer, progress, carried) if whole else (None, None)
@@ -217,8 +224,10 @@ class State:
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint as if nothing had come after it; return its info."""
         _, info, _ = checkpoint.read_info(path)
-        if info["fingerprint"] != self.corpus.info["fingerprint"]:
-            raise InputError(f"the text of {self.config.data} changed since {path} was saved")
+        for key, now in self.fingerprints.items():
+            if info.get(key, now) != now:  # an older file does not know of every text
+                text = self.config.data if key == "fingerprint" else self.config.replay_data
+                raise InputError(f"the text of {text} changed since {path} was saved")
         values = checkpoint.restore(path, self.model, self.optimizer)
         self.progress = from_dict(Progress, values)
         self.carried = self.carried_before = None

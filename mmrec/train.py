@@ -150,9 +150,13 @@ class Trainer(State):
     def announce(self) -> None:
         """Say what will be trained on what, for how long."""
         c, t, v = self.config, self.corpus.train, self.corpus.val
-        count = sum(x.numel() for x in self.model.parameters())
+        weights = [*self.model.parameters()]
+        count = sum(x.numel() for x in weights)
+        learn = sum(x.numel() for x in weights if x.requires_grad)
+        part = "" if learn == count else f", of which {learn / 1e6:.2f} M learn"
         per_step = c.batch * c.seq_len * c.accumulate
-        self.echo(f"model   {self.preset}: {count / 1e6:.2f} M parameters, {self.config.precision}")
+        self.echo(f"model   {self.preset}: {count / 1e6:.2f} M parameters{part}, "
+                  f"{self.config.precision}")  # fmt: skip
         self.echo(f"data    {self.corpus.info['source']}: {t.n_tokens:,} training tokens, "
                   f"{v.n_tokens:,} validation tokens")  # fmt: skip
         compiled, each = self.warm_up()

@@ -197,6 +197,13 @@ MISTAKES = [
     ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
     ("finetune", "--data", "runs/one --data char.h5", "char.h5 must be tokenised as the model's"),
     ("finetune", "--old", "runs/one --data world.txt --old none.txt", "no data at none.txt"),
+    ("finetune", "--lora", "runs/one --data world.txt --lora 33",
+     "lora must lie in 1 to 32, the width of the model; got 33"),
+    ("finetune", "--lora", "runs/one --data world.txt --lora -1", "lora must be >= 0.*; got -1"),
+    ("finetune", "--lora-alpha", "runs/one --data world.txt --lora 2 --lora-alpha 0",
+     "lora_alpha must be finite and > 0; got 0.0"),
+    ("finetune", "--lora-alpha", "runs/one --data world.txt --lora-alpha 4",
+     "--lora-alpha needs --lora, the rank; got 4.0 alone"),
     *(("finetune", "--freeze", f"runs/one --data world.txt --freeze {word}", message)
       for word, message in (
           ("heads", "freeze must be words out of embeddings, memory, layers:0-2.*; got 'heads'"),

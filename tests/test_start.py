@@ -180,6 +180,17 @@ def test_replay_wants_a_text() -> None:
         TrainConfig(replay=0.1)
 
 
+def test_a_resume_wants_the_same_replay(corpus: Corpus, tmp_path: Path) -> None:
+    old = tmp_path / "old.txt"
+    old.write_text("an old text, " * 300)
+    replay: dict[str, object] = {"replay": 0.5, "replay_data": str(old)}
+    train(make_trainer(corpus, tmp_path / "run", steps=2, **replay))
+    train(make_trainer(corpus, tmp_path / "run", steps=3, **replay), resume=True)
+    old.write_text("another text, " * 300)
+    with pytest.raises(InputError, match=r"the text of .*old.txt changed since"):
+        train(make_trainer(corpus, tmp_path / "run", steps=4, **replay), resume=True)
+
+
 def test_the_tokenizer_of_a_run_is_found_past_a_damaged_file(source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(source.parent, run)
