@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.model import Model, State
+from mmrec.parallel import ALONE, World
 from mmrec.storage import (
     DamagedError,
     atomic_write,
@@ -58,8 +59,9 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
     carried: State | None = None,
+    world: World = ALONE,
 ) -> None:
-    """Write a checkpoint, complete or not at all.
+    """Write a checkpoint, complete or not at all. Of several processes, rank 0 writes.
 
     Args:
         path: the file; replaced if it exists.
@@ -70,32 +72,42 @@ def save(
         optimizer: with ``progress`` it makes the checkpoint one to resume from.
         progress: position in the data, clock and records of the run, as JSON values.
         carried: what the rows of the next batch go on from.
+        world: that of the model; one parameter at a time is whole in all processes.
 
     Raises:
         StorageError: the system refused; the earlier file is intact.
     """
-    with atomic_write(path, KIND, SCHEMA) as file:
-        file.attrs["step"] = step
-        write_json(file, "config", asdict(model.config))
-        write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
-        write_json(file, "info", info)
-        for name, p in model.named_parameters():
-            write_array(file, f"model/{name}", _numbers(p), pack=True)
-        if optimizer is not None:
-            for name, p in model.named_parameters():
-                state = optimizer.state.get(p, {})
-                for moment in MOMENTS:
-                    if moment in state:
-                        data = _numbers(state[moment])
-                        write_array(file, f"optimizer/{moment}/{name}", data, pack=True)
-            write_json(file, "progress", progress)
-            write_array(file, "rng", torch.get_rng_state().numpy())
-            for name, x in _named(carried) if carried else ():
-                write_array(file, f"carried/{name}", x.numpy())
+    numbers = _numbers(model, optimizer, world)
+    try:
+        if world.rank == 0:
+            with atomic_write(path, KIND, SCHEMA) as file:
+                file.attrs["step"] = step
+                write_json(file, "config", asdict(model.config))
+                write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
+                write_json(file, "info", info)
+                for name, data in numbers:
+                    write_array(file, name, data, pack=True)
+                if optimizer is not None:
+                    write_json(file, "progress", progress)
+                    write_array(file, "rng", torch.get_rng_state().numpy())
+                    for name, x in _named(carried) if carried else ():
+                        write_array(file, f"carried/{name}", x.numpy())
+    finally:
+        for _ in numbers:  # the processes give each other their shares, whatever became of the file
+            pass
 
 
-def _numbers(x: Tensor) -> np.ndarray:
-    return x.detach().float().numpy()
+def _numbers(
+    model: Model, optimizer: torch.optim.Optimizer | None, world: World
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the weights, then of the moments."""
+    for name, p in model.named_parameters():
+        yield f"model/{name}", world.whole(p.detach()).float().numpy()
+    for name, p in model.named_parameters() if optimizer is not None else ():
+        state = optimizer.state.get(p, {})  # type: ignore[union-attr]
+        for moment in MOMENTS:
+            if moment in state:
+                yield f"optimizer/{moment}/{name}", world.whole(state[moment]).float().numpy()
 
 
 def _tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
@@ -182,22 +194,43 @@ def put_moments(
             optimizer.state[p] = {"step": torch.tensor(float(steps)), **moments[name]}
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE
+) -> dict[str, Any]:
     """Put weights, optimizer moments and random state back in place; return the saved progress.
+
+    Of several processes, rank 0 reads and deals out one parameter at a time.
 
     Raises InputError if the checkpoint is damaged or was written without them; the model and the
     optimizer are then of no use until another one is restored.
     """
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        if "progress" not in file:
-            raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-        step, _ = _read_info(file)
-        progress = read_json(file, "progress")
+    alone: Any = contextlib.nullcontext()
+    with alone if world.rank else open_file(path, KIND, SCHEMA, SCHEMA) as file:
+
+        def put(x: Tensor, group: str) -> Tensor:
+            return world.put(x, None if file is None else _tensor(file, f"{group}/{name}", x))
+
+        read = None if file is None else _read_progress(file, path, model)
+        progress, rng, kept = world.told(read)  # type: ignore[misc]
+        optimizer.state.clear()
         for name, p in model.named_parameters():
-            p.data.copy_(_tensor(file, f"model/{name}", p))
-        put_moments(model, optimizer, _read_moments(file, model), step + progress.get("aged", 0))
-        torch.set_rng_state(torch.from_numpy(read_array(file, "rng", np.uint8)))
-        return progress | {"step": step}
+            put(p.data, "model")
+            if kept[name]:
+                moments = {m: put(torch.zeros_like(p), f"optimizer/{m}") for m in kept[name]}
+                age = float(progress["step"] + progress.get("aged", 0))
+                optimizer.state[p] = {"step": torch.tensor(age), **moments}
+        torch.set_rng_state(torch.from_numpy(rng))
+        return progress
+
+
+def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
+    """Progress, random state, and which moments are kept of each parameter."""
+    if "progress" not in file:
+        raise InputError(f"{path} holds a model but no training state: resume from last.h5")
+    progress = read_json(file, "progress") | {"step": _read_info(file)[0]}
+    kept = {name: [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
+            for name, _ in model.named_parameters()}  # fmt: skip
+    return progress, read_array(file, "rng", np.uint8), kept
 
 
 def _named(state: State) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ carried state, or token by token: the numbers are the same.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -151,12 +152,12 @@ class Layer(nn.Module):
 
     def start(self, batch: int) -> LayerState:
         """The state before any token."""
-        width = self.taps.shape[1]
-        size = width // self.heads
-        return LayerState(
-            self.taps.new_zeros(batch, self.taps.shape[0] - 1, width),
-            self.taps.new_zeros(batch, width) if self.short else None,
-            self.taps.new_zeros(batch, self.heads, size, size) if self.long else None,
+        taps, width = self.taps.shape
+        size, kind = width // self.heads, {"dtype": self.taps.dtype, "device": self.taps.device}
+        return LayerState(  # plain tensors, also where the taps are sharded
+            torch.zeros(batch, taps - 1, width, **kind),  # type: ignore[arg-type]
+            torch.zeros(batch, width, **kind) if self.short else None,  # type: ignore[arg-type]
+            torch.zeros(batch, self.heads, size, size, **kind) if self.long else None,  # type: ignore[arg-type]
         )
 
     def remember(
@@ -208,7 +209,10 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """The language model: embedding, layers, norm, and logits tied to the embedding."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, each: Callable[[nn.Module], nn.Module] = lambda layer: layer
+    ) -> None:
+        """``each`` is given every layer as it is made, before the next one takes memory."""
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
@@ -218,7 +222,7 @@ class Model(nn.Module):
             nn.init.normal_(self.ngrams, std=0.02)
             # twice as often as the rest: they are what learns a text by heart
             self.row_dropout = Dropout(min(0.5, 2 * config.dropout), rows=True)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.kinds)
+        self.layers = nn.ModuleList(each(Layer(config, kind)) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
         self.reduced = False  # bfloat16 products
 
