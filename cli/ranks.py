@@ -53,6 +53,15 @@ def check_launch(kind: str | None) -> None:
                          f"--nproc-per-node 2 -m mmrec {shlex.join(sys.argv[1:])}")  # fmt: skip
 
 
+def command(arguments: str, kind: str | None) -> str:
+    """A command line of mmrec's for as many processes as there are now."""
+    if kind is None:
+        return f"mmrec {arguments}"
+    here, count = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ["WORLD_SIZE"]
+    where = f"--nproc-per-node {here}" if here == count else "…"  # each machine has its own
+    return f"torchrun {where} -m mmrec {arguments} --parallel {kind}"
+
+
 @contextlib.contextmanager
 def together(kind: str | None) -> Iterator["World | None"]:
     """The world that this process trains in; None if it is alone. All but rank 0 are mute: what is

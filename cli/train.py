@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.ranks import check_launch, follow, lead, together
+from mmrec.cli.ranks import check_launch, command, follow, lead, together
 from mmrec.config import (
     InputError,
     ModelConfig,
@@ -98,7 +98,7 @@ def train(
                 lock, trainer = _begin(name, config, given, force, held, world)
             if lock and world:
                 lead(trainer, resume=resume)
-        finish(trainer, lock, resume)
+        finish(trainer, lock, resume, parallel)
 
 
 def _begin(
@@ -226,12 +226,15 @@ def _resume(
     return lock, Trainer(folder, corpus, model, chosen, title, say, world or ALONE)
 
 
-def finish(trainer: "Trainer", lock: "Lock | None", resume: bool) -> None:
+def finish(
+    trainer: "Trainer", lock: "Lock | None", resume: bool, parallel: str | None = None
+) -> None:
     """Train to the end and say how it went; exit code 1 if it diverged, 128 + n after a signal."""
     from mmrec.checkpoint import run_checkpoints
     from mmrec.train import TrainingDiverged, train
 
-    folder, resuming = trainer.folder, f"mmrec train --resume --out {trainer.folder}"
+    folder = trainer.folder
+    resuming = command(f"train --resume --out {folder}", parallel)
     try:
         made = train(trainer, resume=resume, lock=lock)
     except TrainingDiverged as error:

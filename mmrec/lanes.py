@@ -55,8 +55,8 @@ class Lanes:
 
 
 def lanes_for(model: Model, batch: int, world: World = ALONE) -> Lanes:
-    """One lane a core and sequence for a small model, else a single one, and for one that is sharded:
-    its layers are whole for one forward at a time."""
+    """One lane a core and sequence for a small model; a single one for others, and for one that is
+    sharded, whose layers are whole for one forward at a time."""
     small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
     count = min(torch.get_num_threads(), batch) if small and not world.sharded else 1
     return Lanes(count)

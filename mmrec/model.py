@@ -19,6 +19,7 @@ The state of a layer does not grow with the text, and a text may be run whole, i
 carried state, or token by token: the numbers are the same.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -153,11 +154,13 @@ class Layer(nn.Module):
     def start(self, batch: int) -> LayerState:
         """The state before any token."""
         taps, width = self.taps.shape
-        size, kind = width // self.heads, {"dtype": self.taps.dtype, "device": self.taps.device}
-        return LayerState(  # plain tensors, also where the taps are sharded
-            torch.zeros(batch, taps - 1, width, **kind),  # type: ignore[arg-type]
-            torch.zeros(batch, width, **kind) if self.short else None,  # type: ignore[arg-type]
-            torch.zeros(batch, self.heads, size, size, **kind) if self.long else None,  # type: ignore[arg-type]
+        size = width // self.heads
+        # plain tensors, also where the taps are sharded
+        zeros = functools.partial(torch.zeros, dtype=self.taps.dtype, device=self.taps.device)
+        return LayerState(
+            zeros(batch, taps - 1, width),
+            zeros(batch, width) if self.short else None,
+            zeros(batch, self.heads, size, size) if self.long else None,
         )
 
     def remember(

@@ -228,13 +228,15 @@ class State:
         carried = self.carried if self.config.state == "carry" else None
         if carried is not None:
             carried = join(world.all(carried))
-        progress = dataclasses.asdict(self.progress)
-        extra = (self.optimizer, progress, carried) if whole else (None, None, None)
+        kept: dict[str, Any] = {}
+        if whole:
+            progress = dataclasses.asdict(self.progress)
+            kept = {"optimizer": self.optimizer, "progress": progress, "carried": carried}
         path, tokenizer = self.folder / name, self.corpus.tokenizer
         step = self.progress.step
 
         def write() -> None:
-            checkpoint.save(path, self.model, tokenizer, step, info, *extra, world)
+            checkpoint.save(path, self.model, tokenizer, step, info, **kept, world=world)
 
         def again() -> None:
             world.told(True)
