@@ -43,7 +43,8 @@ def check_launch(kind: str | None) -> None:
     if kind is None:
         if count > 1:
             raise InputError(f"torchrun started {count} processes, which would all write the same "
-                             "run: add --parallel ddp or --parallel fsdp")  # fmt: skip
+                             "run: train takes --parallel ddp or --parallel fsdp, finetune works "
+                             "in one process")  # fmt: skip
         return
     if kind not in KINDS:
         raise InputError(f"parallel must be one of {', '.join(KINDS)}; got {kind!r}"
@@ -83,7 +84,8 @@ def together(kind: str | None) -> Iterator["World | None"]:
         except Lost as error:
             lost = str(error)
     if lost:
-        print(f"error: {lost}; the checkpoints are whole: go on from them with --resume",
+        end = "\n" * (os.environ["RANK"] != "0")  # of the bar that a lost rank 0 leaves
+        print(f"{end}error: {lost}; the checkpoints are whole: go on from them with --resume",
               file=sys.stderr)  # fmt: skip
         raise typer.Exit(1)
     if ended:

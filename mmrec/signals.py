@@ -24,8 +24,9 @@ class Stop:
     """
 
     def __init__(self, agree: Callable[[float], float] | None = None) -> None:
-        """``agree``: of several processes, the largest of what each has; they stop together. A
-        second signal is then noted only, as torchrun hands on what a terminal has sent already."""
+        """``agree``: of several processes, the largest of what each has; they stop together. They
+        are torchrun's, which sends signals of its own once one of them ends and kills those that
+        take too long: a second signal is noted only, also when this is left, to the very end."""
         self.number = 0
         """The signal that this process, or all of them, stop for; 0 while there is none."""
         self._agree, self._came = agree, 0
@@ -50,7 +51,7 @@ class Stop:
         return self.number > 0
 
     def __exit__(self, *error: object) -> None:
-        for s, handler in self._before.items():
+        for s, handler in self._before.items() if self._agree is None else ():
             signal.signal(s, handler)
 
     def check(self, *_: object) -> None:

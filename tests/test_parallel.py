@@ -105,19 +105,25 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
 def test_two_four_and_one_go_on_from_each_other(folder: Path) -> None:
     """Rows carried on, two batches a step: each takes the steps that one process takes alone."""
     way = ["--state", "carry", "--accumulate", "2"]
-    run(folder, 1, *NEW, *way, "--steps", "30", "--out", "whole")
-    run(folder, 2, *NEW, *way, "--steps", "10", "--out", "r", "--parallel", "ddp")
-    out, _ = run(folder, 4, "--resume", "--out", "r", "--steps", "20", "--parallel", "fsdp")
-    assert "resume  r/last.h5, step 10" in out
+    run(folder, 1, *NEW, *way, "--keep", "9", "--steps", "30", "--out", "whole")
+    (folder / "r").mkdir()
+    for name in ("step-10.h5", "config.toml", "metrics.jsonl"):
+        shutil.copy(folder / "whole" / name, folder / "r")
+    out, _ = run(folder, 2, "--resume", "--out", "r", "--steps", "20", "--parallel", "ddp")
+    assert "resume  r/step-10.h5, step 10\n" in out
+    assert "processes 1, now 2" in out
+    out, _ = run(folder, 4, "--resume", "--out", "r", "--steps", "30", "--parallel", "fsdp")
     assert "processes 2, now 4" in out
     assert out.count("\ntrained ") == 1  # one process speaks for all
-    run(folder, 2, "--resume", "--out", "r", "--steps", "25", "--parallel", "fsdp")
-    out, _ = run(folder, 1, "--resume", "--out", "r", "--steps", "30")
-    assert "processes 2, now 1" in out
     assert losses(folder / "r") == pytest.approx(losses(folder / "whole"), abs=1e-4)
     a, b = (checkpoint.load_model(folder / x / "last.h5") for x in ("whole", "r"))
     for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
         assert float((p - q).detach().abs().max()) < 2e-3, name
+    grown = ["--grow-from", "whole/last.h5", "--data", "book.txt", "--steps", "3", "--out", "more"]
+    out, _ = run(folder, 2, *grown, "--batch", "4", "--seq-len", "32", "--parallel", "ddp")
+    assert "start   whole/last.h5, step 30, with its moments" in out
+    assert losses(folder / "more")[0] < losses(folder / "whole")[-1] + 0.3
+    assert checkpoint.read_moments(folder / "more/last.h5", a.model)[1] == 33
     moments = [checkpoint.read_moments(x.path, x.model) for x in (a, b)]
     assert moments[0][1] == moments[1][1] == 30
     assert {n: set(m) for n, m in moments[0][0].items()} == {
@@ -209,7 +215,7 @@ def test_how_a_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
             ranks.check_launch("ddp")
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks.check_launch("fsdp")
-    with pytest.raises(InputError, match="torchrun started 2 processes, .*: add --parallel"):
+    with pytest.raises(InputError, match="torchrun started 2 processes, .*: train takes --p"):
         ranks.check_launch(None)
 
 
