@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from mmrec.bench import machine
-from mmrec.checkpoint import Loaded, find_checkpoint, load_model
+from mmrec.checkpoint import Loaded, load_model
 from mmrec.config import TrainConfig, from_dict
 from mmrec.data.corpus import Corpus, Split
 from mmrec.data.preparing import open_corpus, reading
+from mmrec.saved import find_checkpoint
 
 RESULTS, DOCS = (Path(__file__).parent / "results", Path(__file__).parent.parent / "docs")
 CHUNK = 256  # tokens of a row that are read at once

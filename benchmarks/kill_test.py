@@ -25,7 +25,8 @@ import h5py
 import numpy as np
 
 from mmrec.bench import machine
-from mmrec.checkpoint import load_model, read_info, run_checkpoints
+from mmrec.checkpoint import load_model, read_info
+from mmrec.saved import run_checkpoints
 from mmrec.storage import read_json
 
 CONFIG = """preset = "tiny"

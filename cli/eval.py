@@ -35,8 +35,9 @@ def evaluate(
     as_json: Annotated[bool, Opt("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on its whole validation split, on all of --data, by --prompts or --tasks."""
-    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.checkpoint import load_model
     from mmrec.config import InputError
+    from mmrec.saved import find_checkpoint
 
     for option, path in (("--plot", plot), ("--report", report)):
         if path is not None and path.is_dir():

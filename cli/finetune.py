@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmrec.cli.eval import may_read
+from mmrec.cli.ranks import check_launch
 from mmrec.cli.train import LENGTHS, begin, finish, say
 from mmrec.config import InputError, TrainConfig, from_dict
 from mmrec.signals import leaving, unbreakable_output
@@ -65,10 +66,12 @@ def finetune(
 ) -> None:
     """Train a model on with another text: mmrec finetune runs/tiny-stdlib --data book.txt."""
     given = {k: v for k, v in locals().items() if v is not None}
+    check_launch(None)
     for key in ("where", "old", "force", "dropout"):
         given.pop(key, None)
 
-    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.checkpoint import load_model
+    from mmrec.saved import find_checkpoint
 
     source = load_model(find_checkpoint(where))
     earlier = source.info.get("train", {})

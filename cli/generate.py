@@ -23,8 +23,9 @@ def generate(
     stop: Annotated[list[str] | None, Opt(help="End at this text; may be repeated.")] = None,
 ) -> None:
     """Write on from a prompt, as it comes."""
-    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.checkpoint import load_model
     from mmrec.generate import Sampling, generate
+    from mmrec.saved import find_checkpoint
 
     how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     loaded = load_model(find_checkpoint(model))

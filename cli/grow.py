@@ -36,9 +36,10 @@ def grow(
              "layers": layers}  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
 
-    from mmrec.checkpoint import find_checkpoint, load_model, read_info
+    from mmrec.checkpoint import load_model, read_info
     from mmrec.config import InputError, ModelConfig, from_dict, preset
     from mmrec.grow import Growth
+    from mmrec.saved import find_checkpoint
 
     if to is None and vocab is None and not given:
         raise InputError("say what to grow: --to PRESET, or --width, --depth, --heads, --ngrams, "

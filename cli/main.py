@@ -92,5 +92,14 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if _speaks():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one to say it: of those that torchrun started alike, the first;
+    once they work together, the one that has something to say (see mmrec.parallel)."""
+    torch: Any = sys.modules.get("torch")
+    together = torch is not None and torch.distributed.is_initialized()
+    return together or os.environ.get("RANK", "0") == "0"

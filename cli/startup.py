@@ -12,6 +12,7 @@ HEAVY = ("train", "finetune", "eval", "bench train")
 
 def prepare_process(command: list[str]) -> None:
     """Set how idle threads wait and how freed memory is kept, for this command line's command."""
+    share_cores()
     heavy = " ".join(command).startswith(HEAVY)
     said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     if heavy and not said and others_work():
@@ -27,6 +28,22 @@ def prepare_process(command: list[str]) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: keep what is freed at the top of the heap
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: and take blocks up to 32 MiB from there
+
+
+def share_cores() -> None:
+    """Let a process that torchrun started use its share of the cores.
+
+    torchrun allows it a single thread, unless the user has set the number.
+    """
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count == 1:
+        return
+    said = b""
+    with contextlib.suppress(OSError):  # what torchrun itself was given
+        said = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    if b"\0OMP_NUM_THREADS=" not in b"\0" + said:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // count))
 
 
 def others_work(seconds: float = 0.1) -> bool:

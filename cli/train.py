@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmrec.cli.ranks import check_launch, command, follow, lead, together
 from mmrec.config import (
     InputError,
     ModelConfig,
@@ -22,6 +23,7 @@ from mmrec.signals import leaving, unbreakable_output
 
 if TYPE_CHECKING:
     from mmrec.checkpoint import Loaded
+    from mmrec.parallel import World
     from mmrec.run import Lock
     from mmrec.train import Trainer
 
@@ -69,12 +71,13 @@ def train(
     patience: Annotated[int | None, Opt(help="Stop after so many validations; 0: never.")] = None,
     on_nan: Annotated[str | None, Opt(help="stop, skip or rollback.")] = None,
     out: Annotated[str | None, Opt(help="Run folder.")] = None,
+    parallel: Annotated[str | None, Opt(help="ddp or fsdp, under torchrun.")] = None,
     force: Annotated[bool, Opt("--force", help="Overwrite the run in --out.")] = False,
     resume: Annotated[bool, Opt("--resume", help="Continue --out, or the newest run.")] = False,
 ) -> None:
     """Train a model: mmrec train tiny. Settings: preset, then --config, then flags."""
     given = {k: v for k, v in locals().items() if v is not None}
-    for key in ("name", "config", "force", "resume"):
+    for key in ("name", "config", "parallel", "force", "resume"):
         given.pop(key, None)
     if resume:
         wrong = ["PRESET"] * (name is not None) + ["--config"] * (config is not None)
@@ -82,13 +85,20 @@ def train(
         wrong += [f"--{k.replace('_', '-')}" for k in given if k not in LENGTHS | {"out", "on_nan"}]
         if wrong:
             raise InputError(f"--resume keeps the settings of its run; {wrong[0]} cannot be given")
+    check_launch(parallel)
     with unbreakable_output(), contextlib.ExitStack() as held:
         with leaving("stopped before training began: there was nothing to save"):
-            if resume:
-                lock, trainer = _resume(given, held)
+            world = held.enter_context(together(parallel))
+            lock = None
+            if world and world.rank:
+                trainer, resume = follow(world)
+            elif resume:
+                lock, trainer = _resume(given, held, world)
             else:
-                lock, trainer = _begin(name, config, given, force, held)
-        finish(trainer, lock, resume)
+                lock, trainer = _begin(name, config, given, force, held, world)
+            if lock and world:
+                lead(trainer, resume=resume)
+        finish(trainer, lock, resume, parallel)
 
 
 def _begin(
@@ -97,6 +107,7 @@ def _begin(
     given: dict[str, Any],
     force: bool,
     held: contextlib.ExitStack,
+    world: "World | None",
 ) -> tuple["Lock", "Trainer"]:
     """A new run: its folder, locked, and its trainer."""
     tables = load_toml(config) if config else {}
@@ -117,7 +128,7 @@ def _begin(
     model: ModelConfig = from_dict(ModelConfig, values)
     if source is None:
         chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
-    return begin(title, model, chosen, source, force, held)
+    return begin(title, model, chosen, source, force, held, world)
 
 
 def _kind(chosen: TrainConfig) -> str:
@@ -136,12 +147,14 @@ def begin(
     source: "Loaded | None",
     force: bool,
     held: contextlib.ExitStack,
+    world: "World | None" = None,
 ) -> tuple["Lock", "Trainer"]:
     """A new run, from the source's weights and with its tokenizer if there is one."""
     from mmrec.data.corpora import mixture, read_once
     from mmrec.data.corpus import Corpus
     from mmrec.data.preparing import open_corpus, prepare, reading
     from mmrec.grow import Growth
+    from mmrec.parallel import ALONE
     from mmrec.run import open_run
     from mmrec.train import Trainer
 
@@ -160,7 +173,7 @@ def begin(
     # what is read once leaves tokens, not text, for a resume to find
     if any(read_once(part) for _, part in mixture(chosen.data)):
         chosen = dataclasses.replace(chosen, data=str(corpus.path.resolve()))
-    trainer = Trainer(default, corpus, model, chosen, title, say)
+    trainer = Trainer(default, corpus, model, chosen, title, say, world or ALONE)
     if source is not None:
         trainer.start_from(source)
         moments = ", with its moments" if trainer.progress.aged else ""
@@ -172,7 +185,8 @@ def begin(
 
 def _source(where: str, settings: dict[str, Any]) -> "Loaded":
     """The checkpoint to grow from; InputError if another tokenizer is asked for than its own."""
-    from mmrec.checkpoint import find_checkpoint, load_model
+    from mmrec.checkpoint import load_model
+    from mmrec.saved import find_checkpoint
 
     source = load_model(find_checkpoint(Path(where)))
     known = source.tokenizer
@@ -185,12 +199,15 @@ def _source(where: str, settings: dict[str, Any]) -> "Loaded":
     return source
 
 
-def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", "Trainer"]:
+def _resume(
+    given: dict[str, Any], held: contextlib.ExitStack, world: "World | None"
+) -> tuple["Lock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
-    from mmrec.checkpoint import newest_run, run_tokenizer
     from mmrec.data.corpus import Corpus
     from mmrec.data.preparing import prepare, reading
+    from mmrec.parallel import ALONE
     from mmrec.run import Lock
+    from mmrec.saved import newest_run, run_tokenizer
     from mmrec.train import Trainer
 
     folder = Path(given.pop("out")) if "out" in given else newest_run()
@@ -207,15 +224,18 @@ def _resume(given: dict[str, Any], held: contextlib.ExitStack) -> tuple["Lock", 
     kept = run_tokenizer(folder) if chosen.grow_from else chosen.tokenizer
     how = reading(chosen)
     corpus = Corpus.open(prepare(chosen.data, kept, chosen.vocab, None, say, how))
-    return lock, Trainer(folder, corpus, model, chosen, title, say)
+    return lock, Trainer(folder, corpus, model, chosen, title, say, world or ALONE)
 
 
-def finish(trainer: "Trainer", lock: "Lock", resume: bool) -> None:
+def finish(
+    trainer: "Trainer", lock: "Lock | None", resume: bool, parallel: str | None = None
+) -> None:
     """Train to the end and say how it went; exit code 1 if it diverged, 128 + n after a signal."""
-    from mmrec.checkpoint import run_checkpoints
+    from mmrec.saved import run_checkpoints
     from mmrec.train import TrainingDiverged, train
 
-    folder, resuming = trainer.folder, f"mmrec train --resume --out {trainer.folder}"
+    folder = trainer.folder
+    resuming = command(f"train --resume --out {folder}", parallel)
     try:
         made = train(trainer, resume=resume, lock=lock)
     except TrainingDiverged as error:

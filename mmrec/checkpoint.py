@@ -5,9 +5,7 @@ The layout is described in docs/formats.md. Nothing in it is code, and nothing i
 
 import contextlib
 import json
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.lora import FACTORS, merge
 from mmrec.model import Model, State
+from mmrec.parallel import ALONE, World
 from mmrec.storage import (
-    DamagedError,
     atomic_write,
     open_file,
     read_array,
@@ -33,7 +31,6 @@ from mmrec.storage import (
 from mmrec.structure import attribute
 
 KIND, SCHEMA = "checkpoint", 3
-RUNS = Path("runs")
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of Muon
 
 
@@ -59,8 +56,9 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
     carried: State | None = None,
+    world: World = ALONE,
 ) -> None:
-    """Write a checkpoint, complete or not at all.
+    """Write a checkpoint, complete or not at all. Of several processes, rank 0 writes.
 
     Args:
         path: the file; replaced if it exists.
@@ -71,31 +69,29 @@ def save(
         optimizer: with ``progress`` it makes the checkpoint one to resume from.
         progress: position in the data, clock and records of the run, as JSON values.
         carried: what the rows of the next batch go on from.
+        world: that of the model; one parameter at a time is whole in all processes.
 
     Raises:
         StorageError: the system refused; the earlier file is intact.
     """
-    with atomic_write(path, KIND, SCHEMA) as file:
-        file.attrs["step"] = step
-        write_json(file, "config", asdict(model.config))
-        write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
-        write_json(file, "info", info)
-        weights: dict[str, Tensor] = dict(model.named_parameters())
-        if optimizer is None:
-            weights = _merged(weights, _settings(info))
-        for name, p in weights.items():
-            write_array(file, f"model/{name}", _numbers(p), pack=True)
-        if optimizer is not None:
-            for name, p in model.named_parameters():
-                state = optimizer.state.get(p, {})
-                for moment in MOMENTS:
-                    if moment in state:
-                        data = _numbers(state[moment])
-                        write_array(file, f"optimizer/{moment}/{name}", data, pack=True)
-            write_json(file, "progress", progress)
-            write_array(file, "rng", torch.get_rng_state().numpy())
-            for name, x in _named(carried) if carried else ():
-                write_array(file, f"carried/{name}", x.numpy())
+    numbers = _numbers(model, optimizer, world, _settings(info))
+    try:
+        if world.rank == 0:
+            with atomic_write(path, KIND, SCHEMA) as file:
+                file.attrs["step"] = step
+                write_json(file, "config", asdict(model.config))
+                write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
+                write_json(file, "info", info)
+                for name, data in numbers:
+                    write_array(file, name, data, pack=True)
+                if optimizer is not None:
+                    write_json(file, "progress", progress)
+                    write_array(file, "rng", torch.get_rng_state().numpy())
+                    for name, x in _named(carried) if carried else ():
+                        write_array(file, f"carried/{name}", x.numpy())
+    finally:
+        for _ in numbers:  # the processes give each other their shares, whatever became of the file
+            pass
 
 
 def _settings(info: dict[str, Any]) -> TrainConfig:
@@ -103,17 +99,24 @@ def _settings(info: dict[str, Any]) -> TrainConfig:
     return made
 
 
-def _merged(weights: dict[str, Tensor], train: TrainConfig) -> dict[str, Tensor]:
-    """Weights by name, factors of LoRA merged into what they stand beside."""
-    made = {n: x for n, x in weights.items() if not n.endswith(FACTORS)}
-    for name in [n.removesuffix(".up") for n in weights if n.endswith(".up")]:
-        weight, down, up = (weights[f"{name}.{x}"].detach() for x in ("weight", "down", "up"))
-        made[f"{name}.weight"] = merge(weight, down, up, train.lora_alpha / train.lora)
-    return made
-
-
-def _numbers(x: Tensor) -> np.ndarray:
-    return x.detach().float().numpy()
+def _numbers(
+    model: Model, optimizer: torch.optim.Optimizer | None, world: World, train: TrainConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the weights, then of the moments; without them, what is for use only:
+    factors of LoRA are then merged into what they stand beside."""
+    weights = dict(model.named_parameters())
+    for name, p in weights.items():
+        value, stem = world.whole(p.detach()), name.removesuffix(".weight")
+        if optimizer is None and f"{stem}.up" in weights:
+            down, up = (weights[f"{stem}{part}"].detach() for part in FACTORS)
+            value = merge(value, down, up, train.lora_alpha / train.lora)
+        if optimizer is not None or not name.endswith(FACTORS):
+            yield f"model/{name}", value.float().numpy()
+    for name, p in weights.items() if optimizer is not None else ():
+        state = optimizer.state.get(p, {})  # type: ignore[union-attr]
+        for moment in MOMENTS:
+            if moment in state:
+                yield f"optimizer/{moment}/{name}", world.whole(state[moment]).float().numpy()
 
 
 def _tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
@@ -129,28 +132,20 @@ def _read_config(file: h5py.File) -> ModelConfig:
     return config
 
 
-def _factors(file: h5py.File, model: Model, rank: int) -> dict[str, Tensor]:
-    """The factors of LoRA by name, where some are stored."""
-    made = {}
-    for name, p in model.named_parameters():
-        stem = name.removesuffix(".weight")
-        if f"model/{stem}.up" in file:
-            outputs, inputs = p.shape
-            for part, shape in (("down", (rank, inputs)), ("up", (outputs, rank))):
-                stored = read_array(file, f"model/{stem}.{part}", np.float32, shape)
-                made[f"{stem}.{part}"] = torch.from_numpy(stored)
-    return made
-
-
 def _read_model(file: h5py.File, info: dict[str, Any]) -> Model:
     config = _read_config(file)
     with torch.device("meta"):  # shapes are checked before anything is allocated
         model = Model(config)
     train, weights = _settings(info), dict[str, Tensor]()
     for name, p in model.named_parameters():
-        weights[name] = _tensor(file, f"model/{name}", p)
-    weights |= _factors(file, model, train.lora)
-    model.load_state_dict(_merged(weights, train), assign=True)
+        value, stem = _tensor(file, f"model/{name}", p), name.removesuffix(".weight")
+        if f"model/{stem}.up" in file:  # a run with LoRA is under way
+            down, up = p.new_empty(train.lora, p.shape[-1]), p.new_empty(len(p), train.lora)
+            down, up = (_tensor(file, f"model/{stem}{part}", like)
+                        for part, like in zip(FACTORS, (down, up), strict=True))  # fmt: skip
+            value = merge(value, down, up, train.lora_alpha / train.lora)
+        weights[name] = value
+    model.load_state_dict(weights, assign=True)
     for p in model.parameters():
         p.requires_grad_()
     return model
@@ -216,22 +211,43 @@ def put_moments(
             optimizer.state[p] = {"step": torch.tensor(float(steps)), **moments[name]}
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE
+) -> dict[str, Any]:
     """Put weights, optimizer moments and random state back in place; return the saved progress.
+
+    Of several processes, rank 0 reads and deals out one parameter at a time.
 
     Raises InputError if the checkpoint is damaged or was written without them; the model and the
     optimizer are then of no use until another one is restored.
     """
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        if "progress" not in file:
-            raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-        step, _ = _read_info(file)
-        progress = read_json(file, "progress")
+    alone: Any = contextlib.nullcontext()
+    with alone if world.rank else open_file(path, KIND, SCHEMA, SCHEMA) as file:
+
+        def put(x: Tensor, group: str) -> Tensor:
+            return world.put(x, None if file is None else _tensor(file, f"{group}/{name}", x))
+
+        read = None if file is None else _read_progress(file, path, model)
+        progress, rng, kept = world.told(read)  # type: ignore[misc]
+        optimizer.state.clear()
         for name, p in model.named_parameters():
-            p.data.copy_(_tensor(file, f"model/{name}", p))
-        put_moments(model, optimizer, _read_moments(file, model), step + progress.get("aged", 0))
-        torch.set_rng_state(torch.from_numpy(read_array(file, "rng", np.uint8)))
-        return progress | {"step": step}
+            put(p.data, "model")
+            if kept[name]:
+                moments = {m: put(torch.zeros_like(p), f"optimizer/{m}") for m in kept[name]}
+                age = float(progress["step"] + progress.get("aged", 0))
+                optimizer.state[p] = {"step": torch.tensor(age), **moments}
+        torch.set_rng_state(torch.from_numpy(rng))
+        return progress
+
+
+def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
+    """Progress, random state, and which moments are kept of each parameter."""
+    if "progress" not in file:
+        raise InputError(f"{path} holds a model but no training state: resume from last.h5")
+    progress = read_json(file, "progress") | {"step": _read_info(file)[0]}
+    kept = {name: [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
+            for name, _ in model.named_parameters()}  # fmt: skip
+    return progress, read_array(file, "rng", np.uint8), kept
 
 
 def _named(state: State) -> Iterator[tuple[str, Tensor]]:
@@ -252,93 +268,3 @@ def carried(path: Path, like: State) -> State | None:
             stored = read_array(file, f"carried/{name}", x.numpy().dtype, tuple(x.shape))
             x.copy_(torch.from_numpy(stored))
         return like
-
-
-def run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer of a run, from its furthest checkpoint that can be read.
-
-    Raises InputError if there is none.
-    """
-    for path in reversed(run_checkpoints(run)):
-        with contextlib.suppress(InputError), open_file(path, KIND, SCHEMA, SCHEMA) as file:
-            return Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-    raise InputError(f"{run} holds no whole checkpoint, so its tokenizer is lost: start it again")
-
-
-def resume(
-    run: Path, load: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
-) -> tuple[Path, dict[str, Any]]:
-    """Load the furthest whole checkpoint of a run; return its path and what ``load`` returned.
-
-    A damaged one is named and set aside as ``NAME.h5.damaged``, so that it is neither counted as
-    kept nor in the way, and the one before it is tried.
-
-    Raises InputError if none is whole, or the furthest is whole but not for this version.
-    """
-    saved, lost = run_checkpoints(run), []
-    if not saved:
-        raise InputError(f"{run} holds no checkpoint to resume from (last.h5 or step-N.h5)")
-    for path in reversed(saved):
-        try:
-            info = load(path)
-        except DamagedError as error:
-            say(f"{error}; going back to the checkpoint before it")
-            lost.append(path)
-            continue
-        for bad in lost:
-            with contextlib.suppress(OSError):
-                bad.replace(bad.with_name(f"{bad.name}.damaged"))
-        return path, info
-    raise InputError(f"no checkpoint of {run} is whole: {', '.join(p.name for p in saved)}")
-
-
-def step_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """The step-N checkpoints of a run folder by their number, which their names say."""
-    named = ((re.fullmatch(r"step-(\d{1,18})\.h5", p.name), p) for p in run.glob("step-*.h5"))
-    return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def run_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder to resume from, the furthest one last.
-
-    last.h5 is placed by its step, or taken for the furthest if that cannot be read.
-    """
-    found: list[tuple[float, Path]] = [*step_checkpoints(run)]
-    last = run / "last.h5"
-    if last.exists():
-        try:
-            found.append((read_info(last)[0], last))
-        except InputError:
-            found.append((math.inf, last))
-    return [path for _, path in sorted(found, key=lambda pair: pair[0])]
-
-
-def trim(run: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest step-N checkpoints."""
-    for _, path in step_checkpoints(run)[: -keep or None]:
-        path.unlink()
-
-
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run folder whose checkpoints changed last. Raises InputError if there is none."""
-    files = [p for p in runs.glob("*/*.h5") if not p.name.startswith(".")]
-    if not files:
-        raise InputError(f"no trained model under {runs}/: train one first with 'mmrec train tiny'")
-    return max(files, key=lambda p: p.stat().st_mtime_ns).parent
-
-
-def find_checkpoint(where: Path | None) -> Path:
-    """The checkpoint to use: a file itself; of a run folder, or the newest run, best before last.
-
-    Raises InputError if there is none.
-    """
-    run = newest_run() if where is None else where
-    if not run.is_dir():
-        return run  # a file, or a missing one, which opening will name
-    for name in ("best.h5", "last.h5"):
-        if (run / name).exists():
-            return run / name
-    steps = run_checkpoints(run)
-    if steps:
-        return steps[-1]
-    raise InputError(f"no checkpoint in {run}: expected best.h5, last.h5 or step-N.h5")

@@ -14,9 +14,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from mmrec.checkpoint import Loaded, find_checkpoint, load_model
+from mmrec.checkpoint import Loaded, load_model
 from mmrec.evaluate import Continuation, continuation
 from mmrec.generate import Sampling, generate
+from mmrec.saved import find_checkpoint
 
 MAX_TOKENS = 256  # of a generation, where the task does not say
 

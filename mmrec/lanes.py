@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmrec.model import LayerState, Model, State
+from mmrec.parallel import ALONE, World
 
 LARGEST_MODEL = 64_000_000  # parameters: above, a gradient for each lane costs more than it saves
 
@@ -53,10 +54,12 @@ class Lanes:
         return [future.result() for future in futures]
 
 
-def lanes_for(model: Model, batch: int) -> Lanes:
-    """One lane a core and sequence for a small model, else a single one."""
+def lanes_for(model: Model, batch: int, world: World = ALONE) -> Lanes:
+    """One lane a core and sequence for a small model; a single one for others, and for one that is
+    sharded, whose layers are whole for one forward at a time."""
     small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
-    return Lanes(min(torch.get_num_threads(), batch) if small else 1)
+    count = min(torch.get_num_threads(), batch) if small and not world.sharded else 1
+    return Lanes(count)
 
 
 Part = tuple[float, Sequence[Tensor], State]
@@ -71,6 +74,7 @@ def gradients(
     *,
     state: State | None = None,
     eot: int | None = None,
+    world: World = ALONE,
 ) -> tuple[float, State]:
     """Add ``share`` of the gradient of a batch's mean loss to ``grad``; returns that loss, and the
     state after the batch, which carries no gradient.
@@ -78,7 +82,7 @@ def gradients(
     tokens and targets (B, T) int64, B at least the number of lanes. ``state`` is what the rows go
     on from; where ``eot`` is given, a text begins at each such token. The lanes' parts are added in
     their order, so one number of lanes gives one result; dropout takes one number a lane from the
-    global random state.
+    global random state, of several processes one for each, so that the state is the same in all.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -87,15 +91,21 @@ def gradients(
             part = len(x) / len(tokens)
             dice, starts = torch.Generator().manual_seed(seed), None if eot is None else x == eot
             loss, after = model.loss_and_state(x, y, dice, before, starts)
-            made = torch.autograd.grad(loss * (part * share), parameters)
+            scaled, made = loss * (part * share), tuple[Tensor, ...]()
+            if count == 1:
+                scaled.backward()  # also what sharded layers listen to
+            else:
+                made = torch.autograd.grad(scaled, parameters)
             return loss.item() * part, made, after
 
         return work
 
     count = lanes.count
     pieces = zip(tokens.tensor_split(count), targets.tensor_split(count), strict=True)
-    befores = [None] * count if state is None else _split(state, count)
-    seeds = torch.randint(1 << 62, (count,)).tolist()
+    befores = [None] * count if state is None else split(state, count)
+    seeds = torch.randint(1 << 62, (count if world.size == 1 else world.size,)).tolist()
+    if world.size > 1:
+        seeds = [seeds[world.rank] + lane for lane in range(count)]
     tasks = [task(x, y, *rest) for (x, y), *rest in zip(pieces, seeds, befores, strict=True)]
     made = lanes.run(tasks)
 
@@ -104,12 +114,13 @@ def gradients(
             for part in parts:
                 p.grad = part if p.grad is None else p.grad.add_(part)
 
-    lanes.run([add])
-    return sum(loss for loss, _, _ in made), _join([after for _, _, after in made])
+    if count > 1:
+        lanes.run([add])
+    return sum(loss for loss, _, _ in made), join([after for _, _, after in made])
 
 
-def _split(state: State, count: int) -> list[State]:
-    """The states of the rows of each lane."""
+def split(state: State, count: int) -> list[State]:
+    """The states of the rows of each of so many shares of a batch."""
 
     def parts(x: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * count if x is None else x.tensor_split(count)
@@ -118,7 +129,9 @@ def _split(state: State, count: int) -> list[State]:
     return list(map(State, state.recent.tensor_split(count), map(list, zip(*layers, strict=True))))
 
 
-def _join(states: list[State]) -> State:
+def join(states: list[State]) -> State:
+    """The state of all rows."""
+
     def whole(*parts: Tensor | None) -> Tensor | None:
         held = [x.detach() for x in parts if x is not None]
         return torch.cat(held) if held else None

@@ -19,7 +19,9 @@ The state of a layer does not grow with the text, and a text may be run whole, i
 carried state, or token by token: the numbers are the same.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -151,12 +153,14 @@ class Layer(nn.Module):
 
     def start(self, batch: int) -> LayerState:
         """The state before any token."""
-        width = self.taps.shape[1]
+        taps, width = self.taps.shape
         size = width // self.heads
+        # plain tensors, also where the taps are sharded
+        zeros = functools.partial(torch.zeros, dtype=self.taps.dtype, device=self.taps.device)
         return LayerState(
-            self.taps.new_zeros(batch, self.taps.shape[0] - 1, width),
-            self.taps.new_zeros(batch, width) if self.short else None,
-            self.taps.new_zeros(batch, self.heads, size, size) if self.long else None,
+            zeros(batch, taps - 1, width),
+            zeros(batch, width) if self.short else None,
+            zeros(batch, self.heads, size, size) if self.long else None,
         )
 
     def remember(
@@ -208,7 +212,10 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """The language model: embedding, layers, norm, and logits tied to the embedding."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, each: Callable[[nn.Module], nn.Module] = lambda layer: layer
+    ) -> None:
+        """``each`` is given every layer as it is made, before the next one takes memory."""
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
@@ -218,7 +225,7 @@ class Model(nn.Module):
             nn.init.normal_(self.ngrams, std=0.02)
             # twice as often as the rest: they are what learns a text by heart
             self.row_dropout = Dropout(min(0.5, 2 * config.dropout), rows=True)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.kinds)
+        self.layers = nn.ModuleList(each(Layer(config, kind)) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
         self.reduced = False  # bfloat16 products
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmrec.lanes import Lanes
+from mmrec.parallel import ALONE, World
 
 # Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -32,6 +33,8 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for groups with ``muon=True``, AdamW for the others; all rates follow ``peak``.
 
+    Of several processes, each orthogonalises a share of the matrices.
+
     A matrix moves by its orthogonalised momentum: every direction by the same amount, however small
     its gradient. Source: Jordan et al. 2024, as above; Nesterov momentum and the factor
     sqrt(max(1, rows / columns)) are theirs.
@@ -46,9 +49,10 @@ class Muon(torch.optim.Optimizer):
         muon_lr: float,
         momentum: float = 0.95,
         lanes: Lanes | None = None,
+        world: World = ALONE,
     ) -> None:
         """Groups hold ``params``, ``weight_decay`` and ``muon``; matrices may have more axes."""
-        self.lanes = lanes or Lanes(1)
+        self.lanes, self.world = lanes or Lanes(1), world
         matrices = [g for g in groups if g["muon"]]
         self._adam = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=lr, betas=betas,
                                        fused=True)  # fmt: skip
@@ -71,19 +75,29 @@ class Muon(torch.optim.Optimizer):
             # all matrices of one shape in one task, large ones first
             order = sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape]))
             tasks += [partial(self._move, group, alike[shape]) for shape in order]
-        self.lanes.run(tasks)
+        if self.world.size == 1:
+            self.lanes.run(tasks)
+        else:  # one after the other, in one order in all processes: they talk to each other
+            for task in tasks:
+                task()
 
     @torch.no_grad()
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
         rows, columns = params[0].shape[-2:]
-        pairs: list[tuple[Tensor, Tensor]] = []
+        local, updates = self.world.local, []
         for p in params:
-            momentum, grad = self.state[p]["momentum"], p.grad
-            assert grad is not None
+            assert p.grad is not None
+            momentum, grad = local(self.state[p]["momentum"]), local(p.grad)
             momentum.lerp_(grad, 1 - group["momentum"])
-            update = grad.lerp(momentum, group["momentum"])
-            pairs += zip(p.view(-1, rows, columns), update.view(-1, rows, columns), strict=True)
-        steps = orthogonalise(torch.stack([u for _, u in pairs]))
+            updates.append(grad.lerp(momentum, group["momentum"]))
+        steps = self.world.apart(_directions, updates, [p.shape for p in params])
         rate = group["lr"] * max(1, rows / columns) ** 0.5
-        for (p, _), step in zip(pairs, steps, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+        for p, step in zip(params, steps, strict=True):
+            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+
+
+def _directions(updates: list[Tensor]) -> list[Tensor]:
+    """Tensors (…, rows, columns) with each of their matrices orthogonalised, in one batch."""
+    blocks = [u.view(-1, *u.shape[-2:]) for u in updates]
+    steps = orthogonalise(torch.cat(blocks)).split([len(b) for b in blocks])
+    return [step.view_as(u) for step, u in zip(steps, updates, strict=True)]

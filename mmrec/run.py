@@ -221,6 +221,25 @@ class Log:
         self._file.close()
 
 
+class NoLog(Log):
+    """That of a process that leaves the writing to another one."""
+
+    def __init__(self) -> None:
+        self.lines = []
+
+    def rewind(self, count: int) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def draw_curve(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training and validation loss against steps as a PNG."""
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
@@ -23,9 +23,13 @@ class Stop:
     Python hears signals in its main thread only; elsewhere this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[float], float] | None = None) -> None:
+        """``agree``: of several processes, the largest of what each has; they stop together. They
+        are torchrun's, which sends signals of its own once one of them ends and kills those that
+        take too long: a second signal is noted only, also when this is left, to the very end."""
         self.number = 0
-        """The signal that came; 0 while none has."""
+        """The signal that this process, or all of them, stop for; 0 while there is none."""
+        self._agree, self._came = agree, 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -34,17 +38,25 @@ class Stop:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for s in self._before:
-            signal.signal(s, signal.SIG_DFL)
+        self._came = number
+        if self._agree is None:
+            self.number = number
+            for s in self._before:
+                signal.signal(s, signal.SIG_DFL)
+
+    def came(self) -> bool:
+        """Whether to stop; several processes must ask at the same points."""
+        if self._agree is not None and not self.number:
+            self.number = int(self._agree(self._came))
+        return self.number > 0
 
     def __exit__(self, *error: object) -> None:
-        for s, handler in self._before.items():
+        for s, handler in self._before.items() if self._agree is None else ():
             signal.signal(s, handler)
 
     def check(self, *_: object) -> None:
         """Raise Interrupted if a signal came."""
-        if self.number:
+        if self.came():
             raise Interrupted
 
 

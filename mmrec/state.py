@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_ as clip
 
 from mmrec import checkpoint, lora
 from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
@@ -20,11 +22,12 @@ from mmrec.data.preparing import open_corpus
 from mmrec.evaluate import LANES, Evaluation
 from mmrec.files import keep_trying
 from mmrec.guard import TrainingDiverged, WeightsDiverged
-from mmrec.lanes import gradients, lanes_for
+from mmrec.lanes import gradients, join, lanes_for, split
 from mmrec.machine import probe_bfloat16
 from mmrec.model import Model
 from mmrec.model import State as Memories
 from mmrec.optimizer import Muon
+from mmrec.parallel import ALONE, World
 from mmrec.run import Progress
 from mmrec.schedule import lr_factor
 from mmrec.signals import Stop
@@ -35,7 +38,9 @@ def conditions() -> dict[str, Any]:
     """What the bits of a run depend on besides its settings and data."""
     versions = {name: metadata.version(name) for name in ("torch", "numba", "numpy")}
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"threads": torch.get_num_threads(), "processor": capability, **versions}
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return {"threads": torch.get_num_threads(), "processes": processes, "processor": capability,
+            **versions}  # fmt: skip
 
 
 def give_back_memory() -> None:
@@ -58,16 +63,28 @@ class State:
         model_config: ModelConfig,
         config: TrainConfig,
         preset: str,
+        world: World = ALONE,
     ) -> None:
+        """Raises InputError if the settings do not fit the corpus, the model or the world."""
         self.folder, self.corpus, self.config, self.preset = folder, corpus, config, preset
+        self.world = world
+        if config.batch % world.size:
+            raise InputError(f"batch must be a multiple of the {world.size} processes that share "
+                             f"its rows; got {config.batch}")  # fmt: skip
+        if config.grow_from and world.sharded:
+            raise InputError("--grow-from begins with --parallel ddp or in one process; then go on "
+                             "with --resume --parallel fsdp")  # fmt: skip
         # before the seed counts: a resume does not probe
         wants = config.precision == "bfloat16" or (config.precision == "auto" and probe_bfloat16())
         torch.manual_seed(config.seed)
         self.model = Model(
-            dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+            dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size), world.shard
         )
+        world.shard_root(self.model)
         self.set_precision("bfloat16" if wants else "float32")
         if config.lora:
+            if world.size > 1:
+                raise InputError(f"lora learns in a single process; there are {world.size}")
             lora.attach(self.model, config.lora, config.lora_alpha)
         freeze(self.model, config.freeze)
         self.batches: Batches | Mixture | Mixed = deal(
@@ -82,20 +99,20 @@ class State:
             old = Batches(replayed.train.tokens, config.batch, config.seq_len, config.seed)
             self.batches = Mixed(self.batches, old, config.replay)
         self.carried: Memories | None = None
-        """What the rows of a batch go on from, if they do."""
+        """What this process's rows of a batch go on from, if they do."""
         self.carried_before: Memories | None = None
         if corpus.val.n_tokens <= config.seq_len:
             raise InputError(
                 f"the validation split must hold one window of {config.seq_len + 1} tokens; it has "
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
             )
-        self.lanes = lanes_for(self.model, config.batch)
+        self.lanes = lanes_for(self.model, config.batch // world.size, world)
         groups = self.model.parameter_groups(config.weight_decay, config.table_decay)
         if config.layer_decay < 1:
             groups = rates_by_layer(self.model, groups, config.layer_decay)
         self.optimizer = Muon(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), muon_lr=config.muon_lr,
-            lanes=self.lanes,
+            lanes=self.lanes, world=world,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["peak"] *= group.get("rate", 1.0)
@@ -108,7 +125,7 @@ class State:
         """Loss and step of a best model that lies ahead (see find_ahead)."""
         self.rng = torch.get_rng_state()
         """The random state before the newest step."""
-        self.stop = Stop()
+        self.stop = Stop(world.most if world.size > 1 else None)
 
     def start_from(self, source: checkpoint.Loaded) -> None:
         """Take over the weights of a checkpoint, grown to this model's shape, and its moments.
@@ -150,17 +167,19 @@ class State:
         return min(1.0, (p.step + ahead) / (self.total_steps or 1))
 
     def gradients(self, step: int) -> float:
-        """Accumulate the gradients of a step's data; return its mean loss."""
-        total, n = 0.0, self.config.accumulate
+        """Accumulate the gradients of a step's data; return its mean loss. Both of all processes,
+        each of which takes an equal share of the rows."""
+        total, world = 0.0, self.world
+        n = self.config.accumulate * world.size
         eot = self.corpus.tokenizer.eot if self.resets else None
-        for micro in range(step * n, step * n + n):
-            batch = self.batches.get(micro)
+        for micro in range(step * self.config.accumulate, (step + 1) * self.config.accumulate):
+            x, y = (b.tensor_split(world.size)[world.rank] for b in self.batches.get(micro))
             if self.config.state != "carry" or self.batches.begins(micro):
                 self.carried = None
-            loss, self.carried = gradients(self.model, self.lanes, *batch, 1 / n,
-                                           state=self.carried, eot=eot)  # fmt: skip
+            loss, self.carried = gradients(self.model, self.lanes, x, y, 1 / n,
+                                           state=self.carried, eot=eot, world=world)  # fmt: skip
             total += loss / n
-        return total
+        return world.add_up(total, [p.grad for p in self.model.parameters() if p.grad is not None])
 
     @property
     def resets(self) -> bool:
@@ -192,7 +211,7 @@ class State:
         self.rng, self.carried_before = torch.get_rng_state(), self.carried
         loss = self.gradients(p.step + p.moved)
         weights = list(self.model.parameters())
-        [norm] = self.lanes.run([lambda: float(torch.nn.utils.clip_grad_norm_(weights, c.clip))])
+        [norm] = map(float, self.lanes.run([lambda: self.world.whole(clip(weights, c.clip))]))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
             raise TrainingDiverged(f"{what} at step {p.step + 1}")
@@ -205,34 +224,66 @@ class State:
         Raises:
             WeightsDiverged: a weight is not finite; nothing was written.
         """
-        for weight, p in self.model.named_parameters():
-            if not torch.isfinite(p).all():
-                raise WeightsDiverged(f"weight {weight} not finite at step {self.progress.step}")
+        world, weights = self.world, list(self.model.named_parameters())
+        bad = (i for i, (_, p) in enumerate(weights) if not torch.isfinite(world.local(p)).all())
+        first = -world.most(-next(bad, math.inf))
+        if first < math.inf:
+            name = weights[int(first)][0]
+            raise WeightsDiverged(f"weight {name} not finite at step {self.progress.step}")
         val = dataclasses.asdict(self.val) if self.val else None
         info = {"preset": self.preset, "train": dataclasses.asdict(self.config), "val": val,
                 "source": self.corpus.info["source"], "precision": self.config.precision,
                 **self.fingerprints, "conditions": conditions()}  # fmt: skip
         carried = self.carried if self.config.state == "carry" else None
-        progress = dataclasses.asdict(self.progress)
-        extra = (self.optimizer, progress, carried) if whole else (None, None)
+        if carried is not None:
+            carried = join(world.all(carried))
+        kept: dict[str, Any] = {}
+        if whole:
+            progress = dataclasses.asdict(self.progress)
+            kept = {"optimizer": self.optimizer, "progress": progress, "carried": carried}
         path, tokenizer = self.folder / name, self.corpus.tokenizer
         step = self.progress.step
-        keep_trying(lambda: checkpoint.save(path, self.model, tokenizer, step, info, *extra))
+
+        def write() -> None:
+            checkpoint.save(path, self.model, tokenizer, step, info, **kept, world=world)
+
+        def again() -> None:
+            world.told(True)
+            write()
+
+        if world.rank == 0:
+            keep_trying(again)
+            world.told(False)
+        else:  # as often as rank 0 tries
+            while world.told(False):
+                write()
         if whole:
             give_back_memory()
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint as if nothing had come after it; return its info."""
-        _, info, _ = checkpoint.read_info(path)
-        for key, now in self.fingerprints.items():
+        """Go on from a checkpoint as if nothing had come after it; return its info. Of several
+        processes, rank 0 reads it."""
+        world, c = self.world, self.config
+        first = world.rank == 0
+        info = checkpoint.read_info(path)[1] if first else {}
+        for key, now in self.fingerprints.items() if first else ():
             if info.get(key, now) != now:  # an older file does not know of every text
-                text = self.config.data if key == "fingerprint" else self.config.replay_data
+                text = c.data if key == "fingerprint" else c.replay_data
                 raise InputError(f"the text of {text} changed since {path} was saved")
-        values = checkpoint.restore(path, self.model, self.optimizer)
+        rows = None
+        try:
+            values = checkpoint.restore(path, self.model, self.optimizer, world)
+            if c.state == "carry" and first:
+                rows = checkpoint.carried(path, self.model.start(c.batch))
+        except InputError as error:
+            if world.size > 1:  # the others have begun with this one: none before it is tried
+                raise InputError(str(error)) from None
+            raise
         self.progress = from_dict(Progress, values)
-        self.carried = self.carried_before = None
-        if self.config.state == "carry":
-            self.carried = checkpoint.carried(path, self.model.start(self.config.batch))
+        rows = world.told(rows)
+        self.carried = None if rows is None else split(rows, world.size)[world.rank]
+        self.carried_before = None
+        info = world.told(info)
         self.set_precision(info["precision"])
         self.val = from_dict(Evaluation, info["val"]) if info["val"] else None
         self.find_ahead()
@@ -241,8 +292,9 @@ class State:
     def find_ahead(self) -> None:
         """Note a best model of a step still to come, which a kill or a rollback leaves behind: no
         worse one may take its place."""
-        self.ahead = None
+        ahead = None
         with contextlib.suppress(InputError):  # none there, or none that can be read
             step, info, _ = checkpoint.read_info(self.folder / "best.h5")
             if step > self.progress.step:
-                self.ahead = info["val"]["loss"], step
+                ahead = info["val"]["loss"], step
+        self.ahead = self.world.told(ahead)

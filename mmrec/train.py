@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmrec import checkpoint, guard
+from mmrec import guard, saved
 from mmrec.config import InputError, ModelConfig, TrainConfig, to_toml
 from mmrec.data.corpus import Corpus
-from mmrec.evaluate import evaluate
+from mmrec.evaluate import Evaluation, evaluate
 from mmrec.files import keep_trying, write_text
 from mmrec.guard import TrainingDiverged, WeightsDiverged
-from mmrec.run import COLUMNS, Lock, Log, clock, epoch_row, overfitting, verdict
+from mmrec.parallel import ALONE, World
+from mmrec.run import COLUMNS, Lock, Log, NoLog, clock, epoch_row, overfitting, verdict
 from mmrec.signals import Interrupted
 from mmrec.state import State, conditions
 
@@ -36,8 +38,9 @@ class Trainer(State):
         config: TrainConfig,
         preset: str,
         echo: Echo = print,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(folder, corpus, model_config, config, preset)
+        super().__init__(folder, corpus, model_config, config, preset, world)
         self.echo = echo
 
     @property
@@ -45,16 +48,29 @@ class Trainer(State):
         """Whether the validation loss has not improved for too long."""
         return 0 < self.config.patience <= self.progress.waited
 
+    def saved(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return bool(self.world.told(saved.run_checkpoints(self.folder)))
+
     def save_whole(self, name: str, log: Log) -> None:
         """Write a checkpoint to resume from, after the metrics that it counts on."""
         self.progress.lines = log.sync()
         self.save(name, whole=True)
 
+    def score(self, tokens: np.ndarray, n_bytes: int) -> Evaluation:
+        """Scores of tokens (n,) of the validation split. All processes score all of them, since a
+        sharded layer is whole in all or in none; what rank 0 found counts."""
+        try:
+            found = evaluate(self.model, tokens, self.corpus.tokenizer.eot, n_bytes,
+                             resets=self.resets, progress=self.stop.check)  # fmt: skip
+        finally:
+            self.world.rest(self.model)
+        return self.world.told(found)
+
     def check(self, log: Log) -> None:
         """Validate on the fixed subset; keep the best model."""
         p = self.progress
-        val = evaluate(self.model, self.subset, self.corpus.tokenizer.eot, self.subset_bytes,
-                       resets=self.resets, progress=self.stop.check)  # fmt: skip
+        val = self.score(self.subset, self.subset_bytes)
         if not math.isfinite(val.loss):
             raise WeightsDiverged(f"validation loss {val.loss} at step {p.step}")
         self.val = val
@@ -78,9 +94,7 @@ class Trainer(State):
         p, e = self.progress, self.progress.epoch
         if not e:
             return
-        val = self.corpus.val
-        scores = evaluate(self.model, val.tokens, self.corpus.tokenizer.eot, val.n_bytes,
-                          resets=self.resets, progress=self.stop.check)  # fmt: skip
+        scores = self.score(self.corpus.val.tokens, self.corpus.val.n_bytes)
         number = len(p.epochs) + 1
         row = {"epoch": number if share == 1 else round(number - 1 + share, 2),
                "mean": e["sum"] / e["count"], "first": e["first"], "last": e["last"],
@@ -117,7 +131,7 @@ class Trainer(State):
             p.moved, p.skipped, p.in_row = p.moved + 1, p.skipped + 1, p.in_row + 1
             self.echo(f"skipped: {error}; the step is left out, as --on-nan says")
         else:
-            checkpoint.resume(self.folder, self.load, self.echo)
+            self.load_furthest()
             now, self.progress.seconds = self.progress, p.seconds
             now.moved = p.step + p.moved + 1 - now.step
             now.rate, now.rollbacks = p.rate * guard.CUT, p.rollbacks + 1
@@ -125,6 +139,18 @@ class Trainer(State):
             self.echo(f"rollback: {error}; back to step {now.step:,}, on with other data and "
                       f"{now.rate:g} of the learning rates")  # fmt: skip
         log.write(policy, self.progress.step, why=str(error))
+
+    def load_furthest(self) -> tuple[Path, dict[str, Any]]:
+        """Go on from the furthest whole checkpoint; return its path, which rank 0 alone knows, and
+        its info."""
+        if self.world.rank:
+            return self.folder, self.load(self.folder)
+        return saved.resume(self.folder, self.load, self.echo)
+
+    def trim(self, keep: int) -> None:
+        """Remove all but the newest step-N checkpoints."""
+        if self.world.rank == 0:
+            saved.trim(self.folder, keep)
 
     def watch(self, log: Log) -> None:
         """Say when the loss jumps, but not at every jump."""
@@ -182,7 +208,7 @@ class Trainer(State):
         echo, why = self.echo, "signal"
         try:
             self.announce()
-            if self.config.on_nan == "rollback" and not checkpoint.run_checkpoints(self.folder):
+            if self.config.on_nan == "rollback" and not self.saved():
                 self.save_whole("step-0.h5", log)
             with tqdm(total=self.total_steps, initial=self.progress.step, unit="step",
                       dynamic_ncols=True, mininterval=0.5 if os.isatty(2) else 30.0,
@@ -204,7 +230,7 @@ class Trainer(State):
         finally:
             self.echo = echo
         self.save_whole("last.h5", log)
-        checkpoint.trim(self.folder, self.config.keep)
+        self.trim(self.config.keep)
         return why
 
     def loop(self, log: Log, bar: Any) -> None:
@@ -217,8 +243,8 @@ class Trainer(State):
                 self.settle(log)
                 if p.step and p.step % c.save_every == 0:
                     self.save_whole(f"step-{p.step}.h5", log)
-                    checkpoint.trim(self.folder, max(1, c.keep))  # one is needed until the end
-                if self.stop.number or self.early or self.fraction() >= 1.0:
+                    self.trim(max(1, c.keep))  # one is needed until the end
+                if self.stop.came() or self.early or self.fraction() >= 1.0:
                     return
                 begin = time.perf_counter()
                 loss, norm, lr = self.take_step()
@@ -227,7 +253,7 @@ class Trainer(State):
                 bar.n = self.progress.step
                 continue
             p.step, p.in_row = p.step + 1, 0
-            seconds = time.perf_counter() - begin
+            seconds = self.world.most(time.perf_counter() - begin)
             p.seconds += seconds
             self.count(loss)
             log.write("train", p.step, loss=loss, lr=lr, norm=norm)
@@ -247,7 +273,8 @@ class Trainer(State):
                 "best_subset_loss": best, "best_because": reason, "skipped": p.skipped,
                 "rollbacks": p.rollbacks, "epochs": p.epochs}  # fmt: skip
         path, text = self.folder / "summary.json", json.dumps(made, indent=1) + "\n"
-        keep_trying(lambda: write_text(path, text))
+        if self.world.rank == 0:
+            keep_trying(lambda: write_text(path, text))
         return made
 
 
@@ -270,15 +297,20 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
     folder = trainer.folder
-    with lock or Lock(folder), trainer.stop:
+    first = trainer.world.rank == 0  # of several processes, one has the folder
+    held = (lock or Lock(folder)) if first else contextlib.nullcontext()
+    with held, trainer.stop:
         torch.set_rng_state(trainer.rng)  # whatever was drawn since the trainer was made
         if resume:
             _restore(trainer)
         elif trainer.config.grow_from:  # before there is anything that could be resumed without it
             trainer.save("step-0.h5", whole=True)
+            if trainer.world.size > 1:
+                trainer.load(folder / "step-0.h5")  # rank 0 alone was given what it holds
         config = to_toml(trainer.model.config, trainer.config, trainer.preset)
-        write_text(folder / "config.toml", config)
-        log = Log(folder, trainer.progress if resume else None)
+        if first:
+            write_text(folder / "config.toml", config)
+        log = Log(folder, trainer.progress if resume else None) if first else NoLog()
         try:
             why = trainer.run(log)
         finally:
@@ -287,7 +319,7 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
 
 
 def _restore(trainer: Trainer) -> None:
-    if not checkpoint.run_checkpoints(trainer.folder):
+    if not trainer.saved():
         if not (trainer.folder / "config.toml").exists():
             raise InputError(f"{trainer.folder} holds no checkpoint to resume from")
         if trainer.config.grow_from:
@@ -296,7 +328,7 @@ def _restore(trainer: Trainer) -> None:
         trainer.find_ahead()
         trainer.echo(f"resume  {trainer.folder} ended before its first checkpoint: from the start")
         return
-    path, info = checkpoint.resume(trainer.folder, trainer.load, trainer.echo)
+    path, info = trainer.load_furthest()
     was, now = info.get("conditions", {}), conditions()
     trainer.echo(f"resume  {path}, step {trainer.progress.step:,}")
     other = ", ".join(f"{k} {was[k]}, now {now[k]}" for k in was if was[k] != now.get(k))

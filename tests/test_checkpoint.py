@@ -8,7 +8,7 @@ import h5py
 import pytest
 import torch
 
-from mmrec import checkpoint
+from mmrec import checkpoint, saved
 from mmrec.config import PRESETS, InputError
 from mmrec.data.corpus import Corpus
 from mmrec.data.tokenizer import train_tokenizer
@@ -50,7 +50,7 @@ def test_the_best_of_the_newest_run_is_found(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="train one first with 'mmrec train tiny'"):
-        checkpoint.find_checkpoint(None)
+        saved.find_checkpoint(None)
     for number, name in enumerate(["runs/a/last.h5", "runs/a/best.h5", "runs/b/last.h5"]):
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +58,15 @@ def test_the_best_of_the_newest_run_is_found(
         import os
 
         os.utime(path, (number, number))
-    assert checkpoint.find_checkpoint(None) == Path("runs/b/last.h5")
-    assert checkpoint.find_checkpoint(Path("runs/a")) == Path("runs/a/best.h5")
-    assert checkpoint.find_checkpoint(Path("runs/b/last.h5")) == Path("runs/b/last.h5")
+    assert saved.find_checkpoint(None) == Path("runs/b/last.h5")
+    assert saved.find_checkpoint(Path("runs/a")) == Path("runs/a/best.h5")
+    assert saved.find_checkpoint(Path("runs/b/last.h5")) == Path("runs/b/last.h5")
     Path("runs/c").mkdir()
     with pytest.raises(InputError, match="no checkpoint in runs/c"):
-        checkpoint.find_checkpoint(Path("runs/c"))
+        saved.find_checkpoint(Path("runs/c"))
     Path("runs/c/step-20.h5").touch()
     Path("runs/c/step-100.h5").touch()
-    assert checkpoint.find_checkpoint(Path("runs/c")) == Path("runs/c/step-100.h5")
+    assert saved.find_checkpoint(Path("runs/c")) == Path("runs/c/step-100.h5")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Corpus, tmp_path: Pa
     first = make_trainer(corpus, tmp_path, keep=1)
     train(first)
     end = (tmp_path / "last.h5").read_bytes()
-    assert [p.name for p in checkpoint.run_checkpoints(tmp_path)] == ["step-10.h5", "last.h5"]
+    assert [p.name for p in saved.run_checkpoints(tmp_path)] == ["step-10.h5", "last.h5"]
     flip(tmp_path / "last.h5")
     (tmp_path / "step-of-mine.h5").write_text("not a checkpoint")
     (tmp_path / "step-999.h5").write_bytes(end[:1000])
-    names = [p.name for p in checkpoint.run_checkpoints(tmp_path)]
+    names = [p.name for p in saved.run_checkpoints(tmp_path)]
     assert names == ["step-10.h5", "step-999.h5", "last.h5"]
     again = make_trainer(corpus, tmp_path, keep=1)
     train(again, resume=True)

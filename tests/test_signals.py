@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mmrec import checkpoint
+from mmrec import checkpoint, saved
 from mmrec.run import Lock, RunLocked
 from tests.conftest import ROOT
 
@@ -77,7 +77,7 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
             f"error: r is being written by process {process.pid} on "
         )
     wait_for(lambda: list(run.glob("step-*.h5")), process)
-    assert checkpoint.load_model(checkpoint.find_checkpoint(run)).step >= 50  # readers ask nobody
+    assert checkpoint.load_model(saved.find_checkpoint(run)).step >= 50  # readers ask nobody
     os.close(master)  # from now on writing to the terminal is an error
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 129

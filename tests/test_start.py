@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrec import checkpoint
+from mmrec import saved
 from mmrec.checkpoint import load_model, read_moments
 from mmrec.config import InputError, TrainConfig
 from mmrec.data.batches import Batches, Mixed
@@ -196,4 +196,4 @@ def test_the_tokenizer_of_a_run_is_found_past_a_damaged_file(source: Path, tmp_p
     shutil.copytree(source.parent, run)
     want = load_model(source).tokenizer.to_json()
     (run / "last.h5").write_bytes(b"damaged")
-    assert checkpoint.run_tokenizer(run).to_json() == want
+    assert saved.run_tokenizer(run).to_json() == want

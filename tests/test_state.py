@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrec import checkpoint
+from mmrec import checkpoint, saved
 from mmrec import train as training
 from mmrec.data.corpus import Corpus, Split
 from mmrec.guard import ROLLBACKS, SKIPS_IN_ROW, TrainingDiverged, WeightsDiverged
@@ -264,4 +264,4 @@ def test_weights_that_are_not_finite_are_never_saved(
     made.take_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(WeightsDiverged, match=r"weight norm.weight not finite at step 10"):
         train(made)
-    assert [p.name for p in checkpoint.run_checkpoints(tmp_path)] == ["step-5.h5"]
+    assert [p.name for p in saved.run_checkpoints(tmp_path)] == ["step-5.h5"]

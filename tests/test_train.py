@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrec import checkpoint
+from mmrec import checkpoint, saved
 from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
 from mmrec.files import StorageError
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_
     made.take_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingDiverged, match=r"loss (nan|inf) at step 8"):
         train(made)
-    assert checkpoint.run_checkpoints(tmp_path)[-1].name == "step-5.h5"
+    assert saved.run_checkpoints(tmp_path)[-1].name == "step-5.h5"
     kept = checkpoint.load_model(tmp_path / "step-5.h5").model
     assert all(torch.isfinite(p).all() for p in kept.parameters())
 

@@ -6,6 +6,7 @@ fused projection and broadcast inputs are read in place; only the last axis must
 
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)  # taken and given back; float32 inside, and for states
+
+as_array: Callable[[Tensor], np.ndarray] = Tensor.numpy
+"""How inputs are lent to kernels; mmrec.parallel sets another way where their memory is freed."""
 
 
 def flat(x: Tensor) -> tuple[np.ndarray, int, int]:
@@ -23,7 +27,7 @@ def flat(x: Tensor) -> tuple[np.ndarray, int, int]:
     x = x.detach().resolve_conj().resolve_neg()
     if x.is_contiguous() and x.numel():  # the same as below, for less
         st = x.numel() // (x.shape[0] * x.shape[1])
-        return x.view(-1).numpy(), x.shape[1] * st, st
+        return as_array(x.view(-1)), x.shape[1] * st, st
     dense = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size != 1 and stride != dense:
@@ -38,7 +42,7 @@ def flat(x: Tensor) -> tuple[np.ndarray, int, int]:
     )
     inner = x[0, 0].numel()
     length = (batch - 1) * sb + (time - 1) * st + inner
-    return x.as_strided((length,), (1,)).numpy(), sb, st
+    return as_array(x.as_strided((length,), (1,))), sb, st
 
 
 _HUGE = 1 << 24  # bytes; what is smaller, glibc gives out again with its pages in place

@@ -9,6 +9,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from mmrec.kernels import arrays
 from mmrec.kernels.arrays import DTYPES, flat
 from mmrec.kernels.threads import helper
 
@@ -31,7 +32,7 @@ def flat_bits(x: Tensor) -> tuple[np.ndarray, int, int]:
 
 def line(x: Tensor) -> np.ndarray:
     """A tensor as a 1-D array, copied only if it is not contiguous."""
-    return bits(x.detach().contiguous()).view(-1).numpy()
+    return arrays.as_array(bits(x.detach().contiguous()).view(-1))
 
 
 def _wide_bits(x):
