@@ -38,7 +38,8 @@ def conditions() -> dict[str, Any]:
     """What the bits of a run depend on besides its settings and data."""
     versions = {name: metadata.version(name) for name in ("torch", "numba", "numpy")}
     capability = torch.backends.cpu.get_cpu_capability()
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    together = dist.is_available() and dist.is_initialized()
+    processes = dist.get_world_size() if together else 1
     return {"threads": torch.get_num_threads(), "processes": processes, "processor": capability,
             **versions}  # fmt: skip
 
