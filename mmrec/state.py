@@ -226,13 +226,11 @@ class State:
                 "source": self.corpus.info["source"], "precision": self.config.precision,
                 "fingerprint": self.corpus.info["fingerprint"],
                 "conditions": conditions()}  # fmt: skip
-        carried = self.carried if self.config.state == "carry" else None
-        if carried is not None:
-            carried = join(world.all(carried))
         kept: dict[str, Any] = {}
         if whole:
-            progress = dataclasses.asdict(self.progress)
-            kept = {"optimizer": self.optimizer, "progress": progress, "carried": carried}
+            carries = self.config.state == "carry" and self.carried is not None
+            kept = {"optimizer": self.optimizer, "progress": dataclasses.asdict(self.progress),
+                    "carried": join(world.all(self.carried)) if carries else None}  # fmt: skip
         path, tokenizer = self.folder / name, self.corpus.tokenizer
         step = self.progress.step
 
