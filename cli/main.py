@@ -100,6 +100,6 @@ def _fail(message: str) -> None:
 def _speaks() -> bool:
     """Whether this process is the one to say it: of those that torchrun started alike, the first;
     once they work together, the one that has something to say (see mmrec.parallel)."""
-    torch: Any = sys.modules.get("torch")
-    together = torch is not None and torch.distributed.is_initialized()
+    dist: Any = sys.modules.get("torch.distributed")
+    together = dist is not None and dist.is_available() and dist.is_initialized()
     return together or os.environ.get("RANK", "0") == "0"

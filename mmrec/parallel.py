@@ -119,9 +119,10 @@ class Ranks(World):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if kind is None:
-            dist.barrier()  # torchrun ends the others as soon as one has ended with a code
-            dist.destroy_process_group()
+        if kind is None:  # all together: torchrun ends the others once one has ended with a code
+            with contextlib.suppress(RuntimeError):  # all is done, also if one has died since
+                dist.barrier()
+                dist.destroy_process_group()
             return
         first = True
         with contextlib.suppress(RuntimeError):  # where rank 0's machine is gone, so is the store

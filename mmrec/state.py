@@ -38,7 +38,8 @@ def conditions() -> dict[str, Any]:
     """What the bits of a run depend on besides its settings and data."""
     versions = {name: metadata.version(name) for name in ("torch", "numba", "numpy")}
     capability = torch.backends.cpu.get_cpu_capability()
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    together = dist.is_available() and dist.is_initialized()
+    processes = dist.get_world_size() if together else 1
     return {"threads": torch.get_num_threads(), "processes": processes, "processor": capability,
             **versions}  # fmt: skip
 
@@ -234,13 +235,11 @@ class State:
         info = {"preset": self.preset, "train": dataclasses.asdict(self.config), "val": val,
                 "source": self.corpus.info["source"], "precision": self.config.precision,
                 **self.fingerprints, "conditions": conditions()}  # fmt: skip
-        carried = self.carried if self.config.state == "carry" else None
-        if carried is not None:
-            carried = join(world.all(carried))
         kept: dict[str, Any] = {}
         if whole:
-            progress = dataclasses.asdict(self.progress)
-            kept = {"optimizer": self.optimizer, "progress": progress, "carried": carried}
+            rows = self.carried if self.config.state == "carry" else None
+            kept = {"optimizer": self.optimizer, "progress": dataclasses.asdict(self.progress),
+                    "carried": join(world.all(rows)) if rows else None}  # fmt: skip
         path, tokenizer = self.folder / name, self.corpus.tokenizer
         step = self.progress.step
 

@@ -9,6 +9,7 @@ import torch
 
 from mmrec.lanes import Lanes, gradients
 from mmrec.model import Model
+from mmrec.parallel import World
 from tests.conftest import SMALL
 
 
@@ -86,3 +87,30 @@ def test_an_error_in_a_lane_comes_out_when_the_others_have_ended() -> None:
     with pytest.raises(ValueError, match="no"):
         Lanes(2).run([fail, lambda: ended.append(1)])
     assert ended == [1]
+
+
+def test_processes_of_one_lane_add_up_to_lanes() -> None:
+    """Dropout included: each draws what its lane would have drawn."""
+    torch.manual_seed(3)
+    model = Model(replace(SMALL, dropout=0.3, vocab_size=64))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, y = torch.randint(64, (2, 4, 16))
+
+    def found(lanes: int, *worlds: World) -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        losses, states = [], []
+        for world in worlds:
+            torch.manual_seed(5)
+            rows = slice(world.rank * 4 // world.size, (world.rank + 1) * 4 // world.size)
+            loss, _ = gradients(model, Lanes(lanes), x[rows], y[rows], 1 / world.size, world=world)
+            losses.append(loss)
+            states.append(torch.get_rng_state())
+        assert all(torch.equal(s, states[0]) for s in states)
+        return [torch.tensor(losses).mean(), *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    two = [World(), World()]
+    for rank, world in enumerate(two):
+        world.rank, world.size = rank, 2  # type: ignore[misc]
+    for a, b in zip(found(2, World()), found(1, *two), strict=True):
+        torch.testing.assert_close(a, b)
