@@ -24,7 +24,7 @@ DEFAULTS = {"lr": 2e-3, "muon_lr": 4e-3, "warmup": 0.1, "patience": 5, "eval_eve
 PASSES = 4.0
 # What a fine-tuning takes from the training that it goes on with.
 KEPT = ("batch", "seq_len", "accumulate", "weight_decay", "table_decay", "beta1", "beta2", "clip",
-        "precision", "eval_tokens")  # fmt: skip
+        "precision", "eval_tokens", "recompute")  # fmt: skip
 
 
 def finetune(
@@ -44,6 +44,7 @@ def finetune(
     minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
     batch: Annotated[int | None, Opt(help="Windows in a batch.")] = None,
     seq_len: Annotated[int | None, Opt(help="Tokens in a window.")] = None,
+    recompute: Annotated[bool | None, Opt("--recompute", help="Less memory, more time.")] = None,
     lr: Annotated[float | None, Opt(help="Peak rate of embeddings, norms, biases.")] = None,
     muon_lr: Annotated[float | None, Opt(help="Peak rate of weight matrices.")] = None,
     warmup: Annotated[float | None, Opt(help="Warmup, share of the run.")] = None,

@@ -67,6 +67,7 @@ class State:
             dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         )
         self.set_precision("bfloat16" if wants else "float32")
+        self.model.recompute = config.recompute
         freeze(self.model, config.freeze)
         self.batches: Batches | Mixture | Mixed = deal(
             corpus.train.tokens, corpus.parts, config.batch, config.seq_len, config.seed,
