@@ -53,10 +53,15 @@ class Lanes:
         return [future.result() for future in futures]
 
 
-def lanes_for(model: Model, batch: int) -> Lanes:
+def count_lanes(model: Model, batch: int) -> int:
     """One lane a core and sequence for a small model, else a single one."""
     small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
-    return Lanes(min(torch.get_num_threads(), batch) if small else 1)
+    return min(torch.get_num_threads(), batch) if small else 1
+
+
+def lanes_for(model: Model, batch: int) -> Lanes:
+    """The lanes that a model learns in."""
+    return Lanes(count_lanes(model, batch))
 
 
 Part = tuple[float, Sequence[Tensor], State]

@@ -12,6 +12,7 @@ from mmrec.lanes import Lanes
 
 # Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
 A, B, C = 3.4445, -4.7750, 2.0315
+AT_ONCE = 1 << 24  # elements of the matrices that are moved together: each takes 20 bytes meanwhile
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -68,9 +69,11 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     alike[p.shape[-2:]].append(p)
-            # all matrices of one shape in one task, large ones first
-            order = sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape]))
-            tasks += [partial(self._move, group, alike[shape]) for shape in order]
+            # matrices of one shape in one task, large ones first
+            for shape in sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape])):
+                most = max(1, AT_ONCE // shape.numel())
+                tasks += [partial(self._move, group, alike[shape][lo : lo + most])
+                          for lo in range(0, len(alike[shape]), most)]  # fmt: skip
         self.lanes.run(tasks)
 
     @torch.no_grad()
