@@ -3,7 +3,7 @@
     python benchmarks/memory_use.py [PRESET ...] [--seq-len T] [--batch B]
 
 Each case has a process of its own: it imports everything, compiles the kernels on a small model and
-sets the system's high-water mark back; then come three real training steps (model, lanes, Muon),
+sets the system's high-water mark back; then come real training steps (model, lanes, Muon),
 or loading a checkpoint, reading a prompt of 1,100 tokens and writing 64. What the mark rose by
 is compared with mmrec.footprint. Writes results/memory_use.json.
 """
@@ -11,7 +11,6 @@ is compared with mmrec.footprint. Writes results/memory_use.json.
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from mmrec.cli.startup import prepare_process
 
 RESULTS = Path(__file__).parent / "results" / "memory_use.json"
 PRESETS = ["tiny", "mini", "small", "base"]
-STEPS = 3
 
 
 def status(name: str) -> int:
@@ -80,6 +78,7 @@ def write(path: Path) -> None:
 
 
 def save(path: Path, shape: Any) -> None:
+    """A checkpoint of the shape, for a tokenizer by byte."""
     from mmrec.checkpoint import save
     from mmrec.data.tokenizer import train_tokenizer
     from mmrec.model import Model
@@ -89,7 +88,15 @@ def save(path: Path, shape: Any) -> None:
     save(path, Model(shape), tokenizer, 0, {})
 
 
-def measure(name: str, what: str, precision: str, batch: int, seq_len: int) -> dict[str, Any]:
+def ask(case: list[Any]) -> str:
+    """What a process of its own prints of a case."""
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def measure(
+    name: str, what: str, precision: str, batch: int, seq_len: int, count: int
+) -> dict[str, Any]:
     """One case, in this process."""
     from mmrec import footprint
     from mmrec.config import PRESETS, TrainConfig
@@ -104,17 +111,14 @@ def measure(name: str, what: str, precision: str, batch: int, seq_len: int) -> d
             shape = dataclasses.replace(shape, vocab_size=257)  # of a tokenizer by byte
             save(path, small)
             write(path)
-            if not os.fork():
-                save(path, shape)
-                os._exit(0)
-            os.wait()
+            ask([name, "save", str(path)])  # what that takes is not to be found here
             before, seconds = begin(), 0.0
             write(path)
             counted = footprint.generation(shape)
         else:
             steps(small, dataclasses.replace(config, batch=4, seq_len=16), 2)
             before = begin()
-            seconds = steps(shape, config, STEPS)
+            seconds = steps(shape, config, count)
             counted = {}
         measured = status("VmHWM") - before
     if what != "generation":
@@ -127,25 +131,30 @@ def measure(name: str, what: str, precision: str, batch: int, seq_len: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", default=PRESETS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--what", nargs="*", default=["training", "recompute", "generation"])
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        print(json.dumps(measure(*json.loads(given.case))))
+        name, what, *rest = json.loads(given.case)
+        if what == "save":
+            from mmrec.config import PRESETS as SHAPES
+
+            save(Path(rest[0]), SHAPES[name])
+        else:
+            print(json.dumps(measure(name, what, *rest)))
         return
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for name in given.presets:
         for what in given.what:
             for precision in given.precision if what != "generation" else ["float32"]:
                 case = [name, what, precision, given.batch, given.seq_len]
-                command = [sys.executable, __file__, "--case", json.dumps(case)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                row = json.loads(done.stdout)
+                row = json.loads(ask([*case, given.steps]))
                 print({k: v for k, v in row.items() if k != "parts"}, flush=True)
                 rows = [r for r in rows if [r[k] for k in ("preset", "what", "precision", "batch",
                                                            "seq_len")] != case]  # fmt: skip

@@ -94,3 +94,32 @@ def test_a_checkpoint_takes_the_model_and_one_parameter(tmp_path: Path) -> None:
     assert found["restore"] < spare
     assert found["load"] < found["model"] + spare
     assert found["grow"] < 1.13 * (found["model"] + found["moments"]) + spare  # one layer in eight
+
+
+CARRY = """
+from mmrec.config import ModelConfig
+from mmrec.lanes import Lanes, gradients
+from mmrec.model import Model
+
+model, lanes = Model(ModelConfig(64, 2, 2, 64, "nl", ngrams=64)), Lanes(1)
+text = torch.randint(64, (1, 16385))
+
+def learn(length, chunk):
+    state = None
+    for lo in range(0, length, chunk):
+        piece = text[:, lo : lo + chunk + 1]
+        _, state = gradients(model, lanes, piece[:, :-1], piece[:, 1:], state=state, eot=0)
+        for p in model.parameters():
+            p.grad = None
+
+learn(256, 256)
+lengths = {"short": (1024, 256), "long": (16384, 256), "whole": (16384, 16384)}
+print(json.dumps({name: rise(lambda: learn(*how))[0] for name, how in lengths.items()}))
+"""
+
+
+def test_a_carried_state_bounds_the_memory_of_a_long_document() -> None:
+    """16,384 tokens in chunks take what 1,024 take; in one window they take many times that."""
+    found = run(CARRY)
+    assert found["long"] < found["short"] + 8e6
+    assert found["whole"] > found["long"] + 100e6
