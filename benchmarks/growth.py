@@ -27,7 +27,7 @@ from mmrec.config import TrainConfig, preset
 from mmrec.data.corpus import Corpus
 from mmrec.data.preparing import prepare
 from mmrec.grow import HOW
-from mmrec.info import describe
+from mmrec.info import flops_per_token
 from mmrec.start import take_over
 from mmrec.train import Trainer, train
 
@@ -44,7 +44,7 @@ class Race:
         self.shapes = {n: dataclasses.replace(preset(n), vocab_size=vocab)
                        for n in (args.small, args.large)}  # fmt: skip
         per_step = args.batch * args.seq_len
-        self.flops = {n: per_step * describe(s)["flops_per_token"]["training"]
+        self.flops = {n: per_step * flops_per_token(s)["training"]
                       for n, s in self.shapes.items()}  # fmt: skip
 
     def length(self, name: str, share: float) -> dict[str, Any]:

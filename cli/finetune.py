@@ -31,8 +31,8 @@ DEFAULTS: dict[str, Any] = {
 LORA_LR = 1e-2
 PASSES = 4.0
 # What a fine-tuning takes from the training that it goes on with.
-KEPT = ("batch", "seq_len", "state", "accumulate", "weight_decay", "table_decay", "beta1", "beta2",
-        "clip", "precision", "eval_tokens")  # fmt: skip
+KEPT = ("batch", "seq_len", "state", "accumulate", "recompute", "weight_decay", "table_decay",
+        "beta1", "beta2", "clip", "precision", "eval_tokens")  # fmt: skip
 
 
 def finetune(
@@ -54,6 +54,7 @@ def finetune(
     minutes: Annotated[float | None, Opt(help="Length in minutes of training.")] = None,
     batch: Annotated[int | None, Opt(help="Windows in a batch.")] = None,
     seq_len: Annotated[int | None, Opt(help="Tokens in a window.")] = None,
+    recompute: Annotated[bool | None, Opt("--recompute", help="Less memory, more time.")] = None,
     lr: Annotated[float | None, Opt(help="Peak rate of embeddings, norms, biases.")] = None,
     muon_lr: Annotated[float | None, Opt(help="Peak rate of weight matrices.")] = None,
     warmup: Annotated[float | None, Opt(help="Warmup, share of the run.")] = None,

@@ -1,11 +1,14 @@
 """``mmrec info``."""
 
+import dataclasses
 import json
 from typing import Annotated
 
 import typer
 
-from mmrec.config import preset
+from mmrec.config import TrainConfig, preset
+
+MOST = 1 << 32
 
 
 def _size(n: float) -> str:
@@ -25,15 +28,28 @@ def _time(seconds: float) -> str:
 
 def info(
     name: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")],
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Windows in a batch.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens in a window.")] = 256,
+    vocab: Annotated[
+        int | None, typer.Option(min=2, max=MOST, help="Tokens of the vocabulary.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16 products.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a preset costs: parameters, FLOPs, memory, time. Allocates nothing."""
     config = preset(name)
+    if vocab is not None:
+        config = dataclasses.replace(config, vocab_size=vocab)
+    train = TrainConfig(batch=batch, seq_len=seq_len, precision=precision)
     from mmrec.info import describe
+    from mmrec.machine import probe_bfloat16
 
-    made = describe(config)
+    if precision == "auto":
+        precision = "bfloat16" if probe_bfloat16() else "float32"
+    made = describe(config, dataclasses.replace(train, precision=precision))
     if as_json:
-        typer.echo(json.dumps({"preset": name} | made, indent=1))
+        about = {"preset": name, "batch": batch, "seq_len": seq_len, "precision": precision}
+        typer.echo(json.dumps(about | made, indent=1))
         return
     typer.echo(f"{name}: width {config.width}, {config.depth} layers ({config.kinds}), "
                f"{config.heads} heads, vocabulary {config.vocab_size:,}\n")  # fmt: skip
@@ -41,14 +57,16 @@ def info(
     for part, count in made["parameters"].items():
         typer.echo(f"  {part:<20}{count:>15,}{count / total:>8.1%}")
     flops, size = made["flops_per_token"], made["bytes"]
-    pace = _time(made["seconds_per_million_tokens"])
-    lines = {
-        "FLOPs a token": f"{flops['forward'] / 1e6:,.1f} M forward, "
-        f"{flops['training'] / 1e6:,.1f} M in training",
-        "memory to train": f"{_size(size['training'])} (batch 8 × 256 tokens, AdamW)",
-        "memory to generate": f"{_size(size['generation'])}, of which state {_size(size['state'])}",
-        "time here": f"at least {pace} per million training tokens",
-    }  # fmt: skip
-    typer.echo("")
-    for key, text in lines.items():
-        typer.echo(f"  {key:<20}{text}")
+    heading = f"batch {batch} × {seq_len:,} tokens, {precision}"
+    typer.echo(f"\n  {heading:<38}{'training':>13}{'--recompute':>13}")
+    typer.echo(f"  {'FLOPs a token':<38}{flops['training'] / 1e6:>11,.0f} M"
+               f"{flops['recompute'] / 1e6:>11,.0f} M")  # fmt: skip
+    for part in size["training"]:
+        cells = "".join(f"{_size(size[how][part]):>13}" for how in ("training", "recompute"))
+        typer.echo(f"  {part if part != 'total' else 'memory to train':<38}{cells}")
+    parts = ", ".join(f"{part} {_size(n)}" for part, n in size["generation"].items()
+                      if part != "total")  # fmt: skip
+    typer.echo(f"\n  memory to generate  {_size(size['generation']['total'])} ({parts})")
+    typer.echo(f"  FLOPs to generate   {flops['forward'] / 1e6:,.0f} M a token")
+    typer.echo(f"  time here           at least {_time(made['seconds_per_million_tokens'])} per "
+               "million training tokens")  # fmt: skip

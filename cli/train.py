@@ -53,6 +53,7 @@ def train(
     seq_len: Annotated[int | None, Opt(help="Tokens in a window.")] = None,
     state: Annotated[str | None, Opt(help="Memories start at window, document or carry.")] = None,
     accumulate: Annotated[int | None, Opt(help="Batches in a step.")] = None,
+    recompute: Annotated[bool | None, Opt("--recompute", help="Less memory, more time.")] = None,
     lr: Annotated[float | None, Opt(help="Peak rate of embeddings, norms, biases.")] = None,
     muon_lr: Annotated[float | None, Opt(help="Peak rate of weight matrices.")] = None,
     min_lr: Annotated[float | None, Opt(help="Rate left at the end, share of the peak.")] = None,

@@ -5,7 +5,7 @@ The layout is described in docs/formats.md. Nothing in it is code, and nothing i
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,36 +179,53 @@ def read_info(path: Path) -> tuple[int, dict[str, Any], ModelConfig]:
         return *_read_info(file), _read_config(file)
 
 
-def _read_moments(file: h5py.File, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    made = {}
-    for name, p in model.named_parameters():
-        kept = [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
-        if kept:
-            made[name] = {m: _tensor(file, f"optimizer/{m}/{name}", p) for m in kept}
-    return made
+class _Moments(Mapping[str, dict[str, Tensor]]):
+    """Moments by parameter, each read when it is asked for."""
+
+    def __init__(self, file: h5py.File, model: nn.Module) -> None:
+        self._file, self._shapes = file, dict(model.named_parameters())
+
+    def _kept(self, name: str) -> list[str]:
+        return [m for m in MOMENTS if f"optimizer/{m}/{name}" in self._file]
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        like, kept = self._shapes[name], self._kept(name)
+        if not kept:
+            raise KeyError(name)
+        return {m: _tensor(self._file, f"optimizer/{m}/{name}", like) for m in kept}
+
+    def __iter__(self) -> Iterator[str]:
+        return filter(self._kept, self._shapes)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """Optimizer moments of a checkpoint by parameter and name, and the steps that they have seen;
-    none if it was saved without."""
+@contextlib.contextmanager
+def open_moments(
+    path: Path, model: nn.Module
+) -> Iterator[tuple[Mapping[str, dict[str, Tensor]], int]]:
+    """Optimizer moments of a checkpoint by parameter and name, read one parameter at a time, and
+    the steps that they have seen; none if it was saved without."""
     with open_file(path, KIND, SCHEMA, SCHEMA) as file:
         if "progress" not in file:
-            return {}, 0
+            yield {}, 0
+            return
         aged = read_json(file, "progress").get("aged", 0)
-        return _read_moments(file, model), attribute(file, "step", int) + int(aged)
+        yield _Moments(file, model), attribute(file, "step", int) + int(aged)
 
 
 def put_moments(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    moments: dict[str, dict[str, Tensor]],
+    moments: Mapping[str, dict[str, Tensor]],
     steps: int,
 ) -> None:
     """Give an optimizer the moments that so many steps left, and forget those that it has."""
     optimizer.state.clear()
-    for name, p in model.named_parameters():
-        if name in moments:
-            optimizer.state[p] = {"step": torch.tensor(float(steps)), **moments[name]}
+    parameters = dict(model.named_parameters())
+    for name in moments:
+        optimizer.state[parameters[name]] = {"step": torch.tensor(float(steps)), **moments[name]}
 
 
 def restore(

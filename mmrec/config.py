@@ -153,6 +153,8 @@ class TrainConfig:
     ``carry``, at each document only, windows going on where the ones before them ended."""
     accumulate: int = 1
     """Micro-batches in one optimizer step."""
+    recompute: bool = False
+    """Keep only what goes into each layer, and compute the rest again in backward: less memory."""
     lr: float = 1e-2
     """Peak learning rate of AdamW, which moves embeddings, norms and biases."""
     muon_lr: float = 0.02

@@ -14,7 +14,7 @@ norms LEMON's (Wang et al. 2023, arXiv:2310.07999); ``stack`` is Gong et al. 201
 Training of BERT by Progressively Stacking". The arithmetic is in docs/growth.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -232,7 +232,7 @@ class Growth:
             layer.recurrent[of_block[:, :, None] & of_block[:, None, :]] = 0
 
     def moments(
-        self, model: Model, kept: dict[str, dict[str, Tensor]]
+        self, model: Model, kept: Mapping[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         """Grow what an optimizer keeps of each parameter: zero for new entries.
 

@@ -1,11 +1,13 @@
-"""What a configuration costs, counted from the real model on torch's meta device."""
+"""What a configuration costs, counted from the real model without allocating it."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mmrec.config import ModelConfig
+from mmrec.config import ModelConfig, TrainConfig
+from mmrec.footprint import generation, training
 from mmrec.model import Model
 
 PARTS = {
@@ -16,7 +18,6 @@ PARTS = {
     "feed-forward": ("ffn_in.weight", "ffn_out.weight"),
     "convolutions": ("taps",),
 }
-BATCH, SEQ_LEN = 8, 256  # of the memory estimate
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -30,9 +31,25 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def matmul_rate() -> float:
-    """This machine's float32 matrix-product rate in FLOP/s, measured for a fifth of a second."""
-    a, b = torch.randn(1024, 512), torch.randn(512, 512)
+def flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """Floating-point operations of ``forward``, ``training``, and training with ``recompute``.
+
+    A multiply and an add are two: twice the parameters that meet a token in a product, plus 8 P² a
+    head for the long-term memory. Training takes three times the forward, and with ``recompute``
+    that of the layers once more.
+    """
+    counts, size = parameters(config), config.head_width
+    layers = counts["projections"] + counts["recurrent weights"] + counts["feed-forward"]
+    long = sum(k in "lb" for k in config.kinds)
+    again = 2 * layers + long * config.heads * 8 * size * size
+    forward = again + 2 * counts["embedding"]
+    return {"forward": forward, "training": 3 * forward, "recompute": 3 * forward + again}
+
+
+def matmul_rate(precision: str = "float32") -> float:
+    """This machine's matrix-product rate in FLOP/s, measured for a fifth of a second."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = torch.randn(1024, 512).to(dtype), torch.randn(512, 512).to(dtype)
     a @ b
     runs, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < 0.2:
@@ -41,34 +58,20 @@ def matmul_rate() -> float:
     return runs * 2 * 1024 * 512 * 512 / (time.perf_counter() - begin)
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """Parameters by part, FLOPs a token, bytes for training and generation, seconds a token here.
+def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Parameters by part, FLOPs a token, bytes of training and generation, seconds a token here.
 
-    FLOPs count a multiply and an add as two: twice the parameters that meet a token in a product,
-    plus 8 P² a head for the long-term memory; training costs three times the forward. Training
-    memory is weights, gradients and Muon's moment or AdamW's two, 12 or 16 bytes a parameter, and
-    activations kept for backward at batch 8 of 256 tokens. The time assumes products at the rate
+    Bytes are those of ``mmrec.footprint``, for training as ``train`` says, with and without
+    ``recompute``; the process itself is not among them. The time assumes products at the rate
     measured just now and is a lower bound of what training will take.
     """
-    counts = parameters(config)
-    width, size = config.width, config.head_width
-    kinds = config.kinds
-    long, short = sum(k in "lb" for k in kinds), sum(k in "sbn" for k in kinds)
-    read = ("convolutions", "norms and biases", "pairs and triples")  # met without a product
-    products = counts["total"] - sum(counts[k] for k in read)
-    matrices = products - counts["embedding"]
-    forward = 2 * products + long * config.heads * 8 * size * size
-    # what a layer keeps for backward, in widths a token: residual, norms, taps, gates, activations
-    kept = config.depth * (11 * width + 3 * config.hidden) + short * 7 * width + long * 6 * width
-    state = config.depth * (config.conv - 1) * width + short * width + long * width * size
-    training = 16 * counts["total"] - 4 * matrices + 4 * BATCH * SEQ_LEN * kept
+    flops = flops_per_token(config)
+    made = {"training": training(config, replace(train, recompute=False)),
+            "recompute": training(config, replace(train, recompute=True)),
+            "generation": generation(config)}  # fmt: skip
     return {
-        "parameters": counts,
-        "flops_per_token": {"forward": forward, "training": 3 * forward},
-        "bytes": {
-            "training": training,
-            "generation": 4 * (counts["total"] + state),
-            "state": 4 * state,
-        },
-        "seconds_per_million_tokens": 3e6 * forward / matmul_rate(),
+        "parameters": parameters(config),
+        "flops_per_token": flops,
+        "bytes": {name: parts | {"total": sum(parts.values())} for name, parts in made.items()},
+        "seconds_per_million_tokens": 1e6 * flops["training"] / matmul_rate(train.precision),
     }

@@ -54,12 +54,16 @@ class Lanes:
         return [future.result() for future in futures]
 
 
-def lanes_for(model: Model, batch: int, world: World = ALONE) -> Lanes:
+def count_lanes(model: Model, batch: int, world: World = ALONE) -> int:
     """One lane a core and sequence for a small model; a single one for others, and for one that is
     sharded, whose layers are whole for one forward at a time."""
     small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
-    count = min(torch.get_num_threads(), batch) if small and not world.sharded else 1
-    return Lanes(count)
+    return min(torch.get_num_threads(), batch) if small and not world.sharded else 1
+
+
+def lanes_for(model: Model, batch: int, world: World = ALONE) -> Lanes:
+    """The lanes that a model learns in."""
+    return Lanes(count_lanes(model, batch, world))
 
 
 Part = tuple[float, Sequence[Tensor], State]

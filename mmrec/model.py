@@ -38,6 +38,7 @@ from mmrec.kernels import (
 )
 from mmrec.loss import HeadLoss
 from mmrec.packing import Packing, newest, previous
+from mmrec.recompute import recompute
 
 RUNS = (  # factors of the hash of pairs, triples and longer runs: of the token before, of the sum
     (1_000_003, 1),
@@ -228,6 +229,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(each(Layer(config, kind)) for kind in config.kinds)
         self.norm = RMSNorm(config.width)
         self.reduced = False  # bfloat16 products
+        self.recompute = False  # layers, in backward: only what goes into them is kept
 
     def set_precision(self, precision: str) -> None:
         """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
@@ -302,7 +304,8 @@ class Model(nn.Module):
         for layer, before in zip(self.layers, state.layers, strict=True):
             if pack:
                 before = LayerState(*map(pack.spread, before))  # type: ignore[arg-type]
-            x, last = layer(x, before, half=self.reduced, dice=dice, cu=pack and pack.cu_seqlens)
+            run = functools.partial(recompute, layer) if self.recompute else layer
+            x, last = run(x, before, half=self.reduced, dice=dice, cu=pack and pack.cu_seqlens)
             if pack:
                 last = LayerState(*map(pack.gather, last))  # type: ignore[arg-type]
             after.append(last)

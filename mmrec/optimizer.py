@@ -13,6 +13,7 @@ from mmrec.parallel import ALONE, World
 
 # Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
 A, B, C = 3.4445, -4.7750, 2.0315
+AT_ONCE = 1 << 24  # elements of the matrices that are moved together: each takes 20 bytes meanwhile
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -72,9 +73,11 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     alike[p.shape[-2:]].append(p)
-            # all matrices of one shape in one task, large ones first
-            order = sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape]))
-            tasks += [partial(self._move, group, alike[shape]) for shape in order]
+            # matrices of one shape in one task, large ones first
+            for shape in sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape])):
+                most = max(1, AT_ONCE // shape.numel()) * self.world.size  # each moves a share
+                tasks += [partial(self._move, group, alike[shape][lo : lo + most])
+                          for lo in range(0, len(alike[shape]), most)]  # fmt: skip
         if self.world.size == 1:
             self.lanes.run(tasks)
         else:  # one after the other, in one order in all processes: they talk to each other

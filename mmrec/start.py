@@ -43,8 +43,8 @@ def take_over(
     """
     growth = Growth(source.model.config, model.config, how, pieces)
     growth.fill(model, source.model)
-    kept, steps = checkpoint.read_moments(source.path, source.model)
-    moments = growth.moments(model, kept)
+    with checkpoint.open_moments(source.path, source.model) as (kept, steps):
+        moments = growth.moments(model, kept)
     if not moments:
         optimizer.state.clear()
         return 0

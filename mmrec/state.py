@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as clip
 
 from mmrec import checkpoint, lora
@@ -42,6 +43,11 @@ def conditions() -> dict[str, Any]:
     processes = dist.get_world_size() if together else 1
     return {"threads": torch.get_num_threads(), "processes": processes, "processor": capability,
             **versions}  # fmt: skip
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all is: without a copy, as what is not is the least or the largest."""
+    return x.numel() == 0 or all(bool(torch.isfinite(y)) for y in torch.aminmax(x))
 
 
 def give_back_memory() -> None:
@@ -83,6 +89,7 @@ class State:
         )
         world.shard_root(self.model)
         self.set_precision("bfloat16" if wants else "float32")
+        self.model.recompute = config.recompute
         if config.lora:
             if world.size > 1:
                 raise InputError(f"lora learns in a single process; there are {world.size}")
@@ -226,7 +233,7 @@ class State:
             WeightsDiverged: a weight is not finite; nothing was written.
         """
         world, weights = self.world, list(self.model.named_parameters())
-        bad = (i for i, (_, p) in enumerate(weights) if not torch.isfinite(world.local(p)).all())
+        bad = (i for i, (_, p) in enumerate(weights) if not _finite(world.local(p.detach())))
         first = -world.most(-next(bad, math.inf))
         if first < math.inf:
             name = weights[int(first)][0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmrec import saved
-from mmrec.checkpoint import load_model, read_moments
+from mmrec.checkpoint import load_model, open_moments
 from mmrec.config import InputError, TrainConfig
 from mmrec.data.batches import Batches, Mixed
 from mmrec.data.corpus import Corpus
@@ -38,6 +38,11 @@ def grown_trainer(corpus: Corpus, folder: Path, source: Path, **settings: object
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_model(path).model.named_parameters())
+
+
+def read_moments(path: Path, model: Model) -> tuple[dict[str, dict[str, torch.Tensor]], int]:
+    with open_moments(path, model) as (kept, steps):
+        return dict(kept), steps
 
 
 def test_a_cut_run_of_a_grown_model_goes_on_bit_for_bit(

@@ -62,7 +62,7 @@ def empty(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     else:
         x = like.new_empty(shape)
     size = x.numel() * x.element_size()
-    if _madvise is not None and size >= _HUGE:
+    if _madvise is not None and size >= _HUGE and type(x) is Tensor:  # one that has memory
         low = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (x.data_ptr() + size - low) // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(ctypes.c_void_p(low), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
