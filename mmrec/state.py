@@ -228,9 +228,9 @@ class State:
                 "conditions": conditions()}  # fmt: skip
         kept: dict[str, Any] = {}
         if whole:
-            carries = self.config.state == "carry" and self.carried is not None
+            rows = self.carried if self.config.state == "carry" else None
             kept = {"optimizer": self.optimizer, "progress": dataclasses.asdict(self.progress),
-                    "carried": join(world.all(self.carried)) if carries else None}  # fmt: skip
+                    "carried": join(world.all(rows)) if rows else None}  # fmt: skip
         path, tokenizer = self.folder / name, self.corpus.tokenizer
         step = self.progress.step
 
