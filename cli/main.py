@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmrec.cli import bench, data
+from mmrec.cli.chain import chain
 from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
 from mmrec.cli.finetune import finetune
@@ -29,6 +30,7 @@ app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("grow")(grow)
 app.command("finetune")(finetune)
+app.command("chain")(chain)
 app.command("info")(info)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

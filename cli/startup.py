@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 # Commands that keep all cores at work; others take torch as it comes.
-HEAVY = ("train", "finetune", "eval", "bench train")
+HEAVY = ("train", "finetune", "chain", "eval", "bench train")
 
 
 def prepare_process(command: list[str]) -> None:

@@ -94,7 +94,7 @@ def train(
             if world and world.rank:
                 trainer, resume = follow(world)
             elif resume:
-                lock, trainer = _resume(given, held, world)
+                lock, trainer = resume_run(given, held, world)
             else:
                 lock, trainer = _begin(name, config, given, force, held, world)
             if lock and world:
@@ -122,7 +122,9 @@ def _begin(
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
     source = _source(chosen.grow_from, settings | given) if chosen.grow_from else None
     if title:
-        shape = preset(title, source.tokenizer.kind if source else _kind(chosen))
+        from mmrec.data.preparing import tokenizer_kind
+
+        shape = preset(title, source.tokenizer.kind if source else tokenizer_kind(chosen))
     elif source:
         shape, title = source.model.config, str(source.info.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own
@@ -130,15 +132,6 @@ def _begin(
     if source is None:
         chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
     return begin(title, model, chosen, source, force, held, world)
-
-
-def _kind(chosen: TrainConfig) -> str:
-    """The kind of tokenizer that the text will have."""
-    from mmrec.data.corpus import Corpus, is_prepared
-
-    if not is_prepared(chosen.data):
-        return chosen.tokenizer
-    return Corpus.open(Path(chosen.data)).tokenizer.kind
 
 
 def begin(
@@ -149,8 +142,10 @@ def begin(
     force: bool,
     held: contextlib.ExitStack,
     world: "World | None" = None,
+    how: str = "preserve",
 ) -> tuple["Lock", "Trainer"]:
-    """A new run, from the source's weights and with its tokenizer if there is one."""
+    """A new run, from the source's weights, grown as ``how`` says, and with its tokenizer if there
+    is one."""
     from mmrec.data.corpora import mixture, read_once
     from mmrec.data.corpus import Corpus
     from mmrec.data.preparing import open_corpus, prepare, reading
@@ -160,13 +155,13 @@ def begin(
     from mmrec.train import Trainer
 
     if source is None:
-        how = reading(chosen)
-        corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, how))
+        read = reading(chosen)
+        corpus = Corpus.open(prepare(chosen.data, chosen.tokenizer, chosen.vocab, None, say, read))
     else:
         known = source.tokenizer
         chosen = dataclasses.replace(chosen, tokenizer=known.kind, vocab=known.vocab_size)
         # a mistake is said before any text is read
-        Growth(source.model.config, dataclasses.replace(model, vocab_size=known.vocab_size))
+        Growth(source.model.config, dataclasses.replace(model, vocab_size=known.vocab_size), how)
         corpus = open_corpus(chosen.data, known, say, reading(chosen))
     stem = Path(chosen.data).stem if Path(chosen.data).exists() else chosen.data
     stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
@@ -176,7 +171,7 @@ def begin(
         chosen = dataclasses.replace(chosen, data=str(corpus.path.resolve()))
     trainer = Trainer(default, corpus, model, chosen, title, say, world or ALONE)
     if source is not None:
-        trainer.start_from(source)
+        trainer.start_from(source, how)
         moments = ", with its moments" if trainer.progress.aged else ""
         say(f"start   {source.path}, step {source.step:,}{moments}")
     lock = held.enter_context(open_run(chosen.out, default, force=force))
@@ -200,8 +195,8 @@ def _source(where: str, settings: dict[str, Any]) -> "Loaded":
     return source
 
 
-def _resume(
-    given: dict[str, Any], held: contextlib.ExitStack, world: "World | None"
+def resume_run(
+    given: dict[str, Any], held: contextlib.ExitStack, world: "World | None" = None
 ) -> tuple["Lock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
     from mmrec.data.corpus import Corpus
@@ -229,9 +224,16 @@ def _resume(
 
 
 def finish(
-    trainer: "Trainer", lock: "Lock | None", resume: bool, parallel: str | None = None
+    trainer: "Trainer",
+    lock: "Lock | None",
+    resume: bool,
+    parallel: str | None = None,
+    again: str | None = None,
 ) -> None:
-    """Train to the end and say how it went; exit code 1 if it diverged, 128 + n after a signal."""
+    """Train to the end and say how it went; exit code 1 if it diverged, 128 + n after a signal.
+
+    ``again`` is the command that goes on after a signal, if it is not train's.
+    """
     from mmrec.saved import run_checkpoints
     from mmrec.train import TrainingDiverged, train
 
@@ -247,7 +249,7 @@ def finish(
             file=sys.stderr)  # fmt: skip
         raise typer.Exit(1) from None
     if made["ended"] == "signal":
-        say(f"stopped at step {made['steps']:,} and saved; continue with: {resuming}",
+        say(f"stopped at step {made['steps']:,} and saved; continue with: {again or resuming}",
             file=sys.stderr)  # fmt: skip
         raise typer.Exit(128 + trainer.stop.number)
     if made["ended"] == "early":

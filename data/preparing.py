@@ -38,6 +38,13 @@ def reading(config: TrainConfig) -> Reading:
     return Reading(**{name: getattr(config, name) for name in names})
 
 
+def tokenizer_kind(config: TrainConfig) -> str:
+    """The kind of tokenizer that a run's text will have."""
+    if not is_prepared(config.data):
+        return config.tokenizer
+    return Corpus.open(Path(config.data)).tokenizer.kind
+
+
 def prepare(
     source: str,
     tokenizer: str | Tokenizer = "bpe",

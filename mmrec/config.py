@@ -262,8 +262,9 @@ PRESETS: dict[str, ModelConfig] = {
     "7b": ModelConfig(4096, 24, 64, 32_000, "nnnl", ffn=6.0, ngrams=65_536, horizon=4096),
 }
 
-# Steps of 16 x 256 tokens that tiny takes in about five minutes on two cores.
-DEFAULT_STEPS = 1100
+# Steps of 16 x 256 tokens that tiny takes in about five minutes on two cores; fewer where they
+# would be more than four passes over the text, by which it is learnt by heart (decisions.md).
+DEFAULT_STEPS, DEFAULT_EPOCHS, LEAST_STEPS = 1100, 4, 100
 
 
 def preset(name: str, tokenizer: str = "bpe") -> ModelConfig:

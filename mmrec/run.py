@@ -153,9 +153,14 @@ def open_run(out: str, default: Path, *, force: bool) -> Lock:
                 )
         number += 1
         folder = default.with_name(f"{default.name}-{number}")
+    clear(folder)
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Remove the files that a run makes."""
     for path in [*(folder / name for name in FILES), *folder.glob("step-*.h5")]:
         path.unlink(missing_ok=True)
-    return lock
 
 
 def _holds_run(folder: Path) -> bool:

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as clip
 
 from mmrec import checkpoint, lora
-from mmrec.config import DEFAULT_STEPS, InputError, ModelConfig, TrainConfig, from_dict
+from mmrec.config import (
+    DEFAULT_EPOCHS,
+    DEFAULT_STEPS,
+    LEAST_STEPS,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+)
 from mmrec.data.batches import Batches, Mixed, Mixture, deal, spread_pieces
 from mmrec.data.corpus import Corpus
 from mmrec.data.preparing import open_corpus
@@ -135,14 +143,14 @@ class State:
         """The random state before the newest step."""
         self.stop = Stop(world.most if world.size > 1 else None)
 
-    def start_from(self, source: checkpoint.Loaded) -> None:
+    def start_from(self, source: checkpoint.Loaded, how: str = "preserve") -> None:
         """Take over the weights of a checkpoint, grown to this model's shape, and its moments.
 
-        Raises InputError if the shape cannot be grown to.
+        ``how`` is as in ``Growth``. Raises InputError if the shape cannot be grown to.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.progress.aged = take_over(self.model, self.optimizer, source)
+            self.progress.aged = take_over(self.model, self.optimizer, source, how)
         if self.config.lora:  # what is learnt has no past
             self.optimizer.state.clear()
             self.progress.aged = 0
@@ -165,7 +173,8 @@ class State:
             return None
         if c.epochs is not None:
             return max(1, round(c.epochs * self.steps_per_epoch))
-        return c.steps or DEFAULT_STEPS
+        passes = DEFAULT_EPOCHS * self.steps_per_epoch
+        return c.steps or min(DEFAULT_STEPS, max(LEAST_STEPS, passes))
 
     def fraction(self, ahead: float = 0.0) -> float:
         """How far the run is, 0 to 1, or will be ``ahead`` steps from now."""

@@ -51,6 +51,8 @@ ALLOWED = {
     "mmrec.start": {"mmrec.checkpoint", "mmrec.config", "mmrec.data", "mmrec.grow",
                     "mmrec.model", "mmrec.optimizer", "mmrec.run"},
     "mmrec.compare": {"mmrec.checkpoint", "mmrec.config", "mmrec.files"},
+    "mmrec.chain": {"mmrec.checkpoint", "mmrec.compare", "mmrec.config", "mmrec.data",
+                    "mmrec.files", "mmrec.grow", "mmrec.info"},
     "mmrec.guard": set(),
     "mmrec.signals": set(),
     "mmrec.run": {"mmrec.config", "mmrec.files"},

@@ -51,6 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         assert call(patch, "data prepare world.txt --tokenizer char --out other.h5") == 0
         Path("lr.toml").write_text("[train]\nlr = nan\n")
         Path("cut.toml").write_text("[train\n")
+        Path("chain.toml").write_text("lr = 1.0\n")
         Path("word.toml").write_text('preset = "tiny"\n[train]\nlrr = 1\n')
         Path("type.toml").write_text('preset = "tiny"\n[train]\nsteps = "x"\n')
     return folder

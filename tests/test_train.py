@@ -276,3 +276,14 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     log = Log(tmp_path, Progress(step=2))
     log.close()
     assert losses(tmp_path) == [1.0, 0.5]
+
+
+def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
+    """Four passes, but a hundred steps at least and no more than the default."""
+    made = make_trainer(corpus, tmp_path / "a", steps=None)
+    assert made.total_steps == min(1100, 4 * made.steps_per_epoch)
+    made = make_trainer(corpus, tmp_path / "b", steps=None, batch=256)
+    assert made.steps_per_epoch < 25
+    assert made.total_steps == 100
+    made = make_trainer(corpus, tmp_path / "c", steps=None, batch=1)
+    assert made.total_steps == 1100
