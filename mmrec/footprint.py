@@ -118,5 +118,7 @@ def generation(config: ModelConfig) -> dict[str, int]:
             x, state = model.hidden_states(piece)
             model.head(x[0, -1])
             del x
+            held = ledger.now
+        del state
         size = sum(4 * p.numel() for p in model.parameters())
-    return {"weights": size, "state": ledger.now, "temporaries": ledger.peak - ledger.now}
+    return {"weights": size, "state": held, "temporaries": ledger.peak - held}
