@@ -123,12 +123,14 @@ def test_two_four_and_one_go_on_from_each_other(folder: Path) -> None:
     out, _ = run(folder, 2, *grown, "--batch", "4", "--seq-len", "32", "--parallel", "ddp")
     assert "start   whole/last.h5, step 30, with its moments" in out
     assert losses(folder / "more")[0] < losses(folder / "whole")[-1] + 0.3
-    assert checkpoint.read_moments(folder / "more/last.h5", a.model)[1] == 33
-    moments = [checkpoint.read_moments(x.path, x.model) for x in (a, b)]
-    assert moments[0][1] == moments[1][1] == 30
-    assert {n: set(m) for n, m in moments[0][0].items()} == {
-        n: set(m) for n, m in moments[1][0].items()
-    }
+    with checkpoint.open_moments(folder / "more/last.h5", a.model) as (_, age):
+        assert age == 33
+    kept = []
+    for x in (a, b):
+        with checkpoint.open_moments(x.path, x.model) as (moments, age):
+            assert age == 30
+            kept.append({n: set(m) for n, m in moments.items()})
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(
