@@ -13,13 +13,12 @@ whatever its tokenizer, and of the first. Writes results/finetune-NAME.json and 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from perplexity import mmrec
 
 from mmrec.bench import machine
 
@@ -29,15 +28,6 @@ WAYS: dict[str, list[str]] = {
     "finetune --replay 0.1": ["--replay", "0.1"],
     "finetune --lora 8": ["--lora", "8"],
 }
-
-
-def mmrec(*words: str) -> str:
-    """Run the command; returns what it printed."""
-    command = [sys.executable, "-m", "mmrec", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout
 
 
 def result(run: Path) -> dict[str, Any]:

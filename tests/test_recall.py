@@ -45,11 +45,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("layers", "low", "high"), [("l", 0.95, 1.0), ("s", 0.0, 0.6)])
-def test_the_long_term_memory_recalls_and_the_short_does_not(
-    layers: str, low: float, high: float
-) -> None:
+def test_the_long_term_memory_recalls_and_the_short_does_not() -> None:
     small = Task(lambda g, b: recall(g, b, 4, 32, 16), 16, 32, 1000, width=32)
-    # when the jump comes hangs on a processor's last bits: the memory has it in one seed of three
-    scores = (learn(small, layers, seed, heads=1)["accuracy"] for seed in range(3))
-    assert any(low <= score <= high for score in scores)
+    # when the jump comes hangs on a processor's last bits: one seed of three must have it
+    assert any(learn(small, "l", seed, heads=1)["accuracy"] >= 0.95 for seed in range(3))
+    assert learn(small, "s", 0, heads=1)["accuracy"] <= 0.6
