@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmrec.cli.train import begin, finish, resume_run, say
+from mmrec.config import InputError
 from mmrec.signals import leaving, unbreakable_output
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
                 lock, trainer = begin(stage.preset, stage.model, chosen, source, True, held,
                                       how=stage.how)  # fmt: skip
                 if source:
+                    if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
+                        raise InputError(f"the text of {chosen.data} changed since stage {number} "
+                                         "learnt from it: put it back, or start over with --force"
+                                         )  # fmt: skip
                     starts[number] = _score(trainer)
                     keep(stage.folder.parent, stages, starts)
         finish(trainer, lock, resume, again=again)

@@ -81,6 +81,8 @@ def finetune(
         settings["lr"] = LORA_LR
     if lora_alpha is not None and not lora:
         raise InputError(f"--lora-alpha needs --lora, the rank; got {lora_alpha} alone")
+    if lora and muon_lr is not None:
+        raise InputError(f"--muon-lr moves nothing with --lora: its rate is --lr; got {muon_lr}")
     if replay and settings.get("state") == "carry":
         settings["state"] = "document"
         say("note: with --replay memories start anew in each window, not only in each document")

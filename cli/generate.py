@@ -25,8 +25,10 @@ def generate(
     """Write on from a prompt, as it comes."""
     from mmrec.checkpoint import load_model
     from mmrec.generate import Sampling, generate
+    from mmrec.heap import leave_no_holes
     from mmrec.saved import find_checkpoint
 
+    leave_no_holes()  # only a long prompt takes large blocks, and once
     how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     loaded = load_model(find_checkpoint(model))
     piped = prompt is None and not sys.stdin.isatty()

@@ -67,9 +67,6 @@ def info(
     parts = ", ".join(f"{part} {_size(n)}" for part, n in size["generation"].items()
                       if part != "total")  # fmt: skip
     typer.echo(f"\n  memory to generate  {_size(size['generation']['total'])} ({parts})")
-    typer.echo(
-        "  what lives is counted; a process takes more, the smaller the more (docs/memory.md)"
-    )
     typer.echo(f"  FLOPs to generate   {flops['forward'] / 1e6:,.0f} M a token")
     typer.echo(f"  time here           at least {_time(made['seconds_per_million_tokens'])} per "
                "million training tokens")  # fmt: skip

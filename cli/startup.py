@@ -1,10 +1,11 @@
 """What a process must be told before torch and Numba are loaded, for speed."""
 
 import contextlib
-import ctypes
 import os
 import time
 from pathlib import Path
+
+from mmrec.heap import keep_freed
 
 # Commands that keep all cores at work; others take torch as it comes.
 HEAVY = ("train", "finetune", "chain", "eval", "bench train")
@@ -21,13 +22,7 @@ def prepare_process(command: list[str]) -> None:
         # machine that is best (tiny by character: 29,000 tokens/s; asleep at once: 15,000), beside
         # a busy process it is worst (6,500; asleep: 14,000). The pool reads this as it is loaded.
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    # Training frees and asks for the same tens of megabytes at each step. By default glibc gives
-    # them back to the system and faults the pages in again: 12,000 a step of tiny, a tenth of its
-    # time.
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: keep what is freed at the top of the heap
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: and take blocks up to 32 MiB from there
+    keep_freed()
 
 
 def share_cores() -> None:

@@ -62,7 +62,7 @@ def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Parameters by part, FLOPs a token, bytes of training and generation, seconds a token here.
 
     Bytes are those of ``mmrec.footprint``, for training as ``train`` says, with and without
-    ``recompute``; the process itself is not among them. The time assumes products at the rate
+    ``recompute``. The time assumes products at the rate
     measured just now and is a lower bound of what training will take.
     """
     flops = flops_per_token(config)

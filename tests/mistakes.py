@@ -208,6 +208,8 @@ MISTAKES = [
      "lora_alpha must be finite and > 0; got 0.0"),
     ("finetune", "--lora-alpha", "runs/one --data world.txt --lora-alpha 4",
      "--lora-alpha needs --lora, the rank; got 4.0 alone"),
+    ("finetune", "--muon-lr", "runs/one --data world.txt --lora 2 --muon-lr 1e-3",
+     "--muon-lr moves nothing with --lora: its rate is --lr; got 0.001"),
     *(("finetune", "--freeze", f"runs/one --data world.txt --freeze {word}", message)
       for word, message in (
           ("heads", "freeze must be words out of embeddings, memory, layers:0-2.*; got 'heads'"),

@@ -1,6 +1,7 @@
 """A chain of growth: its recipe, real processes that are stopped and killed, and its report."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
         assert row["end"] == curve.checks[-1][1]
         corpus = Corpus.open(prepare(str(folder / "book.txt"), "byte"))
         val = corpus.val
+        last.model.set_precision(last.info["precision"])  # bfloat16 where the processor has it
         scores = evaluate(last.model, val.tokens, corpus.tokenizer.eot, val.n_bytes)
         assert row["whole"] == pytest.approx(scores.bits_per_byte, abs=1e-5)
         assert f"\n{row['stage']} " in out
@@ -126,6 +128,20 @@ def test_another_recipe_is_refused_or_starts_over(folder: Path) -> None:
     (folder / "c/chain.json").unlink()
     _, errors = finish(start(folder), 2)
     assert "c/1-tiny is there already, of no chain that is known" in errors
+
+
+def test_all_stages_learn_from_the_same_text(folder: Path) -> None:
+    """A text that changed between two stages is refused, and put back it is gone on with."""
+    (folder / "r.toml").write_text(COMMON + FIRST + THIRD)
+    finish(start(folder), 0)
+    shutil.rmtree(folder / "c/2-tiny")
+    text = (folder / "book.txt").read_text()
+    (folder / "book.txt").write_text(text + "more")
+    _, errors = finish(start(folder), 2)
+    assert "error: the text of book.txt changed since stage 1 learnt from it: put it" in errors
+    (folder / "book.txt").write_text(text)
+    out, _ = finish(start(folder), 0)
+    assert "stage   c/1-tiny: finished before" in out
 
 
 @pytest.mark.parametrize(

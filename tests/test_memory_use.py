@@ -1,12 +1,16 @@
-"""What checkpoints and long texts take in memory, by the system's own high-water mark."""
+"""What checkpoints, long texts and whole commands take in memory, as the system counts it."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mmrec.config import PRESETS, TrainConfig
+from mmrec.footprint import training
 from tests.conftest import ROOT
 
 MARK = Path("/proc/self/clear_refs")
@@ -123,3 +127,33 @@ def test_a_carried_state_bounds_the_memory_of_a_long_document() -> None:
     found = run(CARRY)
     assert found["long"] < found["short"] + 8e6
     assert found["whole"] > found["long"] + 100e6
+
+
+def peak(tmp_path: Path, text: Path, *options: str) -> int:
+    """Bytes that two steps of training have resident at most."""
+    size = ["mini", "--vocab", "600", "--precision", "float32", "--steps", "2"]
+    where = ["--data", str(text), "--out", str(tmp_path), "--force"]
+    command = [sys.executable, "-m", "mmrec", "train", *size, *where, *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return 1024 * usage.ru_maxrss
+
+
+def test_info_tells_what_the_command_takes(tmp_path: Path, text_file: Path) -> None:
+    """The process itself depends on the machine and its torch; what larger batches and layers that
+    are run again change about it does not."""
+    config = replace(PRESETS["mini"], vocab_size=600)
+    peak(tmp_path, text_file)  # compiles what is not compiled yet
+    cases = {"small": (4, False), "large": (20, False), "again": (20, True)}
+    found, told = {}, {}
+    for name, (batch, recompute) in cases.items():
+        options = ["--batch", str(batch), *["--recompute"] * recompute]
+        found[name] = peak(tmp_path, text_file, *options)
+        settings = TrainConfig(batch=batch, precision="float32", recompute=recompute)
+        told[name] = sum(training(config, settings).values())
+    print(found, told)
+    for one in ("small", "again"):
+        rise = found["large"] - found[one]
+        assert told["large"] - told[one] == pytest.approx(rise, rel=0.2), one
