@@ -89,12 +89,12 @@ def race(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         runs = Race(data, args, Path(name))
         for seed in range(args.seeds):
             rows.append(runs.run("scratch", args.large, 1.0, seed))
-            small = runs.run("small", args.small, args.share, seed)
+            small = runs.run("source", args.small, args.share, seed)
             rows.append(small)
             before = {k: small[k] for k in ("flops", "seconds")}
             for how in args.how:
                 made = runs.run(how, args.large, 1 - args.share, seed,
-                                Path(name, f"small-{seed}", "last.h5"), how)  # fmt: skip
+                                Path(name, f"source-{seed}", "last.h5"), how)  # fmt: skip
                 rows.append(made | {"before": before})
     return rows
 
@@ -108,7 +108,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 for k in ("flops", "seconds")}  # fmt: skip
         got = sorted(r["bits_per_byte"] for r in mine)
         score = f"{statistics.median(got):.4f} ({got[0]:.4f} to {got[-1]:.4f})"
-        lines.append(f"| {name} | {cost['flops']:.3g} | {cost['seconds']:.0f} s | {score} |")
+        what = f"{mine[0]['preset']}, {name}"
+        lines.append(f"| {what} | {cost['flops']:.3g} | {cost['seconds']:.0f} s | {score} |")
     return lines
 
 
@@ -121,7 +122,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 begin = r.get("before", {}).get(key, 0)
                 x = [begin + share * r[key] for share, _ in r["curve"]]
                 axes.plot(x, [y for _, y in r["curve"]], color=f"C{i}", linewidth=1,
-                          label=name if r["seed"] == 0 else None)  # fmt: skip
+                          label=f"{r['preset']}, {name}" if r["seed"] == 0 else None)  # fmt: skip
         ends = [r["curve"][-1][1] for r in rows if r["curve"]]
         axes.set(xlabel=f"total {key} of training", ylabel="bits per byte, validation subset",
                  title=title, ylim=(min(ends) * 0.97, max(ends) * 1.3))  # fmt: skip
