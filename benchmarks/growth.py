@@ -5,9 +5,10 @@
 
 For every corpus and seed: the large preset from scratch for the whole budget; and the small one for
 a share of it, grown, then the large one for the rest. The budget is what --steps of the large one
-cost in FLOPs, or --minutes of training; what the small model costs counts. Each run has a learning-
-rate schedule of its own that ends with its budget. Scores are bits per byte over the whole
-validation split at the end. Writes results/growth-NAME.json and .png for each corpus.
+cost in FLOPs, or --minutes of training; what the small model costs counts. The large one's learning
+rates fall to zero at its end; the small one's stay, unless --schedule says another, since what it
+would gain is lost when the large one begins at the full rates. Scores are bits per byte over the
+whole validation split at the end. Writes results/growth-NAME.json and .png for each corpus.
 """
 
 import argparse
@@ -55,13 +56,13 @@ class Race:
         return {"steps": max(1, round(steps))}
 
     def run(self, title: str, name: str, share: float, seed: int, source: Path | None = None,
-            how: str = "preserve") -> dict[str, Any]:  # fmt: skip
+            how: str = "preserve", schedule: str = "linear") -> dict[str, Any]:  # fmt: skip
         """Train a preset, from a checkpoint if there is one; returns its cost, curve and score."""
         a, folder = self.args, self.folder / f"{title}-{seed}"
         folder.mkdir()
         config = TrainConfig(data=str(self.corpus.path), batch=a.batch, seq_len=a.seq_len,
                              seed=seed, eval_every=a.eval_every, save_every=10**6,
-                             **self.length(name, share))  # fmt: skip
+                             schedule=schedule, **self.length(name, share))  # fmt: skip
         trainer = Trainer(folder, self.corpus, self.shapes[name], config, name, lambda line: None)
         if source is not None:
             with torch.random.fork_rng(devices=[]):
@@ -89,7 +90,7 @@ def race(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         runs = Race(data, args, Path(name))
         for seed in range(args.seeds):
             rows.append(runs.run("scratch", args.large, 1.0, seed))
-            small = runs.run("source", args.small, args.share, seed)
+            small = runs.run("source", args.small, args.share, seed, schedule=args.schedule)
             rows.append(small)
             before = {k: small[k] for k in ("flops", "seconds")}
             for how in args.how:
@@ -140,6 +141,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="of the large one: equal FLOPs")
     length.add_argument("--minutes", type=float, help="equal time")
+    parser.add_argument("--schedule", default="constant", help="of the small one")
     parser.add_argument("--how", nargs="+", choices=HOW, default=["preserve", "stack"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokenizer", default="bpe")

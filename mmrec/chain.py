@@ -63,7 +63,9 @@ def read_recipe(path: Path) -> list[Stage]:
     """The stages of a recipe, all resolved. Each must be able to grow to the next.
 
     One tokenizer serves them all. Its vocabulary, unless the recipe says ``vocab``, is that of the
-    last stage: it is what the chain is for, and a vocabulary once chosen stays.
+    last stage: it is what the chain is for, and a vocabulary once chosen stays. Only the last
+    stage's rates fall, unless the recipe says ``schedule``: what a model gains as they fall is lost
+    when the next stage begins at the full ones (docs/decisions.md).
 
     Raises InputError, before anything is read but the recipe, at the first fault.
     """
@@ -86,9 +88,10 @@ def read_recipe(path: Path) -> list[Stage]:
     kind = tokenizer_kind(from_dict(TrainConfig, {k: recipe[k] for k in ONCE if k in recipe}))
     stages: list[Stage] = []
     for number, table in enumerate(tables, 1):
+        steady = {"schedule": "constant"} if number < len(tables) else {}
         try:
             _check_keys(table, own, "a stage")
-            stages.append(_stage(number, table, recipe, Path(out), kind, stages))
+            stages.append(_stage(number, table, steady | recipe, Path(out), kind, stages))
         except InputError as error:
             raise InputError(f"stage {number}: {error}") from None
     vocab = recipe.get("vocab") or stages[-1].model.vocab_size

@@ -183,3 +183,15 @@ def test_one_vocabulary_serves_all_stages(tmp_path: Path) -> None:
     assert [str(s.folder) for s in made] == ["runs/chain/1-tiny", "runs/chain/2-mini"]
     assert [s.train.grow_from for s in made] == ["", "runs/chain/1-tiny"]
     assert [(s.train.batch, s.train.seed) for s in made] == [(4, 0), (4, 3)]
+
+
+def test_rates_fall_in_the_last_stage_only(tmp_path: Path) -> None:
+    """Unless the recipe, or a stage of it, says another schedule."""
+    stage = STAGE + "schedule = 'cosine'\n"
+    for text, want in (
+        (STAGE * 3, ["constant", "constant", "linear"]),
+        (STAGE + stage + STAGE, ["constant", "cosine", "linear"]),
+        ("schedule = 'cosine'\n" + STAGE * 2, ["cosine", "cosine"]),
+    ):
+        (tmp_path / "r.toml").write_text(text)
+        assert [s.train.schedule for s in read_recipe(tmp_path / "r.toml")] == want
