@@ -4,10 +4,10 @@
     python benchmarks/finetune.py c4.jsonl project/ --source runs/tiny-c4 --out english-to-code
 
 A model is trained on the first text once, unless a run is named; then, for every seed, it is fine-
-tuned on the second in several ways, and one of its size is trained on the second alone, with
-`mmrec` as its user runs it. Every run's learning rates end at its last step.
-Scores are bits per byte of the best checkpoint over the whole validation split of the second text,
-whatever its tokenizer, and of the first. Writes results/finetune-NAME.json and .png.
+tuned on the second in several ways, and one of its size is trained on the second alone, with the
+command as its user runs it. Every run's learning rates end at its last step. Scores are bits per
+byte of the best checkpoint over the whole validation split of the second text, whatever its
+tokenizer, and of the first. Writes results/finetune-NAME.json and .png.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from mmrec.bench import machine
 
 RESULTS = Path(__file__).parent / "results"
 WAYS: dict[str, list[str]] = {
+    "scratch": [],
     "finetune": [],
     "finetune --replay 0.1": ["--replay", "0.1"],
     "finetune --lora 8": ["--lora", "8"],
@@ -41,25 +42,26 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def race(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All runs: the source, and for each seed one from scratch and one of each way."""
+    """All runs: the source, and each way for each seed."""
     source, rows = args.source or folder / "source", []
     if not args.source:
         mmrec("train", args.preset, "--data", args.old, "--out", str(source))
     rows.append({"way": "source", "seed": 0, **result(source)})
     length = ["--steps", str(args.steps), "--eval-every", str(args.eval_every)]
+    length += ["--max-bytes", str(args.max_bytes)] if args.max_bytes else []
     for seed in range(args.seeds):
         common = ["--data", args.new, *length, "--seed", str(seed), "--dropout", str(args.dropout)]
-        run = folder / f"scratch-{seed}"
-        mmrec("train", args.preset, *common, "--patience", "5", "--out", str(run))
-        score = json.loads(mmrec("eval", str(run), "--json"))["bits_per_byte"]
-        rows.append({"way": "scratch", "seed": seed, **result(run),
-                     "scores": {"new": {"after": score}}})  # fmt: skip
         for way in args.ways:
             run = folder / f"{way.replace(' ', '')}-{seed}"
-            mmrec("finetune", str(source), *common, *WAYS[way], "--out", str(run))
-            rows.append({"way": way, "seed": seed, **result(run)})
-        for row in rows[-1 - len(args.ways) :]:
-            print(f"seed {seed}, {row['way']}: {json.dumps(row['scores'])}", flush=True)
+            if way == "scratch":
+                mmrec("train", args.preset, *common, "--patience", "5", "--out", str(run))
+                score = json.loads(mmrec("eval", str(run), "--json"))["bits_per_byte"]
+                row = result(run) | {"scores": {"new": {"after": score}}}
+            else:
+                mmrec("finetune", str(source), *common, *WAYS[way], "--out", str(run))
+                row = result(run)
+            rows.append({"way": way, "seed": seed, **row})
+            print(f"seed {seed}, {way}: {json.dumps(row['scores'])}", flush=True)
     return rows
 
 
@@ -106,13 +108,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=20)
+    parser.add_argument("--max-bytes", type=int, help="no more of the new text than this")
+    parser.add_argument("--add", action="store_true", help="keep the other ways' earlier rows")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", required=True, help="name of the results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = race(args, Path(name))
-    about = {k: v for k, v in vars(args).items() if k not in ("old", "new", "out", "source")}
     path = RESULTS / f"finetune-{args.out}.json"
+    if args.add:
+        before = [r for r in json.loads(path.read_text())["rows"] if r["way"] != "source"]
+        rows += [r for r in before if r["way"] not in args.ways]
+        rows.sort(key=lambda r: ["source", *WAYS].index(r["way"]))
+    left = ("old", "new", "out", "source", "add", "ways")
+    about = {k: v for k, v in vars(args).items() if k not in left}
     made = {"machine": machine(), "settings": about, "rows": rows}
     path.write_text(json.dumps(made, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"), args.out)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from mmrec.model import Model
 
 Opt = typer.Option
-# A fifth of the rates that a model is trained with: a few passes over a text that may be small.
+# Half of the rates that a model is trained with: see docs/decisions.md.
 DEFAULTS: dict[str, Any] = {
-    "lr": 2e-3,
-    "muon_lr": 4e-3,
+    "lr": 5e-3,
+    "muon_lr": 1e-2,
     "warmup": 0.1,
     "patience": 5,
     "eval_every": 50,
