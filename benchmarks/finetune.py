@@ -32,11 +32,10 @@ WAYS: dict[str, list[str]] = {
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What a run says of itself, with its curve in bits per byte by seconds of training."""
+    """What a run says of itself, with its curve in bits per byte by steps."""
     made: dict[str, Any] = json.loads((run / "summary.json").read_text())
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    rate = made["seconds"] / made["steps"]
-    curve = [(x["step"] * rate, x["bits_per_byte"]) for x in lines if x["kind"] == "val"]
+    curve = [(x["step"], x["bits_per_byte"]) for x in lines if x["kind"] == "val"]
     kept = ("steps", "tokens", "seconds", "best_step", "best_because")
     return {k: made[k] for k in kept} | {"curve": curve, "scores": made.get("bits_per_byte")}
 
@@ -67,18 +66,17 @@ def race(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines, a way a line: medians over the seeds and their span."""
-    lines = ["| | new text | old text | seconds |", "|---|---|---|---|"]
+    lines = ["| | new text | old text |", "|---|---|---|"]
     before = next(r["scores"] for r in rows if r["way"].startswith("finetune"))
     old, new = (f"{before[k]['before']:.3f}" for k in ("old", "new"))
-    lines.append(f"| the model before | {new} | {old} | |")
+    lines.append(f"| the model before | {new} | {old} |")
     for way in dict.fromkeys(r["way"] for r in rows[1:]):
         mine, cells = [r for r in rows if r["way"] == way], []
         for text in ("new", "old"):
             got = sorted(r["scores"][text]["after"] for r in mine if text in r["scores"])
             span = f"{statistics.median(got):.3f} ({got[0]:.3f} to {got[-1]:.3f})" if got else ""
             cells.append(span)
-        seconds = statistics.median(r["seconds"] for r in mine)
-        lines.append(f"| {way} | {cells[0]} | {cells[1]} | {seconds:.0f} |")
+        lines.append(f"| {way} | {cells[0]} | {cells[1]} |")
     return lines
 
 
@@ -90,7 +88,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             x, y = zip(*row["curve"], strict=True)
             ends.append(min(y))
             axes.plot(x, y, color=f"C{i}", label=way if row["seed"] == 0 else None)
-    axes.set(xlabel="seconds of training on the new text", title=title,
+    axes.set(xlabel="steps on the new text", title=title,
              ylabel="bits per byte, validation subset of the new text",
              ylim=(min(ends) * 0.97, max(ends) * 1.4))  # fmt: skip
     axes.grid(alpha=0.3)
