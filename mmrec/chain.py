@@ -224,6 +224,7 @@ def draw(curves: list[Curve], starts: list[float | None], path: Path) -> None:
         axes.plot(seconds, values, "o-", markersize=3, label=Path(curve.run).name)
         begin += curve.seconds
     axes.set(xlabel="seconds of training", ylabel="bits per byte, validation subset")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(path) as temporary:
