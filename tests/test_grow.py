@@ -257,9 +257,9 @@ def test_the_benchmark_counts_what_the_source_cost(text_file: Path, tmp_path: Pa
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = json.loads((tmp_path / "growth-modules.json").read_text())["rows"]
-    assert [r["run"] for r in rows] == ["scratch", "small", "preserve", "stack"]
-    scratch, small, grown, _ = rows
-    assert grown["before"]["flops"] == small["flops"] > 0
-    assert small["flops"] + grown["flops"] == pytest.approx(scratch["flops"], rel=0.1)
+    assert [r["run"] for r in rows] == ["scratch", "source", "preserve", "stack"]
+    scratch, source, grown, _ = rows
+    assert grown["before"]["flops"] == source["flops"] > 0
+    assert source["flops"] + grown["flops"] == pytest.approx(scratch["flops"], rel=0.1)
     assert (tmp_path / "growth-modules.png").stat().st_size > 10_000
-    assert "| preserve |" in run.stdout
+    assert "| mini, preserve |" in run.stdout
