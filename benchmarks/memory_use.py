@@ -82,7 +82,8 @@ def main() -> None:
                     row = case(run, given.text, name, what, precision, size)
                     print({k: v for k, v in row.items() if k != "parts"}, flush=True)
                     rows = [r for r in rows if any(r[k] != row[k] for k in KEYS)] + [row]
-    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+                    made = {"machine": machine(), "rows": rows}
+                    RESULTS.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
