@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_ROWS = 512  # tokens whose logits are alive at once
+from mmrec.kernels import softmax_parts
+
+LOSS_ROWS = 1024  # tokens whose logits are alive at once
 
 
 class HeadLoss(torch.autograd.Function):
@@ -25,17 +27,14 @@ class HeadLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float64)
         for lo in range(0, x.shape[0], LOSS_ROWS):
-            rows, y = x[lo : lo + LOSS_ROWS].to(dtype), targets[lo : lo + LOSS_ROWS, None]
-            logits = F.linear(rows, e).to(x.dtype)
-            top, right = logits.amax(-1, keepdim=True), logits.gather(1, y)
-            total_exp = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            total += (total_exp.log() + top - right).sum(dtype=torch.float64)
+            rows, y = x[lo : lo + LOSS_ROWS].to(dtype), targets[lo : lo + LOSS_ROWS]
+            powers, sums, nats = softmax_parts(F.linear(rows, e), y)
+            total += nats.sum(dtype=torch.float64)
             if need:  # softmax minus one-hot, the two parts apart: fewer passes over the logits
-                share = total_exp.reciprocal()
-                powers = logits.to(dtype)
-                dx[lo : lo + LOSS_ROWS] = (powers @ e) * share - weight[y[:, 0]]
+                share = sums.reciprocal()[:, None]
+                dx[lo : lo + LOSS_ROWS] = (powers @ e) * share - weight[y]
                 dweight += powers.T @ (rows * share).to(dtype)
-                dweight.index_add_(0, y[:, 0], x[lo : lo + LOSS_ROWS], alpha=-1)
+                dweight.index_add_(0, y, x[lo : lo + LOSS_ROWS], alpha=-1)
         ctx.save_for_backward(dx, dweight)
         return (total / x.shape[0]).to(x.dtype)
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "mmrec.files": {"mmrec.config"},
     "mmrec.storage": {"mmrec.config", "mmrec.files", "mmrec.structure"},
     "mmrec.data": {"mmrec.config", "mmrec.files", "mmrec.storage", "mmrec.data"},
-    "mmrec.loss": set(),
+    "mmrec.loss": {"mmrec.kernels"},
     "mmrec.machine": set(),
     "mmrec.heap": set(),
     "mmrec.packing": set(),

@@ -13,6 +13,7 @@ from mmrec.kernels.norm_conv.autograd import norm_conv
 from mmrec.kernels.recurrence.autograd import gated_recurrence
 from mmrec.kernels.scan.autograd import scan
 from mmrec.kernels.scan.products import cumprod, log_cumprod
+from mmrec.kernels.softmax.autograd import softmax_parts
 from mmrec.kernels.squared_relu.autograd import squared_relu
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "log_cumprod",
     "norm_conv",
     "scan",
+    "softmax_parts",
     "squared_relu",
 ]

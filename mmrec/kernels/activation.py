@@ -1,13 +1,13 @@
 """Activations of scalars for kernels.
 
-Sigmoid: float32 by a polynomial that vectorises, float64 by the library's exp.
+Sigmoid and exp: float32 by a polynomial that vectorises, float64 by the library's exp.
 """
 
 import math
 
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # ln 2 in two parts, so that n ln 2 is subtracted exactly
@@ -15,19 +15,25 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _C2, _C3, _C4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
 _C5, _C6, _ONE = np.float32(1 / 120), np.float32(1 / 720), np.float32(1)
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to nearest
+_ROUND_BITS, _BIAS, _MANTISSA = np.int32(0x4B400000), np.int32(127), np.int32(23)
 _LIMIT = np.float32(87.0)
 _ZERO = np.float32(0)
 
 
-def _sigmoid32(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + exp(-x)) to 2 units in the last place; exp by Cody-Waite reduction and Taylor."""
-    y = min(max(-x, -_LIMIT), _LIMIT)
-    shifted = y * _LOG2E + _ROUND
+@register_jitable(fastmath={"contract"})
+def _exp32(x):  # type: ignore[no-untyped-def]
+    """exp(x), |x| <= 87, to 2 units in the last place; NaN stays. Cody-Waite reduction, Taylor."""
+    shifted = np.float32(x * _LOG2E + _ROUND)
     n = shifted - _ROUND
-    r = (y - n * _LN2_HIGH) - n * _LN2_LOW
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     p = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
-    scale = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return _ONE / (_ONE + p * scale)
+    exponent = np.int32(shifted.view(np.int32) - _ROUND_BITS)  # n, which stands in the last bits
+    return p * np.int32(np.int32(exponent + _BIAS) << _MANTISSA).view(np.float32)
+
+
+def _sigmoid32(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-x)) to 2 units in the last place."""
+    return _ONE / (_ONE + _exp32(min(max(-x, -_LIMIT), _LIMIT)))
 
 
 def _sigmoid64(x):  # type: ignore[no-untyped-def]
@@ -42,6 +48,24 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 @overload(sigmoid, jit_options={"fastmath": {"contract"}})
 def _sigmoid_compiled(x):  # type: ignore[no-untyped-def]
     return _sigmoid32 if x == types.float32 else _sigmoid64
+
+
+def _exp_below32(x):  # type: ignore[no-untyped-def]
+    return _exp32(-_LIMIT if x < -_LIMIT else x)
+
+
+def _exp_below64(x):  # type: ignore[no-untyped-def]
+    return math.exp(x)
+
+
+def exp_below(x):  # type: ignore[no-untyped-def]
+    """exp of one float32 or float64 scalar x <= 0; float32 ends at exp(-87) = 2e-38, NaN stays."""
+    return _exp_below32(x) if isinstance(x, np.float32) else _exp_below64(x)
+
+
+@overload(exp_below, jit_options={"fastmath": {"contract"}})
+def _exp_below_compiled(x):  # type: ignore[no-untyped-def]
+    return _exp_below32 if x == types.float32 else _exp_below64
 
 
 def _relu32(x):  # type: ignore[no-untyped-def]
