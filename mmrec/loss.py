@@ -26,15 +26,16 @@ class HeadLoss(torch.autograd.Function):
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float64)
-        for lo in range(0, x.shape[0], LOSS_ROWS):
-            rows, y = x[lo : lo + LOSS_ROWS].to(dtype), targets[lo : lo + LOSS_ROWS]
+        size = LOSS_ROWS if half else LOSS_ROWS // 4  # the powers take as much again
+        for lo in range(0, x.shape[0], size):
+            rows, y = x[lo : lo + size].to(dtype), targets[lo : lo + size]
             powers, sums, nats = softmax_parts(F.linear(rows, e), y)
             total += nats.sum(dtype=torch.float64)
             if need:  # softmax minus one-hot, the two parts apart: fewer passes over the logits
                 share = sums.reciprocal()[:, None]
-                dx[lo : lo + LOSS_ROWS] = (powers @ e) * share - weight[y]
+                dx[lo : lo + size] = (powers @ e) * share - weight[y]
                 dweight += powers.T @ (rows * share).to(dtype)
-                dweight.index_add_(0, y, x[lo : lo + LOSS_ROWS], alpha=-1)
+                dweight.index_add_(0, y, x[lo : lo + size], alpha=-1)
         ctx.save_for_backward(dx, dweight)
         return (total / x.shape[0]).to(x.dtype)
 
