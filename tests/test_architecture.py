@@ -1,6 +1,7 @@
 """The rooms and the arrows between them: who may import whom, and how long a file may be."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,10 @@ def test_arrows_point_one_way(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_stay_short(name: str) -> None:
     assert FILES[name].read_text().count("\n") <= 350
+
+
+def test_every_package_is_installed() -> None:
+    """The wheel holds what pyproject.toml lists; from a checkout a missing one is not missed."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {name.rpartition(".")[0] for name in FILES}
+    assert set(told) == folders
