@@ -45,6 +45,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
     "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
 }  # fmt: skip
+# Of these the ones that a large vocabulary changes (searched on TinyStories).
+BPE: dict[str, dict[str, Any]] = {
+    "transformer": {"batch": 4, "depth": 1, "bf16": False},
+    "lstm": {"lr": 8e-3, "batch": 4, "seq_len": 64, "width": 128, "depth": 1, "dropout": 0.1,
+             "bf16": True},
+    "gru": {"lr": 8e-3, "batch": 8, "seq_len": 64, "width": 192, "depth": 1, "bf16": True},
+    "mingru": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 1},
+    "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
+    "nanogpt-tuned": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 2},
+}  # fmt: skip
 # From so many seconds on the text repeats, and a contender takes these settings beside its own.
 LONG: dict[str, list[tuple[float, dict[str, Any]]]] = {
     "mmrec": [(200, {"dropout": 0.1})],
@@ -53,10 +63,12 @@ LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "deca
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
 
 
-def settings(name: str, seconds: float) -> dict[str, Any]:
+def settings(name: str, seconds: float, tokenizer: str) -> dict[str, Any]:
     """What a contender runs with for so many seconds."""
     chosen = {} if name == "mmrec" else dict(LOOP)
     chosen |= SETTINGS[name]
+    if tokenizer == "bpe":
+        chosen |= BPE.get(name, {})
     for least, longer in LONG.get(name, []):
         if seconds >= least:
             chosen |= longer
@@ -315,7 +327,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-curve", dest="curve", action="store_false")
     args = parser.parse_args()
-    args.set = settings(args.name, args.seconds) | dict(args.set)
+    args.set = settings(args.name, args.seconds, args.tokenizer) | dict(args.set)
     if args.threads:
         torch.set_num_threads(args.threads)
     corpus = Corpus.open(prepare(args.data, args.tokenizer, 5000))

@@ -38,7 +38,7 @@ FIXED = {"nanogpt": set(SEARCH), "nanogpt-tuned": {"bf16", "compile"}, "mmrec": 
 
 
 def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
-            settings: dict[str, Any], *, curve: bool = True) -> dict[str, Any]:  # fmt: skip
+            settings: dict[str, Any], *, curve: bool) -> dict[str, Any]:  # fmt: skip
     """Run one contender in its own process."""
     command = [sys.executable, str(Path(__file__).with_name("contenders.py")), name, args.data,
                "--tokenizer", args.tokenizer, "--seconds", str(seconds), "--seed", str(seed),
@@ -58,7 +58,7 @@ def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
 def search(name: str, args: argparse.Namespace) -> None:
     """Try one setting after another at the first budget, and say what was best."""
     best: dict[str, Any] = dict(args.set)
-    start = settings(name, args.seconds[0])
+    start = settings(name, args.seconds[0], args.tokenizer)
 
     def loss_with(tried: dict[str, Any]) -> float:
         made = measure(name, args, args.seconds[0], 0, best | tried, curve=False)
@@ -173,7 +173,8 @@ def main() -> None:
     for seconds in args.seconds:
         for seed in range(args.seeds):
             for name in args.contenders:
-                row = measure(name, args, seconds, seed, {})
+                drawn = seed == 0 and seconds == max(args.seconds)
+                row = measure(name, args, seconds, seed, {}, curve=drawn)
                 rows.append(row)
                 said = (
                     row.get("error")
