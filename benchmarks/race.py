@@ -153,6 +153,8 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", help="name of the results, otherwise that of the data")
+    parser.add_argument("--no-curve", dest="curve", action="store_false",
+                        help="score at the end alone: a large split takes minutes")  # fmt: skip
     parser.add_argument("--add", action="store_true", help="keep the rows of contenders not run")
     args = parser.parse_args()
     if args.search:
@@ -173,7 +175,7 @@ def main() -> None:
     for seconds in args.seconds:
         for seed in range(args.seeds):
             for name in args.contenders:
-                drawn = seed == 0 and seconds == max(args.seconds)
+                drawn = args.curve and seed == 0 and seconds == max(args.seconds)
                 row = measure(name, args, seconds, seed, {}, curve=drawn)
                 rows.append(row)
                 said = (
