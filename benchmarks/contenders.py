@@ -55,7 +55,9 @@ BPE: dict[str, dict[str, Any]] = {
     "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
     "nanogpt-tuned": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 2},
 }  # fmt: skip
-# From so many seconds on the text repeats, and a contender takes these settings beside its own.
+# From so many seconds on a text of at most SMALL bytes repeats too often, and a contender takes
+# these settings beside its own.
+SMALL = 4_000_000
 LONG: dict[str, list[tuple[float, dict[str, Any]]]] = {
     "mmrec": [(200, {"dropout": 0.1})],
 }
@@ -63,14 +65,14 @@ LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "deca
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
 
 
-def settings(name: str, seconds: float, tokenizer: str) -> dict[str, Any]:
-    """What a contender runs with for so many seconds."""
+def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[str, Any]:
+    """What a contender runs with for so many seconds on a text of that size in bytes."""
     chosen = {} if name == "mmrec" else dict(LOOP)
     chosen |= SETTINGS[name]
     if tokenizer == "bpe":
         chosen |= BPE.get(name, {})
     for least, longer in LONG.get(name, []):
-        if seconds >= least:
+        if seconds >= least and size <= SMALL:
             chosen |= longer
     return chosen
 
@@ -327,10 +329,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-curve", dest="curve", action="store_false")
     args = parser.parse_args()
-    args.set = settings(args.name, args.seconds, args.tokenizer) | dict(args.set)
     if args.threads:
         torch.set_num_threads(args.threads)
     corpus = Corpus.open(prepare(args.data, args.tokenizer, 5000))
+    known = settings(args.name, args.seconds, args.tokenizer, corpus.train.n_bytes)
+    args.set = known | dict(args.set)
     made = (
         train_mmrec(corpus, args) if args.name == "mmrec" else train_peer(args.name, corpus, args)
     )

@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--search", nargs="+", choices=list(SETTINGS), help="tune these peers")
-    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings for a search")
+    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all that run")
     parser.add_argument("--preset", default="tiny", help="of mmrec")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--threads", type=int)
@@ -176,7 +176,7 @@ def main() -> None:
         for seed in range(args.seeds):
             for name in args.contenders:
                 drawn = args.curve and seed == 0 and seconds == max(args.seconds)
-                row = measure(name, args, seconds, seed, {}, curve=drawn)
+                row = measure(name, args, seconds, seed, dict(args.set), curve=drawn)
                 rows.append(row)
                 said = (
                     row.get("error")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrec.config import InputError, TrainConfig, preset
+from mmrec.config import InputError, TrainConfig, from_dict, preset, train_settings
 
 if TYPE_CHECKING:
     from mmrec.bench import Row
@@ -101,7 +101,9 @@ def train(
         int | None, typer.Option(min=2, max=1 << 32, help="Tokens of the vocabulary.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1 << 32, help="Windows in a batch.")] = 16,
-    seq_len: Annotated[int, typer.Option(min=1, max=1 << 32, help="Tokens a window.")] = 256,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, max=1 << 32, help="Tokens a window.")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show the time by part.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -112,13 +114,15 @@ def train(
     from mmrec.bench import machine
     from mmrec.profile import profile as measure
 
-    made = measure(config, TrainConfig(batch=batch, seq_len=seq_len))
+    given = {"batch": batch} | ({"seq_len": seq_len} if seq_len else {})
+    plan: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
+    made = measure(config, plan)
     if as_json:
         about = {"machine": machine(), "preset": name, "vocab": config.vocab_size}
         about |= {"share": made.share, **dataclasses.asdict(made)}
         typer.echo(json.dumps(about, indent=1))
         return
-    typer.echo(f"{name}, vocabulary {config.vocab_size:,}, {batch} x {seq_len} tokens a step, "
+    typer.echo(f"{name}, vocabulary {config.vocab_size:,}, {batch} x {plan.seq_len} tokens a step, "
                f"products in {made.precision}")  # fmt: skip
     if profile:
         typer.echo(f"{'part':<24}{'ms':>8}{'of step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'of peak':>9}")

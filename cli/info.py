@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrec.config import TrainConfig, preset
+from mmrec.config import TrainConfig, from_dict, preset, train_settings
 
 MOST = 1 << 32
 
@@ -29,7 +29,9 @@ def _time(seconds: float) -> str:
 def info(
     name: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")],
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Windows in a batch.")] = 16,
-    seq_len: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens in a window.")] = 256,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Tokens in a window.")
+    ] = None,
     vocab: Annotated[
         int | None, typer.Option(min=2, max=MOST, help="Tokens of the vocabulary.")
     ] = None,
@@ -40,7 +42,8 @@ def info(
     config = preset(name)
     if vocab is not None:
         config = dataclasses.replace(config, vocab_size=vocab)
-    train = TrainConfig(batch=batch, seq_len=seq_len, precision=precision)
+    given = {"batch": batch, "precision": precision} | ({"seq_len": seq_len} if seq_len else {})
+    train: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
     from mmrec.info import describe
     from mmrec.machine import probe_bfloat16
 
@@ -48,7 +51,7 @@ def info(
         precision = "bfloat16" if probe_bfloat16() else "float32"
     made = describe(config, dataclasses.replace(train, precision=precision))
     if as_json:
-        about = {"preset": name, "batch": batch, "seq_len": seq_len, "precision": precision}
+        about = {"preset": name, "batch": batch, "seq_len": train.seq_len, "precision": precision}
         typer.echo(json.dumps(about | made, indent=1))
         return
     typer.echo(f"{name}: width {config.width}, {config.depth} layers ({config.kinds}), "
@@ -57,7 +60,7 @@ def info(
     for part, count in made["parameters"].items():
         typer.echo(f"  {part:<20}{count:>15,}{count / total:>8.1%}")
     flops, size = made["flops_per_token"], made["bytes"]
-    heading = f"batch {batch} × {seq_len:,} tokens, {precision}"
+    heading = f"batch {batch} × {train.seq_len:,} tokens, {precision}"
     typer.echo(f"\n  {heading:<38}{'training':>13}{'--recompute':>13}")
     typer.echo(f"  {'FLOPs a token':<38}{flops['training'] / 1e6:>11,.0f} M"
                f"{flops['recompute'] / 1e6:>11,.0f} M")  # fmt: skip

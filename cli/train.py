@@ -18,6 +18,7 @@ from mmrec.config import (
     from_dict,
     load_toml,
     preset,
+    train_settings,
 )
 from mmrec.signals import leaving, unbreakable_output
 
@@ -124,7 +125,9 @@ def _begin(
     if title:
         from mmrec.data.preparing import tokenizer_kind
 
-        shape = preset(title, source.tokenizer.kind if source else tokenizer_kind(chosen))
+        kind = source.tokenizer.kind if source else tokenizer_kind(chosen)
+        shape = preset(title, kind)
+        chosen = from_dict(TrainConfig, train_settings(title, kind) | settings | given)
     elif source:
         shape, title = source.model.config, str(source.info.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own

@@ -9,7 +9,15 @@ from typing import Any
 
 from mmrec.checkpoint import read_info
 from mmrec.compare import Curve, read_run
-from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict, nearest, preset
+from mmrec.config import (
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    nearest,
+    preset,
+    train_settings,
+)
 from mmrec.data.preparing import tokenizer_kind
 from mmrec.files import atomic_file, write_text
 from mmrec.grow import Growth
@@ -127,7 +135,7 @@ def _stage(
     folder = out / f"{number}-{name}"
     own = {k: v for k, v in table.items() if k not in ("preset", "how", "model")}
     where = {"out": str(folder)} | ({"grow_from": str(before[-1].folder)} if before else {})
-    train: TrainConfig = from_dict(TrainConfig, shared | own | where)
+    train: TrainConfig = from_dict(TrainConfig, train_settings(name, kind) | shared | own | where)
     source = before[-1].model if before else model
     Growth(replace(source, vocab_size=1), replace(model, vocab_size=1), how)
     return Stage(folder, name, how, model, train)

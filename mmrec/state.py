@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_ as clip
 from mmrec import checkpoint, heap, lora
 from mmrec.config import (
     DEFAULT_EPOCHS,
-    DEFAULT_STEPS,
+    DEFAULT_TOKENS,
     LEAST_STEPS,
     InputError,
     ModelConfig,
@@ -164,8 +164,9 @@ class State:
             return None
         if c.epochs is not None:
             return max(1, round(c.epochs * self.steps_per_epoch))
+        steps = DEFAULT_TOKENS // (c.batch * c.seq_len * c.accumulate)
         passes = DEFAULT_EPOCHS * self.steps_per_epoch
-        return c.steps or min(DEFAULT_STEPS, max(LEAST_STEPS, passes))
+        return c.steps or max(LEAST_STEPS, min(steps, passes))
 
     def fraction(self, ahead: float = 0.0) -> float:
         """How far the run is, 0 to 1, or will be ``ahead`` steps from now."""

@@ -111,6 +111,16 @@ def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
     assert json.loads((folder / "c/report.json").read_text()) == rows
 
 
+def test_stages_train_as_their_presets_do(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        "[[stage]]\npreset = 'tiny'\nsteps = 9\n[[stage]]\npreset = 'mini'\nsteps = 9\n"
+    )
+    assert [s.train.seq_len for s in read_recipe(recipe)] == [128, 256]
+    recipe.write_text("seq_len = 64\n" + recipe.read_text())
+    assert [s.train.seq_len for s in read_recipe(recipe)] == [64, 64]
+
+
 def test_another_recipe_is_refused_or_starts_over(folder: Path) -> None:
     recipe = folder / "r.toml"
     recipe.write_text(COMMON + FIRST)

@@ -192,7 +192,9 @@ def test_commands_that_work(
     assert call(monkeypatch, "info 7b --json") == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 6e9
     assert call(monkeypatch, "info tiny") == 0
-    assert "feed-forward" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "feed-forward" in shown
+    assert "batch 16 × 128 tokens" in shown
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer byte --json") == 0
     assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer char") == 0
@@ -352,6 +354,31 @@ def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
     out = program(tmp_path, "train --resume --out cut --steps 12")
     assert "resume  cut/last.h5, step 6" in out
     assert scores(tmp_path, "cut")["loss"] < before["loss"]
+
+
+def test_windows_are_as_long_as_a_preset_has_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tokenizer, unless a file says otherwise, or a flag."""
+    shutil.copy(world / "world.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    sizes = "[model]\nwidth = 32\ndepth = 1\nheads = 2\nngrams = 64\n"
+    (tmp_path / "s.toml").write_text(sizes)
+    (tmp_path / "t.toml").write_text(f"{sizes}[train]\nseq_len = 96\n")
+    common = "--data world.txt --steps 1 --batch 2"
+    for number, (words, length) in enumerate({
+        "tiny --config s.toml --vocab 300": 128,
+        "tiny --config s.toml --tokenizer char": 256,
+        "mini --config s.toml --vocab 300": 256,
+        "tiny --config t.toml --vocab 300": 96,
+        "tiny --config t.toml --vocab 300 --seq-len 64": 64,
+        "tiny --config s.toml --grow-from 0": 128,
+        "tiny --config s.toml --grow-from 1": 256,
+    }.items()):  # fmt: skip
+        assert call(monkeypatch, f"train {words} {common} --out {number}") == 0
+        made = tomllib.loads(Path(f"{number}/config.toml").read_text())
+        assert made["train"]["seq_len"] == length, words
 
 
 def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:

@@ -278,12 +278,16 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert losses(tmp_path) == [1.0, 0.5]
 
 
-def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
-    """Four passes, but a hundred steps at least and no more than the default."""
+def test_a_small_text_gets_a_short_run(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four passes, but a hundred steps at least and no more tokens than the default's."""
     made = make_trainer(corpus, tmp_path / "a", steps=None)
-    assert made.total_steps == min(1100, 4 * made.steps_per_epoch)
+    assert made.total_steps == 4 * made.steps_per_epoch
     made = make_trainer(corpus, tmp_path / "b", steps=None, batch=256)
     assert made.steps_per_epoch < 25
     assert made.total_steps == 100
-    made = make_trainer(corpus, tmp_path / "c", steps=None, batch=1)
-    assert made.total_steps == 1100
+    monkeypatch.setattr("mmrec.state.DEFAULT_TOKENS", 64_000)
+    for accumulate in (1, 4):
+        made = make_trainer(corpus, tmp_path / f"c{accumulate}", steps=None, accumulate=accumulate)
+        assert made.total_steps == 1000 // accumulate
