@@ -38,29 +38,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
                     "bf16": True},
     "nanogpt": {"lr": 1e-3, "batch": 12, "seq_len": 64, "width": 128, "depth": 4, "heads": 4,
                 "warmup": 0.05, "schedule": "cosine", "floor": 0.1, "beta2": 0.99},
-    "nanogpt-tuned": {"lr": 3e-3, "batch": 12, "seq_len": 128, "width": 128, "depth": 4, "heads": 4,
+    "nanogpt-tuned": {"lr": 3e-3, "batch": 4, "seq_len": 128, "width": 128, "depth": 4, "heads": 4,
                       "beta2": 0.99},
-    "lstm": {"lr": 4e-3, "batch": 16, "seq_len": 128, "width": 256, "depth": 2},
-    "gru": {"lr": 4e-3, "batch": 16, "seq_len": 128, "width": 256, "depth": 2},
+    "lstm": {"lr": 4e-3, "batch": 4, "seq_len": 128, "width": 256, "depth": 2},
+    "gru": {"lr": 4e-3, "batch": 8, "seq_len": 128, "width": 256, "depth": 2},
     "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
     "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
 }  # fmt: skip
 # Of these the ones that a large vocabulary changes (searched on TinyStories).
 BPE: dict[str, dict[str, Any]] = {
     "transformer": {"batch": 4, "depth": 1, "bf16": False},
-    "lstm": {"lr": 8e-3, "batch": 4, "seq_len": 64, "width": 128, "depth": 1, "dropout": 0.1,
-             "bf16": True},
-    "gru": {"lr": 8e-3, "batch": 8, "seq_len": 64, "width": 192, "depth": 1, "bf16": True},
+    "lstm": {"lr": 8e-3, "seq_len": 64, "width": 128, "depth": 1, "dropout": 0.1, "bf16": True},
+    "gru": {"lr": 8e-3, "seq_len": 64, "width": 192, "depth": 1, "bf16": True},
     "mingru": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 1},
     "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
-    "nanogpt-tuned": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 2},
+    "nanogpt-tuned": {"lr": 4e-3, "seq_len": 64, "width": 96, "depth": 2},
 }  # fmt: skip
-# From so many seconds on a text of at most SMALL bytes repeats too often, and a contender takes
-# these settings beside its own.
-SMALL = 4_000_000
-LONG: dict[str, list[tuple[float, dict[str, Any]]]] = {
-    "mmrec": [(200, {"dropout": 0.1})],
-}
+# From LONG seconds on a text of at most SMALL bytes repeats often, and all that can have dropout.
+LONG, SMALL, REGULAR = 200, 4_000_000, {"dropout": 0.1}
 LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "decay": 0.1,
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
 
@@ -71,9 +66,8 @@ def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[s
     chosen |= SETTINGS[name]
     if tokenizer == "bpe":
         chosen |= BPE.get(name, {})
-    for least, longer in LONG.get(name, []):
-        if seconds >= least and size <= SMALL:
-            chosen |= longer
+    if seconds >= LONG and size <= SMALL and name not in ("nanogpt", "mamba"):
+        chosen |= REGULAR
     return chosen
 
 

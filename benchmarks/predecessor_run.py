@@ -24,6 +24,7 @@ from mmrec.data.batches import Batches  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
 from mmrec.data.preparing import prepare  # noqa: E402
 from mmrec.evaluate import evaluate  # noqa: E402
+from mmrec.lanes import gradients, lanes_for  # noqa: E402
 from mmrec.machine import probe_bfloat16  # noqa: E402
 from mmrec.model import Model  # noqa: E402
 from mmrec.optimizer import Muon  # noqa: E402
@@ -45,11 +46,12 @@ def main() -> None:
     model = Model(preset("tiny"))
     model.set_precision("bfloat16" if probe_bfloat16() else "float32")
     plan = TrainConfig()
+    lanes = lanes_for(model, BATCH)
     optimizer = Muon(model.parameter_groups(plan.weight_decay, plan.table_decay), lr=plan.lr,
-                     betas=(plan.beta1, plan.beta2), muon_lr=plan.muon_lr)  # fmt: skip
+                     betas=(plan.beta1, plan.beta2), muon_lr=plan.muon_lr, lanes=lanes)  # fmt: skip
     batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
     begin = time.perf_counter()
-    model.loss(*batches.get(0)).backward()
+    gradients(model, lanes, *batches.get(0))
     compiled = time.perf_counter() - begin
 
     losses, rows, trained = [], [], 0.0
@@ -63,11 +65,10 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_factor(progress, 0.05, "linear", 0.0)
             optimizer.zero_grad(set_to_none=True)
-            loss = model.loss(*batches.get(step))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss, _ = gradients(model, lanes, *batches.get(step))
+            lanes.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(loss)
         trained += time.perf_counter() - begin
         mine = losses[-STEPS:]
         val = evaluate(model, corpus.val.tokens, corpus.tokenizer.eot, corpus.val.n_bytes)

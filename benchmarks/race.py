@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 # One axis after the other, from where the peer stands up or down as long as that is better.
 SEARCH: dict[str, list[Any]] = {
     "lr": [1e-3, 2e-3, 4e-3, 8e-3],
-    "batch": [4, 8, 16, 32],
+    "batch": [2, 4, 8, 16, 32],
     "seq_len": [64, 128, 256],
     "width": [96, 128, 192, 256, 384],
     "depth": [1, 2, 3, 4, 6],
