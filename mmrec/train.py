@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mmrec import guard, saved
-from mmrec.config import InputError, ModelConfig, TrainConfig, to_toml
+from mmrec.config import DEFAULT_EPOCHS, InputError, ModelConfig, TrainConfig, to_toml
 from mmrec.data.corpus import Corpus
 from mmrec.evaluate import Evaluation, evaluate
 from mmrec.files import keep_trying, write_text
@@ -199,6 +199,9 @@ class Trainer(State):
         estimate = left * each + checks / (2 * rate) * left / max(1, steps)
         self.echo(f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M, "
                   f"{steps / self.steps_per_epoch:.2f} epochs")  # fmt: skip
+        if steps > DEFAULT_EPOCHS * self.steps_per_epoch and not self.model.config.dropout:
+            self.echo(f"note    more than {DEFAULT_EPOCHS} passes learn a text by heart: "
+                      "--dropout 0.1 helps against it")  # fmt: skip
         self.echo(f"time    about {clock(estimate)} at {rate:,.0f} tokens/s "
                   f"(kernels ready after {compiled:.0f} s); run folder {self.folder}")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Training: what it writes, how it ends, and that a resume goes on as if nothing had happened."""
 
+import dataclasses
 import json
 import math
 import os
@@ -50,6 +51,17 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
     trainer.model.eval()
     assert torch.equal(last(tokens)[0], trainer.model(tokens)[0])
     assert made["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
+
+
+@pytest.mark.parametrize(("epochs", "dropout", "said"), [(4, 0.0, 0), (5, 0.0, 1), (5, 0.1, 0)])
+def test_a_run_says_beforehand_that_it_would_learn_its_text_by_heart(
+    corpus: Corpus, tmp_path: Path, epochs: float, dropout: float, said: int
+) -> None:
+    trainer = make_trainer(corpus, tmp_path, steps=None, epochs=epochs)
+    trainer.model.config = dataclasses.replace(trainer.model.config, dropout=dropout)
+    trainer.announce()
+    text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
+    assert text.count("--dropout 0.1 helps") == said
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
