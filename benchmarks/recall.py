@@ -81,6 +81,7 @@ class Task:
     steps: int
     batch: int = 32
     width: int = 128
+    heads: int = 2
     first: Callable[[np.random.Generator, int], Sample] | None = None
     """An easier one for the first third of the steps, about as many tokens each: where much must be
     told apart at once, or little is asked, learning does not begin by itself."""
@@ -88,7 +89,7 @@ class Task:
 
 TASKS = {
     "recall-16": Task(lambda g, b: recall(g, b, 16, 128, 256), 256, 128, 1200),
-    "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 3000, 16,
+    "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 3000, heads=1,
                       first=lambda g, b: recall(g, 4 * b, 16, 128, 512)),
     "induction": Task(lambda g, b: induction(g, b, 64, 256), 256, 64, 2400, 64,
                       first=lambda g, b: copying(g, 2 * b, 33, 256)),
@@ -106,11 +107,11 @@ def score(model: Model, sample: Sample) -> float:
         return float((model.head(x[asked]).argmax(-1) == targets[asked]).float().mean())
 
 
-def learn(task: Task, layers: str, seed: int, *, heads: int = 2, lr: float = 1e-2,
+def learn(task: Task, layers: str, seed: int, *, lr: float = 1e-2,
           say: Callable[[str], object] = lambda line: None) -> dict[str, float]:  # fmt: skip
     """Train two layers of these kinds on a task; returns accuracy on fresh samples, and seconds."""
     torch.manual_seed(seed)
-    config = ModelConfig(width=task.width, depth=2, heads=heads, vocab_size=task.vocab,
+    config = ModelConfig(width=task.width, depth=2, heads=task.heads, vocab_size=task.vocab,
                          layers=layers, ffn=2.0, horizon=4 * task.length)  # fmt: skip
     model, rng = Model(config), np.random.default_rng(seed)
     optimizer = Muon(model.parameter_groups(0.0), lr=lr, betas=(0.9, 0.95), muon_lr=0.02)

@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_long_term_memory_recalls_and_the_short_does_not() -> None:
-    small = Task(lambda g, b: recall(g, b, 4, 32, 16), 16, 32, 1000, width=32)
+    small = Task(lambda g, b: recall(g, b, 4, 32, 16), 16, 32, 1000, width=32, heads=1)
     # when the jump comes hangs on a processor's last bits: one seed of three must have it
-    assert any(learn(small, "l", seed, heads=1)["accuracy"] >= 0.95 for seed in range(3))
-    assert learn(small, "s", 0, heads=1)["accuracy"] <= 0.6
+    assert any(learn(small, "l", seed)["accuracy"] >= 0.95 for seed in range(3))
+    assert learn(small, "s", 0)["accuracy"] <= 0.6
