@@ -54,8 +54,8 @@ BPE: dict[str, dict[str, Any]] = {
     "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
     "nanogpt-tuned": {"lr": 4e-3, "seq_len": 64, "width": 96, "depth": 2},
 }  # fmt: skip
-# From LONG seconds on a text of at most SMALL bytes repeats often, and all that can have dropout.
-LONG, SMALL, REGULAR = 200, 4_000_000, {"dropout": 0.1}
+# From so many seconds on a text of at most SMALL bytes repeats: all that can have dropout.
+SMALL, DROPOUT = 4_000_000, {200: 0.1, 600: 0.2}
 LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "decay": 0.1,
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
 
@@ -66,8 +66,9 @@ def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[s
     chosen |= SETTINGS[name]
     if tokenizer == "bpe":
         chosen |= BPE.get(name, {})
-    if seconds >= LONG and size <= SMALL and name not in ("nanogpt", "mamba"):
-        chosen |= REGULAR
+    for length, dropout in DROPOUT.items():
+        if seconds >= length and size <= SMALL and name not in ("nanogpt", "mamba"):
+            chosen["dropout"] = dropout
     return chosen
 
 
