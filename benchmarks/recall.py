@@ -82,6 +82,7 @@ class Task:
     batch: int = 32
     width: int = 128
     heads: int = 2
+    warmup: float = 0.05
     first: Callable[[np.random.Generator, int], Sample] | None = None
     """An easier one for the first third of the steps, about as many tokens each: where much must be
     told apart at once, or little is asked, learning does not begin by itself."""
@@ -89,7 +90,8 @@ class Task:
 
 TASKS = {
     "recall-16": Task(lambda g, b: recall(g, b, 16, 128, 256), 256, 128, 1200),
-    "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 3000, heads=1,
+    "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 4200, heads=1,
+                      warmup=150 / 4200,  # with 225 steps of it, learning had not begun after 1,400
                       first=lambda g, b: recall(g, 4 * b, 16, 128, 512)),
     "induction": Task(lambda g, b: induction(g, b, 64, 256), 256, 64, 2400, 64,
                       first=lambda g, b: copying(g, 2 * b, 33, 256)),
@@ -117,8 +119,9 @@ def learn(task: Task, layers: str, seed: int, *, lr: float = 1e-2,
     optimizer = Muon(model.parameter_groups(0.0), lr=lr, betas=(0.9, 0.95), muon_lr=0.02)
     begin = time.perf_counter()
     for step in range(task.steps):
+        done = (step + 0.5) / task.steps
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor((step + 0.5) / task.steps, 0.05, "linear", 0.0)
+            group["lr"] = group["peak"] * lr_factor(done, task.warmup, "linear", 0.0)
         make = task.first if task.first and 3 * step < task.steps else task.make
         tokens, targets = make(rng, task.batch)
         x, _ = model.hidden_states(tokens)
