@@ -54,7 +54,8 @@ BPE: dict[str, dict[str, Any]] = {
     "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
     "nanogpt-tuned": {"lr": 4e-3, "seq_len": 64, "width": 96, "depth": 2},
 }  # fmt: skip
-# From so many seconds on a text of at most SMALL bytes repeats: all that can have dropout.
+# From so many seconds on a text of at most SMALL bytes repeats: all that can have dropout, and in
+# the longest runs mmrec has a strong weight decay.
 SMALL, DROPOUT = 4_000_000, {200: 0.1, 600: 0.2}
 LOOP = {"warmup": 0.03, "schedule": "linear", "floor": 0.0, "beta2": 0.95, "decay": 0.1,
         "dropout": 0.0, "bf16": False, "compile": False}  # fmt: skip
@@ -69,6 +70,8 @@ def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[s
     for length, dropout in DROPOUT.items():
         if seconds >= length and size <= SMALL and name not in ("nanogpt", "mamba"):
             chosen["dropout"] = dropout
+            if name == "mmrec" and dropout == max(DROPOUT.values()):
+                chosen["weight_decay"] = 1.0
     return chosen
 
 

@@ -25,6 +25,7 @@ from mmrec.signals import Interrupted
 from mmrec.state import State, conditions
 
 Echo = Callable[[str], None]
+MANY_EPOCHS = 16  # beyond, a strong weight decay helps besides dropout (decisions.md)
 
 
 class Trainer(State):
@@ -200,8 +201,11 @@ class Trainer(State):
         self.echo(f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M, "
                   f"{steps / self.steps_per_epoch:.2f} epochs")  # fmt: skip
         if steps > DEFAULT_EPOCHS * self.steps_per_epoch and not self.model.config.dropout:
-            self.echo(f"note    more than {DEFAULT_EPOCHS} passes learn a text by heart: "
-                      "--dropout 0.1 helps against it")  # fmt: skip
+            passes, advice = DEFAULT_EPOCHS, "0.1"
+            if steps > MANY_EPOCHS * self.steps_per_epoch:
+                passes, advice = MANY_EPOCHS, "0.2 with --weight-decay 1"
+            self.echo(f"note    more than {passes} passes learn a text by heart: "
+                      f"--dropout {advice} helps against it")  # fmt: skip
         self.echo(f"time    about {clock(estimate)} at {rate:,.0f} tokens/s "
                   f"(kernels ready after {compiled:.0f} s); run folder {self.folder}")  # fmt: skip
 
