@@ -142,8 +142,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def peak(tmp_path: Path, text: Path, *options: str) -> int:
     """Bytes that two steps of training have resident at most.
 
-    The least of three runs: how the heap is cut up hangs on which lane asks first, and only adds
-    (a step of 20 windows took 1,448 to 1,505 MB).
+    The least of three runs, as holes in the heap only add to what is counted: the same command took
+    1,448 to 1,505 MB.
     """
     size = ["mini", "--vocab", "600", "--precision", "float32", "--steps", "2"]
     where = ["--data", str(text), "--out", str(tmp_path), "--force"]
