@@ -1,13 +1,12 @@
 """Files that nobody should trust: hundreds of mutated ones, and each trick by its name."""
 
-import importlib.util
+import importlib
 import random
 import subprocess
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import h5py
@@ -19,15 +18,6 @@ from mmrec.storage import DamagedError, atomic_write, open_file, read_array, sea
 from tests.conftest import ROOT
 
 
-def load_fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "benchmarks" / "fuzz.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_hundreds_of_mutated_files(tmp_path: Path) -> None:
     """The first 300 files of benchmarks/fuzz.py with another seed, in processes with limits."""
     command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--files", "300", "--seed",
@@ -36,19 +26,20 @@ def test_hundreds_of_mutated_files(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
 
 
-def test_the_fuzz_would_notice(tmp_path: Path) -> None:
+def test_the_fuzz_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it calls wrong content is found where there is some."""
-    fuzz = load_fuzz()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    fuzz, mutations = (importlib.import_module(name) for name in ("fuzz", "mutations"))
     source = fuzz.originals(tmp_path, "the cat sat on the mat; " * 200)[0]
     want, seen = fuzz.read(*source), Counter[str]()
     assert fuzz.judge(*source, False, want) == ("identical content", "")
     changed = tmp_path / "changed.h5"
     for number in range(40):
         data = bytearray(source[1].read_bytes())
-        fuzz.flip_bits(data, random.Random(number))
+        mutations.flip_bits(data, random.Random(number))
         changed.write_bytes(data)
         assert fuzz.judge("corpus", changed, False, want)[0] == "one clear error"
-        fuzz.reseal(changed)  # most are still found by the checksums within
+        mutations.reseal(changed)  # most are still found by the checksums within
         seen[fuzz.judge("corpus", changed, False, want)[0]] += 1
     assert seen["one clear error"] > 30
     assert not seen["wrong content"]
