@@ -21,9 +21,9 @@ from mmrec.model import Model
 from mmrec.optimizer import Muon
 
 PARTS = ("weights", "moments", "gradients", "activations", "temporaries", "holes", "process")
-HOLES = 0.1
+HOLES = 0.2
 """Share of activations and temporaries that the heap has in holes besides, where freed blocks stay
-in it (see ``mmrec.heap``); measured 3 to 20 %."""
+in it (see ``mmrec.heap``); 12 to 29 % of them lacked without (benchmarks/memory_use.py)."""
 PROCESS = {"training": 580_000_000, "generation": 470_000_000}
 """Python, torch, the kernels and the buffers of the matrix libraries, as benchmarks/memory_use.py
 found them with two threads of torch 2.13."""
