@@ -1,8 +1,4 @@
-"""How the fuzz changes a file: bytes as disks and programs do, or through HDF5 as one who forges.
-
-``mutate`` writes a changed copy. Half of the changes of bytes, and all of those made through HDF5,
-are sealed again.
-"""
+"""How the fuzz changes a file: bytes as disks and programs do, or through HDF5 as forgers do."""
 
 import json
 import random
