@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmrec.bench import machine
-from mmrec.checkpoint import Loaded, load_model
+from mmrec.checkpoint.checkpoint import Loaded, load_model
+from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import TrainConfig, from_dict
 from mmrec.data.corpus import Corpus, Split
-from mmrec.data.preparing import open_corpus, reading
-from mmrec.saved import find_checkpoint
+from mmrec.data.prepare import open_corpus, reading
+from mmrec.profiling.kernel_bench import machine
 
 RESULTS, DOCS = (Path(__file__).parent / "results", Path(__file__).parent.parent / "docs")
 CHUNK = 256  # tokens of a row that are read at once
@@ -39,8 +39,11 @@ def texts(split: Split, longest: int) -> list[np.ndarray]:
     """Documents that are long enough, each behind the end token of the one before it."""
     bounds = zip(split.doc_offsets[:-1], split.doc_offsets[1:], strict=True)
     eot = int(split.tokens[split.doc_offsets[1] - 1])
-    return [np.concatenate(([eot], split.tokens[lo:hi])).astype(np.int64)
-            for lo, hi in bounds if hi - lo > longest // 2]  # fmt: skip
+    return [
+        np.concatenate(([eot], split.tokens[lo:hi])).astype(np.int64)
+        for lo, hi in bounds
+        if hi - lo > longest // 2
+    ]
 
 
 @torch.inference_mode()
@@ -77,8 +80,12 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
         losses = row["nats_per_token"]
         assert isinstance(losses, dict)
         axes.plot([int(c) for c in losses], [*losses.values()], "o-", label=str(row["run"]))
-    axes.set(xscale="log", title=title, ylabel="loss (nats/token), on the same tokens",
-             xlabel="tokens known: half of it at least")  # fmt: skip
+    axes.set(
+        xscale="log",
+        title=title,
+        ylabel="loss (nats/token), on the same tokens",
+        xlabel="tokens known: half of it at least",
+    )
     ticks = [int(c) for c in losses]
     axes.set_xticks(ticks, [f"{c:,}" for c in ticks], fontsize=8)
     axes.minorticks_off()
@@ -103,9 +110,15 @@ def main() -> None:
             losses[context] = loss_with(loaded, documents, context, args.longest)
             print(f"{run.name} {context:>7,}: {losses[context]:.4f}", flush=True)
             context *= 2
-        rows.append({"run": run.name, "documents": len(documents), "source": corpus.info["source"],
-                     "tokens": sum(len(d) - 1 - args.longest // 2 for d in documents),
-                     "nats_per_token": losses})  # fmt: skip
+        rows.append(
+            {
+                "run": run.name,
+                "documents": len(documents),
+                "source": corpus.info["source"],
+                "tokens": sum(len(d) - 1 - args.longest // 2 for d in documents),
+                "nats_per_token": losses,
+            }
+        )
     RESULTS.mkdir(exist_ok=True)
     made = {"machine": machine(), "longest": args.longest, "rows": rows}
     (RESULTS / f"{args.out}.json").write_text(json.dumps(made, indent=1) + "\n")

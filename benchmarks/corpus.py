@@ -27,15 +27,15 @@ prepare_process(["train"])
 
 import numpy as np  # noqa: E402
 
-from mmrec import storage  # noqa: E402
-from mmrec.bench import machine  # noqa: E402
+from mmrec.checkpoint import hdf5 as storage  # noqa: E402
 from mmrec.config import TrainConfig, preset  # noqa: E402
-from mmrec.data.batches import Batches  # noqa: E402
-from mmrec.data.corpora import documents  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
-from mmrec.data.preparing import prepare  # noqa: E402
+from mmrec.data.dataloader import Batches  # noqa: E402
+from mmrec.data.prepare import prepare  # noqa: E402
+from mmrec.data.sources import documents  # noqa: E402
 from mmrec.data.tokenizer import Tokenizer  # noqa: E402
-from mmrec.state import State  # noqa: E402
+from mmrec.profiling.kernel_bench import machine  # noqa: E402
+from mmrec.training.state import State  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "corpus.json"
 storage.MAPPED_BYTES = 0  # so that a smaller text than usual is mapped, too
@@ -112,12 +112,16 @@ def main() -> None:
         corpus = Corpus.open(out)
         alone.append(library_rate(corpus.tokenizer, texts))
         [rate] = re.findall(r"tokens at ([\d.]+) MB/s", made.stderr)
-        result |= {"library_mb_per_s": alone, "tokenising_mb_per_s": float(rate),
-                   "of_the_library": float(rate) / statistics.mean(alone),
-                   "whole_mb_per_s": args.bytes / 1e6 / seconds, "seconds": seconds,
-                   "peak_memory_mb": peak / 1e6, "documents": len(corpus.train.doc_bytes)
-                   + len(corpus.val.doc_bytes), "tokens": corpus.train.n_tokens
-                   + corpus.val.n_tokens}  # fmt: skip
+        result |= {
+            "library_mb_per_s": alone,
+            "tokenising_mb_per_s": float(rate),
+            "of_the_library": float(rate) / statistics.mean(alone),
+            "whole_mb_per_s": args.bytes / 1e6 / seconds,
+            "seconds": seconds,
+            "peak_memory_mb": peak / 1e6,
+            "documents": len(corpus.train.doc_bytes) + len(corpus.val.doc_bytes),
+            "tokens": corpus.train.n_tokens + corpus.val.n_tokens,
+        }
         times = step_times(corpus, folder / "run")
         result["step_seconds"] = times
         result["mapped_against_memory"] = times["mapped"] / times["memory"]

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from perplexity import mmrec
 
-from mmrec.bench import machine
+from mmrec.profiling.kernel_bench import machine
 
 RESULTS = Path(__file__).parent / "results"
 WAYS: dict[str, list[str]] = {
@@ -88,9 +88,12 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             x, y = zip(*row["curve"], strict=True)
             ends.append(min(y))
             axes.plot(x, y, color=f"C{i}", label=way if row["seed"] == 0 else None)
-    axes.set(xlabel="steps on the new text", title=title,
-             ylabel="bits per byte, validation subset of the new text",
-             ylim=(min(ends) * 0.97, max(ends) * 1.4))  # fmt: skip
+    axes.set(
+        xlabel="steps on the new text",
+        title=title,
+        ylabel="bits per byte, validation subset of the new text",
+        ylim=(min(ends) * 0.97, max(ends) * 1.4),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -40,10 +40,10 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
     """Small real files of every kind: two tokenizers in two corpora, and checkpoints of both."""
     import torch
 
-    from mmrec import checkpoint
+    from mmrec.checkpoint import checkpoint
     from mmrec.config import ModelConfig
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare
+    from mmrec.data.prepare import prepare
     from mmrec.model import Model
     from mmrec.optimizer import Muon
 
@@ -70,17 +70,20 @@ def digest(value: Any) -> str:
     """Of everything that a reader hands over."""
     made = hashlib.sha256()
     for part in value:
-        made.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray)
-                    else repr(part).encode())  # fmt: skip
+        made.update(
+            np.ascontiguousarray(part).tobytes()
+            if isinstance(part, np.ndarray)
+            else repr(part).encode()
+        )
         made.update(b"\0")
     return made.hexdigest()
 
 
 def read(kind: str, path: Path) -> str:
     """Read a file in every way that mmrec does, use what it gave a little, return its digest."""
-    from mmrec import checkpoint
+    from mmrec.checkpoint import checkpoint
     from mmrec.data.corpus import Corpus
-    from mmrec.generate import generate
+    from mmrec.inference.generate import generate
     from mmrec.model import Model
     from mmrec.optimizer import Muon
 
@@ -99,8 +102,12 @@ def read(kind: str, path: Path) -> str:
     optimizer = Muon(model.parameter_groups(0.1), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
     progress = checkpoint.restore(path, model, optimizer)
     weights = [p.detach().numpy() for p in model.parameters()]
-    moments = [optimizer.state[p][m].numpy() for p in model.parameters()
-               for m in sorted(optimizer.state[p]) if m != "step"]  # fmt: skip
+    moments = [
+        optimizer.state[p][m].numpy()
+        for p in model.parameters()
+        for m in sorted(optimizer.state[p])
+        if m != "step"
+    ]
     return digest(
         [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.info, progress]
     )
@@ -128,7 +135,7 @@ def work(pipe: Connection) -> None:
     """A worker: limits first, then one file after another."""
     import torch
 
-    from mmrec import checkpoint  # noqa: F401
+    from mmrec.checkpoint import checkpoint  # noqa: F401
     from mmrec.data import corpus  # noqa: F401
 
     torch.set_num_threads(1)
@@ -201,10 +208,16 @@ def main() -> None:
                 print(f"{where}: {dict(counts)}", flush=True)
         process.kill()
     each = {k: dict(v) for k, v in sorted(by_change.items())}
-    made = {"files": options.files, "seed": options.seed, "hdf5": h5py.version.hdf5_version,
-            "seconds": round(time.perf_counter() - begin), "slowest_seconds": round(slowest, 2),
-            "memory_limit_bytes": MEMORY, "counts": {**dict.fromkeys(BAD, 0), **counts},
-            "by_change": each}  # fmt: skip
+    made = {
+        "files": options.files,
+        "seed": options.seed,
+        "hdf5": h5py.version.hdf5_version,
+        "seconds": round(time.perf_counter() - begin),
+        "slowest_seconds": round(slowest, 2),
+        "memory_limit_bytes": MEMORY,
+        "counts": {**dict.fromkeys(BAD, 0), **counts},
+        "by_change": each,
+    }
     print(json.dumps(made["counts"], indent=1))
     if options.json:
         options.json.write_text(json.dumps(made, indent=1) + "\n")

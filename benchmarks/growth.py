@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from mmrec.bench import machine
-from mmrec.checkpoint import load_model
+from mmrec.checkpoint.checkpoint import load_model
 from mmrec.config import TrainConfig, preset
 from mmrec.data.corpus import Corpus
-from mmrec.data.preparing import prepare
-from mmrec.grow import HOW
-from mmrec.info import flops_per_token
-from mmrec.start import take_over
-from mmrec.train import Trainer, train
+from mmrec.data.prepare import prepare
+from mmrec.finetune.grow import HOW
+from mmrec.finetune.start import take_over
+from mmrec.profiling.cost import flops_per_token
+from mmrec.profiling.kernel_bench import machine
+from mmrec.training.trainer import Trainer, train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,11 +42,11 @@ class Race:
         self.args, self.folder = args, folder
         self.corpus = Corpus.open(prepare(data, args.tokenizer, args.vocab, None, print))
         vocab = self.corpus.tokenizer.vocab_size
-        self.shapes = {n: dataclasses.replace(preset(n), vocab_size=vocab)
-                       for n in (args.small, args.large)}  # fmt: skip
+        self.shapes = {
+            n: dataclasses.replace(preset(n), vocab_size=vocab) for n in (args.small, args.large)
+        }
         per_step = args.batch * args.seq_len
-        self.flops = {n: per_step * flops_per_token(s)["training"]
-                      for n, s in self.shapes.items()}  # fmt: skip
+        self.flops = {n: per_step * flops_per_token(s)["training"] for n, s in self.shapes.items()}
 
     def length(self, name: str, share: float) -> dict[str, Any]:
         """The length of a run of a preset that takes a share of the budget."""
@@ -55,32 +55,59 @@ class Race:
         steps = self.args.steps * share * self.flops[self.args.large] / self.flops[name]
         return {"steps": max(1, round(steps))}
 
-    def run(self, title: str, name: str, share: float, seed: int, source: Path | None = None,
-            how: str = "preserve", schedule: str = "linear") -> dict[str, Any]:  # fmt: skip
+    def run(
+        self,
+        title: str,
+        name: str,
+        share: float,
+        seed: int,
+        source: Path | None = None,
+        how: str = "preserve",
+        schedule: str = "linear",
+    ) -> dict[str, Any]:
         """Train a preset, from a checkpoint if there is one; returns its cost, curve and score."""
         a, folder = self.args, self.folder / f"{title}-{seed}"
         folder.mkdir()
-        config = TrainConfig(data=str(self.corpus.path), batch=a.batch, seq_len=a.seq_len,
-                             seed=seed, eval_every=a.eval_every, save_every=10**6,
-                             schedule=schedule, **self.length(name, share))  # fmt: skip
+        config = TrainConfig(
+            data=str(self.corpus.path),
+            batch=a.batch,
+            seq_len=a.seq_len,
+            seed=seed,
+            eval_every=a.eval_every,
+            save_every=10**6,
+            schedule=schedule,
+            **self.length(name, share),
+        )
         trainer = Trainer(folder, self.corpus, self.shapes[name], config, name, lambda line: None)
         if source is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                trainer.progress.aged = take_over(trainer.model, trainer.optimizer,
-                                                  load_model(source), how)  # fmt: skip
+                trainer.progress.aged = take_over(
+                    trainer.model, trainer.optimizer, load_model(source), how
+                )
         made = train(trainer)
         if made["ended"] == "signal":  # the run was cut, so it cost less than its share
             raise SystemExit(128 + trainer.stop.number)
         bits = made["epochs"][-1]["bits_per_byte"]
         scale = trainer.val.bits_per_byte / trainer.val.loss if trainer.val else 1.0
         flops, seconds = self.flops[name] * made["steps"], made["seconds"]
-        print(f"{title}, seed {seed}: {made['steps']:,} steps, {flops:.3g} FLOPs, {seconds:.0f} s, "
-              f"{bits:.4f} bits per byte", flush=True)  # fmt: skip
+        print(
+            f"{title}, seed {seed}: {made['steps']:,} steps, {flops:.3g} FLOPs, {seconds:.0f} s, "
+            f"{bits:.4f} bits per byte",
+            flush=True,
+        )
         # cost is spread evenly over a run's steps, validation not counted
         curve = [(c["step"] / made["steps"], c["val"] * scale) for c in trainer.progress.checks]
-        return {"run": title, "preset": name, "seed": seed, "steps": made["steps"], "flops": flops,
-                "seconds": seconds, "bits_per_byte": bits, "curve": curve}  # fmt: skip
+        return {
+            "run": title,
+            "preset": name,
+            "seed": seed,
+            "steps": made["steps"],
+            "flops": flops,
+            "seconds": seconds,
+            "bits_per_byte": bits,
+            "curve": curve,
+        }
 
 
 def race(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -94,8 +121,14 @@ def race(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(small)
             before = {k: small[k] for k in ("flops", "seconds")}
             for how in args.how:
-                made = runs.run(how, args.large, 1 - args.share, seed,
-                                Path(name, f"source-{seed}", "last.h5"), how)  # fmt: skip
+                made = runs.run(
+                    how,
+                    args.large,
+                    1 - args.share,
+                    seed,
+                    Path(name, f"source-{seed}", "last.h5"),
+                    how,
+                )
                 rows.append(made | {"before": before})
     return rows
 
@@ -105,8 +138,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| run | total FLOPs | total time | bits per byte |", "|---|---|---|---|"]
     for name in dict.fromkeys(r["run"] for r in rows):
         mine = [r for r in rows if r["run"] == name]
-        cost = {k: statistics.median(r[k] + r.get("before", {}).get(k, 0) for r in mine)
-                for k in ("flops", "seconds")}  # fmt: skip
+        cost = {
+            k: statistics.median(r[k] + r.get("before", {}).get(k, 0) for r in mine)
+            for k in ("flops", "seconds")
+        }
         got = sorted(r["bits_per_byte"] for r in mine)
         score = f"{statistics.median(got):.4f} ({got[0]:.4f} to {got[-1]:.4f})"
         what = f"{mine[0]['preset']}, {name}"
@@ -122,12 +157,21 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, key: str) -> None:
         for r in (r for r in rows if r["run"] == name):
             begin = r.get("before", {}).get(key, 0)
             x = [begin + share * r[key] for share, _ in r["curve"]]
-            axes.plot(x, [y for _, y in r["curve"]], color=f"C{i}", linewidth=1,
-                      label=f"{r['preset']}, {name}" if r["seed"] == 0 else None)  # fmt: skip
+            axes.plot(
+                x,
+                [y for _, y in r["curve"]],
+                color=f"C{i}",
+                linewidth=1,
+                label=f"{r['preset']}, {name}" if r["seed"] == 0 else None,
+            )
     ends = [r["curve"][-1][1] for r in rows if r["curve"]]
     what = {"flops": "total FLOPs", "seconds": "total seconds"}[key]
-    axes.set(xlabel=f"{what} of training", ylabel="bits per byte, validation subset", title=title,
-             ylim=(min(ends) * 0.97, max(ends) * 1.3))  # fmt: skip
+    axes.set(
+        xlabel=f"{what} of training",
+        ylabel="bits per byte, validation subset",
+        title=title,
+        ylim=(min(ends) * 0.97, max(ends) * 1.3),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
@@ -154,8 +198,11 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.share < 1:
         parser.error(f"--share must lie in (0, 1); got {args.share}")
-    about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-             if k not in ("data", "out")}  # fmt: skip
+    about = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(args).items()
+        if k not in ("data", "out")
+    }
     args.out.mkdir(exist_ok=True)
     for data in args.data:
         folder = Path(data)

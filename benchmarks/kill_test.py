@@ -24,10 +24,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mmrec.bench import machine
-from mmrec.checkpoint import load_model, read_info
-from mmrec.saved import run_checkpoints
-from mmrec.storage import read_json
+from mmrec.checkpoint.checkpoint import load_model, read_info
+from mmrec.checkpoint.hdf5 import read_json
+from mmrec.checkpoint.manager import run_checkpoints
+from mmrec.profiling.kernel_bench import machine
 
 CONFIG = """preset = "tiny"
 [model]
@@ -93,8 +93,11 @@ def inspect(run: Path, reference: list[str]) -> int:
     """Check a run folder whose writer was killed; returns the step of its newest checkpoint."""
     for path in run.glob("*.h5"):
         load_model(path)
-    logged = (run / "metrics.jsonl").read_bytes().decode().split("\n")[:-1] \
-        if (run / "metrics.jsonl").exists() else []  # fmt: skip
+    logged = (
+        (run / "metrics.jsonl").read_bytes().decode().split("\n")[:-1]
+        if (run / "metrics.jsonl").exists()
+        else []
+    )
     assert logged == reference[: len(logged)], "the log is not what it would have been"
     saved = run_checkpoints(run)
     step = read_info(saved[-1])[0] if saved else 0
@@ -107,17 +110,22 @@ def contents(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, and its progress without the clock."""
     found: dict[str, np.ndarray] = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, x: found.update({name: x[()]})
-                        if isinstance(x, h5py.Dataset) else None)  # fmt: skip
+        file.visititems(
+            lambda name, x: found.update({name: x[()]}) if isinstance(x, h5py.Dataset) else None
+        )
         if "progress" in file:
             kept = read_json(file, "progress")
             kept.pop("seconds")
-            kept["epochs"] = [{k: v for k, v in e.items() if k != "seconds"}
-                              for e in kept["epochs"]]  # fmt: skip
+            kept["epochs"] = [
+                {k: v for k, v in e.items() if k != "seconds"} for e in kept["epochs"]
+            ]
             kept["epoch"].pop("began", None)
             found["progress"] = np.array(json.dumps(kept))
-    return {k: v for k, v in found.items() if k.split("/")[0] in
-            ("model", "optimizer", "rng", "progress")}  # fmt: skip
+    return {
+        k: v
+        for k, v in found.items()
+        if k.split("/")[0] in ("model", "optimizer", "rng", "progress")
+    }
 
 
 def same(a: Path, b: Path) -> int:
@@ -135,8 +143,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--steps", type=int, default=0, help="default: 25 a kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path,
-                        default=Path(__file__).parent / "results" / "kill_test.json")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json"
+    )
     args = parser.parse_args()
     dice, begin = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -166,21 +175,34 @@ def main() -> None:
             written[what] += 1
             if run.exists():
                 resumed_at.append(inspect(run, reference))
-            print(f"kill {kinds.total()}: {how}, writing {what}, "
-                  f"goes on at step {resumed_at[-1] if resumed_at else 0}", flush=True)  # fmt: skip
+            print(
+                f"kill {kinds.total()}: {how}, writing {what}, "
+                f"goes on at step {resumed_at[-1] if resumed_at else 0}",
+                flush=True,
+            )
         assert (run / "metrics.jsonl").read_text() == log
         arrays = {n: same(folder / "whole" / n, run / n) for n in ("last.h5", "best.h5")}
         left = [p.name for p in run.glob(".*")]
         assert not left, f"left behind: {left}"
         epochs = len(json.loads((run / "summary.json").read_text())["epochs"])
-    result = {"machine": machine(), "omp_threads": os.environ.get("OMP_NUM_THREADS"),
-              "kills": kinds.total(), "aimed": dict(kinds), "while_writing": dict(written),
-              "steps": steps, "epochs": epochs, "log_lines_equal": len(reference),
-              "arrays_equal": arrays, "resumed_at": resumed_at,
-              "seconds": round(time.monotonic() - begin)}  # fmt: skip
+    result = {
+        "machine": machine(),
+        "omp_threads": os.environ.get("OMP_NUM_THREADS"),
+        "kills": kinds.total(),
+        "aimed": dict(kinds),
+        "while_writing": dict(written),
+        "steps": steps,
+        "epochs": epochs,
+        "log_lines_equal": len(reference),
+        "arrays_equal": arrays,
+        "resumed_at": resumed_at,
+        "seconds": round(time.monotonic() - begin),
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(f"{kinds.total()} kills, {steps} steps, {len(reference)} log lines and {arrays} arrays "
-          "equal bit for bit")  # fmt: skip
+    print(
+        f"{kinds.total()} kills, {steps} steps, {len(reference)} log lines and {arrays} arrays "
+        "equal bit for bit"
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmrec.bench import machine
 from mmrec.kernels import associative_memory, gated_recurrence, scan
+from mmrec.profiling.kernel_bench import machine
 
 BATCH, WIDTH, HEADS = 4, 128, 4
 PATIENCE = 4.0  # seconds that one run of a peer may take
@@ -111,8 +111,13 @@ def draw(table: dict[str, dict[int, float]]) -> None:
     axes = figure.add_subplot()
     for name, row in table.items():
         axes.plot([*row], [*row.values()], "o-" if name.startswith("mmrec") else "o--", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in a sequence",
-             ylabel="ns a token, both ways", title=f"batch {BATCH}, width {WIDTH}")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens in a sequence",
+        ylabel="ns a token, both ways",
+        title=f"batch {BATCH}, width {WIDTH}",
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(PICTURE)

@@ -19,7 +19,7 @@ from typing import Any
 
 from perplexity import mmrec
 
-from mmrec.bench import machine
+from mmrec.profiling.kernel_bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "memory_use.json"
 PRESETS = ["tiny", "mini", "small", "base"]
@@ -40,8 +40,9 @@ def peak(*words: str) -> int:
     return 1024 * usage.ru_maxrss
 
 
-def case(run: Path, text: Path, name: str, what: str, precision: str, size: dict[str, int]
-         ) -> dict[str, Any]:  # fmt: skip
+def case(
+    run: Path, text: Path, name: str, what: str, precision: str, size: dict[str, int]
+) -> dict[str, Any]:
     """One measurement: a run, or what it generates."""
     options = [w for k, v in size.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     told = ["info", name, "--json", "--vocab", VOCAB, "--precision", precision, *options]
@@ -51,13 +52,31 @@ def case(run: Path, text: Path, name: str, what: str, precision: str, size: dict
         measured = peak("generate", "--model", str(run), "--prompt", prompt, "--max-tokens", "64")
     else:
         again = ["--recompute"] if what == "recompute" else []
-        measured = peak("train", name, "--data", str(text), "--vocab", VOCAB, "--steps", "2",
-                        "--precision", precision, *options, *again, "--out", str(run), "--force"
-                        )  # fmt: skip
+        measured = peak(
+            "train",
+            name,
+            "--data",
+            str(text),
+            "--vocab",
+            VOCAB,
+            "--steps",
+            "2",
+            "--precision",
+            precision,
+            *options,
+            *again,
+            "--out",
+            str(run),
+            "--force",
+        )
     row = dict(zip(KEYS, (name, what, precision, *size.values()), strict=True))
     ratio = round(counted["total"] / measured, 3)
-    return row | {"measured": measured, "counted": counted["total"], "ratio": ratio,
-                  "parts": counted}  # fmt: skip
+    return row | {
+        "measured": measured,
+        "counted": counted["total"],
+        "ratio": ratio,
+        "parts": counted,
+    }
 
 
 def main() -> None:

@@ -125,13 +125,29 @@ def arrays(file: h5py.File) -> list[str]:
 
 def change_json(file: h5py.File, rng: random.Random) -> None:
     """Other values, types and sizes in the configuration, the tokenizer, the rest."""
-    from mmrec.storage import write_json
+    from mmrec.checkpoint.hdf5 import write_json
 
     name = rng.choice([n for n in ("config", "tokenizer", "info", "progress") if n in file])
     value: Any = json.loads(bytes(file[name][:]))
-    odd: list[Any] = [None, -1, 0, 10**9, 2**62, 10**30, 1e308, float("nan"), "", [], {},
-                      "x" * 5000, True, [[[]]], {"a": {"b": 1}}, "\ud800",
-                      "../../etc/passwd"]  # fmt: skip
+    odd: list[Any] = [
+        None,
+        -1,
+        0,
+        10**9,
+        2**62,
+        10**30,
+        1e308,
+        float("nan"),
+        "",
+        [],
+        {},
+        "x" * 5000,
+        True,
+        [[[]]],
+        {"a": {"b": 1}},
+        "\ud800",
+        "../../etc/passwd",
+    ]
     if name == "tokenizer" and rng.random() < 0.7:
         words = rng.choice((["a"], [], ["<|endoftext|>"], [1, 2], ["<|endoftext|>", "a", "a"]))
         merges = rng.choice(([["a", "b"]], [[]], [["a"]], "x", [[1, 2]]))
@@ -180,8 +196,9 @@ def change_array(file: h5py.File, rng: random.Random) -> None:
         store(file, name, np.zeros(1 << 26, data.dtype), compression="gzip", shuffle=True)
     elif choice == 8 and data.size:
         shape = data.shape
-        made = file.create_dataset(name, shape, data.dtype, chunks=shape, compression="gzip",
-                                   shuffle=True)  # fmt: skip
+        made = file.create_dataset(
+            name, shape, data.dtype, chunks=shape, compression="gzip", shuffle=True
+        )
         made.attrs["crc32"] = np.uint32(0)
         short = zlib.compress(bytes(rng.choice((0, 1, 100, 1 << 26))))
         made.id.write_direct_chunk((0,) * data.ndim, short, rng.choice((0, 1, 2, 3)))
@@ -235,9 +252,20 @@ def change_attributes(file: h5py.File, rng: random.Random) -> None:
     """Attributes of other types, sizes and values; none."""
     owner = file if rng.random() < 0.7 else file[rng.choice(arrays(file))]
     name = rng.choice(("kind", "schema", "step", "mmrec_version", "crc32", "extra"))
-    odd: list[Any] = ["text", b"bytes", -1, 2**63 - 1, 3.5, float("nan"), np.arange(5),
-                      h5py.Empty("f4"), "x" * 60_000, np.zeros(8000), file.ref,
-                      [b"a", b"b"]]  # fmt: skip
+    odd: list[Any] = [
+        "text",
+        b"bytes",
+        -1,
+        2**63 - 1,
+        3.5,
+        float("nan"),
+        np.arange(5),
+        h5py.Empty("f4"),
+        "x" * 60_000,
+        np.zeros(8000),
+        file.ref,
+        [b"a", b"b"],
+    ]
     if rng.random() < 0.2:
         owner.attrs.pop(name, None)
     else:
@@ -273,7 +301,7 @@ THROUGH_HDF5 = (change_json, change_array, change_links, change_attributes, chan
 
 
 def reseal(path: Path) -> None:
-    from mmrec.storage import SEAL_BYTES, seal
+    from mmrec.checkpoint.hdf5 import SEAL_BYTES, seal
 
     if path.stat().st_size > SEAL_BYTES:
         seal(path)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mmrec.bench import machine
+from mmrec.profiling.kernel_bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 KEPT = ("loss", "perplexity", "bits_per_byte", "accuracy", "interval", "tokens", "bytes")
@@ -60,9 +60,12 @@ def main() -> None:
             for seed in range(args.seeds):
                 row = learn(text, args.preset, seed, args.options.split(), folder)
                 rows.append(row)
-                print(f"{row['text']}, seed {seed}: perplexity {row['perplexity']:.2f}, "
-                      f"{row['loss']:.4f} nats/token, {row['bits_per_byte']:.4f} bits per byte, "
-                      f"{row['seconds']:.0f} s; {row['best_because']}", flush=True)  # fmt: skip
+                print(
+                    f"{row['text']}, seed {seed}: perplexity {row['perplexity']:.2f}, "
+                    f"{row['loss']:.4f} nats/token, {row['bits_per_byte']:.4f} bits per byte, "
+                    f"{row['seconds']:.0f} s; {row['best_because']}",
+                    flush=True,
+                )
                 made = {"machine": machine(), "preset": args.preset, "rows": rows}
                 RESULTS.write_text(json.dumps(made, indent=1) + "\n")
 

@@ -18,17 +18,17 @@ prepare_process(["train"])  # as the command does, before torch is loaded
 
 import torch  # noqa: E402
 
-from mmrec.bench import machine  # noqa: E402
 from mmrec.config import TrainConfig, preset  # noqa: E402
-from mmrec.data.batches import Batches  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
-from mmrec.data.preparing import prepare  # noqa: E402
-from mmrec.evaluate import evaluate  # noqa: E402
-from mmrec.lanes import gradients, lanes_for  # noqa: E402
-from mmrec.machine import probe_bfloat16  # noqa: E402
+from mmrec.data.dataloader import Batches  # noqa: E402
+from mmrec.data.prepare import prepare  # noqa: E402
+from mmrec.evaluation.evaluate import evaluate  # noqa: E402
 from mmrec.model import Model  # noqa: E402
 from mmrec.optimizer import Muon  # noqa: E402
-from mmrec.schedule import lr_factor  # noqa: E402
+from mmrec.profiling.kernel_bench import machine  # noqa: E402
+from mmrec.runtime.hardware import probe_bfloat16  # noqa: E402
+from mmrec.training.lr_schedule import lr_factor  # noqa: E402
+from mmrec.training.replicas import gradients, lanes_for  # noqa: E402
 
 EPOCHS, STEPS, BATCH, SEQ_LEN = 3, 126, 2, 256
 OLD_MEANS, OLD_FIRST, OLD_LAST, OLD_MINUTES = (5.7428, 1.7449, 0.9866), 8.6465, 0.8179, 33
@@ -47,8 +47,13 @@ def main() -> None:
     model.set_precision("bfloat16" if probe_bfloat16() else "float32")
     plan = TrainConfig()
     lanes = lanes_for(model, BATCH)
-    optimizer = Muon(model.parameter_groups(plan.weight_decay, plan.table_decay), lr=plan.lr,
-                     betas=(plan.beta1, plan.beta2), muon_lr=plan.muon_lr, lanes=lanes)  # fmt: skip
+    optimizer = Muon(
+        model.parameter_groups(plan.weight_decay, plan.table_decay),
+        lr=plan.lr,
+        betas=(plan.beta1, plan.beta2),
+        muon_lr=plan.muon_lr,
+        lanes=lanes,
+    )
     batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
     begin = time.perf_counter()
     gradients(model, lanes, *batches.get(0))
@@ -72,10 +77,20 @@ def main() -> None:
         trained += time.perf_counter() - begin
         mine = losses[-STEPS:]
         val = evaluate(model, corpus.val.tokens, corpus.tokenizer.eot, corpus.val.n_bytes)
-        rows.append({"mean": sum(mine) / STEPS, "first": mine[0], "last": mine[-1],
-                     "validation": val.loss, "bits_per_byte": val.bits_per_byte})  # fmt: skip
-        print(f"{epoch + 1:>5} {rows[-1]['mean']:>9.4f} {OLD_MEANS[epoch]:>12.4f} {mine[0]:>9.4f} "
-              f"{mine[-1]:>9.4f} {val.bits_per_byte:>10.4f}", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "mean": sum(mine) / STEPS,
+                "first": mine[0],
+                "last": mine[-1],
+                "validation": val.loss,
+                "bits_per_byte": val.bits_per_byte,
+            }
+        )
+        print(
+            f"{epoch + 1:>5} {rows[-1]['mean']:>9.4f} {OLD_MEANS[epoch]:>12.4f} {mine[0]:>9.4f} "
+            f"{mine[-1]:>9.4f} {val.bits_per_byte:>10.4f}",
+            flush=True,
+        )
 
     expected = math.log(corpus.tokenizer.vocab_size)
     if abs(losses[0] - expected) > 0.15:
@@ -83,14 +98,25 @@ def main() -> None:
             f"first loss must be near ln vocabulary = {expected:.2f}; got {losses[0]:.4f}"
         )
     tokens = EPOCHS * STEPS * BATCH * SEQ_LEN
-    print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} on real text "
-          f"(predecessor {OLD_FIRST} -> {OLD_LAST} on repeated patterns)")  # fmt: skip
-    print(f"{trained:.1f} s of training, {tokens / trained:,.0f} tokens/s, kernels ready after "
-          f"{compiled:.1f} s (predecessor {OLD_MINUTES} minutes, 98 tokens/s: "
-          f"{OLD_MINUTES * 60 / trained:.0f} times as long)")  # fmt: skip
-    made = {"machine": machine(), "data": args.data, "seed": args.seed, "epochs": rows,
-            "first": losses[0], "last": losses[-1], "seconds": trained,
-            "tokens_per_second": tokens / trained}  # fmt: skip
+    print(
+        f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} on real text "
+        f"(predecessor {OLD_FIRST} -> {OLD_LAST} on repeated patterns)"
+    )
+    print(
+        f"{trained:.1f} s of training, {tokens / trained:,.0f} tokens/s, kernels ready after "
+        f"{compiled:.1f} s (predecessor {OLD_MINUTES} minutes, 98 tokens/s: "
+        f"{OLD_MINUTES * 60 / trained:.0f} times as long)"
+    )
+    made = {
+        "machine": machine(),
+        "data": args.data,
+        "seed": args.seed,
+        "epochs": rows,
+        "first": losses[0],
+        "last": losses[-1],
+        "seconds": trained,
+        "tokens_per_second": tokens / trained,
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(made, indent=1) + "\n")
 

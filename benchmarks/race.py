@@ -19,7 +19,7 @@ from typing import Any
 
 from contenders import SETTINGS, pair, settings
 
-from mmrec.bench import machine
+from mmrec.profiling.kernel_bench import machine
 
 RESULTS = Path(__file__).parent / "results"
 # One axis after the other, from where the peer stands up or down as long as that is better.
@@ -33,16 +33,38 @@ SEARCH: dict[str, list[Any]] = {
     "bf16": [False, True],
     "compile": [False, True],
 }
-FIXED = {"nanogpt": set(SEARCH), "nanogpt-tuned": {"bf16", "compile"}, "mmrec": set(SEARCH),
-         "mamba": {"dropout"}}  # fmt: skip
+FIXED = {
+    "nanogpt": set(SEARCH),
+    "nanogpt-tuned": {"bf16", "compile"},
+    "mmrec": set(SEARCH),
+    "mamba": {"dropout"},
+}
 
 
-def measure(name: str, args: argparse.Namespace, seconds: float, seed: int,
-            settings: dict[str, Any], *, curve: bool) -> dict[str, Any]:  # fmt: skip
+def measure(
+    name: str,
+    args: argparse.Namespace,
+    seconds: float,
+    seed: int,
+    settings: dict[str, Any],
+    *,
+    curve: bool,
+) -> dict[str, Any]:
     """Run one contender in its own process."""
-    command = [sys.executable, str(Path(__file__).with_name("contenders.py")), name, args.data,
-               "--tokenizer", args.tokenizer, "--seconds", str(seconds), "--seed", str(seed),
-               "--preset", args.preset]  # fmt: skip
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("contenders.py")),
+        name,
+        args.data,
+        "--tokenizer",
+        args.tokenizer,
+        "--seconds",
+        str(seconds),
+        "--seed",
+        str(seed),
+        "--preset",
+        args.preset,
+    ]
     command += [] if curve else ["--no-curve"]
     command += ["--nanogpt", str(args.nanogpt)] if args.nanogpt else []
     command += ["--threads", str(args.threads)] if args.threads else []
@@ -87,8 +109,11 @@ def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
     """Markdown lines, a contender a line, a budget a column: median of the seeds and their span."""
     budgets = sorted({r["budget"] for r in rows})
     key = "loss" if unit == "nats/char" else "bits_per_byte"
-    lines = [f"| {unit} after | " + " | ".join(f"{b:g} s" for b in budgets)
-             + " | parameters | tokens/s | ready after |"]  # fmt: skip
+    lines = [
+        f"| {unit} after | "
+        + " | ".join(f"{b:g} s" for b in budgets)
+        + " | parameters | tokens/s | ready after |"
+    ]
     lines.append("|---" * (len(budgets) + 4) + "|")
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in rows if r["name"] == name and "error" not in r]
@@ -101,8 +126,10 @@ def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
             cells.append(f"{statistics.median(got):.3f}{span}" if got else "")
         rate = statistics.median(r["tokens"] / r["seconds"] for r in mine)
         ready = statistics.median(r["ready"] for r in mine)
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mine[-1]['parameters'] / 1e6:.2f} M"
-                     f" | {rate:,.0f} | {ready:.0f} s |")  # fmt: skip
+        lines.append(
+            f"| {name} | " + " | ".join(cells) + f" | {mine[-1]['parameters'] / 1e6:.2f} M"
+            f" | {rate:,.0f} | {ready:.0f} s |"
+        )
     return lines
 
 
@@ -122,13 +149,23 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
             key = "loss" if unit == "nats/char" else "bits_per_byte"
             points.append((budget, statistics.median(r[key] for r in got)))
         finals += [y for _, y in points]
-        axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name,
-                  linewidth=2.5 if name == "mmrec" else 1.2)  # fmt: skip
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=f"C{i}",
+            label=name,
+            linewidth=2.5 if name == "mmrec" else 1.2,
+        )
         for r in mine:
             if r["budget"] == longest and r["seed"] == 0:
                 scale = r[key] / r["loss"]
-                axes.plot([s for s, _ in r["curve"]], [y * scale for _, y in r["curve"]],
-                          color=f"C{i}", alpha=0.35, linewidth=0.8)  # fmt: skip
+                axes.plot(
+                    [s for s, _ in r["curve"]],
+                    [y * scale for _, y in r["curve"]],
+                    color=f"C{i}",
+                    alpha=0.35,
+                    linewidth=0.8,
+                )
     axes.set(xlabel="seconds of training", ylabel=f"validation loss ({unit})", title=title)
     axes.set_ylim(min(finals) * 0.985, sorted(finals)[-max(1, len(finals) // 10)] * 1.05)
     axes.set_xscale("log")
@@ -153,8 +190,12 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", help="name of the results, otherwise that of the data")
-    parser.add_argument("--no-curve", dest="curve", action="store_false",
-                        help="score at the end alone: a large split takes minutes")  # fmt: skip
+    parser.add_argument(
+        "--no-curve",
+        dest="curve",
+        action="store_false",
+        help="score at the end alone: a large split takes minutes",
+    )
     parser.add_argument("--add", action="store_true", help="keep the rows of contenders not run")
     args = parser.parse_args()
     if args.search:

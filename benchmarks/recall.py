@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrec.bench import machine
 from mmrec.config import ModelConfig
 from mmrec.model import Model
 from mmrec.optimizer import Muon
-from mmrec.schedule import lr_factor
+from mmrec.profiling.kernel_bench import machine
+from mmrec.training.lr_schedule import lr_factor
 
 RESULTS = Path(__file__).parent / "results" / "recall.json"
 NONE = -100  # no answer is asked for here
@@ -90,14 +90,31 @@ class Task:
 
 TASKS = {
     "recall-16": Task(lambda g, b: recall(g, b, 16, 128, 256), 256, 128, 1200),
-    "recall-64": Task(lambda g, b: recall(g, b, 64, 512, 512), 512, 512, 4200, heads=1,
-                      warmup=150 / 4200,  # with 225 steps of it, learning had not begun after 1,400
-                      first=lambda g, b: recall(g, 4 * b, 16, 128, 512)),
-    "induction": Task(lambda g, b: induction(g, b, 64, 256), 256, 64, 2400, 64,
-                      first=lambda g, b: copying(g, 2 * b, 33, 256)),
-    "copying": Task(lambda g, b: copying(g, b, 129, 256), 256, 129, 2400,
-                    first=lambda g, b: copying(g, 4 * b, 33, 256)),
-}  # fmt: skip
+    "recall-64": Task(
+        lambda g, b: recall(g, b, 64, 512, 512),
+        512,
+        512,
+        4200,
+        heads=1,
+        warmup=150 / 4200,  # with 225 steps of it, learning had not begun after 1,400
+        first=lambda g, b: recall(g, 4 * b, 16, 128, 512),
+    ),
+    "induction": Task(
+        lambda g, b: induction(g, b, 64, 256),
+        256,
+        64,
+        2400,
+        64,
+        first=lambda g, b: copying(g, 2 * b, 33, 256),
+    ),
+    "copying": Task(
+        lambda g, b: copying(g, b, 129, 256),
+        256,
+        129,
+        2400,
+        first=lambda g, b: copying(g, 4 * b, 33, 256),
+    ),
+}
 
 
 def score(model: Model, sample: Sample) -> float:
@@ -109,12 +126,25 @@ def score(model: Model, sample: Sample) -> float:
         return float((model.head(x[asked]).argmax(-1) == targets[asked]).float().mean())
 
 
-def learn(task: Task, layers: str, seed: int, *, lr: float = 1e-2,
-          say: Callable[[str], object] = lambda line: None) -> dict[str, float]:  # fmt: skip
+def learn(
+    task: Task,
+    layers: str,
+    seed: int,
+    *,
+    lr: float = 1e-2,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, float]:
     """Train two layers of these kinds on a task; returns accuracy on fresh samples, and seconds."""
     torch.manual_seed(seed)
-    config = ModelConfig(width=task.width, depth=2, heads=task.heads, vocab_size=task.vocab,
-                         layers=layers, ffn=2.0, horizon=4 * task.length)  # fmt: skip
+    config = ModelConfig(
+        width=task.width,
+        depth=2,
+        heads=task.heads,
+        vocab_size=task.vocab,
+        layers=layers,
+        ffn=2.0,
+        horizon=4 * task.length,
+    )
     model, rng = Model(config), np.random.default_rng(seed)
     optimizer = Muon(model.parameter_groups(0.0), lr=lr, betas=(0.9, 0.95), muon_lr=0.02)
     begin = time.perf_counter()

@@ -24,14 +24,14 @@ prepare_process(["train"])  # as the command does, before torch is loaded
 
 import numpy as np  # noqa: E402
 
-from mmrec.bench import machine  # noqa: E402
-from mmrec.checkpoint import load_model  # noqa: E402
+from mmrec.checkpoint.checkpoint import load_model  # noqa: E402
 from mmrec.config import TrainConfig, preset  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
-from mmrec.data.preparing import prepare  # noqa: E402
-from mmrec.evaluate import evaluate  # noqa: E402
-from mmrec.generate import generate  # noqa: E402
-from mmrec.train import Trainer, train  # noqa: E402
+from mmrec.data.prepare import prepare  # noqa: E402
+from mmrec.evaluation.evaluate import evaluate  # noqa: E402
+from mmrec.inference.generate import generate  # noqa: E402
+from mmrec.profiling.kernel_bench import machine  # noqa: E402
+from mmrec.training.trainer import Trainer, train  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {"memory_mb": "resident memory (MB)", "files": "open files", "threads": "threads"}
@@ -42,16 +42,26 @@ def measure() -> dict[str, float]:
     """Resident memory, open file handles and threads of this process, as Linux counts them."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
-            "files": len(list(Path("/proc/self/fd").iterdir())),
-            "threads": len(list(Path("/proc/self/task").iterdir()))}  # fmt: skip
+    return {
+        "memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+    }
 
 
 def one_round(corpus: Corpus, folder: Path, seed: int) -> float:
     """Train, evaluate and generate; returns bits per byte."""
     shape = replace(preset("tiny"), width=64, ngrams=1024, dropout=0.1)
-    plan = TrainConfig(data=str(corpus.info["source"]), steps=40, batch=4, seq_len=128, seed=seed,
-                       eval_every=10, eval_tokens=4096, save_every=15)  # fmt: skip
+    plan = TrainConfig(
+        data=str(corpus.info["source"]),
+        steps=40,
+        batch=4,
+        seq_len=128,
+        seed=seed,
+        eval_every=10,
+        eval_tokens=4096,
+        save_every=15,
+    )
     train(Trainer(folder, corpus, shape, plan, "tiny", lambda line: None))
     loaded = load_model(folder / "best.h5")
     split = corpus.val
@@ -108,12 +118,23 @@ def main() -> None:
         values = np.array([s[part] for s in late])
         rate, error = slope(hours, values)
         flat = rate - 2 * error <= FLAT[part] * values.mean()
-        made[part] = {"first": samples[0][part], "last": samples[-1][part],
-                      "highest": max(s[part] for s in samples), "slope_per_hour": rate,
-                      "standard_error": error, "flat": bool(flat)}  # fmt: skip
+        made[part] = {
+            "first": samples[0][part],
+            "last": samples[-1][part],
+            "highest": max(s[part] for s in samples),
+            "slope_per_hour": rate,
+            "standard_error": error,
+            "flat": bool(flat),
+        }
         print(f"{PARTS[part]}: {rate:+.3f} ± {error:.3f} an hour, {'flat' if flat else 'GROWS'}")
-    result = {"machine": machine(), "minutes": args.minutes, "rounds": len(samples),
-              "bits_per_byte": [min(scores), max(scores)], **made, "samples": samples}  # fmt: skip
+    result = {
+        "machine": machine(),
+        "minutes": args.minutes,
+        "rounds": len(samples),
+        "bits_per_byte": [min(scores), max(scores)],
+        **made,
+        "samples": samples,
+    }
     (RESULTS / "soak.json").write_text(json.dumps(result) + "\n", "utf-8")
     draw(samples, made)
 

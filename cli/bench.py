@@ -10,7 +10,7 @@ import typer
 from mmrec.config import InputError, TrainConfig, from_dict, preset, train_settings
 
 if TYPE_CHECKING:
-    from mmrec.bench import Row
+    from mmrec.profiling.kernel_bench import Row
 
 app = typer.Typer(help="Time the kernels beside their peers; each is checked before it is timed.")
 
@@ -48,7 +48,7 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
     sizes = [_parse(s, axes) for s in shapes] if shapes else None
     import torch
 
-    from mmrec.bench import BENCHES, machine, to_json
+    from mmrec.profiling.kernel_bench import BENCHES, machine, to_json
 
     torch.manual_seed(0)
     rows, case, ours = [], None, 1.0
@@ -111,8 +111,8 @@ def train(
     config = preset(name)
     if vocab is not None:
         config = dataclasses.replace(config, vocab_size=vocab)
-    from mmrec.bench import machine
-    from mmrec.profile import profile as measure
+    from mmrec.profiling.kernel_bench import machine
+    from mmrec.profiling.step import profile as measure
 
     given = {"batch": batch} | ({"seq_len": seq_len} if seq_len else {})
     plan: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
@@ -122,8 +122,10 @@ def train(
         about |= {"share": made.share, **dataclasses.asdict(made)}
         typer.echo(json.dumps(about, indent=1))
         return
-    typer.echo(f"{name}, vocabulary {config.vocab_size:,}, {batch} x {plan.seq_len} tokens a step, "
-               f"products in {made.precision}")  # fmt: skip
+    typer.echo(
+        f"{name}, vocabulary {config.vocab_size:,}, {batch} x {plan.seq_len} tokens a step, "
+        f"products in {made.precision}"
+    )
     if profile:
         typer.echo(f"{'part':<24}{'ms':>8}{'of step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'of peak':>9}")
         for part in made.parts:
@@ -132,6 +134,8 @@ def train(
                 rate = part.flops / part.seconds
                 line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{rate / made.peak:9.0%}"
             typer.echo(line)
-    typer.echo(f"step {made.seconds * 1e3:.1f} ms, {made.tokens / made.seconds:,.0f} tokens/s, "
-               f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.share:.0%} of the "
-               f"{made.peak / 1e9:.0f} that a large product reaches here")  # fmt: skip
+    typer.echo(
+        f"step {made.seconds * 1e3:.1f} ms, {made.tokens / made.seconds:,.0f} tokens/s, "
+        f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.share:.0%} of the "
+        f"{made.peak / 1e9:.0f} that a large product reaches here"
+    )

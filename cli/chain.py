@@ -9,11 +9,11 @@ import typer
 
 from mmrec.cli.train import begin, finish, resume_run, say
 from mmrec.config import InputError
-from mmrec.signals import leaving, unbreakable_output
+from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:
-    from mmrec.chain import Stage
-    from mmrec.train import Trainer
+    from mmrec.training.staged import Stage
+    from mmrec.training.trainer import Trainer
 
 Opt = typer.Option
 
@@ -23,8 +23,16 @@ def chain(
     force: Annotated[bool, Opt("--force", help="Start over; overwrite the stages.")] = False,
 ) -> None:
     """Train a chain of growing models: mmrec chain recipe.toml. The same command goes on."""
-    from mmrec.chain import COLUMNS, check_unchanged, keep, read_kept, read_recipe, report, row
-    from mmrec.run import Lock, clear
+    from mmrec.training.run_dir import Lock, clear
+    from mmrec.training.staged import (
+        COLUMNS,
+        check_unchanged,
+        keep,
+        read_kept,
+        read_recipe,
+        report,
+        row,
+    )
 
     stages = read_recipe(recipe)
     folder = stages[0].folder.parent
@@ -51,16 +59,18 @@ def chain(
     for line in map(row, made):
         say(line)
     total = {k: sum(r[k] for r in made) for k in ("tokens", "seconds", "flops")}
-    say(f"in all {total['tokens'] / 1e6:.2f} M tokens, {total['seconds']:,.0f} s, "
+    say(
+        f"in all {total['tokens'] / 1e6:.2f} M tokens, {total['seconds']:,.0f} s, "
         f"{total['flops']:.2e} FLOPs; report {folder / 'report.json'}, curve "
-        f"{folder / 'chain.png'}")  # fmt: skip
+        f"{folder / 'chain.png'}"
+    )
 
 
 def _train(stages: list["Stage"], number: int, starts: list[float | None], again: str) -> None:
     """Begin a stage, or go on with it, and train it to its end; note in ``starts`` what a grown one
     scores before it is trained."""
-    from mmrec.chain import keep
-    from mmrec.checkpoint import load_model
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.training.staged import keep
 
     stage, before = stages[number], stages[number - 1] if number else None
     resume = (stage.folder / "config.toml").exists()
@@ -73,13 +83,15 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
                 chosen = stage.train
                 if source:
                     chosen = dataclasses.replace(chosen, grow_from=str(source.path))
-                lock, trainer = begin(stage.preset, stage.model, chosen, source, True, held,
-                                      how=stage.how)  # fmt: skip
+                lock, trainer = begin(
+                    stage.preset, stage.model, chosen, source, True, held, how=stage.how
+                )
                 if source:
                     if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
-                        raise InputError(f"the text of {chosen.data} changed since stage {number} "
-                                         "learnt from it: put it back, or start over with --force"
-                                         )  # fmt: skip
+                        raise InputError(
+                            f"the text of {chosen.data} changed since stage {number} "
+                            "learnt from it: put it back, or start over with --force"
+                        )
                     starts[number] = _score(trainer)
                     keep(stage.folder.parent, stages, starts)
         finish(trainer, lock, resume, again=again)
@@ -87,7 +99,12 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
 
 def _score(trainer: "Trainer") -> float:
     """Bits per byte on the fixed validation subset."""
-    from mmrec.evaluate import evaluate
+    from mmrec.evaluation.evaluate import evaluate
 
-    return evaluate(trainer.model, trainer.subset, trainer.corpus.tokenizer.eot,
-                    trainer.subset_bytes, resets=trainer.resets).bits_per_byte  # fmt: skip
+    return evaluate(
+        trainer.model,
+        trainer.subset,
+        trainer.corpus.tokenizer.eot,
+        trainer.subset_bytes,
+        resets=trainer.resets,
+    ).bits_per_byte

@@ -15,8 +15,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw nothing.")] = False,
 ) -> None:
     """Put runs side by side: a table, and their validation curves in one picture."""
-    from mmrec.compare import draw_curves, read_run
     from mmrec.config import InputError
+    from mmrec.evaluation.compare import draw_curves, read_run
 
     curves = [read_run(run) for run in runs]
     if as_json:
@@ -26,16 +26,22 @@ def compare(
         raise InputError(f"--out must be a file to write the picture in; {out} is a folder")
     draw_curves(curves, out)
     width = max(4, *(len(c.run) for c in curves))
-    typer.echo(f"{'run':<{width}} {'steps':>8} {'tokens':>9} {'time':>8} {'best b/B':>9} "
-               f"{'at step':>8} {'whole split':>12}  ended")  # fmt: skip
+    typer.echo(
+        f"{'run':<{width}} {'steps':>8} {'tokens':>9} {'time':>8} {'best b/B':>9} "
+        f"{'at step':>8} {'whole split':>12}  ended"
+    )
     for c in sorted(curves, key=lambda c: c.best[1]):
         time = f"{c.seconds:,.0f} s" if math.isfinite(c.seconds) else "-"
         whole = f"{c.whole:.4f}" if math.isfinite(c.whole) else "-"
         step, best = c.best
         tokens = f"{c.steps * c.tokens_per_step / 1e6:.2f} M"
-        typer.echo(f"{c.run:<{width}} {c.steps:>8,} {tokens:>9} {time:>8} {best:>9.4f} "
-                   f"{step:>8,} {whole:>12}  {c.ended}")  # fmt: skip
+        typer.echo(
+            f"{c.run:<{width}} {c.steps:>8,} {tokens:>9} {time:>8} {best:>9.4f} "
+            f"{step:>8,} {whole:>12}  {c.ended}"
+        )
     if len({c.fingerprint for c in curves if c.fingerprint}) > 1:
-        typer.echo("note: these runs were not trained on the same tokens; where their texts "
-                   "differ, so do the bytes that are scored")  # fmt: skip
+        typer.echo(
+            "note: these runs were not trained on the same tokens; where their texts "
+            "differ, so do the bytes that are scored"
+        )
     typer.echo(f"curves: {out}")

@@ -40,7 +40,7 @@ def prepare(
     compress: Annotated[bool, typer.Option("--compress", help="Make a smaller file.")] = False,
 ) -> None:
     """Read text, split it, train a tokenizer, and write one HDF5 file."""
-    from mmrec.data.preparing import prepare
+    from mmrec.data.prepare import prepare
 
     if out is not None and out.is_dir():
         raise InputError(f"--out must be a file to write; {out} is a folder")
@@ -72,7 +72,7 @@ def inspect(
 ) -> None:
     """Show what a corpus holds."""
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare
+    from mmrec.data.prepare import prepare
 
     how = _reading(text_field, skip_bad, max_bytes, val_share, val_file)
     corpus = Corpus.open(prepare(source, tokenizer, vocab, how=how))
@@ -89,9 +89,11 @@ def inspect(
     typer.echo(f"{corpus.path}  ({corpus.path.stat().st_size / 1e6:.1f} MB)")
     info = corpus.info
     typer.echo(f"source {_printable(info['source'])}")
-    typer.echo(f"left out: {info['duplicates']:,} exact duplicates, {info['skipped']:,} broken "
-               f"records; on the other side than by chance because they are like others: "
-               f"{info['near_duplicates']:,}")  # fmt: skip
+    typer.echo(
+        f"left out: {info['duplicates']:,} exact duplicates, {info['skipped']:,} broken "
+        f"records; on the other side than by chance because they are like others: "
+        f"{info['near_duplicates']:,}"
+    )
     typer.echo(f"tokenizer {corpus.tokenizer.kind}, {corpus.tokenizer.vocab_size:,} tokens\n")
     typer.echo(f"{'':12}{'documents':>12}{'bytes':>14}{'tokens':>14}{'bytes/token':>13}")
     for name, s in sides.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import Loaded
     from mmrec.config import TrainConfig
     from mmrec.data.corpus import Corpus
 
@@ -35,16 +35,18 @@ def evaluate(
     as_json: Annotated[bool, Opt("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on its whole validation split, on all of --data, by --prompts or --tasks."""
-    from mmrec.checkpoint import load_model
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.config import InputError
-    from mmrec.saved import find_checkpoint
 
     for option, path in (("--plot", plot), ("--report", report)):
         if path is not None and path.is_dir():
             raise InputError(f"{option} must be a file to write; {path} is a folder")
     if len(where or ()) > 1 and not prompts:
-        raise InputError(f"one model at a time is scored; got {len(where or ())}: --prompts takes "
-                         "several, and mmrec compare")  # fmt: skip
+        raise InputError(
+            f"one model at a time is scored; got {len(where or ())}: --prompts takes "
+            "several, and mmrec compare"
+        )
     paths: list[Path | None] = [*where] if where else [None]
     models = [load_model(find_checkpoint(path)) for path in paths]
     if prompts:
@@ -59,7 +61,7 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     """The corpus that a model was trained on. Raises InputError if its text may not be read."""
     from mmrec.config import InputError
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare, reading
+    from mmrec.data.prepare import prepare, reading
 
     settings = _settings(loaded)
     if not may_read(settings, loaded.path):
@@ -71,8 +73,10 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
     corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
     if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
-        raise InputError(f"the text of {settings.data}, or how mmrec reads it, changed since "
-                         "training; name --data")  # fmt: skip
+        raise InputError(
+            f"the text of {settings.data}, or how mmrec reads it, changed since "
+            "training; name --data"
+        )
     return corpus
 
 
@@ -84,23 +88,28 @@ def _settings(loaded: "Loaded") -> "TrainConfig":
 
 
 def _write_on(
-    models: list["Loaded"], prompts: Path, temperatures: str, max_tokens: int,
-    report: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    models: list["Loaded"],
+    prompts: Path,
+    temperatures: str,
+    max_tokens: int,
+    report: Path | None,
+    as_json: bool,
+) -> None:
     from tqdm import tqdm
 
     from mmrec.config import InputError
-    from mmrec.files import write_text
-    from mmrec.generate import Sampling
-    from mmrec.prompts import as_html, as_markdown, read_prompts, write_samples
+    from mmrec.evaluation.samples import as_html, as_markdown, read_prompts, write_samples
+    from mmrec.inference.generate import Sampling
+    from mmrec.runtime.atomic import write_text
 
     if report is not None and report.suffix not in (".md", ".html"):
         raise InputError(f"--report must end in .md or .html; got {report}")
     try:
         warm = [float(x) for x in temperatures.split(",")]
     except ValueError:
-        raise InputError(f"--temperatures must be numbers joined by commas; got {temperatures!r}"
-                         ) from None  # fmt: skip
+        raise InputError(
+            f"--temperatures must be numbers joined by commas; got {temperatures!r}"
+        ) from None
     for x in warm:
         Sampling(temperature=x)
     texts = read_prompts(prompts)
@@ -137,7 +146,7 @@ def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool)
     try:
         from lm_eval.utils import make_table
 
-        from mmrec.harness import run_tasks
+        from mmrec.evaluation.lm_eval import run_tasks
     except ImportError:
         raise InputError("--tasks needs a package: pip install 'mmrec[harness]'") from None
     made = run_tasks(loaded, [t for t in tasks.split(",") if t], folder)
@@ -148,19 +157,23 @@ def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool)
 
 
 def _score(
-    loaded: "Loaded", data: str | None, text_field: str, skip_bad: bool, plot: Path | None,
+    loaded: "Loaded",
+    data: str | None,
+    text_field: str,
+    skip_bad: bool,
+    plot: Path | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     import numpy as np
     from tqdm import tqdm
 
     from mmrec.config import InputError
-    from mmrec.data.corpora import documents
     from mmrec.data.corpus import Corpus, is_prepared
-    from mmrec.data.encoding import encode_documents
     from mmrec.data.readers import Reading
-    from mmrec.evaluate import TokenScores, evaluate
-    from mmrec.report import draw, make_report
+    from mmrec.data.sources import documents
+    from mmrec.data.tokenize import encode_documents
+    from mmrec.evaluation.evaluate import TokenScores, evaluate
+    from mmrec.evaluation.report import draw, make_report
 
     settings = _settings(loaded)
     if data is None:
@@ -168,8 +181,10 @@ def _score(
     elif is_prepared(data):
         corpus = Corpus.open(Path(data))
         if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
-            raise InputError(f"{data} must have the tokenizer of {loaded.path}; it has another: "
-                             "give its text instead")  # fmt: skip
+            raise InputError(
+                f"{data} must have the tokenizer of {loaded.path}; it has another: "
+                "give its text instead"
+            )
         what, split = f"validation split of {data}", corpus.val
     else:
         texts = documents(data, Reading(text_field, skip_bad))
@@ -178,9 +193,15 @@ def _score(
             raise InputError(f"{data} is empty: expected text; got only white space or nothing")
     detail = TokenScores.empty(split.n_tokens)
     with tqdm(total=split.n_tokens, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
-        made = evaluate(loaded.model, split.tokens, loaded.tokenizer.eot, split.n_bytes,
-                        resets=settings.state != "window", detail=detail,
-                        progress=bar.update)  # fmt: skip
+        made = evaluate(
+            loaded.model,
+            split.tokens,
+            loaded.tokenizer.eot,
+            split.n_bytes,
+            resets=settings.state != "window",
+            detail=detail,
+            progress=bar.update,
+        )
     tokenizer = loaded.tokenizer
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     report = make_report(np.asarray(split.tokens), tokenizer.eot, sizes, detail)
@@ -214,7 +235,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 def may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
     from mmrec.config import load_toml
-    from mmrec.data.corpora import NAMES
+    from mmrec.data.sources import NAMES
 
     if settings.data in NAMES and not settings.val_file:
         return True

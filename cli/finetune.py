@@ -12,10 +12,10 @@ from mmrec.cli.eval import may_read
 from mmrec.cli.ranks import check_launch
 from mmrec.cli.train import LENGTHS, begin, finish, say
 from mmrec.config import InputError, TrainConfig, from_dict
-from mmrec.signals import leaving, unbreakable_output
+from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import Loaded
     from mmrec.data.corpus import Corpus
     from mmrec.model import Model
 
@@ -31,8 +31,20 @@ DEFAULTS: dict[str, Any] = {
 LORA_LR = 1e-2
 PASSES = 4.0
 # What a fine-tuning takes from the training that it goes on with.
-KEPT = ("batch", "seq_len", "state", "accumulate", "recompute", "weight_decay", "table_decay",
-        "beta1", "beta2", "clip", "precision", "eval_tokens")  # fmt: skip
+KEPT = (
+    "batch",
+    "seq_len",
+    "state",
+    "accumulate",
+    "recompute",
+    "weight_decay",
+    "table_decay",
+    "beta1",
+    "beta2",
+    "clip",
+    "precision",
+    "eval_tokens",
+)
 
 
 def finetune(
@@ -71,8 +83,8 @@ def finetune(
     for key in ("where", "old", "force", "dropout"):
         given.pop(key, None)
 
-    from mmrec.checkpoint import load_model
-    from mmrec.saved import find_checkpoint
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.checkpoint.manager import find_checkpoint
 
     source = load_model(find_checkpoint(where))
     earlier = source.info.get("train", {})
@@ -107,15 +119,19 @@ def finetune(
     for key, text in texts.items():
         scores[key].append(_bits(best, text, trainer.resets))
         what = text.info["source"]
-        say(f"{key} text {what}: {scores[key][0]:.4f} bits per byte before, {scores[key][1]:.4f} "
-            "after")  # fmt: skip
-    _note(trainer.folder / "summary.json", {k: dict(zip(("before", "after"), v, strict=True))
-                                            for k, v in scores.items()})  # fmt: skip
+        say(
+            f"{key} text {what}: {scores[key][0]:.4f} bits per byte before, {scores[key][1]:.4f} "
+            "after"
+        )
+    _note(
+        trainer.folder / "summary.json",
+        {k: dict(zip(("before", "after"), v, strict=True)) for k, v in scores.items()},
+    )
 
 
 def _old_corpus(source: "Loaded", named: str | None, *, needed: bool) -> "Corpus | None":
     """The text that the source was trained on; None, said aloud, if it is not there."""
-    from mmrec.data.preparing import open_corpus, reading
+    from mmrec.data.prepare import open_corpus, reading
 
     settings = from_dict(TrainConfig, source.info.get("train", {}))
     data = named or settings.data
@@ -138,7 +154,7 @@ def _old_corpus(source: "Loaded", named: str | None, *, needed: bool) -> "Corpus
 
 
 def _bits(model: "Model", corpus: "Corpus", resets: bool) -> float:
-    from mmrec.evaluate import evaluate
+    from mmrec.evaluation.evaluate import evaluate
 
     val, eot = corpus.val, corpus.tokenizer.eot
     return evaluate(model, val.tokens, eot, val.n_bytes, resets=resets).bits_per_byte
@@ -146,7 +162,7 @@ def _bits(model: "Model", corpus: "Corpus", resets: bool) -> float:
 
 def _note(path: Path, scores: dict[str, Any]) -> None:
     """Add the scores before and after to the run's summary."""
-    from mmrec.files import write_text
+    from mmrec.runtime.atomic import write_text
 
     made = json.loads(path.read_text(encoding="utf-8"))
     write_text(path, json.dumps(made | {"bits_per_byte": scores}, indent=1) + "\n")

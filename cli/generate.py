@@ -23,18 +23,25 @@ def generate(
     stop: Annotated[list[str] | None, Opt(help="End at this text; may be repeated.")] = None,
 ) -> None:
     """Write on from a prompt, as it comes."""
-    from mmrec.checkpoint import load_model
-    from mmrec.generate import Sampling, generate
-    from mmrec.heap import leave_no_holes
-    from mmrec.saved import find_checkpoint
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.inference.generate import Sampling, generate
+    from mmrec.runtime.malloc import leave_no_holes
 
     leave_no_holes()  # only a long prompt takes large blocks, and once
     how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     loaded = load_model(find_checkpoint(model))
     piped = prompt is None and not sys.stdin.isatty()
     text = sys.stdin.read() if prompt == "-" or piped else prompt or ""
-    pieces = generate(loaded.model, loaded.tokenizer, text, how=how, max_tokens=max_tokens,
-                      stop=stop or (), seed=seed)  # fmt: skip
+    pieces = generate(
+        loaded.model,
+        loaded.tokenizer,
+        text,
+        how=how,
+        max_tokens=max_tokens,
+        stop=stop or (),
+        seed=seed,
+    )
     begin, shown = time.perf_counter(), False
     for piece in pieces:
         if not shown:

@@ -9,7 +9,7 @@ import typer
 from mmrec.cli.eval import may_read
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import Loaded
     from mmrec.data.tokenizer import Tokenizer
 
 Opt = typer.Option
@@ -32,18 +32,26 @@ def grow(
     force: Annotated[bool, Opt("--force", help="Overwrite --out.")] = False,
 ) -> None:
     """Make a model larger that computes what it did: mmrec grow runs/tiny-stdlib --to mini."""
-    given = {"width": width, "depth": depth, "heads": heads, "ngrams": ngrams, "ffn": ffn,
-             "layers": layers}  # fmt: skip
+    given = {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "ngrams": ngrams,
+        "ffn": ffn,
+        "layers": layers,
+    }
     given = {k: v for k, v in given.items() if v is not None}
 
-    from mmrec.checkpoint import load_model, read_info
+    from mmrec.checkpoint.checkpoint import load_model, read_info
+    from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.config import InputError, ModelConfig, from_dict, preset
-    from mmrec.grow import Growth
-    from mmrec.saved import find_checkpoint
+    from mmrec.finetune.grow import Growth
 
     if to is None and vocab is None and not given:
-        raise InputError("say what to grow: --to PRESET, or --width, --depth, --heads, --ngrams, "
-                         "--ffn, --layers, --vocab")  # fmt: skip
+        raise InputError(
+            "say what to grow: --to PRESET, or --width, --depth, --heads, --ngrams, "
+            "--ffn, --layers, --vocab"
+        )
     if data is not None and vocab is None:
         raise InputError("--data is the text that --vocab takes new tokens from; give both")
     path = find_checkpoint(where)
@@ -61,7 +69,7 @@ def grow(
     if target.exists() and not force:
         raise InputError(f"{target} is there already: choose another --out, or add --force")
 
-    from mmrec.start import grow_checkpoint
+    from mmrec.finetune.start import grow_checkpoint
 
     loaded = load_model(path)
     tokenizer = loaded.tokenizer
@@ -69,20 +77,23 @@ def grow(
     if vocab is not None:
         tokenizer, pieces = _extend(loaded, vocab, data)
         new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)
-    model = grow_checkpoint(loaded, new, target, name=name, how=how, seed=seed,
-                            tokenizer=tokenizer, pieces=pieces)  # fmt: skip
+    model = grow_checkpoint(
+        loaded, new, target, name=name, how=how, seed=seed, tokenizer=tokenizer, pieces=pieces
+    )
     for title, shape, m in (("from", old, loaded.model), ("to", new, model)):
         count = sum(p.numel() for p in m.parameters())
-        typer.echo(f"{title:<5}width {shape.width}, {shape.depth} layers ({shape.kinds}), "
-                   f"{shape.heads} heads, vocabulary {shape.vocab_size:,}, "
-                   f"{count / 1e6:.2f} M parameters")  # fmt: skip
+        typer.echo(
+            f"{title:<5}width {shape.width}, {shape.depth} layers ({shape.kinds}), "
+            f"{shape.heads} heads, vocabulary {shape.vocab_size:,}, "
+            f"{count / 1e6:.2f} M parameters"
+        )
     typer.echo(f"wrote {target}; train it on: mmrec train --grow-from {target}")
 
 
 def _extend(loaded: "Loaded", vocab: int, data: str | None) -> tuple["Tokenizer", list[list[int]]]:
     """The model's tokenizer with tokens of a text added, and what each of them joins."""
     from mmrec.config import InputError, TrainConfig, from_dict
-    from mmrec.data.preparing import reading, training_texts
+    from mmrec.data.prepare import reading, training_texts
     from mmrec.data.tokenizer import extend_tokenizer
 
     settings = from_dict(TrainConfig, loaded.info.get("train", {}))

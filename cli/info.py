@@ -44,8 +44,8 @@ def info(
         config = dataclasses.replace(config, vocab_size=vocab)
     given = {"batch": batch, "precision": precision} | ({"seq_len": seq_len} if seq_len else {})
     train: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
-    from mmrec.info import describe
-    from mmrec.machine import probe_bfloat16
+    from mmrec.profiling.cost import describe
+    from mmrec.runtime.hardware import probe_bfloat16
 
     if precision == "auto":
         precision = "bfloat16" if probe_bfloat16() else "float32"
@@ -54,22 +54,29 @@ def info(
         about = {"preset": name, "batch": batch, "seq_len": train.seq_len, "precision": precision}
         typer.echo(json.dumps(about | made, indent=1))
         return
-    typer.echo(f"{name}: width {config.width}, {config.depth} layers ({config.kinds}), "
-               f"{config.heads} heads, vocabulary {config.vocab_size:,}\n")  # fmt: skip
+    typer.echo(
+        f"{name}: width {config.width}, {config.depth} layers ({config.kinds}), "
+        f"{config.heads} heads, vocabulary {config.vocab_size:,}\n"
+    )
     total = made["parameters"]["total"]
     for part, count in made["parameters"].items():
         typer.echo(f"  {part:<20}{count:>15,}{count / total:>8.1%}")
     flops, size = made["flops_per_token"], made["bytes"]
     heading = f"batch {batch} × {train.seq_len:,} tokens, {precision}"
     typer.echo(f"\n  {heading:<38}{'training':>13}{'--recompute':>13}")
-    typer.echo(f"  {'FLOPs a token':<38}{flops['training'] / 1e6:>11,.0f} M"
-               f"{flops['recompute'] / 1e6:>11,.0f} M")  # fmt: skip
+    typer.echo(
+        f"  {'FLOPs a token':<38}{flops['training'] / 1e6:>11,.0f} M"
+        f"{flops['recompute'] / 1e6:>11,.0f} M"
+    )
     for part in size["training"]:
         cells = "".join(f"{_size(size[how][part]):>13}" for how in ("training", "recompute"))
         typer.echo(f"  {part if part != 'total' else 'memory to train':<38}{cells}")
-    parts = ", ".join(f"{part} {_size(n)}" for part, n in size["generation"].items()
-                      if part != "total")  # fmt: skip
+    parts = ", ".join(
+        f"{part} {_size(n)}" for part, n in size["generation"].items() if part != "total"
+    )
     typer.echo(f"\n  memory to generate  {_size(size['generation']['total'])} ({parts})")
     typer.echo(f"  FLOPs to generate   {flops['forward'] / 1e6:,.0f} M a token")
-    typer.echo(f"  time here           at least {_time(made['seconds_per_million_tokens'])} per "
-               "million training tokens")  # fmt: skip
+    typer.echo(
+        f"  time here           at least {_time(made['seconds_per_million_tokens'])} per "
+        "million training tokens"
+    )

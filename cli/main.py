@@ -74,8 +74,9 @@ def run() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
-        _fail("not enough memory: smaller sizes (--batch, --seq-len, --shape, the preset) need "
-              "less")  # fmt: skip
+        _fail(
+            "not enough memory: smaller sizes (--batch, --seq-len, --shape, the preset) need less"
+        )
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror}")
     except KeyboardInterrupt:
@@ -101,7 +102,7 @@ def _fail(message: str) -> None:
 
 def _speaks() -> bool:
     """Whether this process is the one to say it: of those that torchrun started alike, the first;
-    once they work together, the one that has something to say (see mmrec.parallel)."""
+    once they work together, the one that has something to say (see mmrec.runtime.distributed)."""
     dist: Any = sys.modules.get("torch.distributed")
     together = dist is not None and dist.is_available() and dist.is_initialized()
     return together or os.environ.get("RANK", "0") == "0"

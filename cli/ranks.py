@@ -15,8 +15,8 @@ import typer
 from mmrec.config import InputError, ModelConfig, TrainConfig, nearest
 
 if TYPE_CHECKING:
-    from mmrec.parallel import World
-    from mmrec.train import Trainer
+    from mmrec.runtime.distributed import World
+    from mmrec.training.trainer import Trainer
 
 KINDS = ["ddp", "fsdp"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,16 +42,21 @@ def check_launch(kind: str | None) -> None:
     count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if kind is None:
         if count > 1:
-            raise InputError(f"torchrun started {count} processes, which would all write the same "
-                             "run: train takes --parallel ddp or --parallel fsdp, finetune works "
-                             "in one process")  # fmt: skip
+            raise InputError(
+                f"torchrun started {count} processes, which would all write the same "
+                "run: train takes --parallel ddp or --parallel fsdp, finetune works "
+                "in one process"
+            )
         return
     if kind not in KINDS:
-        raise InputError(f"parallel must be one of {', '.join(KINDS)}; got {kind!r}"
-                         f"{nearest(kind, KINDS)}")  # fmt: skip
+        raise InputError(
+            f"parallel must be one of {', '.join(KINDS)}; got {kind!r}{nearest(kind, KINDS)}"
+        )
     if not all(name in os.environ for name in TORCHRUN):
-        raise InputError("--parallel needs the processes that torchrun starts: torchrun "
-                         f"--nproc-per-node 2 -m mmrec {shlex.join(sys.argv[1:])}")  # fmt: skip
+        raise InputError(
+            "--parallel needs the processes that torchrun starts: torchrun "
+            f"--nproc-per-node 2 -m mmrec {shlex.join(sys.argv[1:])}"
+        )
 
 
 def command(arguments: str, kind: str | None) -> str:
@@ -73,7 +78,7 @@ def together(kind: str | None) -> Iterator["World | None"]:
     ended: typer.Exit | None = None
     lost = ""
     with _mute() if os.environ["RANK"] != "0" else contextlib.nullcontext():
-        from mmrec.parallel import Lost, Ranks
+        from mmrec.runtime.distributed import Lost, Ranks
 
         try:
             with Ranks(kind) as world:
@@ -85,8 +90,10 @@ def together(kind: str | None) -> Iterator["World | None"]:
             lost = str(error)
     if lost:
         end = "\n" * (os.environ["RANK"] != "0")  # of the bar that a lost rank 0 leaves
-        print(f"{end}error: {lost}; the checkpoints are whole: go on from them with --resume",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{end}error: {lost}; the checkpoints are whole: go on from them with --resume",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
     if ended:
         raise ended
@@ -105,10 +112,18 @@ def _mute() -> Iterator[None]:
 def lead(trainer: "Trainer", *, resume: bool) -> None:
     """Tell the other processes what is trained here."""
     corpus, model = trainer.corpus, trainer.model.config
-    trainer.world.told(Order(
-        trainer.folder, trainer.preset, model, trainer.config, corpus.path.resolve(),
-        corpus.info["fingerprint"], corpus.tokenizer.to_json(), resume,
-    ))  # fmt: skip
+    trainer.world.told(
+        Order(
+            trainer.folder,
+            trainer.preset,
+            model,
+            trainer.config,
+            corpus.path.resolve(),
+            corpus.info["fingerprint"],
+            corpus.tokenizer.to_json(),
+            resume,
+        )
+    )
     trainer.world.in_turn(lambda: corpus)
 
 
@@ -118,21 +133,24 @@ def follow(world: "World") -> tuple["Trainer", bool]:
     Raises InputError if the text is not to be had here, or is another one.
     """
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare, reading
+    from mmrec.data.prepare import prepare, reading
     from mmrec.data.tokenizer import Tokenizer
-    from mmrec.train import Trainer
+    from mmrec.training.trainer import Trainer
 
     order: Order = world.told(None)  # type: ignore[assignment]
     config, path = order.config, order.corpus
 
     def read() -> Corpus:  # one that was prepared here, or on a disk that machines share
         known = Tokenizer.from_json(order.tokenizer)
-        return Corpus.open(path if path.exists() else
-                           prepare(config.data, known, how=reading(config)))  # fmt: skip
+        return Corpus.open(
+            path if path.exists() else prepare(config.data, known, how=reading(config))
+        )
 
     corpus = world.in_turn(read)
     if corpus.info["fingerprint"] != order.fingerprint:
-        raise InputError(f"the text of {config.data} on {platform.node()} must be that of rank 0; "
-                         "it is another one")  # fmt: skip
+        raise InputError(
+            f"the text of {config.data} on {platform.node()} must be that of rank 0; "
+            "it is another one"
+        )
     made = Trainer(order.folder, corpus, order.model, config, order.title, world=world)
     return made, order.resume

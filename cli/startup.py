@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from mmrec.heap import keep_freed
+from mmrec.runtime.malloc import keep_freed
 
 # Commands that keep all cores at work; others take torch as it comes.
 HEAVY = ("train", "finetune", "chain", "eval", "bench train")

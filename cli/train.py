@@ -20,13 +20,13 @@ from mmrec.config import (
     preset,
     train_settings,
 )
-from mmrec.signals import leaving, unbreakable_output
+from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint import Loaded
-    from mmrec.parallel import World
-    from mmrec.run import Lock
-    from mmrec.train import Trainer
+    from mmrec.checkpoint.checkpoint import Loaded
+    from mmrec.runtime.distributed import World
+    from mmrec.training.run_dir import Lock
+    from mmrec.training.trainer import Trainer
 
 Opt = typer.Option
 LENGTHS = {"steps", "epochs", "minutes"}
@@ -123,7 +123,7 @@ def _begin(
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
     source = _source(chosen.grow_from, settings | given) if chosen.grow_from else None
     if title:
-        from mmrec.data.preparing import tokenizer_kind
+        from mmrec.data.prepare import tokenizer_kind
 
         kind = source.tokenizer.kind if source else tokenizer_kind(chosen)
         shape = preset(title, kind)
@@ -149,13 +149,13 @@ def begin(
 ) -> tuple["Lock", "Trainer"]:
     """A new run, from the source's weights, grown as ``how`` says, and with its tokenizer if there
     is one."""
-    from mmrec.data.corpora import mixture, read_once
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import open_corpus, prepare, reading
-    from mmrec.grow import Growth
-    from mmrec.parallel import ALONE
-    from mmrec.run import open_run
-    from mmrec.train import Trainer
+    from mmrec.data.prepare import open_corpus, prepare, reading
+    from mmrec.data.sources import mixture, read_once
+    from mmrec.finetune.grow import Growth
+    from mmrec.runtime.distributed import ALONE
+    from mmrec.training.run_dir import open_run
+    from mmrec.training.trainer import Trainer
 
     if source is None:
         read = reading(chosen)
@@ -184,8 +184,8 @@ def begin(
 
 def _source(where: str, settings: dict[str, Any]) -> "Loaded":
     """The checkpoint to grow from; InputError if another tokenizer is asked for than its own."""
-    from mmrec.checkpoint import load_model
-    from mmrec.saved import find_checkpoint
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.checkpoint.manager import find_checkpoint
 
     source = load_model(find_checkpoint(Path(where)))
     known = source.tokenizer
@@ -202,12 +202,12 @@ def resume_run(
     given: dict[str, Any], held: contextlib.ExitStack, world: "World | None" = None
 ) -> tuple["Lock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
+    from mmrec.checkpoint.manager import newest_run, run_tokenizer
     from mmrec.data.corpus import Corpus
-    from mmrec.data.preparing import prepare, reading
-    from mmrec.parallel import ALONE
-    from mmrec.run import Lock
-    from mmrec.saved import newest_run, run_tokenizer
-    from mmrec.train import Trainer
+    from mmrec.data.prepare import prepare, reading
+    from mmrec.runtime.distributed import ALONE
+    from mmrec.training.run_dir import Lock
+    from mmrec.training.trainer import Trainer
 
     folder = Path(given.pop("out")) if "out" in given else newest_run()
     if not (folder / "config.toml").exists():
@@ -237,8 +237,8 @@ def finish(
 
     ``again`` is the command that goes on after a signal, if it is not train's.
     """
-    from mmrec.saved import run_checkpoints
-    from mmrec.train import TrainingDiverged, train
+    from mmrec.checkpoint.manager import run_checkpoints
+    from mmrec.training.trainer import TrainingDiverged, train
 
     folder = trainer.folder
     resuming = command(f"train --resume --out {folder}", parallel)
@@ -247,17 +247,23 @@ def finish(
     except TrainingDiverged as error:
         good = run_checkpoints(folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-        say(f"error: {error}, which never reached the weights; {kept}; start again with a lower "
+        say(
+            f"error: {error}, which never reached the weights; {kept}; start again with a lower "
             f"--lr and --muon-lr, or go on with {resuming} --on-nan skip (or rollback)",
-            file=sys.stderr)  # fmt: skip
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     if made["ended"] == "signal":
-        say(f"stopped at step {made['steps']:,} and saved; continue with: {again or resuming}",
-            file=sys.stderr)  # fmt: skip
+        say(
+            f"stopped at step {made['steps']:,} and saved; continue with: {again or resuming}",
+            file=sys.stderr,
+        )
         raise typer.Exit(128 + trainer.stop.number)
     if made["ended"] == "early":
         say(f"stopped early: no better validation loss in {trainer.config.patience} checks")
-    say(f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
-        f"({made['tokens_per_second']:,} tokens/s)")  # fmt: skip
+    say(
+        f"trained {made['tokens']:,} tokens in {made['seconds']:.0f} s "
+        f"({made['tokens_per_second']:,} tokens/s)"
+    )
     say(f"best model {folder / 'best.h5'}, of step {made['best_step']:,}: {made['best_because']}")
     say(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')

@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 import platformdirs
 
-from mmrec.data.corpora import NAMES
+from mmrec.checkpoint.hdf5 import map_array, open_file, read_array, read_json
+from mmrec.data.sources import NAMES
 from mmrec.data.tokenizer import Tokenizer
-from mmrec.storage import map_array, open_file, read_array, read_json
 
 KIND, SCHEMA = "corpus", 3
 SIDES = ("train", "val")
@@ -82,8 +82,16 @@ class Corpus:
 
 def _check_info(info: dict[str, Any]) -> None:
     """Raise KeyError or ValueError unless it holds what is read of it."""
-    kinds = {"source": str, "fingerprint": str, "duplicates": int, "near_duplicates": int,
-             "skipped": int, "longest": list, "random": list, "mixture": list}  # fmt: skip
+    kinds = {
+        "source": str,
+        "fingerprint": str,
+        "duplicates": int,
+        "near_duplicates": int,
+        "skipped": int,
+        "longest": list,
+        "random": list,
+        "mixture": list,
+    }
     shown = {"name": str, "bytes": int, "text": str}
     part = {"source": str, "weight": float, "end": int}
     for key, kind in kinds.items():
@@ -98,8 +106,9 @@ def _check_info(info: dict[str, Any]) -> None:
 
 def _read_split(file: h5py.File, path: Path, side: str, tokenizer: Tokenizer) -> Split:
     dtype = token_dtype(tokenizer)
-    starts, sizes = (read_array(file, f"{side}/{name}", np.int64)
-                     for name in ("doc_offsets", "doc_bytes"))  # fmt: skip
+    starts, sizes = (
+        read_array(file, f"{side}/{name}", np.int64) for name in ("doc_offsets", "doc_bytes")
+    )
     made = Split(map_array(file, path, f"{side}/tokens", dtype), starts, sizes)
     if made.n_tokens and int(made.tokens.max()) >= tokenizer.vocab_size:
         raise ValueError("a token id lies outside the vocabulary")

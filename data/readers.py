@@ -230,8 +230,9 @@ def _json_lines(path: Path, stream: BinaryIO, how: Reading) -> Iterator[Document
         number += 1
         where = f"{path} line {number}"
         if len(line) > LONGEST_LINE:
-            raise InputError(f"{where} must be at most {LONGEST_LINE:,} bytes of JSON; it is "
-                             "longer")  # fmt: skip
+            raise InputError(
+                f"{where} must be at most {LONGEST_LINE:,} bytes of JSON; it is longer"
+            )
         if not line.strip():
             continue
         try:
@@ -252,8 +253,10 @@ def from_record(where: str, record: Any, how: Reading, name: str) -> Iterator[Do
     text = record.get(how.field)
     if not isinstance(text, str):
         fields = ", ".join(map(str, list(record)[:8])) or "none"
-        how.refuse(f"{where} must have a field {how.field!r} that holds text; its fields are: "
-                   f"{fields} (--text-field names another)")  # fmt: skip
+        how.refuse(
+            f"{where} must have a field {how.field!r} that holds text; its fields are: "
+            f"{fields} (--text-field names another)"
+        )
         return
     if any("\ud800" <= c <= "\udfff" for c in text):
         how.refuse(f"{where} must hold text; half of a surrogate pair is none")

@@ -199,8 +199,10 @@ def extend_tokenizer(
     if tokenizer.kind != "bpe":
         raise InputError(f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}")
     if not tokenizer.vocab_size < vocab_size <= 1 << 32:
-        raise InputError(f"a grown vocabulary must hold more than the {tokenizer.vocab_size:,} "
-                         f"tokens that there are, and at most 2^32; got {vocab_size}")  # fmt: skip
+        raise InputError(
+            f"a grown vocabulary must hold more than the {tokenizer.vocab_size:,} "
+            f"tokens that there are, and at most 2^32; got {vocab_size}"
+        )
     from tokenizers import pre_tokenizers
 
     stored = json.loads(tokenizer._vocabulary)

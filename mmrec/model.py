@@ -36,7 +36,7 @@ from mmrec.kernels import (
     norm_conv,
     squared_relu,
 )
-from mmrec.loss import HeadLoss
+from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.packing import Packing, newest, previous
 from mmrec.recompute import recompute
 

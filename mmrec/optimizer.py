@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.lanes import Lanes
-from mmrec.parallel import ALONE, World
+from mmrec.runtime.distributed import ALONE, World
+from mmrec.training.replicas import Lanes
 
 # Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -55,8 +55,9 @@ class Muon(torch.optim.Optimizer):
         """Groups hold ``params``, ``weight_decay`` and ``muon``; matrices may have more axes."""
         self.lanes, self.world = lanes or Lanes(1), world
         matrices = [g for g in groups if g["muon"]]
-        self._adam = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=lr, betas=betas,
-                                       fused=True)  # fmt: skip
+        self._adam = torch.optim.AdamW(
+            [g for g in groups if not g["muon"]], lr=lr, betas=betas, fused=True
+        )
         super().__init__(matrices, {"lr": muon_lr, "momentum": momentum})
         self.param_groups += self._adam.param_groups
         self._adam.state = self.state
@@ -76,8 +77,10 @@ class Muon(torch.optim.Optimizer):
             # matrices of one shape in one task, large ones first
             for shape in sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape])):
                 most = max(1, AT_ONCE // shape.numel()) * self.world.size  # each moves a share
-                tasks += [partial(self._move, group, alike[shape][lo : lo + most])
-                          for lo in range(0, len(alike[shape]), most)]  # fmt: skip
+                tasks += [
+                    partial(self._move, group, alike[shape][lo : lo + most])
+                    for lo in range(0, len(alike[shape]), most)
+                ]
         if self.world.size == 1:
             self.lanes.run(tasks)
         else:  # one after the other, in one order in all processes: they talk to each other

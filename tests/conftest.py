@@ -13,8 +13,8 @@ import torch
 
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus
-from mmrec.data.preparing import prepare
-from mmrec.train import Trainer
+from mmrec.data.prepare import prepare
+from mmrec.training.trainer import Trainer
 
 # A job in a shell's background ignores SIGINT, one under nohup SIGHUP, and so would what is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,9 +65,17 @@ def make_trainer(corpus: Corpus, folder: Path, **settings: object) -> Trainer:
     from dataclasses import replace
 
     folder.mkdir(parents=True, exist_ok=True)
-    base = TrainConfig(data=str(corpus.info["source"]), tokenizer="byte", steps=12, batch=2,
-                       seq_len=32, eval_every=4, save_every=5, eval_tokens=500,
-                       precision="float32")  # fmt: skip
+    base = TrainConfig(
+        data=str(corpus.info["source"]),
+        tokenizer="byte",
+        steps=12,
+        batch=2,
+        seq_len=32,
+        eval_every=4,
+        save_every=5,
+        eval_tokens=500,
+        precision="float32",
+    )
     config = replace(base, **settings)  # type: ignore[arg-type]
     lines: list[str] = []
     made = Trainer(folder, corpus, replace(SMALL, dropout=0.1), config, "tiny", lines.append)

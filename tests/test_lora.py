@@ -7,13 +7,13 @@ import h5py
 import pytest
 import torch
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoint.checkpoint import load_model
 from mmrec.config import InputError, TrainConfig
 from mmrec.data.corpus import Corpus
+from mmrec.finetune.start import grow_checkpoint
 from mmrec.lora import FACTORS, LowRank, attach
 from mmrec.model import Model
-from mmrec.start import grow_checkpoint
-from mmrec.train import Trainer, train
+from mmrec.training.trainer import Trainer, train
 from tests.conftest import SMALL, make_trainer
 
 
@@ -91,8 +91,9 @@ def test_a_tuned_model_grows(corpus: Corpus, source: Path, tmp_path: Path) -> No
         grow_checkpoint(tuned, wider, tmp_path / "g.h5", name="g", how="preserve", seed=0)
         x = torch.randint(257, (1, 60))
         with torch.no_grad():
-            torch.testing.assert_close(load_model(tmp_path / "g.h5").model(x)[0],
-                                       tuned.model(x)[0], rtol=0, atol=1e-4)  # fmt: skip
+            torch.testing.assert_close(
+                load_model(tmp_path / "g.h5").model(x)[0], tuned.model(x)[0], rtol=0, atol=1e-4
+            )
 
 
 def test_a_cut_run_goes_on_bit_for_bit(corpus: Corpus, source: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
-from mmrec.machine import probe_bfloat16
 from mmrec.model import Dropout, Model, spread_decays
+from mmrec.runtime.hardware import probe_bfloat16
 
 SMALL = ModelConfig(width=16, depth=4, heads=2, vocab_size=40, layers="bsln", blocks=2, ffn=2.0)
 

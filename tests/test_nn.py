@@ -22,8 +22,10 @@ def test_shapes_are_those_of_gru(batch_first: bool, batched: bool) -> None:
     assert state.shape == ((3, 2, 4, 4) if batched else (2, 4, 4))
 
 
-MODULES = [lambda: GatedRecurrence(5, 8, 2, batch_first=True, blocks=2),
-           lambda: AssociativeMemory(5, 8, 2, batch_first=True)]  # fmt: skip
+MODULES = [
+    lambda: GatedRecurrence(5, 8, 2, batch_first=True, blocks=2),
+    lambda: AssociativeMemory(5, 8, 2, batch_first=True),
+]
 
 
 @pytest.mark.parametrize("make", MODULES)
@@ -68,12 +70,16 @@ def test_it_learns_to_remember_the_first_input() -> None:
         (lambda: GatedRecurrence(4, 6, blocks=4), "blocks must divide hidden_size 6; got 4"),
         (lambda: AssociativeMemory(4, 6, 4), "num_heads must divide hidden_size 6; got 4"),
         (lambda: GatedRecurrence(4, 6)(torch.ones(2, 3)), r"with I = 4; got \(2, 3\)"),
-        (lambda: GatedRecurrence(4, 6)(torch.ones(2, 3, 4), torch.ones(3, 6)),
-         r"hx must have shape \(num_layers, N, D\); got \(3, 6\)"),
-        (lambda: AssociativeMemory(4, 6, 2)(torch.ones(2, 3, 4), torch.ones(3, 6)),
-         r"s0 must have shape"),
+        (
+            lambda: GatedRecurrence(4, 6)(torch.ones(2, 3, 4), torch.ones(3, 6)),
+            r"hx must have shape \(num_layers, N, D\); got \(3, 6\)",
+        ),
+        (
+            lambda: AssociativeMemory(4, 6, 2)(torch.ones(2, 3, 4), torch.ones(3, 6)),
+            r"s0 must have shape",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]

@@ -45,8 +45,10 @@ def test_blocks_move_as_matrices_of_their_own_and_the_rest_by_adamw() -> None:
     blocks, bias = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(5))
     single, twin = nn.Parameter(blocks[1].detach().clone()), nn.Parameter(bias.detach().clone())
     muon = {"weight_decay": 0.0, "muon": True}
-    groups = [{"params": [blocks, single], **muon},
-              {"params": [bias], "weight_decay": 0.0, "muon": False}]  # fmt: skip
+    groups = [
+        {"params": [blocks, single], **muon},
+        {"params": [bias], "weight_decay": 0.0, "muon": False},
+    ]
     optimizer = Muon(groups, lr=0.1, betas=(0.9, 0.95), muon_lr=0.02)
     adam = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(3):
@@ -61,7 +63,9 @@ def test_blocks_move_as_matrices_of_their_own_and_the_rest_by_adamw() -> None:
 def test_parameters_without_gradient_stay() -> None:
     still = nn.Parameter(torch.ones(4, 4))
     other = nn.Parameter(torch.ones(1))
-    groups = [{"params": [still], "weight_decay": 0.1, "muon": True},
-              {"params": [other], "weight_decay": 0.0, "muon": False}]  # fmt: skip
+    groups = [
+        {"params": [still], "weight_decay": 0.1, "muon": True},
+        {"params": [other], "weight_decay": 0.0, "muon": False},
+    ]
     Muon(groups, lr=0.1, betas=(0.9, 0.95), muon_lr=0.02).step()
     assert torch.equal(still, torch.ones(4, 4))

@@ -7,14 +7,14 @@
 [1.0, 1.5, 1.75]
 """
 
-from mmrec.kernels.gated_scan.autograd import gated_scan
-from mmrec.kernels.memory.autograd import associative_memory
-from mmrec.kernels.norm_conv.autograd import norm_conv
-from mmrec.kernels.recurrence.autograd import gated_recurrence
-from mmrec.kernels.scan.autograd import scan
-from mmrec.kernels.scan.products import cumprod, log_cumprod
-from mmrec.kernels.softmax.autograd import softmax_parts
-from mmrec.kernels.squared_relu.autograd import squared_relu
+from mmrec.kernels.cumprod.op import cumprod, log_cumprod
+from mmrec.kernels.fused_linear_cross_entropy.op import softmax_parts
+from mmrec.kernels.gated_delta_rule.op import associative_memory
+from mmrec.kernels.gated_recurrence.op import gated_recurrence
+from mmrec.kernels.min_gru_mixer.op import gated_scan
+from mmrec.kernels.relu_squared.op import squared_relu
+from mmrec.kernels.rmsnorm_conv1d.op import norm_conv
+from mmrec.kernels.scan.op import scan
 
 __all__ = [
     "associative_memory",

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmrec import storage
+from mmrec.checkpoint import hdf5 as storage
 from mmrec.config import InputError
-from mmrec.data import encoding
-from mmrec.data import preparing as module
-from mmrec.data.corpora import documents
+from mmrec.data import prepare as module
+from mmrec.data import tokenize as encoding
 from mmrec.data.corpus import Corpus
-from mmrec.data.preparing import prepare
+from mmrec.data.prepare import prepare
 from mmrec.data.readers import Reading
+from mmrec.data.sources import documents
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
@@ -146,9 +146,11 @@ def test_a_kill_costs_a_part(tmp_path: Path) -> None:
     text = tmp_path / "all.txt"
     text.write_text("<|endoftext|>".join(d.text for d in list(documents("stdlib"))[:60]))
     out = tmp_path / "made.h5"
-    code = (f"from mmrec.data import encoding; encoding.PART = 150_000; encoding.BATCH = 50_000\n"
-            f"from mmrec.data.preparing import prepare\nfrom pathlib import Path\n"
-            f"prepare({str(text)!r}, 'bpe', 600, Path({str(out)!r}), print)")  # fmt: skip
+    code = (
+        f"from mmrec.data import encoding; encoding.PART = 150_000; encoding.BATCH = 50_000\n"
+        f"from mmrec.data.prepare import prepare\nfrom pathlib import Path\n"
+        f"prepare({str(text)!r}, 'bpe', 600, Path({str(out)!r}), print)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     parts, until = tmp_path / ".made.h5.parts", time.monotonic() + 120
     while not (parts / "part-00000.h5").exists() and process.poll() is None:
@@ -188,9 +190,11 @@ def test_the_tokenizer_is_trained_on_a_sample_of_much_text(
 def test_two_at_once_wait_for_each_other(text_file: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     with module._alone(tmp_path, lines.append):
-        code = (f"from mmrec.data.preparing import prepare\nfrom pathlib import Path\n"
-                f"prepare({str(text_file)!r}, 'byte', 0, Path({str(tmp_path / 'x.h5')!r}), "
-                "lambda line: print(line, flush=True))")  # fmt: skip
+        code = (
+            f"from mmrec.data.prepare import prepare\nfrom pathlib import Path\n"
+            f"prepare({str(text_file)!r}, 'byte', 0, Path({str(tmp_path / 'x.h5')!r}), "
+            "lambda line: print(line, flush=True))"
+        )
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout
         assert "waiting for another process" in process.stdout.readline()
@@ -214,8 +218,10 @@ def test_a_mixture_of_sources(tmp_path: Path, few: bool) -> None:
     other = prepare(source.replace("3:", "2:"), "byte", out=tmp_path / "made.h5")
     assert Corpus.open(other).parts[0][0] == 2.0  # made again for other weights
     assert middle == at
-    for held, tokens in ((sources["a"], corpus.train.tokens[:middle]),
-                         (sources["b"], corpus.train.tokens[middle:])):  # fmt: skip
+    for held, tokens in (
+        (sources["a"], corpus.train.tokens[:middle]),
+        (sources["b"], corpus.train.tokens[middle:]),
+    ):
         found = corpus.tokenizer.decode(tokens)
         assert len(found) > 0
         for text in held:

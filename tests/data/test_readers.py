@@ -18,11 +18,11 @@ from pyarrow import parquet
 
 from mmrec.config import InputError
 from mmrec.data import readers
-from mmrec.data.corpora import documents
 from mmrec.data.corpus import Corpus
-from mmrec.data.encoding import encode_documents
-from mmrec.data.preparing import prepare
+from mmrec.data.prepare import prepare
 from mmrec.data.readers import Cutter, Document, Reading
+from mmrec.data.sources import documents
+from mmrec.data.tokenize import encode_documents
 from mmrec.data.tokenizer import train_tokenizer
 
 
@@ -131,12 +131,20 @@ def test_standard_input(tmp_path: Path, records: bool) -> None:
     data, option = (as_lines(), "--text-field=text") if records else (b"to be or not " * 99, "-h")
     command = [sys.executable, "-m", "mmrec", "data", "prepare", "-", "--tokenizer=byte"]
     out = tmp_path / "made.h5"
-    made = subprocess.run([*command, f"--out={out}", *[option] * records], input=data,
-                          capture_output=True, timeout=120)  # fmt: skip
+    made = subprocess.run(
+        [*command, f"--out={out}", *[option] * records],
+        input=data,
+        capture_output=True,
+        timeout=120,
+    )
     assert made.returncode == 0, made.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
-    cut = subprocess.run([*command, f"--out={out}", "--max-bytes=10", *[option] * records],
-                         input=data, capture_output=True, timeout=120)  # fmt: skip
+    cut = subprocess.run(
+        [*command, f"--out={out}", "--max-bytes=10", *[option] * records],
+        input=data,
+        capture_output=True,
+        timeout=120,
+    )
     assert cut.returncode == 0, cut.stderr
     kept = Corpus.open(out)
     assert kept.train.n_bytes + kept.val.n_bytes == (14 if records else 1287)  # whole documents
@@ -179,8 +187,9 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_bad_records_are_counted_where_that_is_wished(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": 3}\nno\n{"text": "\xff"}\n'
-                                       b'{"text": "y"}\n')  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "x"}\n{"text": 3}\nno\n{"text": "\xff"}\n{"text": "y"}\n'
+    )
     (tmp_path / "b.txt").write_bytes(b"latin \xe9")
     (tmp_path / "c.txt").write_text("good")
     how = Reading(skip_bad=True)

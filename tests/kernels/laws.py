@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmrec.kernels import threads as module
+from mmrec.kernels import _launch as module
 
 Op = Callable[..., tuple[Tensor, Tensor]]
 

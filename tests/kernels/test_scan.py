@@ -19,8 +19,11 @@ PRODUCTS = [(cumprod, reference.cumprod), (log_cumprod, reference.log_cumprod)]
 
 
 def scan_inputs(b: int, t: int, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [torch.rand(b, t, d, dtype=dtype) * 1.5 - 0.4, torch.randn(b, t, d, dtype=dtype),
-            torch.randn(b, d, dtype=dtype)]  # fmt: skip
+    return [
+        torch.rand(b, t, d, dtype=dtype) * 1.5 - 0.4,
+        torch.randn(b, t, d, dtype=dtype),
+        torch.randn(b, d, dtype=dtype),
+    ]
 
 
 def gamma_inputs(b: int, t: int, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -62,8 +65,9 @@ def turned(op: laws.Op, *inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 @given(sizes)
 def test_reverse_is_the_scan_of_the_sequence_turned_round(size: tuple[int, int, int]) -> None:
-    laws.agrees(partial(scan, reverse=True), partial(turned, reference.scan), scan_inputs(*size),
-                1e-12)  # fmt: skip
+    laws.agrees(
+        partial(scan, reverse=True), partial(turned, reference.scan), scan_inputs(*size), 1e-12
+    )
 
 
 @pytest.mark.parametrize("width", [3, 5])
@@ -182,8 +186,9 @@ def test_function_transforms() -> None:
 
     each = torch.stack([scan(x, b[0])[0] for x in a])
     assert torch.equal(torch.vmap(lambda x: scan(x, b[0])[0])(a), each)
-    assert torch.equal(torch.vmap(lambda x: scan(x, b[0])[0], 1, 1)(a.transpose(0, 1)),
-                       each.transpose(0, 1))  # fmt: skip
+    assert torch.equal(
+        torch.vmap(lambda x: scan(x, b[0])[0], 1, 1)(a.transpose(0, 1)), each.transpose(0, 1)
+    )
     grads = torch.vmap(torch.func.grad(value))(a, b)  # per-sample gradients
     for n in range(4):
         x = a[n].clone().requires_grad_()
@@ -289,8 +294,10 @@ CU = torch.tensor
     ("call", "message"),
     [
         (lambda x: scan(x, x[0]), r"b must have axes \(B, T, D\); got shape \(3, 4\)"),
-        (lambda x: scan(x, x[:, :1]),
-         r"a must broadcast to \(B, T, D\) = \(2, 1, 4\); got \(2, 3, 4\)"),
+        (
+            lambda x: scan(x, x[:, :1]),
+            r"a must broadcast to \(B, T, D\) = \(2, 1, 4\); got \(2, 3, 4\)",
+        ),
         (lambda x: scan(x, x, x), r"h0 must have shape \(N, D\) = \(2, 4\); got \(2, 3, 4\)"),
         (lambda x: scan(x.double(), x), "a must have dtype float32; got float64"),
         (lambda x: scan(x, x.int()), "b must have one of the dtypes float32, .*; got int32"),
@@ -308,7 +315,7 @@ CU = torch.tensor
         (lambda x: scan(x, x / 0, check=True), "b must be finite; it holds NaN or infinity"),
         (lambda x: log_cumprod(-x, check=True), "gamma must be >= 0; got -1"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 3, 4))  # type: ignore[operator]

@@ -13,7 +13,7 @@ Adjoint of ``h_t = a_t h_{t-1} + b_t`` (conjugates matter to complex numbers onl
 
 import numpy as np
 
-from mmrec.kernels.threads import helper, kernel
+from mmrec.kernels._launch import helper, kernel
 
 NARROW = 32  # channels up to which four at a time are walked with their state in registers
 TILE = 512  # steps that four channels are walked before the next four: the rows stay in cache
@@ -41,9 +41,7 @@ def scan_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
 
 
 @kernel
-def scan_bwd(
-    s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse
-):  # fmt: skip
+def scan_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse):
     """Fill da, db and dh0; da is (B, T, D) also where the step has one coefficient."""
     n = h.shape[2]
     row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
@@ -123,19 +121,25 @@ def narrow_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
             d = min(c, width - 4)  # the last four may do some again, to the same numbers
             state = starts[d : d + 4].copy()
             _four_fwd(
-                a, np.uint64(row * a_sb + t * a_st + d * a_sd), _wrapped(sign * a_st),
-                np.uint64(a_sd), b, np.uint64(row * b_sb + t * b_st + d),
-                _wrapped(sign * b_st), out, np.uint64((row * time + t) * width + d),
-                _wrapped(sign * width), state, steps,
-            )  # fmt: skip
+                a,
+                np.uint64(row * a_sb + t * a_st + d * a_sd),
+                _wrapped(sign * a_st),
+                np.uint64(a_sd),
+                b,
+                np.uint64(row * b_sb + t * b_st + d),
+                _wrapped(sign * b_st),
+                out,
+                np.uint64((row * time + t) * width + d),
+                _wrapped(sign * width),
+                state,
+                steps,
+            )
             ends[d : d + 4] = state
     ht[s] = ends
 
 
 @kernel
-def narrow_bwd(
-    s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse
-):  # fmt: skip
+def narrow_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse):
     """``scan_bwd`` for 4 to NARROW channels."""
     time, width = h.shape[1:]
     sign = 1 if reverse else -1  # the way in which the adjoint walks
@@ -158,10 +162,21 @@ def narrow_bwd(
                 else:
                     before, m = flat, here + _wrapped(sign * width)
                 _four_bwd(
-                    a, np.uint64(row * a_sb + at * a_st + d * a_sd), _wrapped(sign * a_st),
-                    np.uint64(a_sd), dh, np.uint64(row * dh_sb + at * dh_st + d),
-                    _wrapped(sign * dh_st), before, m, da_flat, db_flat, here,
-                    _wrapped(sign * width), g, many,
-                )  # fmt: skip
+                    a,
+                    np.uint64(row * a_sb + at * a_st + d * a_sd),
+                    _wrapped(sign * a_st),
+                    np.uint64(a_sd),
+                    dh,
+                    np.uint64(row * dh_sb + at * dh_st + d),
+                    _wrapped(sign * dh_st),
+                    before,
+                    m,
+                    da_flat,
+                    db_flat,
+                    here,
+                    _wrapped(sign * width),
+                    g,
+                    many,
+                )
             ends[d : d + 4] = g
     dh0[s] = ends

@@ -1,0 +1,421 @@
+"""The contenders of the race: mmrec and its peers, each trained for so many seconds in one process.
+
+    python benchmarks/contenders.py gru input.txt --seconds 108 --set lr=4e-3
+
+prints one JSON line. Every contender learns from the same tokens and is scored on every token of
+the validation split: one with a state that can be carried walks the split whole, one with a window
+sees each token after at least half a window. A peer's settings are the best of `race.py --search`.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrec.config import ModelConfig
+from mmrec.data.corpus import Corpus
+from mmrec.data.dataloader import Batches
+from mmrec.data.prepare import prepare
+from mmrec.training.lr_schedule import lr_factor
+
+CHECKS = 8  # validations on the way, outside the clock
+
+# lr, batch, seq_len, width, depth; what else a contender takes.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mmrec": {},
+    "transformer": {
+        "lr": 3e-3,
+        "batch": 16,
+        "seq_len": 128,
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "bf16": True,
+    },
+    "nanogpt": {
+        "lr": 1e-3,
+        "batch": 12,
+        "seq_len": 64,
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "warmup": 0.05,
+        "schedule": "cosine",
+        "floor": 0.1,
+        "beta2": 0.99,
+    },
+    "nanogpt-tuned": {
+        "lr": 3e-3,
+        "batch": 4,
+        "seq_len": 128,
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "beta2": 0.99,
+    },
+    "lstm": {"lr": 4e-3, "batch": 4, "seq_len": 128, "width": 256, "depth": 2},
+    "gru": {"lr": 4e-3, "batch": 8, "seq_len": 128, "width": 256, "depth": 2},
+    "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
+    "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
+}
+# Of these the ones that a large vocabulary changes (searched on TinyStories).
+BPE: dict[str, dict[str, Any]] = {
+    "transformer": {"batch": 4, "depth": 1, "bf16": False},
+    "lstm": {"lr": 8e-3, "seq_len": 64, "width": 128, "depth": 1, "dropout": 0.1, "bf16": True},
+    "gru": {"lr": 8e-3, "seq_len": 64, "width": 192, "depth": 1, "bf16": True},
+    "mingru": {"lr": 4e-3, "batch": 4, "seq_len": 64, "width": 96, "depth": 1},
+    "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
+    "nanogpt-tuned": {"lr": 4e-3, "seq_len": 64, "width": 96, "depth": 2},
+}
+# From so many seconds on a text of at most SMALL bytes repeats: all that can have dropout, and in
+# the longest runs mmrec has a strong weight decay.
+SMALL, DROPOUT = 4_000_000, {200: 0.1, 600: 0.2}
+LOOP = {
+    "warmup": 0.03,
+    "schedule": "linear",
+    "floor": 0.0,
+    "beta2": 0.95,
+    "decay": 0.1,
+    "dropout": 0.0,
+    "bf16": False,
+    "compile": False,
+}
+
+
+def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[str, Any]:
+    """What a contender runs with for so many seconds on a text of that size in bytes."""
+    chosen = {} if name == "mmrec" else dict(LOOP)
+    chosen |= SETTINGS[name]
+    if tokenizer == "bpe":
+        chosen |= BPE.get(name, {})
+    for length, dropout in DROPOUT.items():
+        if seconds >= length and size <= SMALL and name not in ("nanogpt", "mamba"):
+            chosen["dropout"] = dropout
+            if name == "mmrec" and dropout == max(DROPOUT.values()):
+                chosen["weight_decay"] = 1.0
+    return chosen
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project, self.merge = (nn.Linear(width, n, bias=False) for n in (3 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        q, k, v = self.project(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        half = q.shape[-1] // 2
+        angle = torch.arange(time)[:, None] * 10000 ** -(torch.arange(half) / half)
+        cos, sin = angle.cos(), angle.sin()
+
+        def rotate(u: Tensor) -> Tensor:
+            u = F.rms_norm(u.float(), u.shape[-1:])
+            a, b = u.split(half, -1)
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(v.dtype)
+
+        out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return self.merge(out.transpose(1, 2).reshape(batch, time, width))
+
+
+class Transformer(nn.Module):
+    """A small transformer as one would write it today: RoPE, QK-norm, relu², zero-init outputs."""
+
+    def __init__(self, vocab: int, width: int, depth: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.attention = nn.ModuleList(Attention(width, heads) for _ in range(depth))
+        self.wide = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(depth))
+        self.narrow = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        for attention, narrow in zip(self.attention, self.narrow, strict=True):
+            nn.init.zeros_(attention.merge.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(narrow.weight)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        norm = x.shape[-1:]
+        for attention, wide, narrow in zip(self.attention, self.wide, self.narrow, strict=True):
+            x = x + self.dropout(attention(F.rms_norm(x, norm)))
+            x = x + self.dropout(narrow(F.relu(wide(F.rms_norm(x, norm))).square()))
+        return F.linear(F.rms_norm(x, norm), self.embedding.weight)
+
+
+class Recurrent(nn.Module):
+    """A stack of torch.nn.LSTM or GRU with logits tied to the embedding; its state is carried."""
+
+    def __init__(self, kind: str, vocab: int, width: int, depth: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        between = dropout if depth > 1 else 0.0
+        cls = nn.LSTM if kind == "lstm" else nn.GRU
+        self.rnn = cls(width, width, depth, batch_first=True, dropout=between)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        x, state = self.rnn(self.embedding(tokens), state)
+        return F.linear(self.dropout(x), self.embedding.weight), state
+
+
+def build(name: str, vocab: int, s: dict[str, Any], nanogpt: Path | None) -> nn.Module:
+    """The contender's model."""
+    width, depth, dropout = s["width"], s["depth"], s["dropout"]
+    if name in ("lstm", "gru"):
+        return Recurrent(name, vocab, width, depth, dropout)
+    if name == "transformer":
+        return Transformer(vocab, width, depth, s["heads"], dropout)
+    if name == "mingru":
+        from minGRU_pytorch.minLM import minLM
+
+        return minLM(num_tokens=vocab, dim=width, depth=depth, enable_conv=True, dropout=dropout)
+    if name == "mamba":
+        from mambapy.mamba import Mamba, MambaConfig
+
+        core = Mamba(MambaConfig(d_model=width, n_layers=depth))
+        return nn.Sequential(
+            nn.Embedding(vocab, width), core, nn.RMSNorm(width), nn.Linear(width, vocab, bias=False)
+        )
+    if nanogpt is None:
+        raise SystemExit(f"{name} needs --nanogpt, the folder of a nanoGPT checkout")
+    sys.path.insert(0, str(nanogpt))
+    from model import GPT, GPTConfig
+
+    return GPT(
+        GPTConfig(
+            block_size=s["seq_len"],
+            vocab_size=vocab,
+            n_layer=depth,
+            bias=False,
+            n_head=s["heads"],
+            n_embd=width,
+            dropout=dropout,
+        )
+    )
+
+
+def logits_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (B, T, V) of tokens (B, T)."""
+    if name.startswith("nanogpt"):
+        x = x.contiguous()
+        return model(x, x)[0]  # without targets it gives the last position only
+    out = model(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.inference_mode()
+def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: bool) -> float:
+    """Mean nats a token over the whole split; the first token follows token 0."""
+    model.eval()
+    stream = torch.from_numpy(np.concatenate(([0], tokens)).astype(np.int64))
+    total = 0.0
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        if name in ("lstm", "gru"):
+            state = None
+            for lo in range(0, len(tokens), 1024):
+                x, y = stream[lo : lo + 1024], stream[lo + 1 : lo + 1025]
+                logits, state = model(x[None, : len(y)], state)
+                total += float(F.cross_entropy(logits[0].float(), y, reduction="sum"))
+        else:
+            half = seq_len // 2
+            before = stream.new_zeros(half)
+            length = -(-len(tokens) // half) * half
+            x = torch.cat((before, stream[:-1], stream.new_zeros(length - len(tokens))))
+            y = torch.cat((stream[1:], stream.new_full((length - len(tokens),), -100)))
+            windows = x.unfold(0, seq_len, half)[: length // half]
+            targets = y.view(-1, half)
+            # the first window would start with made-up tokens: it is scored without them
+            first = logits_of(name, model, windows[:1, half:])
+            total += float(F.cross_entropy(first[0].float(), targets[0], reduction="sum"))
+            for lo in range(1, len(windows), 32):
+                logits = logits_of(name, model, windows[lo : lo + 32])[:, half:]
+                flat = logits.reshape(-1, logits.shape[-1]).float()
+                right = targets[lo : lo + 32].reshape(-1)
+                total += float(F.cross_entropy(flat, right, reduction="sum"))
+    model.train()
+    return total / len(tokens)
+
+
+def train_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a peer until its seconds are over; compilation and the first steps are not counted."""
+    s = args.set
+    torch.manual_seed(args.seed)
+    vocab = corpus.tokenizer.vocab_size
+    model = build(name, vocab, s, args.nanogpt)
+    if hasattr(model, "configure_optimizers"):  # nanoGPT brings its own
+        optimizer = model.configure_optimizers(s["decay"], s["lr"], (0.9, s["beta2"]), "cpu")
+    else:
+        matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "emb" not in n]
+        others = [p for n, p in model.named_parameters() if p.ndim < 2 or "emb" in n]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["decay"], fused=True
+        )
+    batches = Batches(corpus.train.tokens, s["batch"], s["seq_len"], args.seed)
+    run: Any = torch.compile(model) if s["compile"] else model
+
+    def gradients(step: int) -> float:
+        x, y = batches.get(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=s["bf16"]):
+            if name.startswith("nanogpt"):
+                loss = run(x, y)[1]
+            else:
+                logits = logits_of(name, run, x)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        loss.backward()
+        return loss.item()
+
+    begin = time.perf_counter()
+    for _ in range(3):
+        gradients(0)
+    ready = time.perf_counter() - begin
+    optimizer.zero_grad(set_to_none=True)
+
+    def check() -> float:
+        return score(name, model, corpus.val.tokens, s["seq_len"], s["bf16"])
+
+    spent, step, curve, next_check = 0.0, 0, [], args.seconds / CHECKS
+    while spent < args.seconds:
+        begin = time.perf_counter()
+        factor = lr_factor(spent / args.seconds, s["warmup"], s["schedule"], s["floor"])
+        for group in optimizer.param_groups:
+            group["lr"] = s["lr"] * factor
+        gradients(step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        spent += time.perf_counter() - begin
+        if next_check <= spent < args.seconds and args.curve:
+            curve.append((spent, check()))
+            next_check += args.seconds / CHECKS
+    loss = check()
+    curve.append((spent, loss))
+    tokens = step * s["batch"] * s["seq_len"]
+    return {
+        "loss": loss,
+        "curve": curve,
+        "steps": step,
+        "tokens": tokens,
+        "seconds": spent,
+        "ready": ready,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": s,
+    }
+
+
+def train_mmrec(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    """Train mmrec as its user does, with the command."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, config = Path(folder, "run"), Path(folder, "run.toml")
+        model = {k: v for k, v in args.set.items() if k in MODEL_KEYS}
+        train = {k: v for k, v in args.set.items() if k not in MODEL_KEYS}
+        train |= {"eval_tokens": corpus.val.n_tokens, "save_every": 10**9}
+        if not args.curve:
+            train["eval_every"] = 10**9
+        tables = (("model", model), ("train", train))
+        config.write_text(
+            "\n".join(
+                [
+                    f"[{t}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in values.items())
+                    for t, values in tables
+                ]
+            )
+            + "\n"
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "mmrec",
+            "train",
+            args.preset,
+            "--config",
+            str(config),
+            "--data",
+            str(corpus.path),
+            "--minutes",
+            str(args.seconds / 60),
+            "--seed",
+            str(args.seed),
+            "--out",
+            str(out),
+        ]
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stdout + done.stderr)
+        wall = time.perf_counter() - begin
+        summary = json.loads((out / "summary.json").read_text())
+        lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+        from mmrec.checkpoint.checkpoint import load_model
+
+        count = sum(p.numel() for p in load_model(out / "best.h5").model.parameters())
+    rate = summary["seconds"] / summary["steps"]
+    curve = [(x["step"] * rate, x["loss"]) for x in lines if x["kind"] == "val"]
+    loss = summary["epochs"][-1]["val_loss"]
+    return {
+        "loss": loss,
+        "curve": curve,
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "seconds": summary["seconds"],
+        "ready": wall - summary["seconds"],
+        "parameters": count,
+        "settings": args.set | {"preset": args.preset},
+    }
+
+
+MODEL_KEYS = {f.name for f in fields(ModelConfig)}
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """``lr=4e-3`` as ("lr", 0.004)."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=list(SETTINGS))
+    parser.add_argument("data")
+    parser.add_argument("--tokenizer", default="char")
+    parser.add_argument("--seconds", type=float, default=108)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", type=pair, nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-curve", dest="curve", action="store_false")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    corpus = Corpus.open(prepare(args.data, args.tokenizer, 5000))
+    known = settings(args.name, args.seconds, args.tokenizer, corpus.train.n_bytes)
+    args.set = known | dict(args.set)
+    made = (
+        train_mmrec(corpus, args) if args.name == "mmrec" else train_peer(args.name, corpus, args)
+    )
+    made["bits_per_byte"] = made["loss"] / math.log(2) * corpus.val.n_tokens / corpus.val.n_bytes
+    made |= {"name": args.name, "seed": args.seed, "budget": args.seconds}
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What a configuration costs, counted from the real model without allocating it."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mmrec.config import ModelConfig, TrainConfig
+from mmrec.model import Model
+from mmrec.profiling.memory import generation, training
+
+PARTS = {
+    "embedding": ("embedding",),
+    "pairs and triples": ("ngrams",),
+    "projections": ("project.weight", "merge.weight"),
+    "recurrent weights": ("recurrent",),
+    "feed-forward": ("ffn_in.weight", "ffn_out.weight"),
+    "convolutions": ("taps",),
+}
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by part, and in total."""
+    with torch.device("meta"):
+        model = Model(config)
+    counts = dict.fromkeys([*PARTS, "norms and biases"], 0)
+    for name, p in model.named_parameters():
+        part = next((k for k, ends in PARTS.items() if name.endswith(ends)), "norms and biases")
+        counts[part] += p.numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """Floating-point operations of ``forward``, ``training``, and training with ``recompute``.
+
+    A multiply and an add are two: twice the parameters that meet a token in a product, plus 8 P² a
+    head for the long-term memory. Training takes three times the forward, and with ``recompute``
+    that of the layers once more.
+    """
+    counts, size = parameters(config), config.head_width
+    layers = counts["projections"] + counts["recurrent weights"] + counts["feed-forward"]
+    long = sum(k in "lb" for k in config.kinds)
+    again = 2 * layers + long * config.heads * 8 * size * size
+    forward = again + 2 * counts["embedding"]
+    return {"forward": forward, "training": 3 * forward, "recompute": 3 * forward + again}
+
+
+def matmul_rate(precision: str = "float32") -> float:
+    """This machine's matrix-product rate in FLOP/s, measured for a fifth of a second."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = torch.randn(1024, 512).to(dtype), torch.randn(512, 512).to(dtype)
+    a @ b
+    runs, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < 0.2:
+        a @ b
+        runs += 1
+    return runs * 2 * 1024 * 512 * 512 / (time.perf_counter() - begin)
+
+
+def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Parameters by part, FLOPs a token, bytes of training and generation, seconds a token here.
+
+    Bytes are those of ``mmrec.profiling.memory``, for training as ``train`` says, with and without
+    ``recompute``. The time assumes products at the rate
+    measured just now and is a lower bound of what training will take.
+    """
+    flops = flops_per_token(config)
+    made = {
+        "training": training(config, replace(train, recompute=False)),
+        "recompute": training(config, replace(train, recompute=True)),
+        "generation": generation(config),
+    }
+    return {
+        "parameters": parameters(config),
+        "flops_per_token": flops,
+        "bytes": {name: parts | {"total": sum(parts.values())} for name, parts in made.items()},
+        "seconds_per_million_tokens": 1e6 * flops["training"] / matmul_rate(train.precision),
+    }

@@ -1,0 +1,465 @@
+"""The command line as a user meets it: commands work, mistakes are one line and code 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from mmrec.checkpoint.hdf5 import seal
+from mmrec.cli import main
+from tests.cli.mistakes import MISTAKES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A folder with a trained run, and files that are wrong in every way."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MMREC_CACHE", str(folder / "cache"))
+        Path("small.toml").write_text(
+            'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
+            '[train]\ntokenizer = "byte"\nbatch = 2\nseq_len = 32\neval_every = 3\n'
+        )
+        start = f"train --config small.toml --data {text_file} --steps"
+        assert call(patch, f"{start} 6 --out runs/one") == 0
+        assert call(patch, f"{start} 1 --tokenizer char --out char") == 0
+        bpe = "--tokenizer bpe --vocab 300 --out bpe"
+        assert call(patch, f"{start} 1 {bpe}") == 0
+        assert call(patch, f"data prepare {text_file} --tokenizer char --out char.h5") == 0
+        whole = Path("runs/one/last.h5").read_bytes()
+        Path("cut.h5").write_bytes(whole[:5000])
+        Path("text.h5").write_text("not HDF5")
+        for name, schema in (("newer.h5", 99), ("older.h5", 1)):
+            Path(name).write_bytes(whole)
+            with h5py.File(name, "a") as file:
+                file.attrs["schema"] = schema
+            seal(Path(name))
+        Path("bad.txt").write_bytes(b"abc\xff")
+        Path("empty.txt").touch()
+        Path("short.txt").write_text("a few words only, not enough " * 3)
+        Path("world.txt").write_text(text_file.read_text())
+        Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
+        assert call(patch, "data prepare world.txt --tokenizer char --out other.h5") == 0
+        Path("lr.toml").write_text("[train]\nlr = nan\n")
+        Path("cut.toml").write_text("[train\n")
+        Path("chain.toml").write_text("lr = 1.0\n")
+        Path("word.toml").write_text('preset = "tiny"\n[train]\nlrr = 1\n')
+        Path("type.toml").write_text('preset = "tiny"\n[train]\nsteps = "x"\n')
+    return folder
+
+
+def call(patch: pytest.MonkeyPatch, arguments: str) -> int:
+    patch.setattr(sys, "argv", ["mmrec", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "at_fault", "arguments", "message"),
+    MISTAKES,
+    ids=[f"{m[0]} {m[2]}"[:60] for m in MISTAKES],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    world: Path,
+    command: str,
+    at_fault: str,
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import re
+
+    monkeypatch.chdir(world)
+    before = sorted(p for p in world.rglob("*") if "cache" not in p.parts)
+    assert call(monkeypatch, f"{command} {arguments}") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert re.search(message, errors), errors
+    assert sorted(p for p in world.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_the_table_of_mistakes_is_complete() -> None:
+    """Every argument, and every option that takes a value, of every command."""
+    import typer
+
+    def walk(command: Any, path: str) -> Iterator[tuple[str, str]]:
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, f"{path} {name}".strip())
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                yield path, parameter.metavar or f"[{parameter.name}]"
+            elif not parameter.is_flag:
+                yield path, parameter.opts[0]
+
+    wanted = set(walk(typer.main.get_command(main.app), ""))
+    assert len(wanted) > 45
+    assert wanted - {(m[0], m[1]) for m in MISTAKES} == set()
+
+
+def test_a_run_is_not_overwritten(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    before = Path("runs/one/last.h5").read_bytes()
+    assert call(monkeypatch, "train --config small.toml --data world.txt --out runs/one") == 2
+    assert Path("runs/one/last.h5").read_bytes() == before
+
+
+def test_a_path_inside_a_checkpoint_is_not_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the config.toml beside it, which anyone can look at, makes eval read a text."""
+    monkeypatch.chdir(world)
+    alone = world / "alone"
+    alone.mkdir()
+    shutil.copy("runs/one/best.h5", alone)
+    try:
+        assert call(monkeypatch, "eval alone/best.h5") == 2
+        assert "what a file names is not read unless the config.toml beside it" in (
+            capsys.readouterr().err
+        )
+    finally:
+        shutil.rmtree(alone)
+
+
+def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    for data in ("world.txt --tokenizer char", "other.h5"):
+        wish = f"train tiny --data {data} --steps 1 --batch 1 --seq-len 8 --out runs/chars --force"
+        assert call(monkeypatch, wish) == 0
+        made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
+        assert (made["runs"], made["ngrams"]) == (4, 8192)
+    shutil.rmtree("runs/chars")
+
+
+def test_a_missing_harness_is_named(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
+    assert call(monkeypatch, "eval --tasks x") == 2
+    assert "--tasks needs a package: pip install 'mmrec[harness]'" in capsys.readouterr().err
+
+
+def test_prompts_without_their_training_text(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    Path("alone").mkdir()
+    shutil.copy("runs/one/best.h5", "alone")
+    try:
+        wish = "eval alone/best.h5 runs/one --prompts short.txt --temperatures 0 --max-tokens 9"
+        assert call(monkeypatch, wish) == 0
+        made = capsys.readouterr()
+        assert "note: copies of the training text are not looked for" in made.err
+        assert made.out.count("temperature 0,") == 2
+    finally:
+        shutil.rmtree("alone")
+
+
+def test_commands_that_work(
+    world: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(world)
+    assert call(monkeypatch, "eval --json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert 0 < scores["bits_per_byte"] < 8.2
+    assert scores["interval"] is None or scores["interval"][0] <= scores["bits_per_byte"]
+    assert sum(b["tokens"] for b in scores["positions"]) == scores["tokens"]
+    assert call(monkeypatch, f"eval runs/one/last.h5 --data {text_file} --plot eval.png") == 0
+    assert Path("eval.png").read_bytes()[:4] == b"\x89PNG"
+    assert "bits per byte" in capsys.readouterr().out
+    texts = []
+    for _ in range(2):
+        assert call(monkeypatch, "generate --prompt def --max-tokens 20 --seed 7") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def")
+    assert call(monkeypatch, "info 7b --json") == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 6e9
+    assert call(monkeypatch, "info tiny") == 0
+    shown = capsys.readouterr().out
+    assert "feed-forward" in shown
+    assert "batch 16 × 128 tokens" in shown
+    assert call(monkeypatch, f"data inspect {text_file} --tokenizer byte --json") == 0
+    assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1
+    assert call(monkeypatch, f"data inspect {text_file} --tokenizer char") == 0
+    assert "bytes/token" in capsys.readouterr().out
+    assert call(monkeypatch, f"data prepare {text_file} --tokenizer byte --out made.h5") == 0
+    assert Path("made.h5").exists()
+    capsys.readouterr()
+    assert call(monkeypatch, "eval --data made.h5 --json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["bits_per_byte"] == scores["bits_per_byte"]
+    assert again["data"] == "validation split of made.h5"
+    assert call(monkeypatch, "eval --data records.jsonl --skip-bad --json") == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == len("good")
+    assert call(monkeypatch, "compare runs/one runs/one --out both.png") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[0] == "run"
+    assert table[1] == table[2]
+    assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(monkeypatch, "compare runs/one --json") == 0
+    [curve] = json.loads(capsys.readouterr().out)
+    logged = [json.loads(x) for x in Path("runs/one/metrics.jsonl").read_text().splitlines()]
+    assert curve["checks"] == [
+        [x["step"], x["bits_per_byte"]] for x in logged if x["kind"] == "val"
+    ]
+    assert curve["ended"] == "done"
+    assert call(monkeypatch, "--version") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "op"),
+    [
+        ("scan --shape 2x8x4", "product scan"),
+        ("recurrence --shape 2x8x4", "torch.nn.GRU"),
+        ("memory --shape 1x40x2x4", "Python loop"),
+    ],
+)
+def test_bench(
+    arguments: str, op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, f"bench {arguments} --repeats 3") == 0
+    table = capsys.readouterr().out
+    assert op in table
+    assert "mmrec" in table
+    assert call(monkeypatch, f"bench {arguments} --repeats 3 --json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    ours = [r for r in rows if r["name"].startswith("mmrec")]
+    assert all(r["error"] < 2e-4 and r["both_ms"] > 0 for r in ours)
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    import torch
+
+    from mmrec.profiling.kernel_bench import Contender, compare
+
+    wrong = Contender("wrong", lambda x: x * 1.01)
+    right = Contender("right", lambda x: x * 1.0)
+    rows = list(compare("op", (4, 4, 4), [wrong, right], lambda x: x * 1.0, [torch.randn(4, 4, 4)]))
+    assert [r.forward_ms > 0 for r in rows] == [False, True]
+    assert rows[0].error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_as_a_program(world: Path) -> None:
+    """A real process: help is quick to load nothing heavy, standard input is a prompt."""
+    code = "import sys, mmrec.cli.main; print({'torch', 'numba', 'h5py'} & set(sys.modules))"
+    lean = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert lean.stdout.strip() == "set()"
+    command = ["-m", "mmrec", "generate", "--seed", "1", "--max-tokens", "5"]
+    run = subprocess.run(
+        [sys.executable, *command, "--model", "runs/one"],
+        input="import",
+        cwd=world,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("import")
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts there")
+def test_a_busy_neighbour_is_noticed() -> None:
+    from mmrec.cli.startup import others_work
+
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert others_work(0.5)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
+def test_how_threads_wait_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmrec.cli import startup
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for busy, want in ((True, ("passive", None)), (False, (None, None))):
+        monkeypatch.setattr(startup, "others_work", lambda busy=busy: busy)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {})
+            startup.prepare_process(["train"])
+            assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == want
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
+            startup.prepare_process(["train"])
+            assert os.environ == {"OMP_WAIT_POLICY": "active"}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {})
+            startup.prepare_process(["bench"])
+            assert os.environ == {}
+
+
+def test_bench_train_says_where_a_step_goes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --profile") == 0
+    out = capsys.readouterr().out
+    for part in ("projections", "recurrence", "memory", "loss", "optimizer", "data", "rest"):
+        assert f"\n{part} " in out
+    assert "tokens/s" in out
+    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["flops"] == pytest.approx(sum(p["flops"] for p in made["parts"]))
+    whole = sum(p["seconds"] for p in made["parts"])
+    assert whole >= made["seconds"] * 0.99
+    assert 0 < made["share"] < 2
+
+
+def program(world: Path, arguments: str) -> str:
+    """Standard output of a real process, which must end well and complain of nothing."""
+    command = [sys.executable, "-W", "error", "-m", "mmrec", *arguments.split()]
+    environment = os.environ | {"MMREC_CACHE": str(world / "cache")}
+    run = subprocess.run(
+        command, cwd=world, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def scores(world: Path, where: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(program(world, f"eval {where} --json"))
+    return made
+
+
+def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
+    """Grown, a run scores the same on real text; training goes on with its tokenizer and moments;
+    a resume and an evaluation find them again."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    for name in ("small.toml", "world.txt"):
+        shutil.copy(world / name, tmp_path)
+    out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
+    assert "to   width 64, 3 layers (nnn), 2 heads, vocabulary 257, " in out
+    before = scores(tmp_path, "one/last.h5")
+    after = json.loads(program(tmp_path, "eval grown.h5 --data world.txt --json"))
+    again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
+    assert after["loss"] == pytest.approx(again["loss"], abs=1e-4)
+
+    options = "--batch 2 --seq-len 32 --eval-every 4 --data world.txt"
+    out = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 12 --out more")
+    assert "start   grown.h5, step 6, with its moments" in out
+    assert (tmp_path / "more/step-0.h5").exists()
+    assert scores(tmp_path, "more")["loss"] < before["loss"]
+
+    whole = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 6 --out cut")
+    assert "with its moments" in whole
+    out = program(tmp_path, "train --resume --out cut --steps 12")
+    assert "resume  cut/last.h5, step 6" in out
+    assert scores(tmp_path, "cut")["loss"] < before["loss"]
+
+
+def test_windows_are_as_long_as_a_preset_has_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tokenizer, unless a file says otherwise, or a flag."""
+    shutil.copy(world / "world.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    sizes = "[model]\nwidth = 32\ndepth = 1\nheads = 2\nngrams = 64\n"
+    (tmp_path / "s.toml").write_text(sizes)
+    (tmp_path / "t.toml").write_text(f"{sizes}[train]\nseq_len = 96\n")
+    common = "--data world.txt --steps 1 --batch 2"
+    for number, (words, length) in enumerate(
+        {
+            "tiny --config s.toml --vocab 300": 128,
+            "tiny --config s.toml --tokenizer char": 256,
+            "mini --config s.toml --vocab 300": 256,
+            "tiny --config t.toml --vocab 300": 96,
+            "tiny --config t.toml --vocab 300 --seq-len 64": 64,
+            "tiny --config s.toml --grow-from 0": 128,
+            "tiny --config s.toml --grow-from 1": 256,
+        }.items()
+    ):
+        assert call(monkeypatch, f"train {words} {common} --out {number}") == 0
+        made = tomllib.loads(Path(f"{number}/config.toml").read_text())
+        assert made["train"]["seq_len"] == length, words
+
+
+def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:
+    """Another text under the tokenizer of the first, which training anew would not give."""
+    shutil.copy(world / "world.txt", tmp_path)
+    (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
+    (tmp_path / "s.toml").write_text(
+        'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
+        "[train]\nbatch = 2\nseq_len = 32\neval_every = 3\nsteps = 4\n"
+    )
+    program(tmp_path, "train --config s.toml --data world.txt --vocab 400 --out a")
+    out = program(tmp_path, "train --config s.toml --data other.txt --grow-from a --out b")
+    assert "start   a/best.h5, step" in out
+    assert "training the bpe" not in out
+    with h5py.File(tmp_path / "a/last.h5") as a, h5py.File(tmp_path / "b/last.h5") as b:
+        assert a["tokenizer"][()].tobytes() == b["tokenizer"][()].tobytes()
+    program(tmp_path, "train --resume --out b --steps 6")
+    assert scores(tmp_path, "b")["step"] > 0
+    for name in ("step-0.h5", "last.h5", "best.h5"):
+        (tmp_path / "b" / name).unlink()
+    command = [sys.executable, "-m", "mmrec", "train", "--resume", "--out", "b"]
+    lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert lost.returncode == 2
+    assert lost.stderr.count("\n") == 1
+    assert "b holds no whole checkpoint, so its tokenizer is lost" in lost.stderr
+
+
+def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
+    """The new text gets better, the report says so of both texts, and what is frozen stays."""
+    shutil.copytree(world / "runs/one", tmp_path / "one")
+    (tmp_path / "new.txt").write_text(Path(__file__).read_text())
+    out = program(
+        tmp_path,
+        "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
+        "--eval-every 4 --replay 0.3 --lr 5e-3 --muon-lr 1e-2 --out two",
+    )
+    made = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
+    assert made["new"]["after"] < made["new"]["before"]
+    assert set(made) == {"new", "old"}
+    assert f"new text new.txt: {made['new']['before']:.4f} bits per byte before, " in out
+    scored = json.loads(program(tmp_path, "eval two --json"))
+    assert scored["bits_per_byte"] == pytest.approx(made["new"]["after"], abs=1e-6)
+    with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
+        same = {}
+        for name in ("embedding", "ngrams", "layers.0.ffn_in.weight", "layers.1.ffn_in.weight"):
+            same[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
+    assert list(same.values()) == [True, True, True, False]
+    out = program(tmp_path, "train --resume --out two --steps 14")
+    assert "resume  two/last.h5, step 12" in out
+    Path(tmp_path / "one/config.toml").unlink()
+    out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
+    assert "note: what is forgotten of the old text is not measured" in out
+
+
+def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
+    """Fewer, longer tokens of the same text, a model that knows of them, and training goes on."""
+    from mmrec.checkpoint.checkpoint import load_model
+
+    shutil.copytree(world / "bpe", tmp_path / "bpe")
+    shutil.copy(world / "world.txt", tmp_path)
+    out = program(tmp_path, "grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
+    assert "to   width 64, 2 layers (nn), 2 heads, vocabulary 500, " in out
+    text = (world / "world.txt").read_text()
+    old, new = load_model(tmp_path / "bpe/last.h5"), load_model(tmp_path / "more.h5")
+    ids = new.tokenizer.encode(text)
+    assert len(ids) < 0.95 * len(old.tokenizer.encode(text))
+    assert new.tokenizer.decode(ids) == text
+    out = program(
+        tmp_path,
+        "train --grow-from more.h5 --data world.txt --batch 2 --seq-len 32 --steps 4 --out on",
+    )
+    assert "with its moments" in out

@@ -1,0 +1,115 @@
+"""What is said of the texts that a model writes, against plain computations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrec.checkpoint.checkpoint import load_model
+from mmrec.data.corpus import Corpus
+from mmrec.evaluation.samples import (
+    LENGTHS,
+    Copies,
+    Sample,
+    as_html,
+    as_markdown,
+    distinct,
+    read_prompts,
+    table,
+    write_samples,
+)
+from mmrec.training.trainer import Trainer, train
+
+
+@given(st.text("ab", max_size=300), st.text("ab", max_size=60), st.integers(0, 300))
+def test_the_longest_copied_span(training: str, own: str, at: int) -> None:
+    text = own + training[at : at + 40] + own[::-1]
+    [found] = Copies(training.encode()).longest([text.encode()])
+    spans = (text[lo:hi] for lo in range(len(text)) for hi in range(lo + 16, len(text) + 1))
+    longest = max((len(s) for s in spans if s in training), default=0)
+    assert len(found) == longest
+    assert found in training.encode()
+    assert found in text.encode()
+
+
+def test_long_copies_are_found_whole(corpus: Corpus) -> None:
+    training = corpus.tokenizer.decode(corpus.train.tokens)
+    for size in (15, 16, 40, LENGTHS[-1] + 500):
+        taken = training[3000 : 3000 + size]
+        texts = [f"☃{taken}☃".encode(), "☃☃☃☃☃☃".encode()]
+        span, none = Copies(training.encode()).longest(texts)
+        assert span.decode() == (taken if size >= 16 else "")
+        assert none == b""
+
+
+def sample(text: str, **other: object) -> Sample:
+    return Sample(
+        **{
+            "checkpoint": "a",
+            "prompt": "p",
+            "temperature": 1.0,
+            "text": text,
+            "nats": 2.0,
+            "copied": "",
+            **other,
+        }
+    )  # type: ignore[arg-type]
+
+
+def test_repetition_and_variety() -> None:
+    assert sample("a b c d " * 5).repeated == pytest.approx(1 - 4 / 17)
+    assert sample("one two three four five").repeated == 0
+    assert sample("short").repeated == 0
+    assert distinct(["a b a", "a b"], 1) == 2 / 5
+    assert distinct(["a b a", "a b"], 2) == 2 / 3
+    rows = table([sample("a b", copied="xyz"), sample("c d"), sample("e", temperature=0.0)])
+    assert [row[1] for row in rows] == ["1", "0"]
+    assert rows[0][2:5] == ("1.00", "1.00", "0.00")
+    assert rows[0][6] == "2, at most 3"
+
+
+def test_reports_escape_what_was_written() -> None:
+    made = [
+        sample("<script>alert(1)</script> copied words here", copied="copied words"),
+        sample("other", checkpoint="b"),
+    ]
+    page = as_html(made)
+    assert "<script>" not in page
+    assert "<mark>copied words</mark>" in page
+    assert page.count("<th>a</th>") == page.count("<th>b</th>") == 1  # side by side
+    text = as_markdown(made)
+    assert "    p<script>" in text  # as code, so that nothing of it is taken for Markdown
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("def f\n\nimport \n")
+    assert read_prompts(tmp_path / "a.txt") == ["def f", "import "]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "two\nlines"}) + "\n")
+    assert read_prompts(tmp_path / "a.jsonl") == ["two\nlines"]
+
+
+def test_samples_of_a_trained_model(trainer: Trainer, corpus: Corpus) -> None:
+    train(trainer)
+    loaded = load_model(trainer.folder / "last.h5")
+    training = corpus.tokenizer.decode(corpus.train.tokens).encode()
+    made = write_samples([loaded], ["def ", "im"], [0.0, 1.0], [training], 40, lambda n: None)
+    assert [(s.prompt, s.temperature) for s in made] == [
+        ("def ", 0),
+        ("def ", 1),
+        ("im", 0),
+        ("im", 1),
+    ]
+    assert all(s.copied.encode() in training for s in made)
+    [other] = write_samples([loaded], ["im"], [0.0], [b""], 40, lambda n: None)
+    assert (other.text, other.copied) == (made[2].text, "")
+    for s in made:  # its log-probability, token by token in float64
+        ids = [256, *s.prompt.encode(), *s.text.encode()]
+        with torch.no_grad():
+            logits, _ = loaded.model.double()(torch.tensor([ids[:-1]]))
+        loaded.model.float()
+        logp = torch.log_softmax(logits[0], -1).gather(1, torch.tensor(ids[1:])[:, None])
+        own = logp[len(s.prompt) :]
+        assert s.nats == pytest.approx(-own.mean().item(), rel=1e-4)

@@ -1,0 +1,317 @@
+"""Growth: the same function, in a model in which everything can learn."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrec.config import PRESETS, InputError, ModelConfig
+from mmrec.finetune.grow import Growth, grow, place_layers
+from mmrec.model import Model
+from mmrec.optimizer import Muon
+from tests.conftest import ROOT
+
+TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
+
+
+def taught(config: ModelConfig) -> Model:
+    """A model none of whose weights is what it is initialised to."""
+    model = Model(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * max(float(p.std()) if p.numel() > 1 else 0, 0.03))
+    return model
+
+
+def tokens(count: int = 120, vocab: int = 257) -> torch.Tensor:
+    return torch.from_numpy(TEXT[: 2 * count].astype(np.int64) % vocab).view(2, count)
+
+
+def distance(a: Model, b: Model) -> float:
+    x = tokens(vocab=a.config.vocab_size)
+    with torch.no_grad():
+        return float((a(x)[0] - b(x)[0]).abs().max())
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
+    """A small shape and a larger one, by the rules."""
+
+    def more(n: int, steps: int = 2) -> int:
+        return n + draw(st.integers(0, steps))
+
+    heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([4, 6]))
+    blocks = draw(st.sampled_from([1, heads]))
+    kinds = draw(st.text("nslb", min_size=1, max_size=3))
+    old = ModelConfig(
+        heads * size,
+        len(kinds),
+        heads,
+        257,
+        kinds,
+        blocks,
+        ffn=draw(st.sampled_from([1.0, 2.5])),
+        conv=draw(st.integers(1, 3)),
+        horizon=32,
+        ngrams=draw(st.sampled_from([0, 50])),
+    )
+    now = more(heads)
+    width = now * more(size, 3)
+    wider = {"n": "nsb", "s": "sb", "l": "lb", "b": "b"}
+    layers = "".join(
+        draw(st.text("nslb", max_size=1)) + draw(st.sampled_from(wider[k])) for k in kinds
+    ) + draw(st.text("nslb", max_size=1))
+    fewer = 1 if blocks == 1 or now != heads else draw(st.sampled_from([1, blocks]))
+    new = ModelConfig(
+        width,
+        len(layers),
+        now,
+        257,
+        layers,
+        fewer,
+        ffn=old.ffn + draw(st.sampled_from([0.0, 1.3])),
+        conv=more(old.conv),
+        horizon=64,
+        ngrams=old.ngrams * draw(st.integers(1, 3)) or draw(st.sampled_from([0, 40])),
+    )
+    return old, new
+
+
+@given(pairs())
+def test_the_grown_model_computes_the_same(pair: tuple[ModelConfig, ModelConfig]) -> None:
+    old, new = pair
+    source = taught(old)
+    grown = grow(source, new)
+    assert grown.config == new
+    assert distance(source, grown) < 1e-4
+    x = tokens(40)
+    with torch.no_grad():  # and token by token, with carried state
+        whole, state = source(x)[0], None
+        for t in range(x.shape[1]):
+            step, state = grown(x[:, t : t + 1], state)
+            assert (step[:, 0] - whole[:, t]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pair", ["tiny mini", "tiny small", "mini small"])
+def test_presets_grow_into_each_other(pair: str) -> None:
+    small, large = (replace(PRESETS[name], vocab_size=257) for name in pair.split())
+    source = taught(small)
+    assert distance(source, grow(source, large)) < 1e-4
+
+
+def test_every_preset_grows_into_every_larger_one() -> None:
+    """What a growth needs is planned from shapes alone, so 7b costs nothing here."""
+    shapes = [replace(p, vocab_size=257) for p in PRESETS.values()]
+    for i, old in enumerate(shapes):
+        for new in shapes[i:]:
+            Growth(old, new)
+
+
+def new_entries(growth: Growth, model: Model) -> dict[str, torch.Tensor]:
+    """By name of a parameter, True where no old entry stands."""
+    masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+    for move in growth.moves:
+        masks[move.new][move.places] = False
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("layers", "grown_layers", "width", "heads"),
+    [
+        ("nslb", "nslb", 64, 4),
+        ("nslb", "nslb", 48, 2),
+        ("nslb", "nsslbb", 32, 2),
+        ("nnll", "nsbb", 48, 3),
+    ],
+)
+def test_all_that_is_new_learns_within_two_steps(
+    layers: str, grown_layers: str, width: int, heads: int
+) -> None:
+    old = ModelConfig(32, 4, 2, 257, layers, ffn=2.0, ngrams=64, horizon=32)
+    new = replace(
+        old,
+        width=width,
+        heads=heads,
+        layers=grown_layers,
+        depth=len(grown_layers),
+        ffn=2.5,
+        ngrams=128,
+        conv=5,
+    )
+    source = taught(old)
+    model = grow(source, new).train()
+    masks = new_entries(Growth(old, new), model)
+    optimizer = Muon(model.parameter_groups(0.0), lr=1e-3, betas=(0.9, 0.95), muon_lr=1e-3)
+    x = tokens(101)
+    reached = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(x[:, :-1], x[:, 1:]).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            reached[name] |= p.grad != 0
+        optimizer.step()
+    for name, mask in masks.items():
+        hit = reached[name]
+        if name == "ngrams":  # rows that the text never asks for have no gradient; columns do
+            mask, hit = mask.any(0), hit.any(0)
+        if name.endswith(("project.weight", "ffn_in.weight", "ffn_out.weight")):
+            assert (hit | ~mask).float().mean() > 0.97, name  # a unit may be off for this text
+        else:
+            assert (hit | ~mask).all(), name
+
+
+def test_a_grown_model_learns_more_than_its_source_could() -> None:
+    """Trained on, it leaves the subspace of the source: new channels carry what helps."""
+    old = ModelConfig(16, 2, 2, 257, "bs", ffn=1.0, horizon=32)
+    source = taught(old)
+    model = grow(source, replace(old, width=48, heads=3)).train()
+    optimizer = Muon(model.parameter_groups(0.0), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
+    x, losses = tokens(101), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    for layer in model.layers:
+        hidden = layer.project.weight[16:48, :16]  # type: ignore[union-attr, index]
+        assert hidden.abs().max() > 1e-3
+
+
+def test_moments_follow_their_weights() -> None:
+    """A step with grown moments moves old entries as the source's own step would."""
+    old = ModelConfig(16, 2, 2, 257, "nb", ffn=2.0, ngrams=30, horizon=32)
+    new = replace(old, width=40, heads=5, depth=3, layers="nnb", ngrams=60)
+    source = taught(old).train()
+    growth = Growth(old, new)
+    model = grow(source, new).train()
+    x = tokens(61)
+    for m in (source, model):
+        m.loss(x[:, :-1], x[:, 1:]).backward()
+    grads = {n: p.grad for n, p in source.named_parameters()}
+    as_kept = {n: {"momentum": g, "exp_avg_sq": g**2} for n, g in grads.items() if g is not None}
+    grown = growth.moments(model, as_kept)
+    for move in growth.moves:
+        p = dict(model.named_parameters())[move.new]
+        assert p.grad is not None
+        made = grown[move.new]
+        if move.new == "ngrams":  # copies share what the one row got
+            whole = p.grad.view(2, 30, -1).sum(0)[:, :16]
+            want = made["momentum"][:30, :16]
+        else:
+            whole, want = p.grad[move.places], made["momentum"][move.places]
+        torch.testing.assert_close(whole, want, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(made["exp_avg_sq"], made["momentum"] ** 2)
+        outside = torch.ones(p.shape, dtype=torch.bool)
+        outside[move.places] = False
+        assert not made["momentum"][outside].any()
+    assert set(grown) == {m.new for m in growth.moves}
+    assert {n.split(".")[1] for n in grown if n.startswith("layers")} == {
+        str(j) for j in growth.layers
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 16}, "growth never shrinks: the width must be at least the source's 32; got 16"),
+        ({"depth": 1}, "the depth must be at least the source's 2; got 1"),
+        ({"heads": 1}, "the heads must be at least the source's 2; got 1"),
+        ({"heads": 4}, "the width of a head must be at least the source's 16; got 8"),
+        ({"ffn": 1.0}, "the feed-forward width must be at least the source's 64; got 32"),
+        ({"conv": 2}, "the conv must be at least the source's 4; got 2"),
+        ({"ngrams": 0}, "the ngrams must be at least the source's 50; got 0"),
+        ({"runs": 4}, "runs must be the source's 3, or the table .*; got 4"),
+        ({"ngrams": 75}, "ngrams must be a multiple of the source's 50.*; got 75"),
+        (
+            {"vocab_size": 300},
+            "keeps the tokenizer of its source, so vocab_size must be 257; got 300",
+        ),
+        ({"layers": "nb"}, "must hold the source's in their order.* 'sb', the grown ones 'nb'"),
+        ({"blocks": 4}, "must hold whole blocks of the source, which has 2 of 16.*; got 4 of 8"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(change: dict[str, object], message: str) -> None:
+    old = ModelConfig(32, 2, 2, 257, "sb", 2, ffn=2.0, ngrams=50)
+    with pytest.raises(InputError, match=message):
+        Growth(old, replace(old, **change))  # type: ignore[arg-type]
+
+
+def test_layers_are_interleaved() -> None:
+    assert place_layers("nnnl", "nnlnnl") == [0, 1, 3, 5]
+    assert place_layers("nnnl", "nnnlnnnl") == [0, 2, 4, 7]
+    assert place_layers("bb", "bbb") == [0, 2]
+    assert place_layers("nl", "ln") is None
+    assert place_layers("nl", "sb") == [0, 1]
+
+
+def test_other_ways_are_other_functions() -> None:
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    new = replace(old, width=32, heads=4, depth=4)
+    source = taught(old)
+    stacked, anew = grow(source, new, "stack"), grow(source, new, "random")
+    assert distance(source, stacked) > 1e-2
+    assert distance(source, anew) > 1e-2
+    copied = [
+        n
+        for n, p in stacked.layers.named_parameters()
+        if n.endswith("merge.weight") and p[:16].any()
+    ]
+    assert len(copied) == 4
+    state = torch.get_rng_state()
+    again = grow(source, new, "random")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, again.parameters(), anew.parameters()))
+    with pytest.raises(InputError, match="how must be one of preserve, stack, random; got 'x'"):
+        grow(source, new, "x")
+
+
+def test_new_tokens_are_the_mean_of_what_they_join() -> None:
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    new = replace(old, width=32, heads=4, vocab_size=259)
+    source, grown = taught(old), Model(new).eval()
+    Growth(old, new, pieces=[[5, 7], [8, 8, 5]]).fill(grown, source)
+    x = tokens()
+    with torch.no_grad():
+        want, got = source(x)[0], grown(x)[0]
+    assert (got[..., :257] - want).abs().max() < 1e-4
+    torch.testing.assert_close(got[..., 257], got[..., [5, 7]].mean(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(got[..., 258], got[..., [8, 8, 5]].mean(-1), atol=1e-4, rtol=0)
+
+
+def test_the_benchmark_counts_what_the_source_cost(text_file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "growth.py"),
+        str(text_file),
+        "--steps",
+        "8",
+        "--seeds",
+        "1",
+        "--batch",
+        "1",
+        "--seq-len",
+        "32",
+        "--tokenizer",
+        "byte",
+        "--out",
+        str(tmp_path),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads((tmp_path / "growth-modules.json").read_text())["rows"]
+    assert [r["run"] for r in rows] == ["scratch", "source", "preserve", "stack"]
+    scratch, source, grown, _ = rows
+    assert grown["before"]["flops"] == source["flops"] > 0
+    assert source["flops"] + grown["flops"] == pytest.approx(scratch["flops"], rel=0.1)
+    assert (tmp_path / "growth-modules.png").stat().st_size > 10_000
+    assert "| mini, preserve |" in run.stdout

@@ -1,0 +1,187 @@
+"""Threads, forks, other Python threads, the cache and start-up, with real processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmrec.kernels import _launch as threads
+from mmrec.kernels import scan
+
+BIG = (4, 512, 256)  # enough work for the parallel form
+
+
+def big_scan(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.rand(BIG, generator=generator), torch.randn(BIG, generator=generator)
+    return scan(a, b)[0]
+
+
+class Forms:
+    """Counts which form of the scan runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mmrec.kernels.scan import kernel
+
+        self.seen: list[str] = []
+        for form in ("serial", "parallel"):
+            run = getattr(kernel.scan_fwd, form)
+            monkeypatch.setattr(kernel.scan_fwd, form, self.note(form, run))
+
+    def note(self, form: str, run: object) -> object:
+        def call(*args: object) -> None:
+            self.seen.append(form)
+            run(*args)  # type: ignore[operator]
+
+        return call
+
+
+@threads.kernel
+def _fill(task, sizes, out):  # type: ignore[no-untyped-def]
+    scratch, other = np.empty(sizes[task]), np.empty(sizes[task])
+    for i in range(sizes[task]):
+        scratch[i], other[i] = task, sizes[task]
+    out[task] = scratch.sum() * 1000 + other.sum()
+
+
+def test_what_a_task_allocates_is_its_own() -> None:
+    sizes = np.arange(1, 400) * 7919 % 401
+    out = np.zeros(len(sizes))
+    _fill(sizes, out, tasks=len(sizes), work=1e9)
+    assert (out == np.arange(len(sizes)) * sizes * 1000 + sizes * sizes).all()
+
+
+def test_numba_follows_torch_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    forms, before = Forms(monkeypatch), torch.get_num_threads()
+    try:
+        for count, form in ((1, "serial"), (2, "parallel"), (3, "parallel")):
+            torch.set_num_threads(count)
+            big_scan()
+            assert forms.seen[-1] == form
+            assert count == 1 or numba.get_num_threads() == count
+        scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+        assert forms.seen[-1] == "serial"  # small work does not wake threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_python_threads_at_once_agree_with_one_after_another() -> None:
+    want = [big_scan(n) for n in range(4)]
+    got: dict[int, list[torch.Tensor]] = {}
+
+    def run(n: int) -> None:
+        got[n] = [big_scan(n) for _ in range(20)]
+
+    workers = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert all(torch.equal(x, want[n]) for n in range(4) for x in got[n])
+    assert len(got) == 4
+
+
+def test_a_second_thread_takes_the_serial_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = Forms(monkeypatch)
+    with threads._gate.lock:  # as if another Python thread were inside a parallel kernel
+        big_scan()
+    assert forms.seen == ["serial"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX")
+def test_a_forked_child_computes_the_same(tmp_path: Path) -> None:
+    want = big_scan()  # the pool exists before the fork
+    assert threads._gate.opened
+    child = os.fork()
+    if child == 0:  # nothing of the test framework may run here
+        code = 1
+        try:
+            with threads._gate.lock:  # the parent's lock was left behind
+                pass
+            # compared by numpy: torch's own parallel ops, torch.equal too, hang in a forked child
+            code = 0 if (big_scan().numpy() == want.numpy()).all() else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(big_scan(), want)  # the parent goes on in parallel
+
+
+class Scans(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, n: int) -> torch.Tensor:
+        return big_scan(n)
+
+
+def test_workers_of_a_data_loader() -> None:
+    want = [big_scan(n) for n in range(4)]
+    loader = DataLoader(Scans(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert all(torch.equal(x, y) for x, y in zip(loader, want, strict=True))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "OMP_WAIT_POLICY")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=kept | environment,
+        timeout=300,
+    )
+
+
+START = """
+import os, time
+import torch
+begin = time.perf_counter()
+import mmrec
+from mmrec.kernels import scan
+imported = time.perf_counter() - begin
+begin = time.perf_counter()
+scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+print(imported, time.perf_counter() - begin, os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+COMPILED = pytest.mark.skipif(
+    os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled in this run"
+)
+
+
+@COMPILED
+def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path) -> None:
+    first = python(START, NUMBA_CACHE_DIR=str(tmp_path))
+    assert first.stderr.startswith("mmrec: compiling kernels for this processor, once")
+    assert str(tmp_path) in first.stderr
+    assert list(tmp_path.rglob("*.nbc"))
+    second = python(START, NUMBA_CACHE_DIR=str(tmp_path))
+    assert second.stderr == ""
+    compiled, loaded = (float(run.stdout.split()[1]) for run in (first, second))
+    assert loaded < compiled / 2
+    assert second.stdout.split()[2] == "None"  # the user's environment is as it was
+
+
+@COMPILED
+def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = python(START, NUMBA_CACHE_DIR=str(tmp_path / "file"))
+    assert "no cache folder can be written" in run.stderr
+
+
+def test_other_layers_than_openmp_work() -> None:
+    code = (
+        "import torch, numba\nfrom mmrec.kernels import scan\n"
+        "scan(torch.ones(4, 512, 256), torch.ones(4, 512, 256))\n"
+        "print(numba.threading_layer())"
+    )
+    assert python(code, NUMBA_THREADING_LAYER="workqueue").stdout.strip() == "workqueue"

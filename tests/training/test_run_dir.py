@@ -1,0 +1,126 @@
+"""The run folder: never overwritten unasked; the table, the curve and the words."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mmrec.config import InputError
+from mmrec.training.run_dir import (
+    COLUMNS,
+    Lock,
+    RunLocked,
+    clock,
+    epoch_row,
+    open_run,
+    overfitting,
+    verdict,
+)
+
+
+def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    default = tmp_path / "tiny-stdlib"
+
+    def opened(out: str = "", *, force: bool = False) -> Path:
+        with open_run(out, default, force=force) as lock:
+            return lock.folder
+
+    first = opened()
+    assert first == default
+    (first / "best.h5").write_text("precious")
+    (first / "notes.txt").write_text("mine")
+    assert opened() == tmp_path / "tiny-stdlib-2"
+    with pytest.raises(InputError, match="already holds a run: choose another --out, .*--force"):
+        opened(str(first))
+    assert (first / "best.h5").read_text() == "precious"
+    assert opened(str(first), force=True) == first
+    assert [p.name for p in first.iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match="must be a folder; it is a file"):
+        opened(str(first / "notes.txt"))
+    with pytest.raises(InputError, match="cannot write in the run folder"):
+        opened(str(first / "notes.txt" / "below"))
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    default = tmp_path / "tiny"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / ".last.h5.123.tmp").write_text("left by a process that was killed")
+    with open_run("", default, force=False) as first:
+        assert {p.name for p in default.iterdir()} == {".lock"}
+        for force in (False, True):
+            with pytest.raises(RunLocked, match=f"is being written by process {os.getpid()} on "):
+                open_run(str(default), default, force=force)
+        with pytest.raises(RunLocked):
+            open_run("", default, force=True)
+        with open_run("", default, force=False) as second:
+            assert second.folder == tmp_path / "tiny-2"
+        assert first.folder == default
+    first.release()
+    assert list(default.iterdir()) == []
+    (default / ".lock").write_text("process 1 on a machine that was switched off")
+    with Lock(default):
+        assert f"process {os.getpid()} on" in (default / ".lock").read_text()
+
+
+def test_the_table_lines_up() -> None:
+    row = {
+        "epoch": 1,
+        "mean": 5.0,
+        "first": 8.0,
+        "last": 4.0,
+        "val_loss": 4.5,
+        "bits_per_byte": 1.9,
+        "seconds": 3725.0,
+    }
+    text = epoch_row(row)
+    assert len(text) == len(COLUMNS)
+    assert text.split() == [
+        "1",
+        "5.0000",
+        "8.0000",
+        "4.0000",
+        "50.0%",
+        "4.5000",
+        "90.02",
+        "1.9000",
+        "1:02:05",
+    ]
+    assert clock(61.4) == "1:01"
+    assert epoch_row(row | {"val_loss": None}).split()[5] == "-"
+
+
+def test_overfitting_is_said_once_in_words() -> None:
+    def checks(vals: list[float]) -> list[dict[str, float]]:
+        return [{"step": 10 * i, "val": v, "train": 3.0 - 0.1 * i} for i, v in enumerate(vals)]
+
+    assert overfitting(checks([3.0, 2.5, 2.4])) is None
+    assert overfitting(checks([3.0, 2.5, 2.6, 2.7])) is None
+    words = overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8]))
+    assert words is not None
+    assert words.startswith(
+        "overfitting: since step 10 the training loss fell 2.900 -> 2.600 while"
+    )
+    assert overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
+    level = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
+    assert overfitting(level) is None  # training does not fall either: not overfitting
+
+
+def test_the_verdict_says_why_a_model_is_the_best() -> None:
+    def checks(vals: list[float], slope: float = -0.1) -> list[dict[str, float]]:
+        return [
+            {"step": 10 * (i + 1), "val": v, "train": 3.0 + slope * i} for i, v in enumerate(vals)
+        ]
+
+    falling = verdict(checks([3.0, 2.5, 2.4]), 2.4, 30)
+    assert falling == (
+        "validation loss 2.4000, the lowest of 3 checks; it was the last one, and "
+        "the loss was still falling"
+    )
+    risen = verdict(checks([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
+    assert risen == (
+        "validation loss 2.5000, the lowest of 4 checks; it was 2.7000 at step 40, "
+        "while the training loss fell 2.9000 -> 2.7000: from there on it learnt its "
+        "text by heart"
+    )
+    assert "by heart" not in verdict(checks([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
+    assert "falling" not in verdict(checks([3.0]), 3.0, 10)

@@ -1,0 +1,373 @@
+"""Training: what it writes, how it ends, and that a resume goes on as if nothing had happened."""
+
+import dataclasses
+import json
+import math
+import os
+import pty
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrec.checkpoint import checkpoint
+from mmrec.checkpoint import manager as saved
+from mmrec.config import InputError
+from mmrec.data.corpus import Corpus
+from mmrec.runtime.atomic import StorageError
+from mmrec.training.lr_schedule import lr_factor
+from mmrec.training.run_dir import Log, Progress
+from mmrec.training.trainer import Trainer, TrainingDiverged, train
+from tests.conftest import make_trainer
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [x["loss"] for x in lines if x["kind"] == "train"]
+
+
+def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
+    made = train(trainer)
+    names = {p.name for p in trainer.folder.iterdir()}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "loss.png",
+        "summary.json",
+        "best.h5",
+        "last.h5",
+        "step-5.h5",
+        "step-10.h5",
+    }
+    assert made["ended"] == "done"
+    assert len(losses(trainer.folder)) == made["steps"] == 12
+    assert losses(trainer.folder)[0] == pytest.approx(math.log(257), abs=0.1)
+    assert losses(trainer.folder)[-1] < losses(trainer.folder)[0] - 0.5
+    assert (trainer.folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
+    assert "12 steps of 64 tokens" in text
+    best = checkpoint.load_model(trainer.folder / "best.h5")
+    assert best.step == made["best_step"]
+    assert best.info["val"]["loss"] == pytest.approx(made["best_subset_loss"])
+    tokens = torch.tensor([[1, 2, 3]])
+    last = checkpoint.load_model(trainer.folder / "last.h5").model
+    trainer.model.eval()
+    assert torch.equal(last(tokens)[0], trainer.model(tokens)[0])
+    assert made["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "dropout", "advice"),
+    [
+        (4, 0.0, ""),
+        (5, 0.0, "more than 4 passes learn a text by heart: --dropout 0.1 helps"),
+        (5, 0.1, ""),
+        (17, 0.0, "more than 16 passes learn a text by heart: --dropout 0.2 with --weight-decay 1"),
+    ],
+)
+def test_a_run_says_beforehand_that_it_would_learn_its_text_by_heart(
+    corpus: Corpus, tmp_path: Path, epochs: float, dropout: float, advice: str
+) -> None:
+    trainer = make_trainer(corpus, tmp_path, steps=None, epochs=epochs)
+    trainer.model.config = dataclasses.replace(trainer.model.config, dropout=dropout)
+    trainer.announce()
+    text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
+    assert text.count("by heart") == bool(advice)
+    assert advice in text
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_bitwise_what_would_have_been(
+    corpus: Corpus, tmp_path: Path, accumulate: int
+) -> None:
+    whole = make_trainer(corpus, tmp_path / "whole", accumulate=accumulate)
+    train(whole)
+    first = make_trainer(corpus, tmp_path / "cut", accumulate=accumulate)
+    take = first.take_step
+
+    def interrupted() -> tuple[float, float, float]:
+        if first.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take()
+
+    first.take_step = interrupted  # type: ignore[method-assign]
+    assert train(first)["ended"] == "signal"
+    assert first.stop.number == signal.SIGTERM
+    again = make_trainer(corpus, tmp_path / "cut", accumulate=accumulate)
+    torch.manual_seed(99)  # whatever the random state was, the checkpoint's counts
+    assert train(again, resume=True)["ended"] == "done"
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.progress.epochs[0]["mean"] == whole.progress.epochs[0]["mean"]
+
+
+def test_several_epochs_make_a_table(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(corpus, tmp_path, steps=None, epochs=2.0, batch=64, eval_tokens=300)
+    summary = train(made)
+    rows = summary["epochs"]
+    assert [r["epoch"] for r in rows] == [1, 2]
+    assert rows[1]["mean"] < rows[0]["mean"]
+    assert rows[1]["perplexity"] == pytest.approx(math.exp(rows[1]["val_loss"]))
+    text = "\n".join(made.lines)  # type: ignore[attr-defined]
+    assert "bits/byte" in text
+
+
+def test_minutes_end_on_time(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(corpus, tmp_path, steps=None, minutes=0.02)
+    summary = train(made)
+    assert summary["steps"] > 1
+    assert 1.2 <= summary["seconds"] < 6
+
+
+def test_early_stopping_keeps_the_best(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(
+        corpus,
+        tmp_path,
+        lr=1.0,
+        schedule="constant",
+        warmup=0.0,
+        clip=1e9,
+        patience=2,
+        eval_every=1,
+        steps=40,
+    )
+    summary = train(made)
+    assert summary["ended"] == "early"
+    assert summary["steps"] == summary["best_step"] + 2
+    assert checkpoint.load_model(tmp_path / "best.h5").step == summary["best_step"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(corpus, tmp_path)
+    take = made.take_step
+
+    def poisoned() -> tuple[float, float, float]:
+        if made.progress.step == 7:
+            made.model.norm.weight.data.fill_(float("inf"))
+        return take()
+
+    made.take_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TrainingDiverged, match=r"loss (nan|inf) at step 8"):
+        train(made)
+    assert saved.run_checkpoints(tmp_path)[-1].name == "step-5.h5"
+    kept = checkpoint.load_model(tmp_path / "step-5.h5").model
+    assert all(torch.isfinite(p).all() for p in kept.parameters())
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(corpus: Corpus, tmp_path: Path) -> None:
+    made = make_trainer(corpus, tmp_path)
+    train(made)
+    before = (tmp_path / "last.h5").read_bytes()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+        with pytest.raises(StorageError, match="File too large; the file that was there is intact"):
+            made.save("last.h5", whole=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "last.h5").read_bytes() == before
+
+
+def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mmrec",
+        "train",
+        "tiny",
+        "--data",
+        str(text_file),
+        "--steps",
+        "100000",
+        "--tokenizer",
+        "byte",
+        "--batch",
+        "1",
+        "--seq-len",
+        "16",
+        "--out",
+        "r",
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        metrics, end = tmp_path / "r" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < end
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "continue with: mmrec train --resume --out r" in errors
+    assert "Traceback" not in errors
+    step = checkpoint.read_info(tmp_path / "r" / "last.h5")[0]
+    resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
+    again = subprocess.run(
+        [*resume, "--out", "r"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == step + 3
+
+
+def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A training process whose input and errors are a pseudo-terminal, and our end of that."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mmrec", "train", *arguments]
+    run = subprocess.Popen(command, cwd=cwd, stdin=theirs, stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    return run, ours
+
+
+def read_until(terminal: int, text: str, seconds: float = 120) -> str:
+    """What the terminal shows, up to the text."""
+    seen, end = "", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < end, seen[-2000:]
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                seen += os.read(terminal, 65536).decode(errors="replace")
+            except OSError:  # the process has ended
+                break
+    return seen
+
+
+def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is laid on a real process, and lifted when it asks."""
+    run, terminal = start_on_a_terminal(
+        [
+            "tiny",
+            "--data",
+            str(text_file),
+            "--tokenizer",
+            "byte",
+            "--steps",
+            "12",
+            "--batch",
+            "1",
+            "--seq-len",
+            "16",
+            "--save-every",
+            "4",
+            "--eval-every",
+            "100",
+            "--out",
+            "r",
+        ],
+        tmp_path,
+    )
+    try:
+        read_until(terminal, "run folder r")
+        before = resource.prlimit(run.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (100_000, before[1]))
+        shown = read_until(terminal, "or q and Enter to give up: ")
+        assert "could not write r/" in shown
+        assert "File too large" in shown
+        assert "The training state is still in memory. Free some space" in shown
+        assert run.poll() is None
+        os.write(terminal, b"\n")  # nothing was freed: it asks again
+        read_until(terminal, "or q and Enter to give up: ")
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, before)
+        os.write(terminal, b"\n")
+        read_until(terminal, "curve ")
+        assert run.wait(60) == 0
+    finally:
+        run.kill()
+        run.wait()
+        os.close(terminal)
+    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == 12
+    assert len(losses(tmp_path / "r")) == 12
+    assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
+    """No terminal, no question: one line, and the folder is not silently made anew."""
+    made = make_trainer(corpus, tmp_path / "run")
+    take = made.take_step
+
+    def vanish() -> tuple[float, float, float]:
+        if made.progress.step == 3:
+            (tmp_path / "run").rename(tmp_path / "away")
+        return take()
+
+    made.take_step = vanish  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="could not write .*best.h5: No such file or directory"):
+        train(made)
+    assert not (tmp_path / "run").exists()
+    assert len(losses(tmp_path / "away")) == 4
+    (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
+    made.save("last.h5", whole=True)
+    assert checkpoint.read_info(tmp_path / "run" / "last.h5")[0] == 4
+
+
+def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no checkpoint to resume from"):
+        train(make_trainer(corpus, tmp_path / "a"), resume=True)
+    made = make_trainer(corpus, tmp_path / "b")
+    train(made)
+    made.corpus.info["fingerprint"], kept = "other", made.corpus.info["fingerprint"]
+    try:
+        with pytest.raises(InputError, match="changed since .* was saved"):
+            train(make_trainer(corpus, tmp_path / "b"), resume=True)
+    finally:
+        made.corpus.info["fingerprint"] = kept
+    (tmp_path / "b" / "last.h5").unlink()
+    best = tmp_path / "b" / "best.h5"
+    with pytest.raises(InputError, match="holds a model but no training state"):
+        checkpoint.restore(best, made.model, made.optimizer)
+
+
+def test_validation_text_shorter_than_a_window(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="validation split must hold one window of"):
+        make_trainer(corpus, tmp_path, batch=1, seq_len=corpus.val.n_tokens)
+
+
+def test_schedules() -> None:
+    assert lr_factor(0.05, 0.1, "cosine", 0.0) == pytest.approx(0.5)
+    assert lr_factor(0.1, 0.1, "cosine", 0.0) == pytest.approx(1.0)
+    assert lr_factor(0.55, 0.1, "cosine", 0.1) == pytest.approx(0.55)
+    assert lr_factor(0.55, 0.1, "linear", 0.0) == pytest.approx(0.5)
+    assert lr_factor(1.0, 0.1, "linear", 0.2) == pytest.approx(0.2)
+    assert lr_factor(0.9, 0.0, "constant", 0.0) == 1.0
+    assert lr_factor(1.0, 1.0, "cosine", 0.0) == 0.0
+
+
+def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, loss=1.0 / step)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    log = Log(tmp_path, Progress(step=2))
+    log.close()
+    assert losses(tmp_path) == [1.0, 0.5]
+
+
+def test_a_small_text_gets_a_short_run(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four passes, but a hundred steps at least and no more tokens than the default's."""
+    made = make_trainer(corpus, tmp_path / "a", steps=None)
+    assert made.total_steps == 4 * made.steps_per_epoch
+    made = make_trainer(corpus, tmp_path / "b", steps=None, batch=256)
+    assert made.steps_per_epoch < 25
+    assert made.total_steps == 100
+    monkeypatch.setattr("mmrec.training.state.DEFAULT_TOKENS", 64_000)
+    for accumulate in (1, 4):
+        made = make_trainer(corpus, tmp_path / f"c{accumulate}", steps=None, accumulate=accumulate)
+        assert made.total_steps == 1000 // accumulate
