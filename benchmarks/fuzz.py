@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 from mutations import mutate
 
-from mmrec.config import InputError
+from mmrec.errors import InputError
 
 SECONDS, MEMORY = 20.0, 1 << 30  # of one file, and beyond what the libraries take
 BAD = ("crash", "hang", "wrong content", "other exception", "memory")

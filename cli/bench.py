@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrec.config import InputError, TrainConfig, from_dict, preset, train_settings
+from mmrec.config import TrainConfig, from_dict, preset, train_settings
+from mmrec.errors import InputError
 
 if TYPE_CHECKING:
     from mmrec.profiling.kernel_bench import Row

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmrec.cli.train import begin, finish, resume_run, say
-from mmrec.config import InputError
+from mmrec.errors import InputError
 from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw nothing.")] = False,
 ) -> None:
     """Put runs side by side: a table, and their validation curves in one picture."""
-    from mmrec.config import InputError
+    from mmrec.errors import InputError
     from mmrec.evaluation.compare import draw_curves, read_run
 
     curves = [read_run(run) for run in runs]

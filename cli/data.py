@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.config import InputError, check_reading
+from mmrec.config import check_reading
+from mmrec.errors import InputError
 
 if TYPE_CHECKING:
     from mmrec.data.readers import Reading

@@ -37,7 +37,7 @@ def evaluate(
     """Score a model on its whole validation split, on all of --data, by --prompts or --tasks."""
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.config import InputError
+    from mmrec.errors import InputError
 
     for option, path in (("--plot", plot), ("--report", report)):
         if path is not None and path.is_dir():
@@ -59,9 +59,9 @@ def evaluate(
 
 def _corpus(loaded: "Loaded") -> "Corpus":
     """The corpus that a model was trained on. Raises InputError if its text may not be read."""
-    from mmrec.config import InputError
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare, reading
+    from mmrec.errors import InputError
 
     settings = _settings(loaded)
     if not may_read(settings, loaded.path):
@@ -97,7 +97,7 @@ def _write_on(
 ) -> None:
     from tqdm import tqdm
 
-    from mmrec.config import InputError
+    from mmrec.errors import InputError
     from mmrec.evaluation.samples import as_html, as_markdown, read_prompts, write_samples
     from mmrec.inference.generate import Sampling
     from mmrec.runtime.atomic import write_text
@@ -128,7 +128,7 @@ def _write_on(
 
 def _training_text(loaded: "Loaded") -> bytes:
     """What copies are looked for in; nothing, said aloud, where it cannot be read."""
-    from mmrec.config import InputError
+    from mmrec.errors import InputError
 
     try:
         train = _corpus(loaded).train.tokens[:COPIED_TOKENS]
@@ -139,7 +139,7 @@ def _training_text(loaded: "Loaded") -> bytes:
 
 
 def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool) -> None:
-    from mmrec.config import InputError
+    from mmrec.errors import InputError
 
     if folder is not None and not folder.is_dir():
         raise InputError(f"--include-path must be a folder of tasks; {folder} is none")
@@ -167,11 +167,11 @@ def _score(
     import numpy as np
     from tqdm import tqdm
 
-    from mmrec.config import InputError
     from mmrec.data.corpus import Corpus, is_prepared
     from mmrec.data.readers import Reading
     from mmrec.data.sources import documents
     from mmrec.data.tokenize import encode_documents
+    from mmrec.errors import InputError
     from mmrec.evaluation.evaluate import TokenScores, evaluate
     from mmrec.evaluation.report import draw, make_report
 

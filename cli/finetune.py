@@ -11,7 +11,8 @@ import typer
 from mmrec.cli.eval import may_read
 from mmrec.cli.ranks import check_launch
 from mmrec.cli.train import LENGTHS, begin, finish, say
-from mmrec.config import InputError, TrainConfig, from_dict
+from mmrec.config import TrainConfig, from_dict
+from mmrec.errors import InputError
 from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:

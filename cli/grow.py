@@ -44,7 +44,8 @@ def grow(
 
     from mmrec.checkpoint.checkpoint import load_model, read_info
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.config import InputError, ModelConfig, from_dict, preset
+    from mmrec.config import ModelConfig, from_dict, preset
+    from mmrec.errors import InputError
     from mmrec.finetune.grow import Growth
 
     if to is None and vocab is None and not given:
@@ -92,9 +93,10 @@ def grow(
 
 def _extend(loaded: "Loaded", vocab: int, data: str | None) -> tuple["Tokenizer", list[list[int]]]:
     """The model's tokenizer with tokens of a text added, and what each of them joins."""
-    from mmrec.config import InputError, TrainConfig, from_dict
+    from mmrec.config import TrainConfig, from_dict
     from mmrec.data.prepare import reading, training_texts
     from mmrec.data.tokenizer import extend_tokenizer
+    from mmrec.errors import InputError
 
     settings = from_dict(TrainConfig, loaded.info.get("train", {}))
     if data is None and not may_read(settings, loaded.path):

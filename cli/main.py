@@ -17,7 +17,8 @@ from mmrec.cli.grow import grow
 from mmrec.cli.info import info
 from mmrec.cli.startup import prepare_process
 from mmrec.cli.train import train
-from mmrec.config import VERSION, InputError
+from mmrec.config import VERSION
+from mmrec.errors import InputError
 
 app = typer.Typer(
     help="Train and run recurrent language models on a CPU.",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mmrec.config import InputError, ModelConfig, TrainConfig, nearest
+from mmrec.config import ModelConfig, TrainConfig
+from mmrec.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from mmrec.runtime.distributed import World
@@ -50,7 +51,7 @@ def check_launch(kind: str | None) -> None:
         return
     if kind not in KINDS:
         raise InputError(
-            f"parallel must be one of {', '.join(KINDS)}; got {kind!r}{nearest(kind, KINDS)}"
+            f"parallel must be one of {', '.join(KINDS)}; got {kind!r}{did_you_mean(kind, KINDS)}"
         )
     if not all(name in os.environ for name in TORCHRUN):
         raise InputError(
@@ -78,7 +79,8 @@ def together(kind: str | None) -> Iterator["World | None"]:
     ended: typer.Exit | None = None
     lost = ""
     with _mute() if os.environ["RANK"] != "0" else contextlib.nullcontext():
-        from mmrec.runtime.distributed import Lost, Ranks
+        from mmrec.errors import ProcessLostError
+        from mmrec.runtime.distributed import Ranks
 
         try:
             with Ranks(kind) as world:
@@ -86,7 +88,7 @@ def together(kind: str | None) -> Iterator["World | None"]:
                     yield world
                 except typer.Exit as error:  # all processes end with it
                     ended = error
-        except Lost as error:
+        except ProcessLostError as error:
             lost = str(error)
     if lost:
         end = "\n" * (os.environ["RANK"] != "0")  # of the bar that a lost rank 0 leaves

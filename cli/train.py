@@ -12,7 +12,6 @@ import typer
 
 from mmrec.cli.ranks import check_launch, command, follow, lead, together
 from mmrec.config import (
-    InputError,
     ModelConfig,
     TrainConfig,
     from_dict,
@@ -20,6 +19,7 @@ from mmrec.config import (
     preset,
     train_settings,
 )
+from mmrec.errors import InputError
 from mmrec.runtime.interrupts import leaving, unbreakable_output
 
 if TYPE_CHECKING:
@@ -238,13 +238,14 @@ def finish(
     ``again`` is the command that goes on after a signal, if it is not train's.
     """
     from mmrec.checkpoint.manager import run_checkpoints
-    from mmrec.training.trainer import TrainingDiverged, train
+    from mmrec.errors import TrainingDivergedError
+    from mmrec.training.trainer import train
 
     folder = trainer.folder
     resuming = command(f"train --resume --out {folder}", parallel)
     try:
         made = train(trainer, resume=resume, lock=lock)
-    except TrainingDiverged as error:
+    except TrainingDivergedError as error:
         good = run_checkpoints(folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         say(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.config import InputError
+from mmrec.errors import InputError
 
 BLOCK = 256  # windows in which a mixture keeps its shares
 

@@ -18,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from mmrec.checkpoint.hdf5 import atomic_write, open_file, read_json, write_json
-from mmrec.config import InputError, TrainConfig
+from mmrec.config import TrainConfig
 from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
 from mmrec.data.readers import Document, Reading
 from mmrec.data.sources import Source, documents, mixture, reread
 from mmrec.data.split import TRAIN, Plan, scan, sketches, split
 from mmrec.data.tokenize import Parts
 from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
+from mmrec.errors import InputError
 from mmrec.runtime.atomic import sweep
 
 SAMPLE = 1 << 26  # bytes of training text that a bpe tokenizer is trained on

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmrec.config import InputError
+from mmrec.errors import InputError
 
 SEPARATOR = "<|endoftext|>"  # cuts one text into documents
 PIECE = 1 << 16  # characters of a document that are held, and given to one core, at once

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmrec.config import InputError, nearest
 from mmrec.data.readers import PACKED, RECORDS, Document, Reading, read_file, stem_suffix
 from mmrec.data.readers import from_record as documents_of_record
+from mmrec.errors import InputError, did_you_mean
 from mmrec.runtime.atomic import sweep
 
 NAMES = ["stdlib", "shakespeare"]
@@ -163,7 +163,7 @@ def _find(source: str) -> list[Path]:
         raise InputError(f"no data at {source}: no such file or folder")
     raise InputError(
         f"unknown corpus {source!r}: expected {', '.join(NAMES)}, -, hf:NAME, or an existing file, "
-        f"folder or glob{nearest(source, NAMES)}"
+        f"folder or glob{did_you_mean(source, NAMES)}"
     )
 
 

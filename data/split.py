@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mmrec.config import InputError
 from mmrec.data.readers import Document, Reading
+from mmrec.errors import InputError
 
 FEW = 20  # with fewer documents than this, each one is cut instead of being given to one side
 TRAIN, VAL, DROPPED = 0, 1, 2

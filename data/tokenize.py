@@ -23,11 +23,11 @@ from mmrec.checkpoint.hdf5 import (
     write_chunks,
     write_json,
 )
-from mmrec.config import InputError
 from mmrec.data.corpus import SCHEMA, SIDES, Split, token_dtype
 from mmrec.data.readers import Document
 from mmrec.data.split import VAL
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError
 from mmrec.runtime.atomic import write_text
 
 BATCH = 1 << 20  # characters that are tokenised at once

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mmrec.config import InputError
+from mmrec.errors import InputError
 
 KINDS = ("bpe", "char", "byte")
 EOT = "<|endoftext|>"

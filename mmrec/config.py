@@ -1,25 +1,16 @@
 """Version, errors, configuration and presets: plain data that every other module may read."""
 
 import dataclasses
-import difflib
 import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mmrec.errors import InputError, did_you_mean
+
 VERSION = "0.1.0"
 LARGEST = 10**15  # of whole numbers: a size, and what it is multiplied with, stays countable
-
-
-class InputError(ValueError):
-    """A user's mistake. Its text is one line that states the rule, what was expected, what came."""
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _require(good: bool, rule: str, got: object) -> None:
@@ -278,7 +269,7 @@ def preset(name: str, tokenizer: str = "bpe") -> ModelConfig:
     if name not in PRESETS:
         known = ", ".join(PRESETS)
         raise InputError(
-            f"unknown preset {name!r}: expected one of {known}{nearest(name, list(PRESETS))}"
+            f"unknown preset {name!r}: expected one of {known}{did_you_mean(name, list(PRESETS))}"
         )
     made = PRESETS[name]
     return made if tokenizer == "bpe" else replace(made, runs=4, ngrams=2 * made.ngrams)
@@ -301,7 +292,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     for key, value in values.items():
         if key not in known:
             raise InputError(
-                f"unknown setting {key!r} for {cls.__name__}{nearest(key, list(known))}"
+                f"unknown setting {key!r} for {cls.__name__}{did_you_mean(key, list(known))}"
             )
         want = str(known[key].type)
         kind = bool if isinstance(value, bool) else type(value)

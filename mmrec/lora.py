@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrec.config import InputError
+from mmrec.errors import InputError
 from mmrec.model import Layer, Linear, Model
 
 FACTORS = (".down", ".up")

@@ -7,7 +7,6 @@ import pytest
 
 from mmrec.config import (
     PRESETS,
-    InputError,
     ModelConfig,
     TrainConfig,
     from_dict,
@@ -15,6 +14,7 @@ from mmrec.config import (
     preset,
     to_toml,
 )
+from mmrec.errors import InputError
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmrec.checkpoint.checkpoint import load_model
-from mmrec.config import InputError, TrainConfig
+from mmrec.config import TrainConfig
 from mmrec.data.corpus import Corpus
+from mmrec.errors import InputError
 from mmrec.finetune.start import grow_checkpoint
 from mmrec.lora import FACTORS, LowRank, attach
 from mmrec.model import Model

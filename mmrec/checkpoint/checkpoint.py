@@ -24,8 +24,9 @@ from mmrec.checkpoint.hdf5 import (
     write_json,
 )
 from mmrec.checkpoint.structure import attribute
-from mmrec.config import InputError, ModelConfig, TrainConfig, from_dict
+from mmrec.config import ModelConfig, TrainConfig, from_dict
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError
 from mmrec.lora import FACTORS, merge
 from mmrec.model import Model, State
 from mmrec.runtime.distributed import ALONE, World

@@ -21,7 +21,8 @@ import h5py
 import numpy as np
 
 from mmrec.checkpoint.structure import attribute, check_structure, read_whole
-from mmrec.config import VERSION, InputError
+from mmrec.config import VERSION
+from mmrec.errors import DamagedError, InputError
 from mmrec.runtime.atomic import atomic_file
 
 SEAL_BYTES = 512
@@ -31,10 +32,6 @@ PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 MAPPED_BYTES = 1 << 27  # and more are not read at once
 JSON_BYTES = 1 << 24
 """Longest JSON value; the tokenizer of a vocabulary of 128,000 takes a third of it."""
-
-
-class DamagedError(InputError):
-    """A file is not what was once written: cut, changed, or not made by mmrec."""
 
 
 class _Sink(io.RawIOBase):

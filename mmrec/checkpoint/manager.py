@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.checkpoint.checkpoint import KIND, SCHEMA, read_info
-from mmrec.checkpoint.hdf5 import DamagedError, open_file, read_json
-from mmrec.config import InputError
+from mmrec.checkpoint.hdf5 import open_file, read_json
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import DamagedError, InputError
 
 RUNS = Path("runs")
 

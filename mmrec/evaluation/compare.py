@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import read_info
-from mmrec.config import InputError, TrainConfig, from_dict, load_toml
+from mmrec.config import TrainConfig, from_dict, load_toml
+from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_file
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrec.config import InputError
 from mmrec.data.dataloader import eval_lanes
+from mmrec.errors import InputError
 from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
 from mmrec.model import Model, State
 

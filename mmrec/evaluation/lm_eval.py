@@ -103,13 +103,13 @@ def run_tasks(loaded: Loaded, names: Sequence[str], folder: Path | None) -> dict
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from mmrec.config import InputError, nearest
+    from mmrec.errors import InputError, did_you_mean
 
     manager = TaskManager(include_path=str(folder) if folder else None)
     for name in names:
         if name not in manager.all_tasks:
             raise InputError(
-                f"the harness has no task {name!r}{nearest(name, list(manager.all_tasks))}"
+                f"the harness has no task {name!r}{did_you_mean(name, list(manager.all_tasks))}"
             )
     torch.manual_seed(0)
     made = simple_evaluate(HarnessModel(loaded), tasks=list(names), task_manager=manager)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrec.checkpoint.checkpoint import Loaded
-from mmrec.config import InputError
+from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import continuation
 from mmrec.inference.generate import Sampling, generate
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmrec.config import InputError, ModelConfig
+from mmrec.config import ModelConfig
+from mmrec.errors import InputError
 from mmrec.model import Layer, Model, spread_decays
 
 HOW = ("preserve", "stack", "random")

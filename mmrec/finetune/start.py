@@ -11,8 +11,9 @@ from torch import optim
 
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint.checkpoint import Loaded
-from mmrec.config import InputError, ModelConfig
+from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth
 from mmrec.model import Model
 from mmrec.optimizer import Muon

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmrec.config import InputError
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError
 from mmrec.model import Model, State
 
 PROMPT_CHUNK = 1024  # tokens of the prompt read at once

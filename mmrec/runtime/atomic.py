@@ -8,11 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmrec.config import InputError
-
-
-class StorageError(InputError):
-    """A file could not be written. What stood at its path before is untouched."""
+from mmrec.errors import StorageError
 
 
 @contextlib.contextmanager

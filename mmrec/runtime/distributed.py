@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmrec.config import InputError
+from mmrec.errors import InputError, ProcessLostError
 from mmrec.kernels import _tensors as arrays
 
 KINDS = ["ddp", "fsdp"]
@@ -26,10 +26,6 @@ PATIENCE = timedelta(days=30)  # for what one process does while the others wait
 
 Value = TypeVar("Value")
 Work = Callable[[list[Tensor]], list[Tensor]]
-
-
-class Lost(Exception):
-    """Another process of the job has ended without a word."""
 
 
 class World:
@@ -97,7 +93,7 @@ class Ranks(World):
     """The processes that torchrun started, over gloo. As a context: what ends one ends all.
 
     Left by an error of its own, a process says so to the others, which then end without a word;
-    left because another one vanished, it raises Lost, or SystemExit if one has said so already.
+    left because another one vanished, it raises ProcessLostError, or SystemExit if one has said so already.
     """
 
     def __init__(self, kind: str) -> None:
@@ -129,7 +125,7 @@ class Ranks(World):
             first = self._store.add("mmrec/said", 1) == 1
         if issubclass(kind, RuntimeError) and _is_network(error):
             if first:
-                raise Lost("a process of this job has ended") from None
+                raise ProcessLostError("a process of this job has ended") from None
             raise SystemExit(1) from None
 
     def shard(self, module: nn.Module) -> nn.Module:

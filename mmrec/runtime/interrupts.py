@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
+from mmrec.errors import InterruptedTrainingError
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):
-    """A signal asked for the end while work was under way that can be done again."""
 
 
 class Stop:
@@ -55,9 +53,9 @@ class Stop:
             signal.signal(s, handler)
 
     def check(self, *_: object) -> None:
-        """Raise Interrupted if a signal came."""
+        """Raise InterruptedTrainingError if a signal came."""
         if self.came():
-            raise Interrupted
+            raise InterruptedTrainingError
 
 
 def _replace(handler: Any) -> dict[signal.Signals, Any]:

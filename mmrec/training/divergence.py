@@ -8,14 +8,6 @@ ROLLBACKS, CUT = 3, 0.5  # each rollback multiplies the learning rates by CUT
 WINDOW, QUIET = 100, 500  # losses that a spike is measured by; steps between two mentions
 
 
-class TrainingDiverged(Exception):
-    """A loss or gradient became NaN or infinite; the weights were not updated with it."""
-
-
-class WeightsDiverged(TrainingDiverged):
-    """The weights themselves are no longer usable, so leaving a step out cannot help."""
-
-
 def limit_reached(policy: str, in_row: int, skipped: int, rollbacks: int) -> str | None:
     """Why ``--on-nan`` may not go on once more, in words; None if it may."""
     if policy == "skip" and in_row >= SKIPS_IN_ROW:

@@ -11,8 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmrec.config import InputError
-from mmrec.runtime.atomic import StorageError, append, atomic_file, keep_trying, sweep, write_text
+from mmrec.errors import InputError, RunLockedError, StorageError
+from mmrec.runtime.atomic import (
+    append,
+    atomic_file,
+    keep_trying,
+    sweep,
+    write_text,
+)
 
 FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
 REDRAW_SECONDS = 10.0
@@ -63,10 +69,6 @@ class Progress:
     since_check: list[float] = dataclasses.field(default_factory=list)
 
 
-class RunLocked(InputError):
-    """Another process writes in the run folder."""
-
-
 class Lock:
     """The right to write in a run folder, until it is released or the process ends.
 
@@ -75,7 +77,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take it, making the folder. Raises RunLocked, naming the owner, if it is taken."""
+        """Take it, making the folder. Raises RunLockedError, naming the owner, if it is taken."""
         self.folder, self._path = folder, folder / ".lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ class Lock:
         except BlockingIOError:
             owner = self._file.read().strip() or "another process"
             self._file.close()
-            raise RunLocked(
+            raise RunLockedError(
                 f"{folder} is being written by {owner}: wait for it, stop it, or "
                 "choose another --out"
             ) from None
@@ -132,7 +134,7 @@ def open_run(out: str, default: Path, *, force: bool) -> Lock:
     makes; without a name the default is used, numbered if it is taken.
 
     Raises:
-        RunLocked: the folder is being written, ``force`` or not.
+        RunLockedError: the folder is being written, ``force`` or not.
         InputError: it holds a run, or cannot be written.
     """
     folder, number = Path(out) if out else default, 1
@@ -141,7 +143,7 @@ def open_run(out: str, default: Path, *, force: bool) -> Lock:
             raise InputError(f"the run folder {folder} must be a folder; it is a file")
         try:
             lock = Lock(folder)
-        except RunLocked:
+        except RunLockedError:
             if out or force:
                 raise
         else:

@@ -9,15 +9,14 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import read_info
 from mmrec.config import (
-    InputError,
     ModelConfig,
     TrainConfig,
     from_dict,
-    nearest,
     preset,
     train_settings,
 )
 from mmrec.data.prepare import tokenizer_kind
+from mmrec.errors import InputError, did_you_mean
 from mmrec.evaluation.compare import Curve, read_run
 from mmrec.finetune.grow import Growth
 from mmrec.profiling.cost import flops_per_token, parameters
@@ -115,7 +114,7 @@ def _check_keys(table: dict[str, Any], known: list[str], what: str) -> None:
             place = "above all stages" if key in ONCE else "in each [[stage]]"
             raise InputError(f"{key} must stand {place}, not in {what}")
         if key not in known:
-            raise InputError(f"unknown setting {key!r} in {what}{nearest(key, known)}")
+            raise InputError(f"unknown setting {key!r} in {what}{did_you_mean(key, known)}")
 
 
 def _stage(

@@ -20,7 +20,6 @@ from mmrec.config import (
     DEFAULT_EPOCHS,
     DEFAULT_TOKENS,
     LEAST_STEPS,
-    InputError,
     ModelConfig,
     TrainConfig,
     from_dict,
@@ -28,6 +27,7 @@ from mmrec.config import (
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import Batches, Mixed, Mixture, deal, spread_pieces
 from mmrec.data.prepare import open_corpus
+from mmrec.errors import InputError, TrainingDivergedError, WeightsDivergedError
 from mmrec.evaluation.evaluate import LANES, Evaluation
 from mmrec.finetune.start import freeze, rates_by_layer, take_over
 from mmrec.model import Model
@@ -38,7 +38,6 @@ from mmrec.runtime.atomic import keep_trying
 from mmrec.runtime.distributed import ALONE, World
 from mmrec.runtime.hardware import probe_bfloat16
 from mmrec.runtime.interrupts import Stop
-from mmrec.training.divergence import TrainingDiverged, WeightsDiverged
 from mmrec.training.lr_schedule import lr_factor
 from mmrec.training.replicas import gradients, join, lanes_for, split
 from mmrec.training.run_dir import Progress
@@ -242,7 +241,7 @@ class State:
         [norm] = map(float, self.lanes.run([lambda: self.world.whole(clip(weights, c.clip))]))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-            raise TrainingDiverged(f"{what} at step {p.step + 1}")
+            raise TrainingDivergedError(f"{what} at step {p.step + 1}")
         self.optimizer.step()
         return loss, norm, c.lr * factor
 
@@ -250,14 +249,14 @@ class State:
         """Write a checkpoint; ``whole`` ones can be resumed from.
 
         Raises:
-            WeightsDiverged: a weight is not finite; nothing was written.
+            WeightsDivergedError: a weight is not finite; nothing was written.
         """
         world, weights = self.world, list(self.model.named_parameters())
         bad = (i for i, (_, p) in enumerate(weights) if not _finite(world.local(p.detach())))
         first = -world.most(-next(bad, math.inf))
         if first < math.inf:
             name = weights[int(first)][0]
-            raise WeightsDiverged(f"weight {name} not finite at step {self.progress.step}")
+            raise WeightsDivergedError(f"weight {name} not finite at step {self.progress.step}")
         val = dataclasses.asdict(self.val) if self.val else None
         info = {
             "preset": self.preset,

@@ -14,14 +14,18 @@ import torch
 from tqdm import tqdm
 
 from mmrec.checkpoint import manager as saved
-from mmrec.config import DEFAULT_EPOCHS, InputError, ModelConfig, TrainConfig, to_toml
+from mmrec.config import DEFAULT_EPOCHS, ModelConfig, TrainConfig, to_toml
 from mmrec.data.corpus import Corpus
+from mmrec.errors import (
+    InputError,
+    InterruptedTrainingError,
+    TrainingDivergedError,
+    WeightsDivergedError,
+)
 from mmrec.evaluation.evaluate import Evaluation, evaluate
 from mmrec.runtime.atomic import keep_trying, write_text
 from mmrec.runtime.distributed import ALONE, World
-from mmrec.runtime.interrupts import Interrupted
 from mmrec.training import divergence as guard
-from mmrec.training.divergence import TrainingDiverged, WeightsDiverged
 from mmrec.training.run_dir import COLUMNS, Lock, Log, NoLog, clock, epoch_row, overfitting, verdict
 from mmrec.training.state import State, conditions
 
@@ -80,7 +84,7 @@ class Trainer(State):
         p = self.progress
         val = self.score(self.subset, self.subset_bytes)
         if not math.isfinite(val.loss):
-            raise WeightsDiverged(f"validation loss {val.loss} at step {p.step}")
+            raise WeightsDivergedError(f"validation loss {val.loss} at step {p.step}")
         self.val = val
         train = sum(p.since_check) / max(1, len(p.since_check))
         p.since_check = []
@@ -131,14 +135,18 @@ class Trainer(State):
         if p.step % self.steps_per_epoch == 0:
             self.end_epoch(log)
 
-    def diverged(self, error: TrainingDiverged, log: Log) -> None:
+    def diverged(self, error: TrainingDivergedError, log: Log) -> None:
         """Go on as ``on_nan`` says, or save what is good and raise the error."""
         p, policy = self.progress, self.config.on_nan
         self.carried = self.carried_before  # what came of the step may be no number
         limit = guard.limit_reached(policy, p.in_row, p.skipped, p.rollbacks)
-        if policy == "stop" or limit or (policy == "skip" and isinstance(error, WeightsDiverged)):
+        if (
+            policy == "stop"
+            or limit
+            or (policy == "skip" and isinstance(error, WeightsDivergedError))
+        ):
             torch.set_rng_state(self.rng)  # a resume takes the same step again
-            with contextlib.suppress(WeightsDiverged):
+            with contextlib.suppress(WeightsDivergedError):
                 self.save_whole("last.h5", log)
             raise type(error)(f"{error}{f' {limit}' if limit else ''}")
         if policy == "skip":
@@ -263,7 +271,7 @@ class Trainer(State):
                     share = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
                     self.end_epoch(log, share or 1.0)
                     why = "early" if self.early else "done"
-        except Interrupted:
+        except InterruptedTrainingError:
             pass
         finally:
             self.echo = echo
@@ -286,7 +294,7 @@ class Trainer(State):
                     return
                 begin = time.perf_counter()
                 loss, norm, lr = self.take_step()
-            except TrainingDiverged as error:
+            except TrainingDivergedError as error:
                 self.diverged(error, log)
                 bar.n = self.progress.step
                 continue
@@ -338,8 +346,8 @@ def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -
         lock: that of the folder, if the caller has it already.
 
     Raises:
-        RunLocked: another process writes in the folder.
-        TrainingDiverged: a loss or gradient is no longer finite and ``on_nan`` does not go on;
+        RunLockedError: another process writes in the folder.
+        TrainingDivergedError: a loss or gradient is no longer finite and ``on_nan`` does not go on;
             ``last.h5`` is the state before that step.
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """

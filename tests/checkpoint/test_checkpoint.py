@@ -11,9 +11,10 @@ import torch
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint import manager as saved
 from mmrec.checkpoint.hdf5 import seal, write_json
-from mmrec.config import PRESETS, InputError
+from mmrec.config import PRESETS
 from mmrec.data.corpus import Corpus
 from mmrec.data.tokenizer import train_tokenizer
+from mmrec.errors import InputError
 from mmrec.model import Model
 from mmrec.optimizer import Muon
 from mmrec.training.trainer import Trainer, train

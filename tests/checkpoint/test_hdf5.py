@@ -21,8 +21,8 @@ from mmrec.checkpoint.hdf5 import (
     write_array,
     write_json,
 )
-from mmrec.config import InputError
-from mmrec.runtime.atomic import StorageError, append, sweep
+from mmrec.errors import InputError, StorageError
+from mmrec.runtime.atomic import append, sweep
 
 
 def write(path: Path, kind: str = "corpus", schema: int = 1, seed: int = 0) -> np.ndarray:
@@ -63,7 +63,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from mmrec.runtime.atomic import StorageError
+from mmrec.errors import StorageError
 from mmrec.checkpoint.hdf5 import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from mmrec.checkpoint.hdf5 import (
-    DamagedError,
     atomic_write,
     open_file,
     read_array,
     seal,
     write_array,
 )
-from mmrec.config import InputError
+from mmrec.errors import DamagedError, InputError
 from tests.conftest import ROOT
 
 

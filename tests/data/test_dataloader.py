@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import InputError
 from mmrec.data.dataloader import Batches, Mixture, deal, eval_lanes, spread_pieces
+from mmrec.errors import InputError
 
 
 def test_an_epoch_is_a_partition_in_a_new_order() -> None:

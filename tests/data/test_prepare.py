@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from mmrec.checkpoint import hdf5 as storage
-from mmrec.config import InputError
 from mmrec.data import prepare as module
 from mmrec.data import tokenize as encoding
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
 from mmrec.data.readers import Reading
 from mmrec.data.sources import documents
+from mmrec.errors import InputError
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])

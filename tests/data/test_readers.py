@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mmrec.config import InputError
 from mmrec.data import readers
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
@@ -24,6 +23,7 @@ from mmrec.data.readers import Cutter, Document, Reading
 from mmrec.data.sources import documents
 from mmrec.data.tokenize import encode_documents
 from mmrec.data.tokenizer import train_tokenizer
+from mmrec.errors import InputError
 
 
 def texts(source: Path | str, **how: object) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import InputError
 from mmrec.data.tokenizer import EOT, Tokenizer, extend_tokenizer, train_tokenizer
+from mmrec.errors import InputError
 
 TEXT = "the cat sat on the mat; the thé was thin. 漢字 🙂\n" * 20
 KINDS = [train_tokenizer(kind, [TEXT], 300) for kind in ("bpe", "char", "byte")]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
 from mmrec.data.readers import Document
 from mmrec.data.tokenize import encode_documents
 from mmrec.data.tokenizer import train_tokenizer
+from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate
 from mmrec.model import Model
 from mmrec.training.trainer import Trainer

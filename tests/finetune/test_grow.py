@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import PRESETS, InputError, ModelConfig
+from mmrec.config import PRESETS, ModelConfig
+from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth, grow, place_layers
 from mmrec.model import Model
 from mmrec.optimizer import Muon

@@ -10,9 +10,10 @@ import torch
 
 from mmrec.checkpoint import manager as saved
 from mmrec.checkpoint.checkpoint import load_model, open_moments
-from mmrec.config import InputError, TrainConfig
+from mmrec.config import TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import Batches, Mixed
+from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth
 from mmrec.finetune.start import freeze, grow_checkpoint
 from mmrec.model import Model

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
+from mmrec.errors import InputError
 from mmrec.inference import generate as module
 from mmrec.inference.generate import Sampling, generate, probabilities, until
 from mmrec.model import Model

@@ -17,8 +17,8 @@ import pytest
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint import manager as saved
 from mmrec.cli import ranks, startup
-from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
+from mmrec.errors import InputError
 from mmrec.runtime.distributed import World
 from mmrec.training.run_dir import Lock
 from tests.conftest import make_trainer

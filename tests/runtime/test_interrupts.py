@@ -15,7 +15,8 @@ import pytest
 
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint import manager as saved
-from mmrec.training.run_dir import Lock, RunLocked
+from mmrec.errors import RunLockedError
+from mmrec.training.run_dir import Lock
 from tests.conftest import ROOT
 
 SETTINGS = """preset = "tiny"
@@ -74,7 +75,7 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
     os.close(slave)
     run = folder / "r"
     wait_for(lambda: lines(run) > 3, process)
-    with pytest.raises(RunLocked, match=f"is being written by process {process.pid} on "):
+    with pytest.raises(RunLockedError, match=f"is being written by process {process.pid} on "):
         Lock(run)
     for wish in (["--resume"], [*PLAN, "9", "--force"]):
         second = subprocess.run(

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mmrec.config import InputError
+from mmrec.errors import InputError, RunLockedError
 from mmrec.training.run_dir import (
     COLUMNS,
     Lock,
-    RunLocked,
     clock,
     epoch_row,
     open_run,
@@ -48,9 +47,11 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     with open_run("", default, force=False) as first:
         assert {p.name for p in default.iterdir()} == {".lock"}
         for force in (False, True):
-            with pytest.raises(RunLocked, match=f"is being written by process {os.getpid()} on "):
+            with pytest.raises(
+                RunLockedError, match=f"is being written by process {os.getpid()} on "
+            ):
                 open_run(str(default), default, force=force)
-        with pytest.raises(RunLocked):
+        with pytest.raises(RunLockedError):
             open_run("", default, force=True)
         with open_run("", default, force=False) as second:
             assert second.folder == tmp_path / "tiny-2"

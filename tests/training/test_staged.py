@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mmrec.checkpoint.checkpoint import load_model
-from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
+from mmrec.errors import InputError
 from mmrec.evaluation.compare import read_run
 from mmrec.evaluation.evaluate import evaluate
 from mmrec.profiling.cost import flops_per_token

@@ -15,8 +15,9 @@ import torch
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint import manager as saved
 from mmrec.data.corpus import Corpus, Split
+from mmrec.errors import TrainingDivergedError, WeightsDivergedError
 from mmrec.training import trainer as training
-from mmrec.training.divergence import ROLLBACKS, SKIPS_IN_ROW, TrainingDiverged, WeightsDiverged
+from mmrec.training.divergence import ROLLBACKS, SKIPS_IN_ROW
 from mmrec.training.trainer import Trainer, train
 from tests.conftest import make_trainer
 
@@ -251,7 +252,7 @@ def test_going_on_after_a_nan(
 def test_a_stop_is_resumed_as_if_skip_had_been_asked_for(corpus: Corpus, tmp_path: Path) -> None:
     whole = run(corpus, tmp_path / "whole", on_nan="skip", bad=(6,))
     for _ in range(2):
-        with pytest.raises(TrainingDiverged, match="loss nan at step 7"):
+        with pytest.raises(TrainingDivergedError, match="loss nan at step 7"):
             run(corpus, tmp_path / "cut", resume=(tmp_path / "cut").exists(), bad=(6,))
         assert checkpoint.read_info(tmp_path / "cut" / "last.h5")[0] == 6
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, on_nan="skip", bad=(6,)))
@@ -259,12 +260,12 @@ def test_a_stop_is_resumed_as_if_skip_had_been_asked_for(corpus: Corpus, tmp_pat
 
 def test_limits(corpus: Corpus, tmp_path: Path) -> None:
     bad = tuple(range(6, 500))
-    with pytest.raises(TrainingDiverged, match=f"after {SKIPS_IN_ROW} skipped steps in a row"):
+    with pytest.raises(TrainingDivergedError, match=f"after {SKIPS_IN_ROW} skipped steps in a row"):
         run(corpus, tmp_path / "a", on_nan="skip", bad=bad)
-    with pytest.raises(TrainingDiverged, match=f"after {ROLLBACKS} rollbacks"):
+    with pytest.raises(TrainingDivergedError, match=f"after {ROLLBACKS} rollbacks"):
         run(corpus, tmp_path / "b", on_nan="rollback", bad=bad)
     assert len(events(tmp_path / "b", "rollback")) == ROLLBACKS
-    with pytest.raises(TrainingDiverged, match=f"after {ROLLBACKS} rollbacks"):
+    with pytest.raises(TrainingDivergedError, match=f"after {ROLLBACKS} rollbacks"):
         run(corpus, tmp_path / "c", on_nan="rollback", bad=tuple(range(500)))  # back to step 0
 
 
@@ -282,6 +283,6 @@ def test_weights_that_are_not_finite_are_never_saved(
         return result
 
     made.take_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(WeightsDiverged, match=r"weight norm.weight not finite at step 10"):
+    with pytest.raises(WeightsDivergedError, match=r"weight norm.weight not finite at step 10"):
         train(made)
     assert [p.name for p in saved.run_checkpoints(tmp_path)] == ["step-5.h5"]

@@ -18,12 +18,11 @@ import torch
 
 from mmrec.checkpoint import checkpoint
 from mmrec.checkpoint import manager as saved
-from mmrec.config import InputError
 from mmrec.data.corpus import Corpus
-from mmrec.runtime.atomic import StorageError
+from mmrec.errors import InputError, StorageError, TrainingDivergedError
 from mmrec.training.lr_schedule import lr_factor
 from mmrec.training.run_dir import Log, Progress
-from mmrec.training.trainer import Trainer, TrainingDiverged, train
+from mmrec.training.trainer import Trainer, train
 from tests.conftest import make_trainer
 
 
@@ -154,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_
         return take()
 
     made.take_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TrainingDiverged, match=r"loss (nan|inf) at step 8"):
+    with pytest.raises(TrainingDivergedError, match=r"loss (nan|inf) at step 8"):
         train(made)
     assert saved.run_checkpoints(tmp_path)[-1].name == "step-5.h5"
     kept = checkpoint.load_model(tmp_path / "step-5.h5").model
