@@ -113,11 +113,11 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.project, self.merge = (nn.Linear(width, n, bias=False) for n in (3 * width, width))
+        self.in_proj, self.merge = (nn.Linear(width, n, bias=False) for n in (3 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = self.project(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.in_proj(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         half = q.shape[-1] // 2
         angle = torch.arange(time)[:, None] * 10000 ** -(torch.arange(half) / half)
         cos, sin = angle.cos(), angle.sin()
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         self.narrow = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(depth))
         self.dropout = nn.Dropout(dropout)
         for attention, narrow in zip(self.attention, self.narrow, strict=True):
-            nn.init.zeros_(attention.merge.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(attention.out_proj.weight)  # type: ignore[union-attr, arg-type]
             nn.init.zeros_(narrow.weight)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:

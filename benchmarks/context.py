@@ -65,7 +65,7 @@ def loss_with(loaded: Loaded, documents: list[np.ndarray], context: int, longest
             hidden, state = loaded.model.hidden_states(x, state)
             scored = y >= 0
             for h, target in zip(hidden[scored].split(4096), y[scored].split(4096), strict=True):
-                total += float(F.cross_entropy(loaded.model.head(h), target, reduction="sum"))
+                total += float(F.cross_entropy(loaded.model.lm_head(h), target, reduction="sum"))
             count += int(scored.sum())
     assert count == sum(len(text) - 1 - longest // 2 for text in documents)
     return total / count

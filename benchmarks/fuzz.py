@@ -45,17 +45,27 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare
     from mmrec.model import Model
-    from mmrec.optimizer import Muon
+    from mmrec.optimizer import MuonAdamW, parameter_groups
 
     (folder / "text.txt").write_text(text)
     made: list[tuple[str, Path]] = []
-    small = ModelConfig(width=16, depth=2, heads=2, layers="sl", ffn=2.0, ngrams=32, horizon=32)
+    small = ModelConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        layer_types="sl",
+        ffn_multiplier=2.0,
+        ngram_buckets=32,
+        max_timescale=32,
+    )
     for kind in ("bpe", "char"):
         path = prepare(str(folder / "text.txt"), kind, 300, folder / f"{kind}.h5")
         corpus = Corpus.open(path)
         torch.manual_seed(0)
         model = Model(replace(small, vocab_size=corpus.tokenizer.vocab_size))
-        optimizer = Muon(model.parameter_groups(0.1), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
+        optimizer = MuonAdamW(
+            parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02
+        )
         x = torch.from_numpy(corpus.train.tokens[:65].astype(np.int64))[None]
         model.loss(x[:, :-1], x[:, 1:]).backward()
         optimizer.step()
@@ -85,7 +95,7 @@ def read(kind: str, path: Path) -> str:
     from mmrec.data.corpus import Corpus
     from mmrec.inference.generate import generate
     from mmrec.model import Model
-    from mmrec.optimizer import Muon
+    from mmrec.optimizer import MuonAdamW, parameter_groups
 
     if kind == "corpus":
         c = Corpus.open(path)
@@ -99,7 +109,7 @@ def read(kind: str, path: Path) -> str:
     "".join(generate(loaded.model, loaded.tokenizer, "", max_tokens=2, seed=0))
     checkpoint.read_info(path)
     model = Model(config)
-    optimizer = Muon(model.parameter_groups(0.1), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
+    optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
     progress = checkpoint.restore(path, model, optimizer)
     weights = [p.detach().numpy() for p in model.parameters()]
     moments = [

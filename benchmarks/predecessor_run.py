@@ -24,7 +24,7 @@ from mmrec.data.dataloader import Batches  # noqa: E402
 from mmrec.data.prepare import prepare  # noqa: E402
 from mmrec.evaluation.evaluate import evaluate  # noqa: E402
 from mmrec.model import Model  # noqa: E402
-from mmrec.optimizer import Muon  # noqa: E402
+from mmrec.optimizer import MuonAdamW, parameter_groups  # noqa: E402
 from mmrec.profiling.kernel_bench import machine  # noqa: E402
 from mmrec.runtime.hardware import probe_bfloat16  # noqa: E402
 from mmrec.training.lr_schedule import lr_factor  # noqa: E402
@@ -47,11 +47,11 @@ def main() -> None:
     model.set_precision("bfloat16" if probe_bfloat16() else "float32")
     plan = TrainConfig()
     lanes = lanes_for(model, BATCH)
-    optimizer = Muon(
-        model.parameter_groups(plan.weight_decay, plan.table_decay),
+    optimizer = MuonAdamW(
+        parameter_groups(model, plan.weight_decay, plan.table_decay),
         lr=plan.lr,
         betas=(plan.beta1, plan.beta2),
-        muon_lr=plan.muon_lr,
+        matrix_lr=plan.muon_lr,
         lanes=lanes,
     )
     batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)

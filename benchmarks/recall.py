@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmrec.config import ModelConfig
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.profiling.kernel_bench import machine
 from mmrec.training.lr_schedule import lr_factor
 
@@ -123,7 +123,7 @@ def score(model: Model, sample: Sample) -> float:
     with torch.no_grad():
         x, _ = model.hidden_states(tokens)
         asked = targets != NONE
-        return float((model.head(x[asked]).argmax(-1) == targets[asked]).float().mean())
+        return float((model.lm_head(x[asked]).argmax(-1) == targets[asked]).float().mean())
 
 
 def learn(
@@ -142,11 +142,11 @@ def learn(
         heads=task.heads,
         vocab_size=task.vocab,
         layers=layers,
-        ffn=2.0,
-        horizon=4 * task.length,
+        ffn_multiplier=2.0,
+        max_timescale=4 * task.length,
     )
     model, rng = Model(config), np.random.default_rng(seed)
-    optimizer = Muon(model.parameter_groups(0.0), lr=lr, betas=(0.9, 0.95), muon_lr=0.02)
+    optimizer = MuonAdamW(parameter_groups(model, 0.0), lr=lr, betas=(0.9, 0.95), matrix_lr=0.02)
     begin = time.perf_counter()
     for step in range(task.steps):
         done = (step + 0.5) / task.steps
@@ -156,7 +156,7 @@ def learn(
         tokens, targets = make(rng, task.batch)
         x, _ = model.hidden_states(tokens)
         asked = targets != NONE
-        loss = F.cross_entropy(model.head(x[asked]), targets[asked])
+        loss = F.cross_entropy(model.lm_head(x[asked]), targets[asked])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

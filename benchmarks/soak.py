@@ -51,7 +51,7 @@ def measure() -> dict[str, float]:
 
 def one_round(corpus: Corpus, folder: Path, seed: int) -> float:
     """Train, evaluate and generate; returns bits per byte."""
-    shape = replace(preset("tiny"), width=64, ngrams=1024, dropout=0.1)
+    shape = replace(preset("tiny"), width=64, ngram_buckets=1024, dropout=0.1)
     plan = TrainConfig(
         data=str(corpus.info["source"]),
         steps=40,

@@ -1,82 +1,257 @@
-"""Version, errors, configuration and presets: plain data that every other module may read."""
+"""Settings: each one is declared here once, with its type, default, help, bounds and choices.
+
+The command line's options, the checks, the TOML file, the error messages and the configuration
+page of the documentation are derived from these declarations.
+
+A setting has two names. In code and in TOML it stands in a section: ``config.optimizer.lr``, or
+``lr`` in the table ``[optimizer]``. On the command line and in ``mmrec.train(...)`` names are flat:
+``--lr`` and ``lr=``. Flat names are unique over all sections.
+"""
 
 import dataclasses
 import math
 import tomllib
-from dataclasses import dataclass, fields, replace
+import types
+import typing
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from mmrec.errors import InputError, did_you_mean
 
-VERSION = "0.1.0"
-LARGEST = 10**15  # of whole numbers: a size, and what it is multiplied with, stays countable
-
-
-def _require(good: bool, rule: str, got: object) -> None:
-    if not good:
-        raise InputError(f"{rule}; got {got}")
-
-
-def _require_count(name: str, value: object) -> None:
-    good = isinstance(value, int) and 1 <= value <= LARGEST
-    _require(good, f"{name} must be a whole number from 1 to 10^15", value)
-
-
-def check_reading(max_bytes: int, val_share: float) -> None:
-    """Raise InputError for a limit or a split that is none."""
-    _require(0 <= max_bytes <= LARGEST, "max_bytes must lie in 0 to 10^15", max_bytes)
-    _require(0 < val_share <= 0.5, "val_share must lie in (0, 0.5]", val_share)
+VERSION = "0.2.0"
+MAX_COUNT = 10**15
+"""Largest whole number that a setting may have, so that products of sizes stay countable."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The shape of one MM-Rec model."""
+class Setting:
+    """The declaration of one setting."""
 
-    width: int = 128
-    """D, the size of the residual stream and of the short-term state."""
-    depth: int = 4
-    """Number of layers."""
-    heads: int = 4
-    """H, heads of the long-term memory; each is a (D/H, D/H) matrix."""
-    vocab_size: int = 5000
-    """Number of token ids; sets the size of the tied embedding."""
-    layers: str = "b"
-    """The memories of each layer, one letter a layer and repeated to the depth: ``s`` short-term,
-    ``l`` long-term, ``b`` both, ``n`` short-term without its recurrent weight (a linear scan)."""
-    blocks: int = 1
-    """Diagonal blocks of the recurrent weight W_g; 1 is a full (D, D) matrix."""
-    ffn: float = 5.5
-    """Feed-forward hidden size as a multiple of the width."""
-    conv: int = 4
-    """Taps of the causal depthwise convolution; 1 leaves it out."""
-    dropout: float = 0.0
-    """Probability of zeroing an element of each branch's output while training; rows of runs of
-    tokens are left out twice as often."""
-    ngrams: int = 0
-    """Rows of the embedding of the last two, three … tokens, which share them by a hash; 0 is
-    none."""
-    runs: int = 3
-    """Tokens of the longest run that has a row."""
-    horizon: int = 256
-    """Longest time constant, in tokens, given to the memories at initialisation."""
+    name: str
+    """Field name, unique within its section."""
+    flat_name: str
+    """Name on the command line (with dashes) and in the Python API."""
+    section: str
+    """Table of the TOML file."""
+    type: type
+    """bool, int, float or str."""
+    optional: bool
+    """Whether None is allowed; it means "not given"."""
+    default: Any
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive_minimum: bool = False
+    exclusive_maximum: bool = False
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line, such as ``--seq-len``."""
+        return f"--{self.flat_name.replace('_', '-')}"
+
+    @property
+    def rule(self) -> str:
+        """What a value must be, in words; empty if every value of the type will do."""
+        if self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        if self.minimum is None:
+            return ""
+        if self.maximum is None:
+            sign = ">" if self.exclusive_minimum else ">="
+            return f"must be finite and {sign} {self.minimum:g}"
+        if self.type is int:
+            return (
+                f"must be a whole number from {_integer(self.minimum)} to {_integer(self.maximum)}"
+            )
+        left = "(" if self.exclusive_minimum else "["
+        right = ")" if self.exclusive_maximum else "]"
+        return f"must lie in {left}{self.minimum:g}, {_integer(self.maximum)}{right}"
+
+    def check(self, value: Any) -> Any:
+        """Return the value, a whole number as a float where one is wanted.
+
+        Raises:
+            InputError: the value has another type, lies outside the bounds, or is no choice.
+        """
+        if value is None and self.optional:
+            return None
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) > 1 << 1023:
+                raise InputError(
+                    f"{self.flat_name} {self.rule or 'must be finite'}; got {str(value)[:40]}…"
+                )
+            value = float(value)
+        if not isinstance(value, self.type) or (self.type is int and isinstance(value, bool)):
+            wanted = self.type.__name__ + (" or left out" if self.optional else "")
+            raise InputError(f"{self.flat_name} must be of type {wanted}; got {value!r}")
+        if self.rule and not self._is_allowed(value):
+            shown = repr(value) if self.type is str else value
+            hint = did_you_mean(value, self.choices) if self.choices else ""
+            raise InputError(f"{self.flat_name} {self.rule}; got {shown}{hint}")
+        return value
+
+    def _is_allowed(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if not math.isfinite(value):
+            return False
+        lowest = -math.inf if self.minimum is None else self.minimum
+        highest = math.inf if self.maximum is None else self.maximum
+        if value == lowest and self.exclusive_minimum:
+            return False
+        if value == highest and self.exclusive_maximum:
+            return False
+        return bool(lowest <= value <= highest)
+
+
+def _integer(value: float) -> str:
+    """A bound for people: 10^15 and 2^63 - 1 instead of their digits."""
+    if value == MAX_COUNT:
+        return "10^15"
+    return "2^63 - 1" if value == (1 << 63) - 1 else f"{value:g}"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    exclusive_minimum: bool = False,
+    exclusive_maximum: bool = False,
+    choices: tuple[str, ...] = (),
+    flat_name: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Declare a field of a section; the arguments are those of ``Setting``."""
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "minimum": minimum,
+            "maximum": maximum,
+            "exclusive_minimum": exclusive_minimum,
+            "exclusive_maximum": exclusive_maximum,
+            "choices": choices,
+            "flat_name": flat_name,
+            "metavar": metavar,
+        },
+    )
+
+
+def count(default: int | None, help: str, minimum: int = 1, **options: Any) -> Any:
+    """Declare a whole number from ``minimum`` to 10^15."""
+    return setting(default, help, minimum=minimum, maximum=MAX_COUNT, **options)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of settings: a table of the TOML file and a panel of ``--help``."""
+
+    section: ClassVar[str] = ""
+    """Name of the table."""
+    title: ClassVar[str] = ""
+    """Heading of the panel."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "vocab_size", "blocks", "conv", "horizon"):
-            value = getattr(self, name)
-            _require_count(name, value)
-        _require(
-            self.width % self.heads == 0, f"heads must divide the width {self.width}", self.heads
-        )
-        _require(
-            self.width % self.blocks == 0, f"blocks must divide the width {self.width}", self.blocks
-        )
-        _require(self.ngrams >= 0, "ngrams must be >= 0", self.ngrams)
-        _require(2 <= self.runs <= 5, "runs must lie in 2 to 5", self.runs)
-        _require(0 <= self.dropout < 1, "dropout must lie in [0, 1)", self.dropout)
-        _require(0 < self.ffn <= 64, "ffn must lie in (0, 64]", self.ffn)
-        good = bool(self.layers) and set(self.layers) <= set("slbn")
-        _require(good, "layers must be letters out of 's', 'l', 'b', 'n'", repr(self.layers))
+        for declared in self.settings().values():
+            value = declared.check(getattr(self, declared.name))
+            object.__setattr__(self, declared.name, value)
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """The declarations of the section by field name."""
+        if "_settings" not in cls.__dict__:
+            hints = typing.get_type_hints(cls)
+            cls._settings = {f.name: _declared(cls, f, hints[f.name]) for f in fields(cls)}  # type: ignore[attr-defined]
+        declared: dict[str, Setting] = cls._settings  # type: ignore[attr-defined]
+        return declared
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a section from plain values.
+
+        Raises:
+            InputError: a key is unknown, or a value is not as declared.
+        """
+        known = cls.settings()
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise InputError(f"unknown setting {key!r} in [{cls.section}]{hint}")
+        return cls(**values)
+
+
+def _declared(cls: type[Section], field: Any, hint: Any) -> Setting:
+    optional = isinstance(hint, types.UnionType)
+    kind = next(t for t in typing.get_args(hint) if t is not types.NoneType) if optional else hint
+    options = dict(field.metadata)
+    flat_name = options.pop("flat_name") or field.name
+    return Setting(field.name, flat_name, cls.section, kind, optional, field.default, **options)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The shape of one MM-Rec model."""
+
+    section: ClassVar[str] = "model"
+    title: ClassVar[str] = "Model"
+
+    width: int = count(128, "D, the size of the residual stream and of the recurrent state.")
+    depth: int = count(4, "Number of layers.")
+    heads: int = count(
+        4, "H, number of heads of the gated delta rule; each has a (D/H, D/H) matrix state."
+    )
+    vocab_size: int = count(
+        5000, "V, number of token ids. Training sets it to the size of the tokenizer."
+    )
+    layer_types: str = setting(
+        "b",
+        "Types of the layers, one letter per layer, repeated up to the depth: s gated recurrence, "
+        "n gated recurrence without its recurrent weight (minGRU), l gated delta rule, b both.",
+        metavar="LETTERS",
+    )
+    recurrent_blocks: int = count(
+        1, "Diagonal blocks of the recurrent weight; 1 is a full (D, D) matrix."
+    )
+    ffn_multiplier: float = setting(
+        5.5,
+        "Width of the feed-forward network as a multiple of the model's width.",
+        minimum=0,
+        maximum=64,
+        exclusive_minimum=True,
+    )
+    conv_width: int = count(4, "Width of the causal depthwise convolution; 1 leaves it out.")
+    dropout: float = setting(
+        0.0,
+        "Dropout probability of each residual branch. N-gram embeddings use twice as much.",
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+    )
+    ngram_buckets: int = count(
+        0, "Rows of the hashed n-gram embedding; 0 leaves it out.", minimum=0
+    )
+    max_ngram: int = setting(
+        3, "Longest n-gram that has an embedding, in tokens.", minimum=2, maximum=5
+    )
+    max_timescale: int = count(
+        256, "Longest time constant of the decays at initialisation, in tokens."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("heads", "recurrent_blocks"):
+            divisor = getattr(self, name)
+            if self.width % divisor:
+                raise InputError(f"{name} must divide the width {self.width}; got {divisor}")
+        if not self.layer_types or not set(self.layer_types) <= set("slbn"):
+            raise InputError(
+                f"layer_types must be letters out of 's', 'l', 'b', 'n'; got {self.layer_types!r}"
+            )
 
     @property
     def head_width(self) -> int:
@@ -84,258 +259,435 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
-    def hidden(self) -> int:
-        """Feed-forward hidden size F."""
-        return int(self.width * self.ffn)
+    def ffn_width(self) -> int:
+        """F, the width of the feed-forward network."""
+        return int(self.width * self.ffn_multiplier)
 
     @property
-    def kinds(self) -> str:
-        """One letter for each of the layers, ``layers`` repeated to the depth."""
-        return (self.layers * -(-self.depth // len(self.layers)))[: self.depth]
+    def resolved_layer_types(self) -> str:
+        """One letter for each layer: ``layer_types`` repeated to the depth."""
+        repeats = math.ceil(self.depth / len(self.layer_types))
+        return (self.layer_types * repeats)[: self.depth]
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Which text is read, how it is split and tokenised, and how windows are drawn from it."""
+
+    section: ClassVar[str] = "data"
+    title: ClassVar[str] = "Data"
+
+    source: str = setting(
+        "stdlib",
+        "Text to train on: stdlib, shakespeare, a file, a folder, a glob, - for standard input, "
+        "hf:NAME, a prepared .h5 corpus, or a mixture such as 3:code/,1:book.txt.",
+        flat_name="data",
+    )
+    text_field: str = setting("", "Field or column of a record that holds the text; empty: text.")
+    skip_bad: bool = setting(False, "Skip broken records and files that are not UTF-8; count them.")
+    max_bytes: int = count(0, "Read at most this many bytes of text; 0 reads all.", minimum=0)
+    val_fraction: float = setting(
+        0.1,
+        "Share of the text that is held out for validation.",
+        minimum=0,
+        maximum=0.5,
+        exclusive_minimum=True,
+    )
+    val_file: str = setting("", "Source of the validation text; empty holds out a share of --data.")
+    tokenizer: str = setting("bpe", "Tokenizer.", choices=("bpe", "char", "byte"))
+    vocab: int = count(0, "Vocabulary size of bpe; 0 takes the preset's.", minimum=0)
+    batch_size: int = count(16, "Sequences per batch.")
+    seq_len: int = count(256, "Tokens per sequence.")
+    state: str = setting(
+        "window",
+        "Where the recurrent state is reset: at each window; at each window and document; or, with "
+        "carry, at each document only, so that windows continue where the ones before ended.",
+        choices=("window", "document", "carry"),
+    )
+
+
+@dataclass(frozen=True)
+class LengthConfig(Section):
+    """How long training lasts. At most one of the three is given."""
+
+    section: ClassVar[str] = "length"
+    title: ClassVar[str] = "Length"
+
+    steps: int | None = count(None, "Optimizer steps.")
+    epochs: float | None = setting(
+        None, "Passes over the training text.", minimum=0, maximum=MAX_COUNT, exclusive_minimum=True
+    )
+    minutes: float | None = setting(
+        None,
+        "Minutes of training, validation not counted.",
+        minimum=0,
+        maximum=MAX_COUNT,
+        exclusive_minimum=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in self.settings() if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(
+                f"only one of steps, epochs, minutes may be given; got {', '.join(given)}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """How the weights are updated: Muon for matrices, AdamW for everything else."""
+
+    section: ClassVar[str] = "optimizer"
+    title: ClassVar[str] = "Optimizer"
+
+    lr: float = setting(
+        1e-2,
+        "Peak learning rate of AdamW: embeddings, norms and biases.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    matrix_lr: float = setting(
+        0.02,
+        "Peak learning rate of Muon: the weight matrices of the layers.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    final_lr_ratio: float = setting(
+        0.0, "Learning rate at the end, as a share of the peak.", minimum=0, maximum=1
+    )
+    warmup: float = setting(0.03, "Warmup, as a share of the run.", minimum=0, maximum=1)
+    schedule: str = setting(
+        "linear", "Learning-rate schedule after warmup.", choices=("cosine", "linear", "constant")
+    )
+    weight_decay: float = setting(
+        0.1, "Weight decay of the matrices, multiplied by matrix_lr.", minimum=0
+    )
+    ngram_weight_decay: float = setting(
+        1.0, "Weight decay of the n-gram embedding, multiplied by lr.", minimum=0
+    )
+    beta1: float = setting(
+        0.9, "AdamW's first-moment decay.", minimum=0, maximum=1, exclusive_maximum=True
+    )
+    beta2: float = setting(
+        0.95, "AdamW's second-moment decay.", minimum=0, maximum=1, exclusive_maximum=True
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "Largest global gradient norm; larger gradients are clipped.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    gradient_accumulation_steps: int = count(1, "Batches per optimizer step.")
+    activation_checkpointing: bool = setting(
+        False, "Recompute activations in backward: less memory, more time, the same bits."
+    )
+    precision: str = setting(
+        "auto",
+        "Matrix products in float32 or bfloat16; auto takes bfloat16 where it is faster here. "
+        "Recurrences always run in float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    seed: int = setting(
+        0,
+        "Seed of the initial weights, the data order and dropout.",
+        minimum=0,
+        maximum=(1 << 63) - 1,
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Section):
+    """Training that begins from an earlier model."""
+
+    section: ClassVar[str] = "finetune"
+    title: ClassVar[str] = "Fine-tuning"
+
+    initialize_from: str = setting(
+        "",
+        "Run or checkpoint whose weights and tokenizer training begins from. It is grown to PRESET "
+        "if PRESET is larger.",
+    )
+    freeze: str = setting(
+        "",
+        "Parameters that are not trained, joined by commas: embeddings, memory (a layer without "
+        "its feed-forward network), layers:0-2.",
+    )
+    layerwise_lr_decay: float = setting(
+        1.0,
+        "Learning rate of each layer as a share of the layer above; embeddings come lowest.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+    lora_rank: int = count(
+        0, "Rank of LoRA factors beside frozen weights; 0 trains the weights.", minimum=0
+    )
+    lora_alpha: float = setting(
+        16.0, "LoRA's alpha: factors are scaled by alpha / rank.", minimum=0, exclusive_minimum=True
+    )
+    replay_fraction: float = setting(
+        0.0,
+        "Share of each batch that is drawn from the earlier text, against forgetting.",
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+    )
+    replay_data: str = setting("", "The earlier text, under the same tokenizer.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """When a run validates, saves and stops."""
+
+    section: ClassVar[str] = "evaluation"
+    title: ClassVar[str] = "Evaluation and saving"
+
+    eval_every: int = count(200, "Steps between validations on a fixed subset.")
+    eval_tokens: int = count(32768, "Tokens of the fixed validation subset.")
+    patience: int = count(
+        0, "Stop after this many validations without a new best; 0 never stops early.", minimum=0
+    )
+    save_every: int = count(500, "Steps between step-N checkpoints.")
+    keep_checkpoints: int = count(
+        2, "Number of step-N checkpoints to keep; best and last are always kept.", minimum=0
+    )
+    on_nan: str = setting(
+        "stop",
+        "What to do when a loss or gradient is not finite: stop; skip the step; or rollback to the "
+        "newest checkpoint, with other data and half the learning rate.",
+        choices=("stop", "skip", "rollback"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_nan == "rollback" and self.keep_checkpoints < 1:
+            raise InputError(
+                "keep_checkpoints must be >= 1 with on_nan rollback, which returns to a "
+                f"checkpoint; got {self.keep_checkpoints}"
+            )
+
+
+@dataclass(frozen=True)
+class OutputConfig(Section):
+    """Where a run writes."""
+
+    section: ClassVar[str] = "output"
+    title: ClassVar[str] = "Output"
+
+    out: str = setting("", "Run folder; empty: runs/PRESET-CORPUS.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. One of steps, epochs and minutes sets the length of the run."""
+    """How a model is trained, in sections."""
 
-    data: str = "stdlib"
-    """Corpus name, file, folder, glob, or a prepared corpus file."""
-    text_field: str = ""
-    """Field of a record, or column of a table, that holds the text; empty is ``text``."""
-    skip_bad: bool = False
-    """Pass over broken records and files that are not UTF-8, and count them."""
-    max_bytes: int = 0
-    """Read no more text than this, in bytes; 0 reads everything."""
-    val_share: float = 0.1
-    """Share of the text that is kept for validation."""
-    val_file: str = ""
-    """Source of the whole validation text; empty keeps a share of ``data``."""
-    tokenizer: str = "bpe"
-    """``bpe``, ``char`` or ``byte``."""
-    vocab: int = 0
-    """Vocabulary asked of ``bpe``; 0 takes the preset's."""
-    grow_from: str = ""
-    """Run or checkpoint that weights and tokenizer come from; empty starts from nothing."""
-    freeze: str = ""
-    """What keeps its weights, joined by commas: ``embeddings``, ``memory`` (all of a layer but its
-    feed-forward), ``layers:0-2``."""
-    layer_decay: float = 1.0
-    """Rates of a layer as a share of those of the layer above; the embeddings come lowest."""
-    lora: int = 0
-    """Rank of the factors learnt beside frozen weights (LoRA); 0 learns the weights themselves."""
-    lora_alpha: float = 16.0
-    """What the product of the factors counts is this over the rank."""
-    replay: float = 0.0
-    """Share of the windows of a batch that come from ``replay_data``, against forgetting."""
-    replay_data: str = ""
-    """Text of an earlier training, under the same tokenizer."""
-    steps: int | None = None
-    """Optimizer steps."""
-    epochs: float | None = None
-    """Passes over the training split."""
-    minutes: float | None = None
-    """Wall-clock minutes of training, validation not counted."""
-    batch: int = 16
-    """Windows in one micro-batch."""
-    seq_len: int = 256
-    """Tokens in a window."""
-    state: str = "window"
-    """Where the memories start empty: at each ``window``; at each ``document`` in it, too; or, with
-    ``carry``, at each document only, windows going on where the ones before them ended."""
-    accumulate: int = 1
-    """Micro-batches in one optimizer step."""
-    recompute: bool = False
-    """Keep only what goes into each layer, and compute the rest again in backward: less memory."""
-    lr: float = 1e-2
-    """Peak learning rate of AdamW, which moves embeddings, norms and biases."""
-    muon_lr: float = 0.02
-    """Peak learning rate of Muon, which moves the weight matrices."""
-    min_lr: float = 0.0
-    """Learning rate at the end, as a fraction of the peak."""
-    warmup: float = 0.03
-    """Warmup as a fraction of the run."""
-    schedule: str = "linear"
-    """``cosine``, ``linear`` or ``constant``, after the warmup."""
-    weight_decay: float = 0.1
-    """Weight decay, on matrices only, a share of muon_lr."""
-    table_decay: float = 1.0
-    """Weight decay of the table of pairs and triples of tokens, a share of lr."""
-    beta1: float = 0.9
-    """AdamW first-moment decay."""
-    beta2: float = 0.95
-    """AdamW second-moment decay."""
-    clip: float = 1.0
-    """Largest global gradient norm."""
-    precision: str = "auto"
-    """``float32``, ``bfloat16`` (matrix products only; recurrences stay float32), or ``auto``:
-    bfloat16 where a probe finds it faster on this processor."""
-    seed: int = 0
-    """Seed of initialisation, data order and dropout."""
-    eval_every: int = 200
-    """Steps between validations on the fixed subset."""
-    eval_tokens: int = 32768
-    """Tokens in the fixed validation subset, eight runs spread over the split."""
-    save_every: int = 500
-    """Steps between step-N checkpoints."""
-    keep: int = 2
-    """How many step-N checkpoints to keep; best and last are always kept."""
-    patience: int = 0
-    """Stop after this many validations without a new best; 0 never stops early."""
-    on_nan: str = "stop"
-    """When a loss or gradient is NaN or infinite: ``stop``, ``skip`` the step, or ``rollback`` to
-    the newest checkpoint with other data and half the rate."""
-    out: str = ""
-    """Run folder; empty chooses ``runs/<preset>-<corpus>``."""
+    data: DataConfig = DataConfig()
+    length: LengthConfig = LengthConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq_len", "accumulate", "eval_every", "eval_tokens", "save_every"):
-            value = getattr(self, name)
-            _require_count(name, value)
-        for name in ("lr", "muon_lr", "clip"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"{name} must be finite and > 0", value)
-        for name in ("steps", "epochs", "minutes"):
-            value = getattr(self, name)
-            good = value is None or 0 < value <= LARGEST
-            _require(good, f"{name} must be > 0 and at most 10^15", value)
-        given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
-        _require(
-            len(given) <= 1, "only one of steps, epochs, minutes may be given", ", ".join(given)
-        )
-        _require(0 <= self.warmup <= 1, "warmup must lie in [0, 1]", self.warmup)
-        _require(0 <= self.min_lr <= 1, "min_lr must lie in [0, 1]", self.min_lr)
-        for name in ("weight_decay", "table_decay"):
-            value = getattr(self, name)
-            good = math.isfinite(value) and value >= 0
-            _require(good, f"{name} must be finite and >= 0", value)
-        for name in ("beta1", "beta2"):
-            _require(
-                0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)", getattr(self, name)
+        finetune = self.finetune
+        if finetune.lora_rank and not finetune.initialize_from:
+            raise InputError(
+                "lora_rank needs initialize_from, the model whose weights stay frozen; got ''"
             )
-        for name in ("keep", "patience", "vocab"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        check_reading(self.max_bytes, self.val_share)
-        good = 0 < self.layer_decay <= 1
-        _require(good, "layer_decay must lie in (0, 1]", self.layer_decay)
-        _require(self.lora >= 0, "lora must be >= 0, the rank of the factors", self.lora)
-        good = math.isfinite(self.lora_alpha) and self.lora_alpha > 0
-        _require(good, "lora_alpha must be finite and > 0", self.lora_alpha)
-        good = not self.lora or bool(self.grow_from)
-        _require(good, "lora needs grow_from, the model whose weights stay", repr(""))
-        _require(0 <= self.replay < 1, "replay must lie in [0, 1)", self.replay)
-        good = not self.replay or bool(self.replay_data)
-        _require(good, "replay needs replay_data, the text to take windows of", repr(""))
-        good = not self.replay or self.state != "carry"
-        _require(good, "replay needs state window or document", repr(self.state))
-        _require(0 <= self.seed < 1 << 63, "seed must lie in 0 to 2^63 - 1", self.seed)
-        for name, known in (
-            ("schedule", ["cosine", "linear", "constant"]),
-            ("precision", ["auto", "float32", "bfloat16"]),
-            ("tokenizer", ["bpe", "char", "byte"]),
-            ("on_nan", ["stop", "skip", "rollback"]),
-            ("state", ["window", "document", "carry"]),
-        ):
-            value = getattr(self, name)
-            _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
-        good = self.on_nan != "rollback" or self.keep >= 1
-        _require(good, "keep must be >= 1, or on_nan rollback has nowhere to return to", self.keep)
+        if finetune.replay_fraction and not finetune.replay_data:
+            raise InputError(
+                "replay_fraction needs replay_data, the text to draw windows from; got ''"
+            )
+        if finetune.replay_fraction and self.data.state == "carry":
+            raise InputError("replay_fraction needs state window or document; got 'carry'")
+
+    @classmethod
+    def from_flat(cls, settings: dict[str, Any]) -> Self:
+        """Build a configuration from flat names; those left out keep their defaults.
+
+        Raises:
+            InputError: a name is unknown, or a value is not as declared.
+        """
+        return cls().replace(**settings)
+
+    def replace(self, **settings: Any) -> Self:
+        """Return a copy with some settings changed, by their flat names.
+
+        Raises:
+            InputError: a name is unknown, or a value is not as declared.
+        """
+        by_section: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            if name not in TRAIN_SETTINGS:
+                raise InputError(f"unknown setting {name!r}{did_you_mean(name, TRAIN_SETTINGS)}")
+            declared = TRAIN_SETTINGS[name]
+            by_section.setdefault(declared.section, {})[declared.name] = value
+        sections = {
+            name: dataclasses.replace(getattr(self, name), **values)
+            for name, values in by_section.items()
+        }
+        return dataclasses.replace(self, **sections)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by flat name."""
+        return {
+            name: getattr(getattr(self, s.section), s.name) for name, s in TRAIN_SETTINGS.items()
+        }
+
+    @classmethod
+    def from_dict(cls, tables: dict[str, Any]) -> Self:
+        """Build a configuration from nested plain values, as ``dataclasses.asdict`` gives them.
+
+        Raises:
+            InputError: a table or key is unknown, or a value is not as declared.
+        """
+        for name, table in tables.items():
+            if name not in TRAIN_SECTIONS or not isinstance(table, dict):
+                raise InputError(
+                    f"a configuration may hold the tables {', '.join(TRAIN_SECTIONS)}; got {name!r}"
+                )
+        return cls(**{name: TRAIN_SECTIONS[name].from_dict(t) for name, t in tables.items()})
 
 
-# Three layers of linear scan to one of long-term memory learnt most of stdlib in equal time, by one
-# seed; only tiny was measured (decisions.md).
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(128, 4, 4, 5_000, "nnnl", ffn=3.5, ngrams=4_096, horizon=256),
-    "mini": ModelConfig(256, 6, 4, 8_192, "nnl", ffn=4.0, ngrams=8_192, horizon=512),
-    "small": ModelConfig(512, 8, 8, 16_384, "nnnl", ffn=5.5, ngrams=16_384, horizon=512),
-    "base": ModelConfig(1024, 12, 16, 32_000, "nnnl", ffn=5.5, ngrams=32_768, horizon=1024),
-    "medium": ModelConfig(2048, 16, 32, 32_000, "nnnl", ffn=5.5, ngrams=65_536, horizon=2048),
-    "large": ModelConfig(3072, 20, 48, 32_000, "nnnl", ffn=5.5, ngrams=65_536, horizon=2048),
-    "7b": ModelConfig(4096, 24, 64, 32_000, "nnnl", ffn=6.0, ngrams=65_536, horizon=4096),
+TRAIN_SECTIONS: dict[str, type[Section]] = {
+    cls.section: cls
+    for cls in (
+        DataConfig,
+        LengthConfig,
+        OptimizerConfig,
+        FinetuneConfig,
+        EvaluationConfig,
+        OutputConfig,
+    )
 }
+TRAIN_SETTINGS: dict[str, Setting] = {
+    s.flat_name: s for cls in TRAIN_SECTIONS.values() for s in cls.settings().values()
+}
+"""Every setting of training by its flat name."""
+MODEL_SETTINGS: dict[str, Setting] = ModelConfig.settings()
+LENGTHS = tuple(LengthConfig.settings())
+"""The settings of which at most one sets the length of a run."""
 
-# Tokens that tiny trains on in about five minutes on two cores; fewer where they would be more than
-# four passes over the text, by which it is learnt by heart (decisions.md).
-DEFAULT_TOKENS, DEFAULT_EPOCHS, LEAST_STEPS = 1100 * 4096, 4, 100
+
+# Only tiny's layer types were measured, by one seed: three minGRU layers per delta-rule layer
+# learnt most of the Python standard library in equal time (docs/decisions).
+PRESETS: dict[str, ModelConfig] = {
+    name: ModelConfig(
+        width,
+        depth,
+        heads,
+        vocab_size,
+        layer_types,
+        ffn_multiplier=ffn_multiplier,
+        ngram_buckets=ngram_buckets,
+        max_timescale=max_timescale,
+    )
+    for name, width, depth, heads, vocab_size, layer_types, ffn_multiplier, ngram_buckets, max_timescale in (
+        ("tiny", 128, 4, 4, 5_000, "nnnl", 3.5, 4_096, 256),
+        ("mini", 256, 6, 4, 8_192, "nnl", 4.0, 8_192, 512),
+        ("small", 512, 8, 8, 16_384, "nnnl", 5.5, 16_384, 512),
+        ("base", 1024, 12, 16, 32_000, "nnnl", 5.5, 32_768, 1024),
+        ("medium", 2048, 16, 32, 32_000, "nnnl", 5.5, 65_536, 2048),
+        ("large", 3072, 20, 48, 32_000, "nnnl", 5.5, 65_536, 2048),
+        ("7b", 4096, 24, 64, 32_000, "nnnl", 6.0, 65_536, 4096),
+    )
+}
+"""The model family, by name."""
+
+DEFAULT_TOKENS = 1100 * 4096
+"""Tokens of a run whose length is not given: about five minutes of tiny on two cores."""
+DEFAULT_EPOCHS = 4
+"""Passes after which a run of default length ends earlier: with more, a model without dropout
+memorises its text (docs/decisions)."""
+MIN_DEFAULT_STEPS = 100
 
 
 def preset(name: str, tokenizer: str = "bpe") -> ModelConfig:
-    """Return the preset of that name, as it is for a tokenizer.
+    """Return a preset's model configuration for a tokenizer.
 
-    Characters and bytes need a small embedding and say little each: they get runs of four, and
-    twice the rows for them, which leaves tiny as large as it is with bpe (decisions.md).
+    A character or byte says little and needs a small embedding, so ``char`` and ``byte`` get
+    n-grams of up to four tokens and twice the buckets; tiny then has as many parameters as with
+    ``bpe`` (docs/decisions).
 
-    Raises InputError, naming the nearest, if there is none.
+    Args:
+        name: one of ``PRESETS``.
+        tokenizer: ``bpe``, ``char`` or ``byte``.
+
+    Raises:
+        InputError: there is no such preset; the message names the most similar one.
     """
     if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise InputError(
-            f"unknown preset {name!r}: expected one of {known}{did_you_mean(name, list(PRESETS))}"
-        )
-    made = PRESETS[name]
-    return made if tokenizer == "bpe" else replace(made, runs=4, ngrams=2 * made.ngrams)
+        hint = did_you_mean(name, PRESETS)
+        raise InputError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{hint}")
+    config = PRESETS[name]
+    if tokenizer == "bpe":
+        return config
+    return dataclasses.replace(config, max_ngram=4, ngram_buckets=2 * config.ngram_buckets)
 
 
-def train_settings(name: str, tokenizer: str = "bpe") -> dict[str, Any]:
-    """Return the settings of TrainConfig that a preset trains with and its defaults are not.
+def preset_train_settings(name: str, tokenizer: str = "bpe") -> dict[str, Any]:
+    """Return the training settings, by flat name, in which a preset differs from the defaults.
 
-    tiny learns more of the same tokens from windows of half the length, so twice the steps, where
-    a token is some four characters. In mini Muon's share of a step takes back what that brings, and
-    in larger presets its share is larger still (decisions.md).
+    tiny learns more from the same number of bpe tokens with windows of half the length and twice
+    the steps. In larger presets the optimizer's share of a step grows and takes that gain back
+    (docs/decisions).
     """
     return {"seq_len": 128} if name == "tiny" and tokenizer == "bpe" else {}
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Build a config dataclass from plain values; unknown keys and wrong types are InputErrors."""
-    known = {f.name: f for f in fields(cls)}
-    made = {}
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(
-                f"unknown setting {key!r} for {cls.__name__}{did_you_mean(key, list(known))}"
-            )
-        want = str(known[key].type)
-        kind = bool if isinstance(value, bool) else type(value)
-        if kind is int and "float" in want:
-            value, kind = float(value), float
-        if not (kind.__name__ in want or (value is None and "None" in want)):
-            raise InputError(f"{key} must be of type {want}; got {value!r}")
-        made[key] = value
-    return cls(**made)
+@dataclass(frozen=True)
+class ConfigFile:
+    """The contents of a TOML configuration file, checked but not merged with defaults."""
+
+    preset: str
+    """Name of a preset; empty if the file names none."""
+    model: dict[str, Any]
+    """Settings of the model by name."""
+    train: dict[str, Any]
+    """Settings of training by flat name."""
 
 
-def load_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a config file with the tables [model] and [train]. Raises InputError on any fault."""
+def read_config_file(path: Path) -> ConfigFile:
+    """Read a TOML file: ``preset`` and the tables of ``TRAIN_SECTIONS`` and ``[model]``.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or holds an unknown table or key or a
+            value that is not as declared.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read config file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config file {path} is not TOML: {error}") from None
-    extra = [
-        k
-        for k, v in tables.items()
-        if k not in ("model", "train", "preset") or (k != "preset" and not isinstance(v, dict))
-    ]
-    if extra:
-        raise InputError(
-            f"config file {path} may hold preset, [model] and [train]; got {extra[0]!r}"
-        )
-    return tables
+    preset_name = tables.pop("preset", "")
+    if not isinstance(preset_name, str):
+        raise InputError(f"preset in {path} must be a name; got {preset_name!r}")
+    sections: dict[str, type[Section]] = {"model": ModelConfig, **TRAIN_SECTIONS}
+    settings: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    for title, table in tables.items():
+        if title not in sections or not isinstance(table, dict):
+            hint = did_you_mean(title, sections)
+            raise InputError(
+                f"config file {path} may hold preset and the tables {', '.join(sections)}; got "
+                f"{title!r}{hint}"
+            )
+        known = sections[title].settings()
+        for key, value in table.items():
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise InputError(f"unknown setting {key!r} in [{title}] of {path}{hint}")
+            name = key if title == "model" else known[key].flat_name
+            settings["model" if title == "model" else "train"][name] = known[key].check(value)
+    return ConfigFile(preset_name, settings["model"], settings["train"])
 
 
-def to_toml(model: ModelConfig, train: TrainConfig, preset_name: str) -> str:
-    """Write the resolved configuration as TOML that load_toml reads back."""
+def config_to_toml(model: ModelConfig, train: TrainConfig, preset_name: str) -> str:
+    """Write a whole configuration as TOML that ``read_config_file`` reads back."""
+    import tomli_w
 
-    def line(key: str, value: Any) -> str:
-        text = str(value).lower() if isinstance(value, bool) else repr(value)
-        if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            text = f'"{escaped}"'
-        return f"{key} = {text}"
-
-    parts = [line("preset", preset_name)]
-    for title, config in (("model", model), ("train", train)):
-        parts.append(f"\n[{title}]")
-        parts += [line(k, v) for k, v in dataclasses.asdict(config).items() if v is not None]
-    return "\n".join(parts) + "\n"
+    tables = {"preset": preset_name, "model": dataclasses.asdict(model)}
+    for name, table in dataclasses.asdict(train).items():
+        tables[name] = {key: value for key, value in table.items() if value is not None}
+    return tomli_w.dumps(tables)

@@ -41,7 +41,7 @@ def attach(model: Model, rank: int, alpha: float) -> None:
     model.requires_grad_(False)
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        for name in ("project", "merge", "ffn_in", "ffn_out"):
+        for name in ("in_proj", "out_proj", "up_proj", "down_proj"):
             setattr(layer, name, LowRank(getattr(layer, name), rank, alpha / rank))
 
 

@@ -1,32 +1,47 @@
-"""MM-Rec, the whole model: a residual stack of layers with a short- and a long-term memory.
+"""MM-Rec (multi-memory recurrence), the whole model: read this file from top to bottom.
 
-Axes: B batch, T time, D width, H heads, P = D / H, F feed-forward width, V vocabulary.
+Axes: B batch, T time, D width, H heads, P = D / H, F feed-forward width, V vocabulary,
+N packed sequences, K convolution width.
 
-One layer, with σ the sigmoid and u the input after norm and a short causal convolution:
+The model is a residual stack of layers. Let σ be the sigmoid and u the layer's input after an
+RMSNorm and a causal depthwise convolution of width K. One layer computes
 
-    [z, f, g, q, k, v, a, b, r] = u W_in                               one fused projection
-    h_t = (1 - γ_t) z_t σ(h_{t-1} W_g + g_t) + γ_t h_{t-1},  γ = σ(f + b_γ)       short-term
-    S_t = α_t S_{t-1} + k̂_t β_t (v_t - α_t S_{t-1}ᵀ k̂_t)ᵀ,  o_t = S_tᵀ q̂_t,
-                                                  α = σ(a + b_α), β = σ(b)        long-term
-    x ← x + ((rms_norm(h) + rms_norm(o)) silu(r)) W_out
-    x ← x + relu²(rms_norm(x) W_1) W_2
+    [z, f, g, q, k, v, a, b, r] = u W_in                                     in_proj
+    γ_t = σ(f_t + forget_bias)
+    h_t = (1 - γ_t) z_t σ(h_{t-1} W_g + g_t) + γ_t h_{t-1}                   gated recurrence
+    α_t = σ(a_t + delta_decay_bias),  β_t = σ(b_t),  k̂ = k / |k|,  q̂ = q / |q|
+    S_t = α_t S_{t-1} + k̂_t β_t (v_t - α_t S_{t-1}ᵀ k̂_t)ᵀ                   gated delta rule
+    o_t = S_tᵀ q̂_t
+    x ← x + ((rms_norm(h) + rms_norm(o)) silu(r)) W_out                      out_proj
+    x ← x + relu²(rms_norm(x) W_up) W_down                                   feed-forward
 
-A layer of the kind ``n`` has the short-term memory with W_g = 0, a linear scan, and no other: all
-between its products is one op, ``gated_scan``. x starts as the sum of the embeddings of a token and
-of the runs of two and three tokens (of characters four, too) that it ends.
+A layer type is one letter. It says which memories the layer has:
 
-The state of a layer does not grow with the text, and a text may be run whole, in chunks with
-carried state, or token by token: the numbers are the same.
+    n   the gated recurrence with W_g = 0, which is a minGRU: ``kernels.min_gru_mixer``
+    s   the gated recurrence with its full recurrent weight W_g
+    l   the gated delta rule
+    b   both the gated recurrence and the gated delta rule
+
+The input x of the first layer is the sum of the token embedding and of n-gram embeddings: one row
+of a hashed table for each n-gram (n = 2 … ``max_ngram``) that ends at the token.
+
+The state of a layer has a fixed size. A text can be run whole, in chunks with carried state, or
+token by token: the numbers are the same.
+
+Sources: minGRU, Feng et al. 2024 (arXiv:2410.01201); gated delta rule, Yang et al. 2024
+(arXiv:2412.06464, eq. 10); relu², So et al. 2021 (arXiv:2109.08668); hashed n-gram embeddings,
+Svenstrup et al. 2017 (arXiv:1709.03933).
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmrec.config import ModelConfig
 from mmrec.kernels import (
@@ -37,10 +52,12 @@ from mmrec.kernels import (
     squared_relu,
 )
 from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
-from mmrec.packing import Packing, newest, previous
-from mmrec.recompute import recompute
 
-RUNS = (  # factors of the hash of pairs, triples and longer runs: of the token before, of the sum
+Result = TypeVar("Result")
+
+# Hash of an n-gram: key_n = token[-n] * multiplier + key_{n-1}, row = mix(key_n * mixer) % buckets.
+# One (multiplier, mixer) pair per n, from n = 2 on.
+NGRAM_HASH = (
     (1_000_003, 1),
     (998_244_353, 2_654_435_761),
     (1_299_709, 40_503),
@@ -49,301 +66,504 @@ RUNS = (  # factors of the hash of pairs, triples and longer runs: of the token 
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers between calls."""
+    """What one layer carries from one call to the next."""
 
-    taps: Tensor
-    """(B, conv - 1, D), the last inputs of the convolution."""
-    h: Tensor | None
-    """(B, D), short-term memory, if the layer has one."""
-    s: Tensor | None
-    """(B, H, P, P), long-term memory, if the layer has one."""
+    conv_state: Tensor
+    """(B, K - 1, D), the last normalised inputs of the convolution."""
+    hidden_state: Tensor | None
+    """(B, D), h of the gated recurrence; None if the layer has none."""
+    delta_state: Tensor | None
+    """(B, H, P, P), S of the gated delta rule; None if the layer has none."""
 
 
 class State(NamedTuple):
-    """What the model remembers between calls."""
+    """What the model carries from one call to the next."""
 
-    recent: Tensor
-    """(B, runs - 1) int64, the last tokens."""
+    recent_tokens: Tensor
+    """(B, max_ngram - 1) int64, the last tokens, the newest last."""
     layers: list[LayerState]
+    """One state per layer."""
 
 
 class Linear(nn.Module):
-    """Matrix product without bias, in float32 or, where asked, in bfloat16."""
+    """Matrix product without bias, in the dtype of its input (float32 or bfloat16)."""
 
-    def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, *, zero_init: bool = False) -> None:
+        """Draw the weight from N(0, 1 / in_features), or set it to zero if ``zero_init``."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        if zero:
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        if zero_init:
             nn.init.zeros_(self.weight)
         else:
-            nn.init.normal_(self.weight, std=inputs**-0.5)
+            nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, inputs) to (…, outputs), in the dtype of x."""
+        """Map x (…, in_features) to (…, out_features)."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last axis, then scale each channel."""
+    """Divide by the root mean square over the last axis, then scale each channel.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467, eq. 4).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, *, half: bool = False) -> Tensor:
-        return norm_conv(x, self.weight[None], half=half)[0]
+    def forward(self, x: Tensor, *, bf16: bool = False) -> Tensor:
+        """Normalise x (B, T, D); the output is bfloat16 if ``bf16``, else of x's dtype."""
+        return norm_conv(x, self.weight[None], half=bf16)[0]
 
 
 class Dropout(nn.Module):
-    """Set a share of the elements to zero in training, and scale up the rest.
+    """Zero a share of the elements in training, and scale the others by 1 / (1 - p).
 
-    torch's own draws from the one global generator, which lanes that run side by side would reach
-    in no fixed order.
+    ``torch.nn.Dropout`` draws from the global generator. Replicas that run side by side in threads
+    would reach it in no fixed order, so this one takes the generator as an argument.
     """
 
-    def __init__(self, share: float, *, rows: bool = False) -> None:
-        """``rows``: whole vectors at once."""
+    def __init__(self, p: float, *, whole_vectors: bool = False) -> None:
+        """Zero with probability ``p``; whole vectors of the last axis if ``whole_vectors``."""
         super().__init__()
-        self.share, self.rows = share, rows
+        self.p, self.whole_vectors = p, whole_vectors
 
-    def forward(self, x: Tensor, dice: torch.Generator | None) -> Tensor:
-        if not self.training or self.share == 0:
+    def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return x (…, D) with dropout in training mode, unchanged in evaluation mode."""
+        if not self.training or self.p == 0:
             return x
-        keep = 1 - self.share
-        mask = x.new_empty((*x.shape[:-1], 1) if self.rows else x.shape)
-        return x * mask.bernoulli_(keep, generator=dice).div_(keep)
+        keep_probability = 1 - self.p
+        mask = x.new_empty((*x.shape[:-1], 1) if self.whole_vectors else x.shape)
+        return x * mask.bernoulli_(keep_probability, generator=generator).div_(keep_probability)
 
 
-def spread_decays(count: int, horizon: int) -> Tensor:
-    """Logits (count,) of decays exp(-1/τ), τ spread evenly in log time from 1 to the horizon."""
-    tau = torch.logspace(0, math.log10(max(horizon, 1)), count, dtype=torch.float64)
+def log_spaced_decay_logits(count: int, max_timescale: int) -> Tensor:
+    """Logits of decay rates whose time constants are spaced evenly in log time.
+
+    Args:
+        count: number of decays.
+        max_timescale: the longest time constant τ, in tokens; the shortest is 1.
+
+    Returns:
+        (count,) float32, ``logit(exp(-1 / τ))``.
+    """
+    tau = torch.logspace(0, math.log10(max(max_timescale, 1)), count, dtype=torch.float64)
     return -torch.expm1(1 / tau).log().float()  # logit(exp(-1/τ)) = -log(exp(1/τ) - 1)
 
 
 class Layer(nn.Module):
-    """One residual layer: the memories, then the feed-forward."""
+    """One residual layer: its memories, then its feed-forward network."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, layer_type: str) -> None:
+        """Make a layer of a type: one of the letters ``n``, ``s``, ``l``, ``b``."""
         super().__init__()
         width, heads = config.width, config.heads
-        self.kind, self.heads = kind, heads
-        self.short, self.long = kind in "sbn", kind in "lb"
-        self.parts = [width] * 3 * self.short  # z, f, g
-        if self.long:
-            self.parts += [width] * 3 + [heads] * 2  # q, k, v, a, b
-        self.parts += [width]  # r
-        self.taps = nn.Parameter(torch.zeros(config.conv, width))
-        nn.init.ones_(self.taps.data[-1])  # at first the convolution passes its input through
-        self.project = Linear(width, sum(self.parts))
-        if self.short:
-            self.decay_bias = nn.Parameter(spread_decays(width, config.horizon))
-        self.recurrent = None
-        if kind in "sb":
-            size = width // config.blocks
-            self.recurrent = nn.Parameter(torch.empty(config.blocks, size, size))
-            nn.init.normal_(self.recurrent, std=size**-0.5)
-            self.short_norm = RMSNorm(width)
-        if self.long:
-            self.memory_bias = nn.Parameter(spread_decays(heads, config.horizon))
-            self.long_norm = RMSNorm(width)
-        self.merge = Linear(width, width, zero=True)
+        self.layer_type, self.heads = layer_type, heads
+        self.has_recurrence, self.has_delta_rule = layer_type in "sbn", layer_type in "lb"
+        self.projection_sizes = [width] * 3 * self.has_recurrence  # z, f, g
+        if self.has_delta_rule:
+            self.projection_sizes += [width] * 3 + [heads] * 2  # q, k, v, a, b
+        self.projection_sizes += [width]  # r
+        self.conv_weight = nn.Parameter(torch.zeros(config.conv_width, width))
+        nn.init.ones_(self.conv_weight.data[-1])  # initially the convolution is the identity
+        self.in_proj = Linear(width, sum(self.projection_sizes))
+        if self.has_recurrence:
+            self.forget_bias = nn.Parameter(log_spaced_decay_logits(width, config.max_timescale))
+        self.recurrent_weight = None
+        if layer_type in "sb":
+            block = width // config.recurrent_blocks
+            weight = torch.empty(config.recurrent_blocks, block, block)
+            self.recurrent_weight = nn.Parameter(weight)
+            nn.init.normal_(self.recurrent_weight, std=block**-0.5)
+            self.recurrence_norm = RMSNorm(width)
+        if self.has_delta_rule:
+            logits = log_spaced_decay_logits(heads, config.max_timescale)
+            self.delta_decay_bias = nn.Parameter(logits)
+            self.delta_norm = RMSNorm(width)
+        self.out_proj = Linear(width, width, zero_init=True)
         self.ffn_norm = RMSNorm(width)
-        self.ffn_in = Linear(width, config.hidden)
-        self.ffn_out = Linear(config.hidden, width, zero=True)
+        self.up_proj = Linear(width, config.ffn_width)
+        self.down_proj = Linear(config.ffn_width, width, zero_init=True)
         self.dropout = Dropout(config.dropout)
 
-    def start(self, batch: int) -> LayerState:
-        """The state before any token."""
-        taps, width = self.taps.shape
-        size = width // self.heads
-        # plain tensors, also where the taps are sharded
-        zeros = functools.partial(torch.zeros, dtype=self.taps.dtype, device=self.taps.device)
+    def initial_state(self, batch_size: int) -> LayerState:
+        """The state before the first token: all zeros."""
+        conv_width, width = self.conv_weight.shape
+        head_width = width // self.heads
+        # plain tensors, also where the parameters are sharded over processes
+        zeros = functools.partial(
+            torch.zeros, dtype=self.conv_weight.dtype, device=self.conv_weight.device
+        )
         return LayerState(
-            zeros(batch, taps - 1, width),
-            zeros(batch, width) if self.short else None,
-            zeros(batch, self.heads, size, size) if self.long else None,
+            zeros(batch_size, conv_width - 1, width),
+            zeros(batch_size, width) if self.has_recurrence else None,
+            zeros(batch_size, self.heads, head_width, head_width) if self.has_delta_rule else None,
         )
 
-    def remember(
-        self, p: Tensor, state: LayerState, cu: Tensor | None = None
+    def mix_tokens(
+        self, projected: Tensor, state: LayerState, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """Both memories: projections p (B, T, …) to their gated outputs (B, T, D)."""
-        h_last, s_last, mixed = state.h, state.s, []
-        *parts, r = (p.float() if p.dtype == torch.bfloat16 else p).split(self.parts, dim=-1)
-        if self.short:
-            z, f, g = parts[:3]
-            decay = f + self.decay_bias
-            h, h_last = gated_recurrence(z, g, decay, self.recurrent, state.h, cu_seqlens=cu)
-            mixed.append(self.short_norm(h))
-        if self.long:
+        """Run the memories of a layer of type ``s``, ``l`` or ``b``.
+
+        Args:
+            projected: (B, T, sum of projection_sizes), the output of ``in_proj``.
+            state: the layer's state before the first step.
+            cu_seqlens: (N + 1,), bounds of packed sequences, or None.
+
+        Returns:
+            The gated outputs of the memories (B, T, D), of projected's dtype, and the new state.
+        """
+        hidden_state, delta_state, outputs = state.hidden_state, state.delta_state, []
+        full_precision = projected.float() if projected.dtype == torch.bfloat16 else projected
+        *parts, output_gate = full_precision.split(self.projection_sizes, dim=-1)
+        if self.has_recurrence:
+            candidate, forget, gate = parts[:3]
+            h, hidden_state = gated_recurrence(
+                candidate,
+                gate,
+                forget + self.forget_bias,
+                self.recurrent_weight,
+                state.hidden_state,
+                cu_seqlens=cu_seqlens,
+            )
+            outputs.append(self.recurrence_norm(h))
+        if self.has_delta_rule:
             q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in parts[-5:-2])
-            a, b = parts[-2:]
-            a = a + self.memory_bias
-            o, s_last = associative_memory(q, k, v, a, b, state.s, cu_seqlens=cu)
-            mixed.append(self.long_norm(o.flatten(-2)))
-        y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
-        return (y * F.silu(r)).to(p.dtype), LayerState(state.taps, h_last, s_last)
+            decay, beta = parts[-2:]
+            o, delta_state = associative_memory(
+                q,
+                k,
+                v,
+                decay + self.delta_decay_bias,
+                beta,
+                state.delta_state,
+                cu_seqlens=cu_seqlens,
+            )
+            outputs.append(self.delta_norm(o.flatten(-2)))
+        y = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        y = (y * F.silu(output_gate)).to(projected.dtype)
+        return y, LayerState(state.conv_state, hidden_state, delta_state)
 
     def forward(
         self,
         x: Tensor,
         state: LayerState,
         *,
-        half: bool,
-        dice: torch.Generator | None = None,
-        cu: Tensor | None = None,
+        bf16: bool,
+        generator: torch.Generator | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Map x (B, T, D) and the state to the new x and the new state; dropout draws from dice.
+        """Apply the layer.
 
-        ``cu`` (N + 1,) packs N sequences in one row; the state is then that of each of them.
+        Args:
+            x: (B, T, D), the residual stream.
+            state: the state before the first step; with ``cu_seqlens`` that of each sequence.
+            bf16: run the matrix products in bfloat16.
+            generator: what dropout draws from; None for torch's global generator.
+            cu_seqlens: (N + 1,), bounds of N sequences packed in one row, or None.
+
+        Returns:
+            The new residual stream (B, T, D) and the new state.
         """
-        u, taps = norm_conv(x, self.taps, state.taps, half=half, cu_seqlens=cu)
-        p = self.project(u)
-        if self.kind == "n":
-            y, h = gated_scan(p, self.decay_bias, state.h, cu_seqlens=cu)
-            state = state._replace(h=h)
+        u, conv_state = norm_conv(
+            x, self.conv_weight, state.conv_state, half=bf16, cu_seqlens=cu_seqlens
+        )
+        projected = self.in_proj(u)
+        if self.layer_type == "n":
+            y, hidden_state = gated_scan(
+                projected, self.forget_bias, state.hidden_state, cu_seqlens=cu_seqlens
+            )
+            state = state._replace(hidden_state=hidden_state)
         else:
-            y, state = self.remember(p, state, cu)
-        x = x + self.dropout(self.merge(y), dice)
-        hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
-        x = x + self.dropout(self.ffn_out(hidden), dice)
-        return x, state._replace(taps=taps)
+            y, state = self.mix_tokens(projected, state, cu_seqlens)
+        x = x + self.dropout(self.out_proj(y), generator)
+        activations = squared_relu(self.up_proj(self.ffn_norm(x, bf16=bf16)))
+        x = x + self.dropout(self.down_proj(activations), generator)
+        return x, state._replace(conv_state=conv_state)
 
 
 class Model(nn.Module):
-    """The language model: embedding, layers, norm, and logits tied to the embedding."""
+    """The language model: embedding, layers, final norm, and logits tied to the embedding."""
 
     def __init__(
-        self, config: ModelConfig, each: Callable[[nn.Module], nn.Module] = lambda layer: layer
+        self,
+        config: ModelConfig,
+        wrap_layer: Callable[[nn.Module], nn.Module] = lambda layer: layer,
     ) -> None:
-        """``each`` is given every layer as it is made, before the next one takes memory."""
+        """Initialise the weights from torch's global generator.
+
+        Args:
+            config: the shape.
+            wrap_layer: called with each layer as soon as it exists, before the next one takes
+                memory. Fully sharded training (FSDP) shards it here.
+        """
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         nn.init.normal_(self.embedding, std=0.02)
-        if config.ngrams:
-            self.ngrams = nn.Parameter(torch.empty(config.ngrams, config.width))
-            nn.init.normal_(self.ngrams, std=0.02)
-            # twice as often as the rest: they are what learns a text by heart
-            self.row_dropout = Dropout(min(0.5, 2 * config.dropout), rows=True)
-        self.layers = nn.ModuleList(each(Layer(config, kind)) for kind in config.kinds)
+        if config.ngram_buckets:
+            self.ngram_embedding = nn.Parameter(torch.empty(config.ngram_buckets, config.width))
+            nn.init.normal_(self.ngram_embedding, std=0.02)
+            # twice the rate of the other dropouts: these rows are what overfits first
+            self.ngram_dropout = Dropout(min(0.5, 2 * config.dropout), whole_vectors=True)
+        layer_types = config.resolved_layer_types
+        self.layers = nn.ModuleList(wrap_layer(Layer(config, t)) for t in layer_types)
         self.norm = RMSNorm(config.width)
-        self.reduced = False  # bfloat16 products
-        self.recompute = False  # layers, in backward: only what goes into them is kept
+        self.bf16 = False
+        """Whether matrix products run in bfloat16. Recurrences always run in float32."""
+        self.activation_checkpointing = False
+        """Whether backward recomputes each layer from its input instead of keeping activations."""
 
     def set_precision(self, precision: str) -> None:
-        """Run matrix products in ``float32`` or ``bfloat16``; all else stays float32."""
-        self.reduced = precision == "bfloat16"
+        """Run matrix products in ``float32`` or ``bfloat16``; everything else stays float32."""
+        self.bf16 = precision == "bfloat16"
 
-    def parameter_groups(
-        self, weight_decay: float, table_decay: float = 0.0
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups: the layers' matrices, which Muon moves; all else, undecayed; and the
-        table of pairs and triples, which would learn the training text by heart."""
-        matrices: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, p in self.layers.named_parameters():
-            vector = p.ndim < 2 or name.endswith(("taps", "down", "up"))  # factors: see mmrec.lora
-            (others if vector else matrices).append(p)
-        rest = dict(self.named_parameters())
-        table = [rest.pop("ngrams")] if self.config.ngrams else []
-        others += [p for name, p in rest.items() if not name.startswith("layers.")]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": weight_decay, "muon": True},
-            {"params": others, "weight_decay": 0.0, "muon": False},
-        ]
-        if table:
-            groups.append({"params": table, "weight_decay": table_decay, "muon": False})
-        return groups
-
-    def start(self, batch: int) -> State:
-        """The state of every layer before any token."""
-        back = self.config.runs - 1
-        recent = torch.zeros(batch, back, dtype=torch.int64, device=self.embedding.device)
-        return State(recent, [layer.start(batch) for layer in self.layers])  # type: ignore[operator]
+    def initial_state(self, batch_size: int) -> State:
+        """The state before the first token of ``batch_size`` texts."""
+        context = self.config.max_ngram - 1
+        device = self.embedding.device
+        recent_tokens = torch.zeros(batch_size, context, dtype=torch.int64, device=device)
+        layers = [layer.initial_state(batch_size) for layer in self.layers]  # type: ignore[operator]
+        return State(recent_tokens, layers)
 
     def embed(
         self,
         tokens: Tensor,
-        recent: Tensor,
-        starts: Tensor | None = None,
-        dice: torch.Generator | None = None,
+        recent_tokens: Tensor,
+        document_starts: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sum of the embeddings of each token (B, T) and of the runs of tokens that it ends.
+        """Sum of the embedding of each token and of the n-grams that end at it.
 
-        Pairs, triples and longer runs share one table by a hash (Svenstrup et al. 2017,
-        arXiv:1709.03933).
+        Args:
+            tokens: (B, T) int64.
+            recent_tokens: (B, max_ngram - 1) int64, the tokens before them.
+            document_starts: (B, T) bool, see ``hidden_states``.
+            generator: what dropout draws from; None for torch's global generator.
+
+        Returns:
+            (B, T, D) float32.
         """
         x = F.embedding(tokens, self.embedding)
-        if self.config.ngrams:
-            run, earlier = tokens, previous(tokens, recent, starts)
-            for before, (factor, spread) in zip(earlier, RUNS, strict=False):
-                run = before * factor + run
-                number = run * spread
-                row = F.embedding((number >> 7 ^ number) % self.config.ngrams, self.ngrams)
-                x = x + self.row_dropout(row, dice)
+        if self.config.ngram_buckets:
+            key, previous = tokens, previous_tokens(tokens, recent_tokens, document_starts)
+            for earlier, (multiplier, mixer) in zip(previous, NGRAM_HASH, strict=False):
+                key = earlier * multiplier + key
+                mixed = key * mixer
+                bucket = (mixed >> 7 ^ mixed) % self.config.ngram_buckets
+                x = x + self.ngram_dropout(F.embedding(bucket, self.ngram_embedding), generator)
         return x
 
     def hidden_states(
         self,
         tokens: Tensor,
         state: State | None = None,
-        dice: torch.Generator | None = None,
-        starts: Tensor | None = None,
+        *,
+        document_starts: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, State]:
-        """Final hidden states (B, T, D), normalised, for tokens (B, T) int64, and the new state.
+        """Hidden states after the final norm.
 
-        ``starts`` (B, T) bool: where it is set, a text begins that knows nothing of what precedes.
+        Args:
+            tokens: (B, T) int64.
+            state: what an earlier call returned; None begins a text in every row.
+            document_starts: (B, T) bool. Where it is True a document begins that must not see
+                what precedes it.
+            generator: what dropout draws from; None for torch's global generator.
+
+        Returns:
+            (B, T, D) float32, and the state after the last token. Position t depends only on
+            tokens of its own document up to t.
         """
-        state = self.start(tokens.shape[0]) if state is None else state
-        x = self.embed(tokens, state.recent, starts, dice)
-        pack = None if starts is None else Packing.of(starts)
-        if pack:
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        x = self.embed(tokens, state.recent_tokens, document_starts, generator)
+        packing = None
+        if document_starts is not None:
+            packing = Packing.from_document_starts(document_starts)
             x = x.flatten(0, 1)[None]
-        after = []
-        for layer, before in zip(self.layers, state.layers, strict=True):
-            if pack:
-                before = LayerState(*map(pack.spread, before))  # type: ignore[arg-type]
-            run = functools.partial(recompute, layer) if self.recompute else layer
-            x, last = run(x, before, half=self.reduced, dice=dice, cu=pack and pack.cu_seqlens)
-            if pack:
-                last = LayerState(*map(pack.gather, last))  # type: ignore[arg-type]
-            after.append(last)
-        if pack:
+        new_layer_states = []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            if packing:
+                layer_state = LayerState(*map(packing.rows_to_sequences, layer_state))  # type: ignore[arg-type]
+            call = (
+                functools.partial(call_checkpointed, layer)
+                if self.activation_checkpointing
+                else layer
+            )
+            x, new_state = call(
+                x,
+                layer_state,
+                bf16=self.bf16,
+                generator=generator,
+                cu_seqlens=packing and packing.cu_seqlens,
+            )
+            if packing:
+                new_state = LayerState(*map(packing.sequences_to_rows, new_state))  # type: ignore[arg-type]
+            new_layer_states.append(new_state)
+        if packing:
             x = x.view(*tokens.shape, -1)
-        return self.norm(x), State(newest(tokens, state.recent, starts), after)
+        recent_tokens = last_tokens(tokens, state.recent_tokens, document_starts)
+        return self.norm(x), State(recent_tokens, new_layer_states)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits (…, V) for hidden states (…, D)."""
-        return F.linear(x, self.embedding)
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, D), with the embedding as weight."""
+        return F.linear(hidden, self.embedding)
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        document_starts: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Logits (B, T, V) for tokens (B, T) int64, and the state to go on from.
+        """Logits (B, T, V) for tokens (B, T) int64, and the state after the last token.
 
-        ``state=None`` starts a text, and so does every True of ``starts`` (B, T). Logits at t
-        depend on tokens of the same text up to t only.
+        The arguments are those of ``hidden_states``.
         """
-        x, after = self.hidden_states(tokens, state, starts=starts)
-        return self.head(x), after
+        hidden, state = self.hidden_states(tokens, state, document_starts=document_starts)
+        return self.lm_head(hidden), state
 
-    def loss(self, tokens: Tensor, targets: Tensor, dice: torch.Generator | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of targets (B, T) given tokens (B, T), both int64.
-
-        Dropout draws from ``dice``, or from torch's global generator.
-        """
-        return self.loss_and_state(tokens, targets, dice)[0]
-
-    def loss_and_state(
+    def loss(
         self,
         tokens: Tensor,
         targets: Tensor,
-        dice: torch.Generator | None = None,
         state: State | None = None,
-        starts: Tensor | None = None,
+        *,
+        document_starts: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, State]:
-        """The loss, and the state to go on from."""
-        x, after = self.hidden_states(tokens, state, dice, starts)
-        loss = HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
-        return loss, after
+        """Mean cross-entropy of the targets, and the state after the last token.
+
+        Args:
+            tokens: (B, T) int64.
+            targets: (B, T) int64, the token that follows each of them.
+            state, document_starts, generator: see ``hidden_states``.
+
+        Returns:
+            The loss, a scalar in nats per token, and the new state.
+        """
+        hidden, state = self.hidden_states(
+            tokens, state, document_starts=document_starts, generator=generator
+        )
+        loss = HeadLoss.apply(hidden.flatten(0, 1), self.embedding, targets.flatten(), self.bf16)
+        return loss, state
+
+
+class Packing(NamedTuple):
+    """How the documents of a batch lie end to end in one row of B T tokens.
+
+    A sequence begins at every document start and at every row of the batch.
+    """
+
+    cu_seqlens: Tensor
+    """(N + 1,) int64, the bounds of the N sequences, as the kernels take them."""
+    first_sequence: Tensor
+    """(B,) int64, the sequence that each row begins with."""
+    last_sequence: Tensor
+    """(B,) int64, the sequence that each row ends with."""
+    continues: Tensor
+    """(B,) bool, whether a row begins in the middle of a document."""
+
+    @classmethod
+    def from_document_starts(cls, document_starts: Tensor) -> "Packing":
+        """Find the sequences of a batch from document_starts (B, T) bool."""
+        rows, time = document_starts.shape
+        sequence_starts = document_starts.clone()
+        sequence_starts[:, 0] = True
+        counts = sequence_starts.sum(1).cumsum(0)
+        edges = sequence_starts.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat((edges, edges.new_tensor([rows * time])))
+        first_sequence = torch.cat((counts.new_zeros(1), counts[:-1]))
+        return cls(cu_seqlens, first_sequence, counts - 1, ~document_starts[:, 0])
+
+    def rows_to_sequences(self, state: Tensor | None) -> Tensor | None:
+        """States of rows (B, …) to states of sequences (N, …); a new document starts from zero."""
+        if state is None:
+            return None
+        states = state.new_zeros(len(self.cu_seqlens) - 1, *state.shape[1:])
+        continues = self.continues.view(-1, *[1] * (state.ndim - 1))
+        return states.index_copy(0, self.first_sequence, state * continues)
+
+    def sequences_to_rows(self, state: Tensor | None) -> Tensor | None:
+        """States of sequences (N, …) to the state that each row ends with (B, …)."""
+        return None if state is None else state.index_select(0, self.last_sequence)
+
+
+def previous_tokens(
+    tokens: Tensor, recent_tokens: Tensor, document_starts: Tensor | None
+) -> list[Tensor]:
+    """The tokens 1, 2, …, R places before each token.
+
+    Args:
+        tokens: (B, T) int64.
+        recent_tokens: (B, R) int64, the R tokens before them, the newest last.
+        document_starts: (B, T) bool or None.
+
+    Returns:
+        R tensors (B, T) int64; 0 stands where the place lies in another document.
+    """
+    count, time = recent_tokens.shape[1], tokens.shape[1]
+    joined, previous = torch.cat((recent_tokens, tokens), 1), []
+    start_nearby = document_starts  # whether a document begins at a place or up to k - 1 before it
+    for k in range(1, count + 1):
+        earlier = joined[:, count - k : count - k + time]
+        if start_nearby is not None and document_starts is not None:
+            earlier = earlier.masked_fill(start_nearby, 0)
+            start_nearby = start_nearby.clone()
+            start_nearby[:, k:] |= document_starts[:, : time - k]
+        previous.append(earlier)
+    return previous
+
+
+def last_tokens(tokens: Tensor, recent_tokens: Tensor, document_starts: Tensor | None) -> Tensor:
+    """The last R of recent_tokens (B, R) followed by tokens (B, T); 0 for another document's."""
+    count, time = recent_tokens.shape[1], tokens.shape[1]
+    recent = torch.cat((recent_tokens, tokens), 1)[:, time:].clone()
+    if document_starts is not None:
+        for k in range(1, count):
+            document_began = document_starts[:, max(0, time - k) :].any(1)
+            recent[:, count - 1 - k].masked_fill_(document_began, 0)
+    return recent
+
+
+def call_checkpointed(
+    layer: Callable[..., Result],
+    *inputs: Any,
+    generator: torch.Generator | None = None,
+    **settings: Any,
+) -> Result:
+    """Call a layer with activation checkpointing: backward keeps its inputs and calls it again.
+
+    The second call sees the generator as it was before the first one, so results and gradients are
+    those of the plain call, bit for bit. Without a generator the global one is restored in the
+    same way; then no two threads may do this at once.
+
+    Args:
+        layer: what is called as ``layer(*inputs, generator=generator, **settings)``.
+        inputs: tensors, or tuples of tensors.
+        generator: what dropout draws from.
+        settings: further keyword arguments of the layer.
+
+    Source: Chen et al. 2016 (arXiv:1604.06174, section 3), through ``torch.utils.checkpoint``.
+    """
+    state_before: Tensor | None = None
+
+    def call_layer(*inputs: Any) -> Result:
+        nonlocal state_before
+        if generator is None:
+            return layer(*inputs, generator=None, **settings)
+        state_now = generator.get_state()
+        if state_before is None:
+            state_before = state_now
+            return layer(*inputs, generator=generator, **settings)
+        try:
+            generator.set_state(state_before)
+            return layer(*inputs, generator=generator, **settings)
+        finally:
+            generator.set_state(state_now)
+
+    result: Result = checkpoint(
+        call_layer, *inputs, use_reentrant=False, preserve_rng_state=generator is None
+    )
+    return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrec.kernels import associative_memory, gated_recurrence
-from mmrec.model import spread_decays
+from mmrec.model import log_spaced_decay_logits
 
 HORIZON = 256  # longest time constant, in steps, at initialisation
 
@@ -65,13 +65,13 @@ class GatedRecurrence(_Recurrent):
         self.batch_first = batch_first
         self.dropout = nn.Dropout(dropout)
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        self.project = nn.ModuleList(nn.Linear(size, 3 * hidden_size) for size in sizes)
+        self.in_proj = nn.ModuleList(nn.Linear(size, 3 * hidden_size) for size in sizes)
         size = hidden_size // blocks
         weights = torch.randn(num_layers, blocks, size, size) * size**-0.5
         self.weight = nn.ParameterList(weights.unbind())
-        for layer in self.project:
+        for layer in self.in_proj:
             bias: Tensor = layer.bias  # type: ignore[assignment]
-            bias.data[2 * hidden_size :] = spread_decays(hidden_size, HORIZON)
+            bias.data[2 * hidden_size :] = log_spaced_decay_logits(hidden_size, HORIZON)
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, cu_seqlens: Tensor | None = None
@@ -96,7 +96,7 @@ class GatedRecurrence(_Recurrent):
             axes = "(num_layers, D)" if plain else "(num_layers, N, D)"
             raise ValueError(f"hx must have shape {axes}; got {tuple(hx.shape)}")
         last = []
-        for n, (project, weight) in enumerate(zip(self.project, self.weight, strict=True)):
+        for n, (project, weight) in enumerate(zip(self.in_proj, self.weight, strict=True)):
             z, gate, decay = project(self.dropout(x) if n else x).chunk(3, -1)
             start = None if hx is None else hx[n][None] if plain else hx[n]
             x, state = gated_recurrence(z, gate, decay, weight, start, cu_seqlens=cu_seqlens)
@@ -119,8 +119,10 @@ class AssociativeMemory(_Recurrent):
             raise ValueError(f"num_heads must divide hidden_size {hidden_size}; got {num_heads}")
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.batch_first = batch_first
-        self.project = nn.Linear(input_size, 3 * hidden_size + 2 * num_heads)
-        self.project.bias.data[-2 * num_heads : -num_heads] = spread_decays(num_heads, HORIZON)
+        self.in_proj = nn.Linear(input_size, 3 * hidden_size + 2 * num_heads)
+        self.in_proj.bias.data[-2 * num_heads : -num_heads] = log_spaced_decay_logits(
+            num_heads, HORIZON
+        )
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, cu_seqlens: Tensor | None = None
@@ -141,7 +143,7 @@ class AssociativeMemory(_Recurrent):
         x, batched = self._batch(input)
         plain = not batched and cu_seqlens is None
         sizes = [self.hidden_size] * 3 + [self.num_heads] * 2
-        *qkv, decay, write = self.project(x).split(sizes, -1)
+        *qkv, decay, write = self.in_proj(x).split(sizes, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         start = hx[None] if plain and hx is not None else hx
         o, state = associative_memory(q, k, v, decay, write, start, cu_seqlens=cu_seqlens)

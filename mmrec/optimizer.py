@@ -1,44 +1,64 @@
-"""The optimizer: Muon for weight matrices, AdamW for all else."""
+"""The optimizer: Muon for the weight matrices of the layers, AdamW for everything else."""
 
+import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrec.runtime.distributed import ALONE, World
-from mmrec.training.replicas import Lanes
+from mmrec.config import OptimizerConfig
+from mmrec.model import Layer, Linear, Model
+from mmrec.runtime.distributed import ALONE as SINGLE_PROCESS
+from mmrec.runtime.distributed import World as ProcessGroup
 
-# Quintic polynomial of an iteration that draws all singular values towards 1 (see orthogonalise).
+# Coefficients of the quintic Newton-Schulz iteration (see newton_schulz).
 A, B, C = 3.4445, -4.7750, 2.0315
-AT_ONCE = 1 << 24  # elements of the matrices that are moved together: each takes 20 bytes meanwhile
+MAX_BATCH_ELEMENTS = 1 << 24
+"""Elements of the matrices that are orthogonalised at once. Each takes 20 bytes meanwhile."""
+
+Task = Callable[[], object]
 
 
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Nearest matrices with all singular values near 1 (0.7 to 1.2), x (N, rows, columns).
+def run_in_turn(tasks: Sequence[Task]) -> None:
+    """Run tasks one after the other: the default of ``MuonAdamW``."""
+    for task in tasks:
+        task()
 
-    Newton-Schulz iteration with the coefficients of Jordan et al., "Muon" (2024),
-    kellerjordan.github.io/posts/muon, in bfloat16.
+
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+    """Approximately orthogonalise matrices: all singular values move to between 0.7 and 1.2.
+
+    Args:
+        x: (N, rows, columns), any floating dtype; computed in bfloat16.
+        steps: iterations.
+
+    Returns:
+        (N, rows, columns) float32.
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
+    (kellerjordan.github.io/posts/muon), with its coefficients.
     """
-    turned = x.shape[-2] > x.shape[-1]
-    x = (x.mT if turned else x).bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if is_tall else x).bfloat16()
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return (x.mT if turned else x).float()
+    return (x.mT if is_tall else x).float()
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for groups with ``muon=True``, AdamW for the others; all rates follow ``peak``.
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for parameter groups with ``use_muon=True``, AdamW for the other groups.
 
-    Of several processes, each orthogonalises a share of the matrices.
+    Muon moves a matrix by its orthogonalised Nesterov momentum, so that every direction moves by
+    the same amount, however small its gradient. The step is scaled by
+    sqrt(max(1, rows / columns)). Source: Jordan et al. 2024, see ``newton_schulz``.
 
-    A matrix moves by its orthogonalised momentum: every direction by the same amount, however small
-    its gradient. Source: Jordan et al. 2024, as above; Nesterov momentum and the factor
-    sqrt(max(1, rows / columns)) are theirs.
+    Each group keeps its peak rate as ``initial_lr``; a schedule sets ``lr`` from it. In a
+    distributed run each process orthogonalises a share of the matrices.
     """
 
     def __init__(
@@ -46,64 +66,165 @@ class Muon(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         *,
         lr: float,
+        matrix_lr: float,
         betas: tuple[float, float],
-        muon_lr: float,
         momentum: float = 0.95,
-        lanes: Lanes | None = None,
-        world: World = ALONE,
+        run_tasks: Callable[[Sequence[Task]], object] = run_in_turn,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Groups hold ``params``, ``weight_decay`` and ``muon``; matrices may have more axes."""
-        self.lanes, self.world = lanes or Lanes(1), world
-        matrices = [g for g in groups if g["muon"]]
-        self._adam = torch.optim.AdamW(
-            [g for g in groups if not g["muon"]], lr=lr, betas=betas, fused=True
-        )
-        super().__init__(matrices, {"lr": muon_lr, "momentum": momentum})
-        self.param_groups += self._adam.param_groups
-        self._adam.state = self.state
+        """Make an optimizer of parameter groups.
+
+        Args:
+            groups: dicts of ``params``, ``weight_decay``, ``use_muon``, and perhaps ``lr_scale``,
+                which multiplies the group's rate. Matrices may have leading axes.
+            lr: AdamW's peak learning rate.
+            matrix_lr: Muon's peak learning rate.
+            betas: AdamW's moment decays.
+            momentum: Muon's momentum.
+            run_tasks: runs the independent parts of a step; may run them in threads.
+            process_group: the processes that train together.
+        """
+        self._run_tasks, self._process_group = run_tasks, process_group
+        muon_groups = [g for g in groups if g["use_muon"]]
+        adamw_groups = [g for g in groups if not g["use_muon"]]
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, fused=True)
+        super().__init__(muon_groups, {"lr": matrix_lr, "momentum": momentum})
+        self.param_groups += self._adamw.param_groups
+        self._adamw.state = self.state
         for group in self.param_groups:
-            group["peak"] = group["lr"]
+            group["initial_lr"] = group["lr"] * group.get("lr_scale", 1.0)
+
+    def scale_lr(self, factor: float) -> None:
+        """Set every group's learning rate to ``factor`` times its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * factor
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        tasks: list[Callable[[], object]] = [self._adam.step]
+        """Update every parameter that has a gradient."""
+        tasks: list[Task] = [self._adamw.step]
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for p in group["params"] if group["muon"] else []:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"] if group["use_muon"] else []:
                 if p.grad is not None:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                    alike[p.shape[-2:]].append(p)
-            # matrices of one shape in one task, large ones first
-            for shape in sorted(alike, key=lambda shape: -shape.numel() * len(alike[shape])):
-                most = max(1, AT_ONCE // shape.numel()) * self.world.size  # each moves a share
+                    by_shape[p.shape[-2:]].append(p)
+            # matrices of one shape in one task, the largest tasks first
+            for shape in sorted(by_shape, key=lambda s: -s.numel() * len(by_shape[s])):
+                matrices = by_shape[shape]
+                limit = max(1, MAX_BATCH_ELEMENTS // shape.numel()) * self._process_group.size
                 tasks += [
-                    partial(self._move, group, alike[shape][lo : lo + most])
-                    for lo in range(0, len(alike[shape]), most)
+                    partial(self._update_matrices, group, matrices[begin : begin + limit])
+                    for begin in range(0, len(matrices), limit)
                 ]
-        if self.world.size == 1:
-            self.lanes.run(tasks)
-        else:  # one after the other, in one order in all processes: they talk to each other
-            for task in tasks:
-                task()
+        if self._process_group.size == 1:
+            self._run_tasks(tasks)
+        else:  # the processes exchange data within a task: all of them need one order
+            run_in_turn(tasks)
 
     @torch.no_grad()
-    def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
         rows, columns = params[0].shape[-2:]
-        local, updates = self.world.local, []
+        local_shard, updates = self._process_group.local, []
         for p in params:
             assert p.grad is not None
-            momentum, grad = local(self.state[p]["momentum"]), local(p.grad)
+            momentum, grad = local_shard(self.state[p]["momentum"]), local_shard(p.grad)
             momentum.lerp_(grad, 1 - group["momentum"])
             updates.append(grad.lerp(momentum, group["momentum"]))
-        steps = self.world.apart(_directions, updates, [p.shape for p in params])
-        rate = group["lr"] * max(1, rows / columns) ** 0.5
-        for p, step in zip(params, steps, strict=True):
-            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+        shapes = [p.shape for p in params]
+        directions = self._process_group.apart(_orthogonalise, updates, shapes)
+        lr = group["lr"] * max(1, rows / columns) ** 0.5
+        for p, direction in zip(params, directions, strict=True):
+            decay = 1 - group["lr"] * group["weight_decay"]
+            local_shard(p).mul_(decay).add_(direction, alpha=-lr)
 
 
-def _directions(updates: list[Tensor]) -> list[Tensor]:
-    """Tensors (…, rows, columns) with each of their matrices orthogonalised, in one batch."""
-    blocks = [u.view(-1, *u.shape[-2:]) for u in updates]
-    steps = orthogonalise(torch.cat(blocks)).split([len(b) for b in blocks])
-    return [step.view_as(u) for step, u in zip(steps, updates, strict=True)]
+def _orthogonalise(updates: list[Tensor]) -> list[Tensor]:
+    """Orthogonalise each matrix of tensors (…, rows, columns), all in one batch."""
+    matrices = [u.view(-1, *u.shape[-2:]) for u in updates]
+    directions = newton_schulz(torch.cat(matrices)).split([len(m) for m in matrices])
+    return [d.view_as(u) for d, u in zip(directions, updates, strict=True)]
+
+
+def parameter_groups(
+    model: Model, weight_decay: float, ngram_weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model for ``MuonAdamW``.
+
+    Returns:
+        The matrices of the layers, for Muon, with ``weight_decay``; everything else without decay;
+        and the n-gram embedding with ``ngram_weight_decay``, without which it memorises the text.
+    """
+    matrix_ids = set()
+    for module in model.layers.modules():
+        if isinstance(module, Linear):
+            matrix_ids.add(id(module.weight))
+        elif isinstance(module, Layer) and module.recurrent_weight is not None:
+            matrix_ids.add(id(module.recurrent_weight))
+    matrices, others, ngram = [], [], []
+    in_layers = list(model.layers.parameters())
+    for p in in_layers:
+        (matrices if id(p) in matrix_ids else others).append(p)
+    layer_ids = {id(p) for p in in_layers}
+    for name, p in model.named_parameters():
+        if id(p) not in layer_ids:
+            (ngram if name == "ngram_embedding" else others).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay, "use_muon": True},
+        {"params": others, "weight_decay": 0.0, "use_muon": False},
+    ]
+    if ngram:
+        groups.append({"params": ngram, "weight_decay": ngram_weight_decay, "use_muon": False})
+    return groups
+
+
+def layerwise_lr_groups(
+    model: Model, groups: list[dict[str, Any]], decay: float
+) -> list[dict[str, Any]]:
+    """Split parameter groups so that each one has a single ``lr_scale``.
+
+    The top layer and the final norm learn at the full rate, each layer below at ``decay`` times the
+    rate of the layer above it, and the embeddings below all layers.
+
+    Source: Howard and Ruder 2018 (arXiv:1801.06146), "discriminative fine-tuning".
+    """
+    depth, scales = model.config.depth, {}
+    for name, p in model.named_parameters():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        layers_above = depth - 1 - int(layer[1]) if layer else 0 if name == "norm.weight" else depth
+        scales[p] = decay**layers_above
+    split_groups = []
+    for group in groups:
+        for scale in sorted({scales[p] for p in group["params"]}):
+            params = [p for p in group["params"] if scales[p] == scale]
+            split_groups.append(group | {"params": params, "lr_scale": scale})
+    return split_groups
+
+
+def build_optimizer(
+    model: Model,
+    config: OptimizerConfig = OptimizerConfig(),
+    *,
+    layerwise_lr_decay: float = 1.0,
+    run_tasks: Callable[[Sequence[Task]], object] = run_in_turn,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> MuonAdamW:
+    """Make the optimizer of a model from its settings.
+
+    Args:
+        model: frozen parameters get no gradient and are left as they are.
+        config: rates, decays and betas.
+        layerwise_lr_decay: see ``layerwise_lr_groups``; 1 gives all layers one rate.
+        run_tasks, process_group: see ``MuonAdamW``.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.ngram_weight_decay)
+    if layerwise_lr_decay < 1:
+        groups = layerwise_lr_groups(model, groups, layerwise_lr_decay)
+    return MuonAdamW(
+        groups,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=(config.beta1, config.beta2),
+        run_tasks=run_tasks,
+        process_group=process_group,
+    )

@@ -25,7 +25,15 @@ hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, de
 hypothesis.settings.load_profile("mmrec")
 
 ROOT = Path(__file__).parent.parent
-SMALL = ModelConfig(width=32, depth=2, heads=2, vocab_size=257, layers="sb", ffn=2.0, horizon=32)
+SMALL = ModelConfig(
+    width=32,
+    depth=2,
+    heads=2,
+    vocab_size=257,
+    layer_types="sb",
+    ffn_multiplier=2.0,
+    max_timescale=32,
+)
 
 
 @pytest.fixture(autouse=True)

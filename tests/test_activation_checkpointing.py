@@ -20,12 +20,14 @@ def learn(
 ) -> list[Tensor]:
     """Losses, gradients and the carried state of two batches that follow each other."""
     torch.manual_seed(3)
-    config = replace(SMALL, vocab_size=8, layers="nbsl", depth=4, dropout=dropout, ngrams=16)
+    config = replace(
+        SMALL, vocab_size=8, layer_types="nbsl", depth=4, dropout=dropout, ngram_buckets=16
+    )
     model = Model(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.set_precision(precision)
-    model.recompute = recompute
+    model.activation_checkpointing = recompute
     tokens, state, losses = torch.randint(8, (2, 5, 17)), None, []
     for piece in tokens:
         loss, state = gradients(
@@ -53,7 +55,7 @@ def test_dropout_from_the_global_generator() -> None:
     torch.manual_seed(0)
     model = Model(replace(SMALL, dropout=0.3))
     x, found = torch.randint(200, (2, 9)), []
-    for model.recompute in (False, True):
+    for model.activation_checkpointing in (False, True):
         torch.manual_seed(5)
         loss = model.loss(x, x)
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()]), torch.rand(2)])
@@ -63,7 +65,7 @@ def test_dropout_from_the_global_generator() -> None:
 def test_the_callers_generator_stands_where_it_stood() -> None:
     model = Model(replace(SMALL, dropout=0.3))
     x, found = torch.randint(200, (2, 9)), []
-    for model.recompute in (False, True):
+    for model.activation_checkpointing in (False, True):
         dice = torch.Generator().manual_seed(5)
         model.loss(x, x, dice).backward()
         found.append(dice.get_state())
@@ -74,7 +76,7 @@ def test_only_inputs_are_kept() -> None:
     """All that forward saves in the layers, but their inputs and states, is gone."""
     model, x = Model(replace(SMALL, depth=6)), torch.randint(200, (4, 64))
     kept = []
-    for model.recompute in (False, True):
+    for model.activation_checkpointing in (False, True):
         sizes: dict[int, int] = {}
 
         def note(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:

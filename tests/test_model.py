@@ -11,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
-from mmrec.model import Dropout, Model, spread_decays
+from mmrec.model import Dropout, Model, log_spaced_decay_logits
 from mmrec.runtime.hardware import probe_bfloat16
 
-SMALL = ModelConfig(width=16, depth=4, heads=2, vocab_size=40, layers="bsln", blocks=2, ffn=2.0)
+SMALL = ModelConfig(
+    width=16,
+    depth=4,
+    heads=2,
+    vocab_size=40,
+    layer_types="bsln",
+    recurrent_blocks=2,
+    ffn_multiplier=2.0,
+)
 
 
 def awake(config: ModelConfig) -> Model:
@@ -37,7 +45,7 @@ def test_characters_have_longer_runs_in_no_larger_a_model() -> None:
     x = torch.tensor([[1, 2, 3, 4, 5], [9, 2, 3, 4, 5]])
     model = Model(shape)
     with torch.no_grad():
-        a, b = model.embed(x, model.start(2).recent)
+        a, b = model.embed(x, model.initial_state(2).recent)
     assert [torch.equal(*pair) for pair in zip(a, b, strict=True)] == [False] * 4 + [True]
 
 
@@ -78,11 +86,11 @@ def test_texts_that_begin_inside_know_nothing_of_what_precedes(
     marks: list[bool], cut: int, layers: str, runs: int
 ) -> None:
     """Rows cut into texts, run whole and in two chunks, against each text alone."""
-    model = awake(dataclasses.replace(SMALL, layers=layers, ngrams=16, runs=runs))
+    model = awake(dataclasses.replace(SMALL, layers=layers, ngram_buckets=16, max_ngram=runs))
     tokens, starts = torch.randint(0, 40, (2, 24)), torch.tensor(marks).view(2, 24)
     with torch.no_grad():
-        whole, last = model(tokens, starts=starts)
-        first, state = model(tokens[:, :cut], starts=starts[:, :cut])
+        whole, last = model(tokens, document_starts=starts)
+        first, state = model(tokens[:, :cut], document_starts=starts[:, :cut])
         second, after = model(tokens[:, cut:], state, starts[:, cut:])
         for row in range(2):
             edges = sorted({0, 24, *starts[row].nonzero().flatten().tolist()})
@@ -100,7 +108,7 @@ def test_texts_that_begin_inside_know_nothing_of_what_precedes(
 def test_whole_equals_token_by_token_at_the_tiny_preset() -> None:
     model = Model(PRESETS["tiny"]).eval()
     for name, p in model.named_parameters():
-        if name.endswith(("merge.weight", "ffn_out.weight")):
+        if name.endswith(("out_proj.weight", "down_proj.weight")):
             p.data.normal_(std=0.05)
     tokens = torch.randint(0, 5000, (1, 64))
     with torch.no_grad():
@@ -172,20 +180,20 @@ def test_bfloat16_products_stay_near_float32() -> None:
 
 def test_weight_decay_reaches_matrices_only() -> None:
     model = Model(SMALL)
-    decayed, rest = model.parameter_groups(0.1)
+    decayed, rest = parameter_groups(model, 0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     kinds = {names[id(p)].split(".")[-2] for p in decayed["params"] if p.ndim == 2}
-    assert kinds == {"project", "merge", "ffn_in", "ffn_out"}
+    assert kinds == {"in_proj", "out_proj", "up_proj", "down_proj"}
     assert rest["weight_decay"] == 0.0
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    model = Model(dataclasses.replace(SMALL, ngrams=64))
-    table = model.parameter_groups(0.1, 0.7)[2]
+    model = Model(dataclasses.replace(SMALL, ngram_buckets=64))
+    table = parameter_groups(model, 0.1, 0.7)[2]
     assert table["weight_decay"] == 0.7
-    assert [id(p) for p in table["params"]] == [id(model.ngrams)]
+    assert [id(p) for p in table["params"]] == [id(model.ngram_embedding)]
 
 
 def test_time_constants_are_spread_over_the_horizon() -> None:
-    tau = -1 / torch.sigmoid(spread_decays(5, 10_000).double()).log()
+    tau = -1 / torch.sigmoid(log_spaced_decay_logits(5, 10_000).double()).log()
     torch.testing.assert_close(
         tau, torch.tensor([1.0, 10, 100, 1000, 10_000]).double(), rtol=1e-2, atol=0
     )
@@ -200,7 +208,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_a_single_tap_leaves_the_convolution_out() -> None:
-    model = awake(dataclasses.replace(SMALL, conv=1))
+    model = awake(dataclasses.replace(SMALL, conv_width=1))
     logits, state = model(torch.randint(0, 40, (1, 5)))
     assert logits.shape == (1, 5, 40)
     assert state.layers[0].taps.shape == (1, 0, 16)

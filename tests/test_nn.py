@@ -23,7 +23,7 @@ def test_shapes_are_those_of_gru(batch_first: bool, batched: bool) -> None:
 
 
 MODULES = [
-    lambda: GatedRecurrence(5, 8, 2, batch_first=True, blocks=2),
+    lambda: GatedRecurrence(5, 8, 2, batch_first=True, recurrent_blocks=2),
     lambda: AssociativeMemory(5, 8, 2, batch_first=True),
 ]
 
@@ -67,7 +67,10 @@ def test_it_learns_to_remember_the_first_input() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: GatedRecurrence(4, 6, blocks=4), "blocks must divide hidden_size 6; got 4"),
+        (
+            lambda: GatedRecurrence(4, 6, recurrent_blocks=4),
+            "blocks must divide hidden_size 6; got 4",
+        ),
         (lambda: AssociativeMemory(4, 6, 4), "num_heads must divide hidden_size 6; got 4"),
         (lambda: GatedRecurrence(4, 6)(torch.ones(2, 3)), r"with I = 4; got \(2, 3\)"),
         (

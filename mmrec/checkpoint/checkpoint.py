@@ -32,7 +32,7 @@ from mmrec.model import Model, State
 from mmrec.runtime.distributed import ALONE, World
 
 KIND, SCHEMA = "checkpoint", 3
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of Muon
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of MuonAdamW
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,10 @@ def evaluate(
         ):
             at = column[mask].split(LOSS_ROWS)
             starts = x == eot if resets else None
-            hidden, state = model.hidden_states(x, state, starts=starts)
+            hidden, state = model.hidden_states(x, state, document_starts=starts)
             rows = hidden[mask].split(LOSS_ROWS)  # logits are large: few are alive at once
             for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
-                logits = model.head(h)
+                logits = model.lm_head(h)
                 each = F.cross_entropy(logits, target, reduction="none")
                 nats += float(each.sum(dtype=torch.float64))
                 likeliest = logits.argmax(-1)
@@ -141,7 +141,7 @@ class Continuation:
         nats, right = [np.empty(0)], [np.empty(0, bool)]
         for piece in targets.split(CHUNK) if ids else ():
             hidden, state = self._model.hidden_states(piece[None], state)
-            logits = self._model.head(torch.cat((last, hidden[0, :-1]))).double()
+            logits = self._model.lm_head(torch.cat((last, hidden[0, :-1]))).double()
             nats.append(F.cross_entropy(logits, piece, reduction="none").numpy())
             right.append((logits.argmax(-1) == piece).numpy())
             last = hidden[0, -1:]

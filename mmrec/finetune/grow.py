@@ -6,7 +6,7 @@ Let c = sqrt(D' / D). Old channels of the residual stream and of both memories c
 they carried, new ones carry zero, so that every root mean square is what it was, its epsilon
 included, and a norm gives c times what it gave; what reads a norm is divided by c. Zero channels
 change neither the length of keys and queries nor their products. New layers add nothing: their
-``merge`` and ``ffn_out`` are zero. A new hidden unit of the feed-forward reads at random and writes
+``merge`` and ``down_proj`` are zero. A new hidden unit of the feed-forward reads at random and writes
 zero. What reads a channel that is still zero reads at random, so a gradient reaches it at once.
 
 Growth that preserves the function is Net2Net's (Chen et al. 2016, arXiv:1511.05641), its care for
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmrec.config import ModelConfig
 from mmrec.errors import InputError
-from mmrec.model import Layer, Model, spread_decays
+from mmrec.model import Layer, Model, log_spaced_decay_logits
 
 HOW = ("preserve", "stack", "random")
 # What a layer of each kind has: short-term memory, its weight W_g, long-term memory.
@@ -96,16 +96,20 @@ class Growth:
         if how == "random":
             return
         _check_sizes(old, new)
-        placed = place_layers(old.kinds, new.kinds)
+        placed = place_layers(old.resolved_layer_types, new.resolved_layer_types)
         if placed is None:
             raise InputError(
                 "the grown layers must hold the source's in their order, each with its memories; "
-                f"the source's are {old.kinds!r}, the grown ones {new.kinds!r}"
+                f"the source's are {old.resolved_layer_types!r}, the grown ones {new.resolved_layer_types!r}"
             )
         self.layers = {j: i for i, j in enumerate(placed)}
         if how == "stack":
-            for j, kind in enumerate(new.kinds):
-                alike = [i for i, k in enumerate(old.kinds) if MEMORIES[k] <= MEMORIES[kind]]
+            for j, kind in enumerate(new.resolved_layer_types):
+                alike = [
+                    i
+                    for i, k in enumerate(old.resolved_layer_types)
+                    if MEMORIES[k] <= MEMORIES[kind]
+                ]
                 if j not in self.layers and alike:  # the one that stands before it, if there is one
                     before = max((at for at in self.layers if at < j), default=0)
                     copied = self.layers.get(before, 0)
@@ -119,44 +123,52 @@ class Growth:
         old, new, c = self.old, self.new, self.c
         channels = torch.arange(old.width)
         self._move("embedding", (torch.arange(old.vocab_size)[:, None], channels), c)
-        if old.ngrams:  # as many copies as fit: (x mod k n) mod n = x mod n
-            rows = torch.arange(new.ngrams).view(-1, old.ngrams, 1)
-            self._move("ngrams", (rows, channels), c)
+        if old.ngram_buckets:  # as many copies as fit: (x mod k n) mod n = x mod n
+            rows = torch.arange(new.ngram_buckets).view(-1, old.ngram_buckets, 1)
+            self._move("ngram_embedding", (rows, channels), c)
         self._move("norm.weight", (channels,), c**-2)  # the tied embedding is c times its old self
         for j, i in sorted(self.layers.items()):
-            self._plan_layer(f"layers.{j}.", f"layers.{i}.", old.kinds[i], new.kinds[j])
+            self._plan_layer(
+                f"layers.{j}.",
+                f"layers.{i}.",
+                old.resolved_layer_types[i],
+                new.resolved_layer_types[j],
+            )
 
     def _plan_layer(self, to: str, origin: str, was: str, now: str) -> None:
         old, new, c = self.old, self.new, self.c
-        channels, hidden = torch.arange(old.width), torch.arange(old.hidden)
+        channels, hidden = torch.arange(old.width), torch.arange(old.ffn_width)
         inner = self.inner(was)
 
         def move(name: str, index: tuple[Tensor, ...], scale: float | Tensor = 1.0) -> None:
             self.moves.append(Move(to + name, origin + name, index, torch.as_tensor(scale)))
 
-        move("taps", (torch.arange(new.conv - old.conv, new.conv)[:, None], channels))
+        move(
+            "conv_weight",
+            (torch.arange(new.conv_width - old.conv_width, new.conv_width)[:, None], channels),
+        )
         starts, rows, scales = _starts(now, new), [], []
         for part in _starts(was, old):
             at = torch.arange(old.heads) if part in "ab" else inner
             rows.append(starts[part] + at)
             # values carry c times their old selves, and their inputs do, too
             scales.append(torch.full((len(at), 1), 1.0 if part in "zv" else 1 / c))
-        move("project.weight", (torch.cat(rows)[:, None], channels), torch.cat(scales))
+        move("in_proj.weight", (torch.cat(rows)[:, None], channels), torch.cat(scales))
         if "h" in MEMORIES[was]:
-            move("decay_bias", (inner,))
+            move("forget_bias", (inner,))
         if "w" in MEMORIES[was]:
-            size = new.width // new.blocks
-            at = inner.view(old.blocks, -1)
+            size = new.width // new.recurrent_blocks
+            at = inner.view(old.recurrent_blocks, -1)
             index = at[:, :1, None] // size, at[:, :, None] % size, at[:, None, :] % size
-            move("recurrent", index, 1 / c)
-            move("short_norm.weight", (inner,))
+            move("recurrent_weight", index, 1 / c)
+            move("recurrence_norm.weight", (inner,))
         if "s" in MEMORIES[was]:
-            move("memory_bias", (torch.arange(old.heads),))
-            move("long_norm.weight", (inner,))
-        move("merge.weight", (channels[:, None], inner))  # reads c times, writes c times as much
+            move("delta_decay_bias", (torch.arange(old.heads),))
+            move("delta_norm.weight", (inner,))
+        move("out_proj.weight", (channels[:, None], inner))  # reads c times, writes c times as much
         move("ffn_norm.weight", (channels,))
-        move("ffn_in.weight", (hidden[:, None], channels), 1 / c)
-        move("ffn_out.weight", (channels[:, None], hidden), c)
+        move("up_proj.weight", (hidden[:, None], channels), 1 / c)
+        move("down_proj.weight", (channels[:, None], hidden), c)
 
     def inner(self, kind: str) -> Tensor:
         """New places (D,) of the channels of a layer's memories, which keep heads and blocks whole.
@@ -165,19 +177,19 @@ class Growth:
         """
         old, new = self.old, self.new
         places = torch.arange(old.width)
-        size, room = old.width // old.blocks, new.width // new.blocks
+        size, room = old.width // old.recurrent_blocks, new.width // new.recurrent_blocks
         if "s" in MEMORIES[kind]:
             places = places // old.head_width * new.head_width + places % old.head_width
         elif "w" in MEMORIES[kind]:
-            each = -(-old.blocks // new.blocks)  # old blocks in a new one
+            each = -(-old.recurrent_blocks // new.recurrent_blocks)  # old blocks in a new one
             block = places // size
             places = block // each * room + block % each * size + places % size
         if "w" in MEMORIES[kind]:
-            block = (places // room).view(old.blocks, -1)
+            block = (places // room).view(old.recurrent_blocks, -1)
             if places.max() >= new.width or not (block == block[:, :1]).all():
                 raise InputError(
                     f"a block of the recurrent weight must hold whole blocks of the source, which "
-                    f"has {old.blocks} of {size} in {old.heads} heads; got {new.blocks} of {room}"
+                    f"has {old.recurrent_blocks} of {size} in {old.heads} heads; got {new.recurrent_blocks} of {room}"
                 )
         return places
 
@@ -191,12 +203,12 @@ class Growth:
             return
         weights, given = dict(model.named_parameters()), dict(source.named_parameters())
         model.embedding.zero_()
-        if self.new.ngrams:
-            model.ngrams.zero_()
+        if self.new.ngram_buckets:
+            model.ngram_embedding.zero_()
         for j, i in self.layers.items():
             layer = model.layers[j]
             assert isinstance(layer, Layer)
-            self._open(layer, self.old.kinds[i])
+            self._open(layer, self.old.resolved_layer_types[i])
         for move in self.moves:
             value, into = given[move.old] * move.scale, weights[move.new]
             if move.new.endswith("norm.weight"):
@@ -212,25 +224,25 @@ class Growth:
         kept = torch.zeros(new.width, dtype=torch.bool)
         kept[inner] = True
         fresh = ~kept
-        starts, had = _starts(layer.kind, new), MEMORIES[was]
+        starts, had = _starts(layer.layer_type, new), MEMORIES[was]
         silent = {"z": fresh} if "h" in had else {}
         if "s" in had:  # new channels of an old head lengthen neither its keys nor its queries
             in_old_head = torch.arange(new.width) < old.heads * new.head_width
             silent |= {"v": fresh, "q": fresh & in_old_head, "k": fresh & in_old_head}
         for part, rows in silent.items():
-            layer.project.weight[starts[part] + rows.nonzero(), : old.width] = 0
-        layer.merge.weight[:, fresh] = torch.randn(new.width, int(fresh.sum())) * new.width**-0.5
+            layer.in_proj.weight[starts[part] + rows.nonzero(), : old.width] = 0
+        layer.out_proj.weight[:, fresh] = torch.randn(new.width, int(fresh.sum())) * new.width**-0.5
         if "h" in had:
-            layer.decay_bias[fresh] = _spread(int(fresh.sum()), new.horizon)
-        elif layer.recurrent is not None:
-            layer.short_norm.weight.zero_()  # a memory that the layer did not have
+            layer.forget_bias[fresh] = _spread(int(fresh.sum()), new.max_timescale)
+        elif layer.recurrent_weight is not None:
+            layer.recurrence_norm.weight.zero_()  # a memory that the layer did not have
         if "s" in had:
-            layer.memory_bias[old.heads :] = _spread(new.heads - old.heads, new.horizon)
-        elif layer.long:
-            layer.long_norm.weight.zero_()
-        if layer.recurrent is not None and "h" in had:
-            of_block = kept.view(new.blocks, -1)
-            layer.recurrent[of_block[:, :, None] & of_block[:, None, :]] = 0
+            layer.delta_decay_bias[old.heads :] = _spread(new.heads - old.heads, new.max_timescale)
+        elif layer.has_delta_rule:
+            layer.delta_norm.weight.zero_()
+        if layer.recurrent_weight is not None and "h" in had:
+            of_block = kept.view(new.recurrent_blocks, -1)
+            layer.recurrent_weight[of_block[:, :, None] & of_block[:, None, :]] = 0
 
     def moments(
         self, model: Model, kept: Mapping[str, dict[str, Tensor]]
@@ -240,7 +252,7 @@ class Growth:
         Args:
             model: of the new shape.
             kept: by name of the old parameter, ``exp_avg`` and ``exp_avg_sq`` of AdamW or
-                ``momentum`` of Muon, each of the parameter's shape.
+                ``momentum`` of MuonAdamW, each of the parameter's shape.
 
         Returns:
             The same by name of the new parameter. A weight that is now s times its old self has a
@@ -286,8 +298,8 @@ def _starts(kind: str, config: ModelConfig) -> dict[str, int]:
 
 
 def _spread(count: int, horizon: int) -> Tensor:
-    """Logits (count,) of new decays: like ``spread_decays``, but a single one is the longest."""
-    return spread_decays(count + 1, horizon)[1:]
+    """Logits (count,) of new decays: like ``log_spaced_decay_logits``, but a single one is the longest."""
+    return log_spaced_decay_logits(count + 1, horizon)[1:]
 
 
 def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
@@ -296,9 +308,9 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
         "depth": "depth",
         "heads": "heads",
         "head_width": "width of a head",
-        "hidden": "feed-forward width",
-        "conv": "conv",
-        "ngrams": "ngrams",
+        "ffn_width": "feed-forward width",
+        "conv_width": "conv_width",
+        "ngram_buckets": "ngram_buckets",
     }
     for name, words in names.items():
         least, got = getattr(old, name), getattr(new, name)
@@ -307,13 +319,13 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
                 f"growth never shrinks: the {words} must be at least the source's "
                 f"{least}; got {got}"
             )
-    if old.ngrams and new.runs != old.runs:
+    if old.ngram_buckets and new.max_ngram != old.max_ngram:
         raise InputError(
-            f"runs must be the source's {old.runs}, or the table would say other "
-            f"things; got {new.runs}"
+            f"runs must be the source's {old.max_ngram}, or the table would say other "
+            f"things; got {new.max_ngram}"
         )
-    if old.ngrams and new.ngrams % old.ngrams:
+    if old.ngram_buckets and new.ngram_buckets % old.ngram_buckets:
         raise InputError(
-            f"ngrams must be a multiple of the source's {old.ngrams}, or pairs would share other "
-            f"rows than they learnt; got {new.ngrams}"
+            f"ngrams must be a multiple of the source's {old.ngram_buckets}, or pairs would share other "
+            f"rows than they learnt; got {new.ngram_buckets}"
         )

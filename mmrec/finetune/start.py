@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import optim
@@ -16,7 +15,7 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.training.run_dir import Progress
 
 
@@ -49,7 +48,7 @@ def take_over(
     if not moments:
         optimizer.state.clear()
         return 0
-    muon = {p for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    muon = {p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
     for name, p in model.named_parameters():  # AdamW counts steps: all are of one age
         if name not in moments and p not in muon:
             moments[name] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
@@ -79,7 +78,7 @@ def freeze(model: Model, what: str) -> None:
             starts = tuple(f"layers.{i}." for i in range(first, last + 1))
             names = [n for n, _ in model.named_parameters() if n.startswith(starts)]
         elif word == "embeddings":
-            names = ["embedding", "ngrams"]
+            names = ["embedding", "ngram_embedding"]
         elif word == "memory":
             names = [n for n, _ in model.layers.named_parameters(prefix="layers") if "ffn" not in n]
         else:
@@ -92,27 +91,6 @@ def freeze(model: Model, what: str) -> None:
                 p.requires_grad_(False)
     if not any(p.requires_grad for n, p in model.named_parameters() if n != "norm.weight"):
         raise InputError(f"freeze must leave something to learn; got {what!r}")
-
-
-def rates_by_layer(
-    model: Model, groups: list[dict[str, Any]], decay: float
-) -> list[dict[str, Any]]:
-    """Split optimizer groups so that each has one ``rate``, a share of the peak learning rate.
-
-    The top layer and the last norm learn at the full rate, each layer below at ``decay`` of the one
-    above it, and the embeddings below them all. Source: Howard and Ruder 2018 (arXiv:1801.06146).
-    """
-    depth, rates = model.config.depth, {}
-    for name, p in model.named_parameters():
-        layer = re.match(r"layers\.(\d+)\.", name)
-        below = depth - 1 - int(layer[1]) if layer else 0 if name == "norm.weight" else depth
-        rates[p] = decay**below
-    made = []
-    for group in groups:
-        for rate in sorted({rates[p] for p in group["params"]}):
-            alike = [p for p in group["params"] if rates[p] == rate]
-            made.append(group | {"params": alike, "rate": rate})
-    return made
 
 
 def grow_checkpoint(
@@ -145,7 +123,9 @@ def grow_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(config)
-        optimizer = Muon(model.parameter_groups(0.0), lr=1.0, betas=(0.9, 0.95), muon_lr=1.0)
+        optimizer = MuonAdamW(
+            parameter_groups(model, 0.0), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0
+        )
         steps = take_over(model, optimizer, source, how, pieces)
     info = source.info | {"preset": name, "val": None, "grown_from": str(source.path), "how": how}
     progress = dataclasses.asdict(Progress(step=source.step, aged=steps - source.step))

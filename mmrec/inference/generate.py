@@ -77,7 +77,7 @@ def _tokens(
         x, state = model.hidden_states(piece, state)
     recent = start[-256:]
     for _ in range(limit):
-        p = probabilities(model.head(x[0, -1]), how, recent)
+        p = probabilities(model.lm_head(x[0, -1]), how, recent)
         if not p.isfinite().all():
             raise InputError(
                 "the model's scores are not finite: its weights, or a temperature so "

@@ -13,10 +13,10 @@ from mmrec.profiling.memory import generation, training
 PARTS = {
     "embedding": ("embedding",),
     "pairs and triples": ("ngrams",),
-    "projections": ("project.weight", "merge.weight"),
-    "recurrent weights": ("recurrent",),
-    "feed-forward": ("ffn_in.weight", "ffn_out.weight"),
-    "convolutions": ("taps",),
+    "projections": ("in_proj.weight", "out_proj.weight"),
+    "recurrent weights": ("recurrent_weight",),
+    "feed-forward": ("up_proj.weight", "down_proj.weight"),
+    "convolutions": ("conv_weight",),
 }
 
 
@@ -40,7 +40,7 @@ def flops_per_token(config: ModelConfig) -> dict[str, int]:
     """
     counts, size = parameters(config), config.head_width
     layers = counts["projections"] + counts["recurrent weights"] + counts["feed-forward"]
-    long = sum(k in "lb" for k in config.kinds)
+    long = sum(k in "lb" for k in config.resolved_layer_types)
     again = 2 * layers + long * config.heads * 8 * size * size
     forward = again + 2 * counts["embedding"]
     return {"forward": forward, "training": 3 * forward, "recompute": 3 * forward + again}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.inference.generate import PROMPT_CHUNK
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.training.replicas import count_lanes
 
 PARTS = ("weights", "moments", "gradients", "activations", "temporaries", "holes", "process")
@@ -87,13 +87,15 @@ def training(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
     with FakeTensorMode():
         model = Model(config)
         model.set_precision(train.precision)
-        model.recompute = train.recompute
+        model.activation_checkpointing = train.recompute
         lanes = count_lanes(model, train.batch)
-        optimizer = Muon(model.parameter_groups(0.1), lr=1.0, betas=(0.9, 0.95), muon_lr=1.0)
+        optimizer = MuonAdamW(
+            parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0
+        )
         parameters = list(model.parameters())
         tokens = torch.zeros(-(-train.batch // lanes), train.seq_len, dtype=torch.int64)
         with Ledger() as ledger:
-            loss, _ = model.loss_and_state(tokens, tokens)
+            loss, _ = model.loss(tokens, tokens)
             kept = set(ledger.alive)
             gradients = torch.autograd.grad(loss, parameters)
         made = {ledger.numbers[g.untyped_storage()._cdata] for g in gradients}
@@ -131,7 +133,7 @@ def generation(config: ModelConfig) -> dict[str, int]:
         piece = torch.zeros(1, PROMPT_CHUNK, dtype=torch.int64)
         with Ledger() as ledger:
             x, state = model.hidden_states(piece)
-            model.head(x[0, -1])
+            model.lm_head(x[0, -1])
             del x
             held = ledger.now
         del state

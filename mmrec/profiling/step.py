@@ -25,7 +25,7 @@ from mmrec.kernels import (
 )
 from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.model import Layer, Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.runtime.hardware import probe_bfloat16
 from mmrec.training.replicas import gradients, lanes_for
 
@@ -104,7 +104,7 @@ def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
     def add(name: str, call: Callable[..., Tensor], *inputs: Tensor, flops: float = 0.0) -> None:
         parts.append(Part(name, median_seconds(_both(call, *inputs)), flops))
 
-    for linear in (layer.project, layer.merge, layer.ffn_in, layer.ffn_out):
+    for linear in (layer.in_proj, layer.out_proj, layer.up_proj, layer.down_proj):
         rows = torch.randn(batch, length, linear.weight.shape[1]).to(dtype)
         flops = 6.0 * batch * length * linear.weight.numel()
         # the cast of the weight and the gradient of it belong to the product
@@ -115,31 +115,31 @@ def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
             linear.weight,
             flops=flops,
         )
-    add("norm and convolution", lambda x, w: norm_conv(x, w, half=half)[0], x, layer.taps)
+    add("norm and convolution", lambda x, w: norm_conv(x, w, half=half)[0], x, layer.conv_weight)
     add(
         "norm and convolution",
         lambda x, w: norm_conv(x, w[None], half=half)[0],
         x,
         layer.ffn_norm.weight,
     )
-    hidden = torch.randn(batch, length, layer.ffn_in.weight.shape[0]).to(dtype)
+    hidden = torch.randn(batch, length, layer.up_proj.weight.shape[0]).to(dtype)
     add("activation", squared_relu, hidden)
-    if layer.kind == "n":
+    if layer.layer_type == "n":
         p = torch.randn(batch, length, 4 * width).to(dtype)
-        add("recurrence", lambda p, b: gated_scan(p, b)[0], p, layer.decay_bias)
+        add("recurrence", lambda p, b: gated_scan(p, b)[0], p, layer.forget_bias)
         return parts
-    p = torch.randn(batch, length, sum(layer.parts))
-    if layer.short:
+    p = torch.randn(batch, length, sum(layer.projection_sizes))
+    if layer.has_recurrence:
         z, f, g = (p[..., i * width : (i + 1) * width] for i in range(3))
-        weight = [] if layer.recurrent is None else [layer.recurrent]
+        weight = [] if layer.recurrent_weight is None else [layer.recurrent_weight]
         flops = 6.0 * batch * length * sum(w.numel() for w in weight)
         add("recurrence", lambda *t: gated_recurrence(*t)[0], z, g, f, *weight, flops=flops)
-    if layer.long:
+    if layer.has_delta_rule:
         q, k, v = torch.randn(3, batch, length, layer.heads, width // layer.heads).unbind()
         a, b = torch.randn(2, batch, length, layer.heads).unbind()
         add("memory", lambda *t: associative_memory(*t)[0], q, k, v, a, b)
 
-    whole = _both(lambda p: layer.remember(p, layer.start(batch))[0], p.to(dtype))
+    whole = _both(lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], p.to(dtype))
     inside = sum(x.seconds for x in parts if x.name in ("recurrence", "memory"))
     parts.append(Part("norms and gates", max(0.0, median_seconds(whole) - inside)))
     return parts
@@ -152,8 +152,8 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
     half = train.precision == "bfloat16" or (train.precision == "auto" and probe_bfloat16())
     model.set_precision("bfloat16" if half else "float32")
     lanes = lanes_for(model, batch)
-    optimizer = Muon(
-        model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), muon_lr=1e-4, lanes=lanes
+    optimizer = MuonAdamW(
+        parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), matrix_lr=1e-4, lanes=lanes
     )
     rng = np.random.default_rng(0)
     batches = Batches(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
@@ -194,14 +194,14 @@ def _model_parts(
     parts: list[Part] = []
     x = torch.randn(*tokens.shape, config.width)
     known: dict[str, list[Part]] = {}
-    for layer, kind in zip(model.layers, config.kinds, strict=True):
+    for layer, kind in zip(model.layers, config.resolved_layer_types, strict=True):
         assert isinstance(layer, Layer)
         if kind not in known:
             known[kind] = _layer_parts(layer, x, half)
         parts += known[kind]
     parts.append(Part("norm and convolution", median_seconds(_both(model.norm, x))))
-    tables = [model.embedding] + ([model.ngrams] if config.ngrams else [])
-    before = model.start(len(tokens)).recent
+    tables = [model.embedding] + ([model.ngram_embedding] if config.ngram_buckets else [])
+    before = model.initial_state(len(tokens)).recent
     parts.append(
         Part(
             "embedding",

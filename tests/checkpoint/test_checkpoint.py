@@ -16,17 +16,17 @@ from mmrec.data.corpus import Corpus
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.errors import InputError
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.training.trainer import Trainer, train
 from tests.conftest import make_trainer
 
 
-def make_optimizer(model: Model) -> Muon:
-    return Muon(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.95), muon_lr=0.02)
+def make_optimizer(model: Model) -> MuonAdamW:
+    return MuonAdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), matrix_lr=0.02)
 
 
 def test_tiny_with_optimizer_stays_within_its_size(tmp_path: Path) -> None:
-    """After real steps; Muon keeps one moment of a matrix, AdamW two of all else."""
+    """After real steps; MuonAdamW keeps one moment of a matrix, AdamW two of all else."""
     model = Model(PRESETS["tiny"])
     optimizer = make_optimizer(model)
     for _ in range(2):

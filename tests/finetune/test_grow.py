@@ -16,7 +16,7 @@ from mmrec.config import PRESETS, ModelConfig
 from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth, grow, place_layers
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from tests.conftest import ROOT
 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
@@ -58,10 +58,10 @@ def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
         257,
         kinds,
         blocks,
-        ffn=draw(st.sampled_from([1.0, 2.5])),
-        conv=draw(st.integers(1, 3)),
-        horizon=32,
-        ngrams=draw(st.sampled_from([0, 50])),
+        ffn_multiplier=draw(st.sampled_from([1.0, 2.5])),
+        conv_width=draw(st.integers(1, 3)),
+        max_timescale=32,
+        ngram_buckets=draw(st.sampled_from([0, 50])),
     )
     now = more(heads)
     width = now * more(size, 3)
@@ -77,10 +77,10 @@ def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
         257,
         layers,
         fewer,
-        ffn=old.ffn + draw(st.sampled_from([0.0, 1.3])),
-        conv=more(old.conv),
-        horizon=64,
-        ngrams=old.ngrams * draw(st.integers(1, 3)) or draw(st.sampled_from([0, 40])),
+        ffn_multiplier=old.ffn + draw(st.sampled_from([0.0, 1.3])),
+        conv_width=more(old.conv_width),
+        max_timescale=64,
+        ngram_buckets=old.ngram_buckets * draw(st.integers(1, 3)) or draw(st.sampled_from([0, 40])),
     )
     return old, new
 
@@ -135,21 +135,21 @@ def new_entries(growth: Growth, model: Model) -> dict[str, torch.Tensor]:
 def test_all_that_is_new_learns_within_two_steps(
     layers: str, grown_layers: str, width: int, heads: int
 ) -> None:
-    old = ModelConfig(32, 4, 2, 257, layers, ffn=2.0, ngrams=64, horizon=32)
+    old = ModelConfig(32, 4, 2, 257, layers, ffn_multiplier=2.0, ngram_buckets=64, max_timescale=32)
     new = replace(
         old,
         width=width,
         heads=heads,
         layers=grown_layers,
         depth=len(grown_layers),
-        ffn=2.5,
-        ngrams=128,
-        conv=5,
+        ffn_multiplier=2.5,
+        ngram_buckets=128,
+        conv_width=5,
     )
     source = taught(old)
     model = grow(source, new).train()
     masks = new_entries(Growth(old, new), model)
-    optimizer = Muon(model.parameter_groups(0.0), lr=1e-3, betas=(0.9, 0.95), muon_lr=1e-3)
+    optimizer = MuonAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.95), matrix_lr=1e-3)
     x = tokens(101)
     reached = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for _ in range(2):
@@ -163,7 +163,7 @@ def test_all_that_is_new_learns_within_two_steps(
         hit = reached[name]
         if name == "ngrams":  # rows that the text never asks for have no gradient; columns do
             mask, hit = mask.any(0), hit.any(0)
-        if name.endswith(("project.weight", "ffn_in.weight", "ffn_out.weight")):
+        if name.endswith(("in_proj.weight", "up_proj.weight", "down_proj.weight")):
             assert (hit | ~mask).float().mean() > 0.97, name  # a unit may be off for this text
         else:
             assert (hit | ~mask).all(), name
@@ -171,10 +171,10 @@ def test_all_that_is_new_learns_within_two_steps(
 
 def test_a_grown_model_learns_more_than_its_source_could() -> None:
     """Trained on, it leaves the subspace of the source: new channels carry what helps."""
-    old = ModelConfig(16, 2, 2, 257, "bs", ffn=1.0, horizon=32)
+    old = ModelConfig(16, 2, 2, 257, "bs", ffn_multiplier=1.0, max_timescale=32)
     source = taught(old)
     model = grow(source, replace(old, width=48, heads=3)).train()
-    optimizer = Muon(model.parameter_groups(0.0), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
+    optimizer = MuonAdamW(parameter_groups(model, 0.0), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
     x, losses = tokens(101), []
     for _ in range(12):
         optimizer.zero_grad()
@@ -184,14 +184,14 @@ def test_a_grown_model_learns_more_than_its_source_could() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     for layer in model.layers:
-        hidden = layer.project.weight[16:48, :16]  # type: ignore[union-attr, index]
+        hidden = layer.in_proj.weight[16:48, :16]  # type: ignore[union-attr, index]
         assert hidden.abs().max() > 1e-3
 
 
 def test_moments_follow_their_weights() -> None:
     """A step with grown moments moves old entries as the source's own step would."""
-    old = ModelConfig(16, 2, 2, 257, "nb", ffn=2.0, ngrams=30, horizon=32)
-    new = replace(old, width=40, heads=5, depth=3, layers="nnb", ngrams=60)
+    old = ModelConfig(16, 2, 2, 257, "nb", ffn_multiplier=2.0, ngram_buckets=30, max_timescale=32)
+    new = replace(old, width=40, heads=5, depth=3, layer_types="nnb", ngram_buckets=60)
     source = taught(old).train()
     growth = Growth(old, new)
     model = grow(source, new).train()
@@ -242,7 +242,7 @@ def test_moments_follow_their_weights() -> None:
     ],
 )
 def test_what_cannot_be_kept_is_refused(change: dict[str, object], message: str) -> None:
-    old = ModelConfig(32, 2, 2, 257, "sb", 2, ffn=2.0, ngrams=50)
+    old = ModelConfig(32, 2, 2, 257, "sb", 2, ffn_multiplier=2.0, ngram_buckets=50)
     with pytest.raises(InputError, match=message):
         Growth(old, replace(old, **change))  # type: ignore[arg-type]
 
@@ -256,7 +256,7 @@ def test_layers_are_interleaved() -> None:
 
 
 def test_other_ways_are_other_functions() -> None:
-    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn_multiplier=2.0, max_timescale=32)
     new = replace(old, width=32, heads=4, depth=4)
     source = taught(old)
     stacked, anew = grow(source, new, "stack"), grow(source, new, "random")
@@ -265,7 +265,7 @@ def test_other_ways_are_other_functions() -> None:
     copied = [
         n
         for n, p in stacked.layers.named_parameters()
-        if n.endswith("merge.weight") and p[:16].any()
+        if n.endswith("out_proj.weight") and p[:16].any()
     ]
     assert len(copied) == 4
     state = torch.get_rng_state()
@@ -277,7 +277,7 @@ def test_other_ways_are_other_functions() -> None:
 
 
 def test_new_tokens_are_the_mean_of_what_they_join() -> None:
-    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn_multiplier=2.0, max_timescale=32)
     new = replace(old, width=32, heads=4, vocab_size=259)
     source, grown = taught(old), Model(new).eval()
     Growth(old, new, pieces=[[5, 7], [8, 8, 5]]).fill(grown, source)

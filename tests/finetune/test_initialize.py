@@ -20,7 +20,7 @@ from mmrec.model import Model
 from mmrec.training.trainer import Trainer, train
 from tests.conftest import SMALL, make_trainer
 
-LARGE = replace(SMALL, width=48, depth=3, layers="sbb", ffn=2.5, dropout=0.1)
+LARGE = replace(SMALL, width=48, depth=3, layer_types="sbb", ffn_multiplier=2.5, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_without_its_start_a_run_is_not_resumed(
 def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
     """Twice in two files is the same function, and the moments keep their age."""
     middle, end = tmp_path / "middle.h5", tmp_path / "end.h5"
-    between = replace(LARGE, depth=2, layers="sb")
+    between = replace(LARGE, depth=2, layer_types="sb")
     grow_checkpoint(load_model(source), between, middle, name="m", how="preserve", seed=1)
     grow_checkpoint(load_model(middle), LARGE, end, name="e", how="preserve", seed=2)
     first, last = load_model(source), load_model(end)
@@ -130,13 +130,13 @@ def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
         (
             "memory",
             {
-                ".taps",
+                ".conv_weight",
                 ".project",
                 ".decay",
                 ".memory",
                 ".recurrent",
-                "short_norm",
-                "long_norm",
+                "recurrence_norm",
+                "delta_norm",
                 ".merge",
             },
         ),
@@ -167,7 +167,7 @@ def test_lower_layers_learn_at_lower_rates(corpus: Corpus, tmp_path: Path) -> No
     model, peaks = trainer.model, {}
     for group in trainer.optimizer.param_groups:
         for p in group["params"]:
-            peaks[p] = group["peak"] / (0.02 if group["muon"] else 0.01)
+            peaks[p] = group["peak"] / (0.02 if group["use_muon"] else 0.01)
     assert len(peaks) == len(list(model.parameters()))
     wanted = {"embedding": 0.25, "layers.0": 0.5, "layers.1": 1.0, "norm.weight": 1.0}
     for name, p in model.named_parameters():

@@ -20,11 +20,13 @@ from mmrec.training.replicas import count_lanes
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     """All but the long-term memory's own, which is a kernel that torch does not see into."""
     config = PRESETS[name]
-    long = sum(k == "l" for k in config.kinds) * config.heads * 8 * config.head_width**2
+    long = (
+        sum(k == "l" for k in config.resolved_layer_types) * config.heads * 8 * config.head_width**2
+    )
     told, found = flops_per_token(config), []
     with FakeTensorMode():
         model, x = Model(config), torch.zeros(2, 64, dtype=torch.int64)
-        for model.recompute in (False, True):
+        for model.activation_checkpointing in (False, True):
             with FlopCounterMode(display=False) as counter:
                 model.loss(x, x).backward()
             found.append(counter.get_total_flops() / x.numel())
@@ -37,10 +39,10 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     """In a forward pass with real numbers, by storage, besides the weights themselves."""
-    config = replace(PRESETS[name], vocab_size=500, ngrams=64)
+    config = replace(PRESETS[name], vocab_size=500, ngram_buckets=64)
     model, x = Model(config), torch.randint(500, (4, 256))
     model.set_precision(precision)
-    for model.recompute in (False, True):
+    for model.activation_checkpointing in (False, True):
         sizes: dict[int, Tensor] = {}
         with saved_tensors_hooks(lambda t, s=sizes: s.setdefault(t.data_ptr(), t), lambda t: t):
             loss = model.loss(x, x)
@@ -52,11 +54,11 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
         with FakeTensorMode():
             fake, tokens = Model(config), torch.zeros(4, 256, dtype=torch.int64)
             fake.set_precision(precision)
-            fake.recompute = model.recompute
+            fake.recompute = model.activation_checkpointing
             with Ledger() as ledger:
                 counted = fake.loss(tokens, tokens)
         # with recompute, states at the start of each layer are held, too, where no hook sees them
-        assert 0.99 * real < ledger.now < (1.1 if model.recompute else 1.01) * real
+        assert 0.99 * real < ledger.now < (1.1 if model.activation_checkpointing else 1.01) * real
         del loss, counted
 
 

@@ -40,24 +40,24 @@ from mmrec.checkpoint.checkpoint import load_model, restore, save
 from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import MuonAdamW, parameter_groups
 from mmrec.finetune.start import grow_checkpoint
 import dataclasses
 
 def build(shape, value):
     model = Model(shape)
-    optimizer = Muon(model.parameter_groups(0.1), lr=1.0, betas=(0.9, 0.95), muon_lr=1.0)
+    optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            names = ["momentum"] if group["muon"] else ["exp_avg", "exp_avg_sq"]
+            names = ["momentum"] if group["use_muon"] else ["exp_avg", "exp_avg_sq"]
             optimizer.state[p] = {"step": torch.tensor(1.0)}
             optimizer.state[p] |= {n: torch.full_like(p.detach(), value) for n in names}
     return model, optimizer
 
 folder = Path(sys.argv[1])
 tokenizer = train_tokenizer("byte", [])
-small = ModelConfig(32, 2, 2, tokenizer.vocab_size, "n", ngrams=64)
-large = ModelConfig(512, 8, 4, tokenizer.vocab_size, "n", ffn=3.5, ngrams=4096)
+small = ModelConfig(32, 2, 2, tokenizer.vocab_size, "n", ngram_buckets=64)
+large = ModelConfig(512, 8, 4, tokenizer.vocab_size, "n", ffn_multiplier=3.5, ngram_buckets=4096)
 found = {}
 for shape in (small, large):  # the first loads what is loaded once
     path, grown = folder / "a.h5", folder / "b.h5"
@@ -109,7 +109,7 @@ from mmrec.config import ModelConfig
 from mmrec.training.replicas import Lanes, gradients
 from mmrec.model import Model
 
-model, lanes = Model(ModelConfig(64, 2, 2, 64, "nl", ngrams=64)), Lanes(1)
+model, lanes = Model(ModelConfig(64, 2, 2, 64, "nl", ngram_buckets=64)), Lanes(1)
 text = torch.randint(64, (1, 16385))
 
 def learn(length, chunk):

@@ -47,7 +47,7 @@ def test_a_share_scales_gradients_not_the_loss() -> None:
 
 def test_texts_and_carried_states_do_not_depend_on_the_lanes() -> None:
     torch.manual_seed(3)
-    model = Model(replace(SMALL, vocab_size=8, layers="nbsl", depth=4))
+    model = Model(replace(SMALL, vocab_size=8, layer_types="nbsl", depth=4))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     tokens = torch.randint(8, (2, 5, 17))
