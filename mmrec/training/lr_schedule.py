@@ -1,23 +1,26 @@
-"""Learning-rate schedules: the rate as a share of its peak, from how far the run has come."""
+"""Learning-rate schedules: the rate as a share of its peak, from how far training has come."""
 
 import math
 
 
-def lr_factor(progress: float, warmup: float, shape: str, floor: float) -> float:
+def lr_factor(fraction: float, warmup: float, schedule: str, final_ratio: float) -> float:
     """Share of the peak learning rate.
 
     Args:
-        progress: how far the run is, 0 to 1.
-        warmup: share of the run that rises linearly to the peak.
-        shape: ``cosine``, ``linear`` or ``constant`` from there to the end.
-        floor: share of the peak that is left at the end (not for ``constant``).
+        fraction: how much of the run is done, 0 to 1.
+        warmup: share of the run in which the rate rises linearly to its peak.
+        schedule: ``cosine``, ``linear`` or ``constant`` from there to the end.
+        final_ratio: share of the peak that is left at the end; ``constant`` ignores it.
 
-    The cosine is that of Loshchilov & Hutter, "SGDR" (2017, arXiv:1608.03983), eq. 5.
+    Source of the cosine: Loshchilov and Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5).
     """
-    if progress < warmup:
-        return progress / warmup
-    done = min(1.0, (progress - warmup) / (1 - warmup)) if warmup < 1 else 1.0
-    if shape == "constant":
+    if fraction < warmup:
+        return fraction / warmup
+    decay_fraction = min(1.0, (fraction - warmup) / (1 - warmup)) if warmup < 1 else 1.0
+    if schedule == "constant":
         return 1.0
-    left = 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return floor + (1 - floor) * left
+    if schedule == "linear":
+        remaining = 1 - decay_fraction
+    else:
+        remaining = 0.5 * (1 + math.cos(math.pi * decay_fraction))
+    return final_ratio + (1 - final_ratio) * remaining

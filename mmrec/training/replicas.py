@@ -1,9 +1,11 @@
-"""Lanes: threads of one process that each learn from a share of a batch.
+"""Replicas: threads of one process that each run forward and backward on a share of a batch.
 
-A step of a small model is hundreds of short operations. Splitting each of them over the cores
-costs a wake-up and a wait apiece; splitting the batch costs one of each a step, and every core
-works on data of its own, in its own cache. A lane runs torch and the kernels on one thread, so
-nothing inside it waits for a core that another process has taken.
+A step of a small model is hundreds of short operations. Splitting each operation over the cores
+costs one wake-up and one wait per operation. Splitting the batch costs one of each per step, and
+every core works on its own data in its own cache. A replica runs torch and the kernels on one
+thread, so nothing inside it waits for a core that another process occupies.
+
+All replicas share the model's parameters. Each computes its own gradients, which are then added.
 """
 
 import threading
@@ -15,35 +17,40 @@ import torch
 from torch import Tensor
 
 from mmrec.model import LayerState, Model, State
-from mmrec.runtime.distributed import ALONE, World
+from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-LARGEST_MODEL = 64_000_000  # parameters: above, a gradient for each lane costs more than it saves
+MAX_PARAMETERS = 64_000_000
+"""Larger models use one replica: gradients per replica would cost more than they save."""
 
 Result = TypeVar("Result")
 
 
-class Lanes:
-    """So many threads that take tasks side by side; one is the caller itself, with all cores."""
+class Replicas:
+    """A pool of threads with one core each. A pool of one is the calling thread, with all cores."""
 
     def __init__(self, count: int) -> None:
+        """Start ``count`` threads."""
         self.count, self._pool = count, None
         if count == 1:
             return
-        threads, ready = torch.get_num_threads(), threading.Barrier(count + 1)
+        threads, all_started = torch.get_num_threads(), threading.Barrier(count + 1)
 
-        def begin() -> None:
-            torch.get_num_threads()  # a thread's first question takes over the newest setting
-            torch.set_num_threads(1)  # of this thread; new ones would take it over, so all wait
-            ready.wait()
+        def start() -> None:
+            torch.get_num_threads()  # a thread's first query takes over the newest global setting
+            torch.set_num_threads(1)  # for this thread; a thread that starts later would inherit it
+            all_started.wait()
 
-        self._pool = ThreadPoolExecutor(count, "mmrec-lane", begin)
+        self._pool = ThreadPoolExecutor(count, "mmrec-replica", start)
         for _ in range(count):
             self._pool.submit(int)
-        ready.wait()
+        all_started.wait()
         torch.set_num_threads(threads)
 
     def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-        """All results, in the order of the tasks; an error is raised when all have ended."""
+        """Run tasks side by side; return their results in order.
+
+        If tasks fail, the first error is raised once all tasks have ended.
+        """
         if self._pool is None:
             return [task() for task in tasks]
         futures = [self._pool.submit(task) for task in tasks]
@@ -54,94 +61,126 @@ class Lanes:
         return [future.result() for future in futures]
 
 
-def count_lanes(model: Model, batch: int, world: World = ALONE) -> int:
-    """One lane a core and sequence for a small model; a single one for others, and for one that is
-    sharded, whose layers are whole for one forward at a time."""
-    small = sum(p.numel() for p in model.parameters()) < LARGEST_MODEL
-    return min(torch.get_num_threads(), batch) if small and not world.sharded else 1
+def replica_count(
+    model: Model, batch_size: int, process_group: ProcessGroup = SINGLE_PROCESS
+) -> int:
+    """min(cores, batch_size) replicas below 64 M parameters, otherwise one.
+
+    A sharded model gets one replica too: its layers are assembled for one forward at a time.
+    """
+    is_small = sum(p.numel() for p in model.parameters()) < MAX_PARAMETERS
+    if not is_small or process_group.sharded:
+        return 1
+    return min(torch.get_num_threads(), batch_size)
 
 
-def lanes_for(model: Model, batch: int, world: World = ALONE) -> Lanes:
-    """The lanes that a model learns in."""
-    return Lanes(count_lanes(model, batch, world))
+ReplicaResult = tuple[float, Sequence[Tensor], State]
+"""A replica's share of the loss, its gradients, and the state after its rows."""
 
 
-Part = tuple[float, Sequence[Tensor], State]
-
-
-def gradients(
+def forward_backward(
     model: Model,
-    lanes: Lanes,
+    replicas: Replicas,
     tokens: Tensor,
     targets: Tensor,
-    share: float = 1.0,
+    scale: float = 1.0,
     *,
     state: State | None = None,
-    eot: int | None = None,
-    world: World = ALONE,
+    end_of_text: int | None = None,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, State]:
-    """Add ``share`` of the gradient of a batch's mean loss to ``grad``; returns that loss, and the
-    state after the batch, which carries no gradient.
+    """Add the gradient of a batch's mean loss, times ``scale``, to ``p.grad`` of each parameter.
 
-    tokens and targets (B, T) int64, B at least the number of lanes. ``state`` is what the rows go
-    on from; where ``eot`` is given, a text begins at each such token. The lanes' parts are added in
-    their order, so one number of lanes gives one result; dropout takes one number a lane from the
-    global random state, of several processes one for each, so that the state is the same in all.
+    The replicas' gradients are added in order, so that a number of replicas gives one result. Each
+    replica's dropout has a generator of its own, seeded from torch's global generator. In a
+    distributed run one seed is drawn per process, so that the global generator stays the same in
+    all of them.
+
+    Args:
+        model: in training mode.
+        replicas: what the batch is divided over.
+        tokens: (B, T) int64, B >= number of replicas.
+        targets: (B, T) int64.
+        scale: multiplies the gradient.
+        state: the recurrent state before the batch; None starts every row from zero.
+        end_of_text: a token at which a document begins and the recurrent state is reset; None
+            never resets it.
+        process_group: the processes that train together.
+
+    Returns:
+        The mean loss in nats per token, and the state after the batch, which carries no gradient.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    count = replicas.count
 
-    def task(x: Tensor, y: Tensor, seed: int, before: State | None) -> Callable[[], Part]:
-        def work() -> Part:
-            part = len(x) / len(tokens)
-            dice, starts = torch.Generator().manual_seed(seed), None if eot is None else x == eot
-            loss, after = model.loss_and_state(x, y, dice, before, starts)
-            scaled, made = loss * (part * share), tuple[Tensor, ...]()
+    def replica_task(
+        tokens_part: Tensor, targets_part: Tensor, seed: int, state_part: State | None
+    ) -> Callable[[], ReplicaResult]:
+        def run() -> ReplicaResult:
+            share = len(tokens_part) / len(tokens)
+            generator = torch.Generator().manual_seed(seed)
+            document_starts = None if end_of_text is None else tokens_part == end_of_text
+            loss, new_state = model.loss(
+                tokens_part,
+                targets_part,
+                state_part,
+                document_starts=document_starts,
+                generator=generator,
+            )
+            scaled_loss = loss * (share * scale)
+            gradients: tuple[Tensor, ...] = ()
             if count == 1:
-                scaled.backward()  # also what sharded layers listen to
+                scaled_loss.backward()  # sharded layers listen to this
             else:
-                made = torch.autograd.grad(scaled, parameters)
-            return loss.item() * part, made, after
+                gradients = torch.autograd.grad(scaled_loss, parameters)
+            return loss.item() * share, gradients, new_state
 
-        return work
+        return run
 
-    count = lanes.count
-    pieces = zip(tokens.tensor_split(count), targets.tensor_split(count), strict=True)
-    befores = [None] * count if state is None else split(state, count)
-    seeds = torch.randint(1 << 62, (count if world.size == 1 else world.size,)).tolist()
-    if world.size > 1:
-        seeds = [seeds[world.rank] + lane for lane in range(count)]
-    tasks = [task(x, y, *rest) for (x, y), *rest in zip(pieces, seeds, befores, strict=True)]
-    made = lanes.run(tasks)
+    token_parts, target_parts = tokens.tensor_split(count), targets.tensor_split(count)
+    state_parts = [None] * count if state is None else split_state(state, count)
+    seeds = torch.randint(1 << 62, (count if process_group.size == 1 else process_group.size,))
+    seed_list = seeds.tolist()
+    if process_group.size > 1:
+        seed_list = [seed_list[process_group.rank] + replica for replica in range(count)]
+    results = replicas.run(
+        [
+            replica_task(*parts)
+            for parts in zip(token_parts, target_parts, seed_list, state_parts, strict=True)
+        ]
+    )
 
-    def add() -> None:
-        for p, *parts in zip(parameters, *(g for _, g, _ in made), strict=True):
-            for part in parts:
-                p.grad = part if p.grad is None else p.grad.add_(part)
+    def add_gradients() -> None:
+        all_gradients = (gradients for _, gradients, _ in results)
+        for p, *replica_gradients in zip(parameters, *all_gradients, strict=True):
+            for gradient in replica_gradients:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
     if count > 1:
-        lanes.run([add])
-    return sum(loss for loss, _, _ in made), join([after for _, _, after in made])
+        replicas.run([add_gradients])
+    return sum(loss for loss, _, _ in results), concat_states([s for _, _, s in results])
 
 
-def split(state: State, count: int) -> list[State]:
-    """The states of the rows of each of so many shares of a batch."""
+def split_state(state: State, count: int) -> list[State]:
+    """Split the rows of a state (B, …) into ``count`` states, as ``Tensor.tensor_split`` does."""
 
-    def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+    def split(x: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * count if x is None else x.tensor_split(count)
 
-    layers = [list(map(LayerState, *map(parts, layer))) for layer in state.layers]
-    return list(map(State, state.recent.tensor_split(count), map(list, zip(*layers, strict=True))))
+    layers = [list(map(LayerState, *map(split, layer))) for layer in state.layers]
+    recent_tokens = state.recent_tokens.tensor_split(count)
+    return list(map(State, recent_tokens, map(list, zip(*layers, strict=True))))
 
 
-def join(states: list[State]) -> State:
-    """The state of all rows."""
+def concat_states(states: list[State]) -> State:
+    """Concatenate the rows of states; the result carries no gradient."""
 
-    def whole(*parts: Tensor | None) -> Tensor | None:
-        held = [x.detach() for x in parts if x is not None]
-        return torch.cat(held) if held else None
+    def concat(*parts: Tensor | None) -> Tensor | None:
+        tensors = [x.detach() for x in parts if x is not None]
+        return torch.cat(tensors) if tensors else None
 
     layers = [
-        LayerState(*map(whole, *same))  # type: ignore[arg-type]
-        for same in zip(*(s.layers for s in states), strict=True)
+        LayerState(*map(concat, *layer_states))  # type: ignore[arg-type]
+        for layer_states in zip(*(s.layers for s in states), strict=True)
     ]
-    return State(torch.cat([s.recent for s in states]), layers)
+    return State(torch.cat([s.recent_tokens for s in states]), layers)

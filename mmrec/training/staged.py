@@ -1,33 +1,46 @@
-"""A chain of growth: runs that each begin as the grown end of the one before, and their report."""
+"""Staged training: runs of growing size that each begin from the grown end of the one before.
+
+A recipe is a TOML file: settings that all stages share, and one ``[[stage]]`` table per run.
+Progressive growth is that of Gong et al. 2019, "Efficient Training of BERT by Progressively
+Stacking"; how a model is grown is in ``mmrec.finetune.grow``.
+"""
 
 import json
 import tomllib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import read_info
+from mmrec.checkpoint.checkpoint import load_model, read_metadata
 from mmrec.config import (
+    LENGTHS,
+    MODEL_SETTINGS,
+    TRAIN_SETTINGS,
     ModelConfig,
     TrainConfig,
-    from_dict,
     preset,
-    train_settings,
+    preset_train_settings,
 )
-from mmrec.data.prepare import tokenizer_kind
+from mmrec.data.prepare import corpus_tokenizer_kind
 from mmrec.errors import InputError, did_you_mean
-from mmrec.evaluation.compare import Curve, read_run
-from mmrec.finetune.grow import Growth
-from mmrec.profiling.cost import flops_per_token, parameters
-from mmrec.runtime.atomic import atomic_file, write_text
+from mmrec.evaluation.compare import read_run
+from mmrec.evaluation.evaluate import evaluate
+from mmrec.finetune.grow import GrowthPlan
+from mmrec.model import flops_per_token, parameter_counts
+from mmrec.runtime.atomic import atomic_write_text
+from mmrec.runtime.locking import FolderLock
+from mmrec.training.plots import draw_stages
+from mmrec.training.run_dir import remove_run_files
+from mmrec.training.setup import RunPlan, begin_run, resume_run
+from mmrec.training.trainer import Trainer
 
-LENGTHS = ("steps", "epochs", "minutes")
-ONCE = ("data", "tokenizer", "vocab")  # of the text and its tokens: the same in all stages
-OUT = "runs/chain"
-KEPT = "chain.json"
-"""The recipe that the stages of a folder were made by, and what each scored as it began."""
-COLUMNS = (
+SHARED_ONLY = ("data", "tokenizer", "vocab")
+"""Settings of the text and its tokens, which are the same in all stages."""
+DEFAULT_FOLDER = "runs/chain"
+STATE_FILE = "chain.json"
+"""The recipe of a folder's stages, and what each stage scored as it began."""
+HEADER = (
     f"{'stage':<12} {'parameters':>11} {'tokens':>9} {'time':>8} {'FLOPs':>9} {'start':>8} "
     f"{'end':>8} {'whole split':>12}  ended"
 )
@@ -35,46 +48,51 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a chain."""
+    """One run of a staged training."""
 
     folder: Path
     preset: str
-    how: str
-    """See ``Growth``; the first stage grows from nothing."""
+    method: str
+    """How the stage before is grown; see ``GrowthPlan``. The first stage begins from scratch."""
     model: ModelConfig
     train: TrainConfig
-    """``grow_from`` is the folder of the stage before."""
+    """``initialize_from`` is the folder of the stage before."""
 
     @property
     def ended(self) -> str:
-        """Why it ended, as its summary says; empty if it has none."""
+        """Why the run ended, as its summary says; empty if it has none."""
         try:
-            made = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return ""
-        return str(made.get("ended", ""))
+        return str(summary.get("ended", ""))
 
     @property
-    def finished(self) -> bool:
-        """Whether the next stage can grow from it."""
+    def is_finished(self) -> bool:
+        """Whether the next stage can begin from it."""
         return self.ended in ("done", "early")
 
     @property
-    def end(self) -> Path:
-        """What the next stage grows from: its end, moments included; if it stopped early, its best,
-        since by then the end was worse."""
+    def result(self) -> Path:
+        """The checkpoint that the next stage begins from.
+
+        It is the last one, with its moments. If the run stopped early it is the best one, since
+        the last one is worse by then.
+        """
         return self.folder / ("best.h5" if self.ended == "early" else "last.h5")
 
 
 def read_recipe(path: Path) -> list[Stage]:
-    """The stages of a recipe, all resolved. Each must be able to grow to the next.
+    """Read the stages of a recipe, with all settings resolved.
 
-    One tokenizer serves them all. Its vocabulary, unless the recipe says ``vocab``, is that of the
-    last stage: it is what the chain is for, and a vocabulary once chosen stays. Only the last
-    stage's rates fall, unless the recipe says ``schedule``: what a model gains as they fall is lost
-    when the next stage begins at the full ones (docs/decisions.md).
+    One tokenizer serves all stages. Unless the recipe says ``vocab``, its vocabulary is that of
+    the last stage. Only the last stage's learning rate falls, unless the recipe says ``schedule``:
+    what a model gains as its rate falls is lost when the next stage begins at the full rate
+    (docs/decisions).
 
-    Raises InputError, before anything is read but the recipe, at the first fault.
+    Raises:
+        InputError: at the first mistake, before any text is read: among others, a stage must be
+            able to grow to the next one.
     """
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -85,36 +103,40 @@ def read_recipe(path: Path) -> list[Stage]:
     tables = recipe.pop("stage", [])
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise InputError(f"recipe {path} must hold one [[stage]] or more; it holds none")
-    settings = [f.name for f in fields(TrainConfig) if f.name not in ("grow_from", "out")]
-    shared = [name for name in settings if name not in LENGTHS]
-    _check_keys(recipe, [*shared, "out"], f"recipe {path}")
-    out = recipe.pop("out", OUT)
+    settings = [name for name in TRAIN_SETTINGS if name not in ("initialize_from", "out")]
+    shared_names = [name for name in settings if name not in LENGTHS]
+    _check_names(recipe, [*shared_names, "out"], f"recipe {path}")
+    out = recipe.pop("out", DEFAULT_FOLDER)
     if not (isinstance(out, str) and out):
-        raise InputError(f"out must be the folder of the chain; got {out!r}")
-    own = [*(name for name in settings if name not in ONCE), "preset", "how", "model"]
-    kind = tokenizer_kind(from_dict(TrainConfig, {k: recipe[k] for k in ONCE if k in recipe}))
+        raise InputError(f"out must be the folder of all stages; got {out!r}")
+    stage_names = [name for name in settings if name not in SHARED_ONLY]
+    stage_names += ["preset", "method", "model"]
+    text = TrainConfig.from_flat({k: recipe[k] for k in SHARED_ONLY if k in recipe}).data
+    tokenizer = corpus_tokenizer_kind(text.source, text.tokenizer)
     stages: list[Stage] = []
     for number, table in enumerate(tables, 1):
-        steady = {"schedule": "constant"} if number < len(tables) else {}
+        constant_rate = {"schedule": "constant"} if number < len(tables) else {}
         try:
-            _check_keys(table, own, "a stage")
-            stages.append(_stage(number, table, steady | recipe, Path(out), kind, stages))
+            _check_names(table, stage_names, "a stage")
+            stages.append(
+                _stage(number, table, constant_rate | recipe, Path(out), tokenizer, stages)
+            )
         except InputError as error:
             raise InputError(f"stage {number}: {error}") from None
     vocab = recipe.get("vocab") or stages[-1].model.vocab_size
     return [
-        replace(s, model=replace(s.model, vocab_size=vocab), train=replace(s.train, vocab=vocab))
+        replace(s, model=replace(s.model, vocab_size=vocab), train=s.train.replace(vocab=vocab))
         for s in stages
     ]
 
 
-def _check_keys(table: dict[str, Any], known: list[str], what: str) -> None:
-    for key in table:
-        if key in (*LENGTHS, *ONCE) and key not in known:
-            place = "above all stages" if key in ONCE else "in each [[stage]]"
-            raise InputError(f"{key} must stand {place}, not in {what}")
-        if key not in known:
-            raise InputError(f"unknown setting {key!r} in {what}{did_you_mean(key, known)}")
+def _check_names(table: dict[str, Any], known: list[str], where: str) -> None:
+    for name in table:
+        if name in (*LENGTHS, *SHARED_ONLY) and name not in known:
+            place = "above all stages" if name in SHARED_ONLY else "in each [[stage]]"
+            raise InputError(f"{name} must stand {place}, not in {where}")
+        if name not in known:
+            raise InputError(f"unknown setting {name!r} in {where}{did_you_mean(name, known)}")
 
 
 def _stage(
@@ -122,133 +144,217 @@ def _stage(
     table: dict[str, Any],
     shared: dict[str, Any],
     out: Path,
-    kind: str,
-    before: list[Stage],
+    tokenizer: str,
+    earlier: list[Stage],
 ) -> Stage:
-    given = [name for name in LENGTHS if name in table]
-    if len(given) != 1:
-        came = " and ".join(given) or "none"
-        raise InputError(f"its length must be one of {', '.join(LENGTHS)}; got {came}")
-    name, how, sizes = table.get("preset"), table.get("how", "preserve"), table.get("model", {})
+    lengths = [name for name in LENGTHS if name in table]
+    if len(lengths) != 1:
+        got = " and ".join(lengths) or "none"
+        raise InputError(f"its length must be one of {', '.join(LENGTHS)}; got {got}")
+    name, method = table.get("preset"), table.get("method", "preserve")
+    sizes = table.get("model", {})
     if not isinstance(name, str):
         raise InputError(f"preset must name its size, such as 'tiny'; got {name!r}")
     if not isinstance(sizes, dict):
-        raise InputError(f"model must be a table of sizes; got {sizes!r}")
-    model: ModelConfig = from_dict(ModelConfig, asdict(preset(name, kind)) | sizes)
+        raise InputError(f"model must be a table of {', '.join(MODEL_SETTINGS)}; got {sizes!r}")
+    model = ModelConfig.from_dict(asdict(preset(name, tokenizer)) | sizes)
     folder = out / f"{number}-{name}"
-    own = {k: v for k, v in table.items() if k not in ("preset", "how", "model")}
-    where = {"out": str(folder)} | ({"grow_from": str(before[-1].folder)} if before else {})
-    train: TrainConfig = from_dict(TrainConfig, train_settings(name, kind) | shared | own | where)
-    source = before[-1].model if before else model
-    Growth(replace(source, vocab_size=1), replace(model, vocab_size=1), how)
-    return Stage(folder, name, how, model, train)
+    own = {k: v for k, v in table.items() if k not in ("preset", "method", "model")}
+    places = {"out": str(folder)}
+    if earlier:
+        places["initialize_from"] = str(earlier[-1].folder)
+    train = TrainConfig.from_flat(preset_train_settings(name, tokenizer) | shared | own | places)
+    source = earlier[-1].model if earlier else model
+    GrowthPlan(replace(source, vocab_size=1), replace(model, vocab_size=1), method)
+    return Stage(folder, name, method, model, train)
 
 
-def plain(stages: list[Stage]) -> list[dict[str, Any]]:
-    """The stages as JSON values."""
-    made: list[dict[str, Any]] = json.loads(json.dumps([asdict(s) for s in stages], default=str))
-    return made
+# What is kept of a staged training in its folder.
 
 
-def read_kept(folder: Path) -> dict[str, Any]:
-    """What the folder of a chain says of it; nothing if it holds none."""
+def _as_json(stages: list[Stage]) -> list[dict[str, Any]]:
+    values: list[dict[str, Any]] = json.loads(json.dumps([asdict(s) for s in stages], default=str))
+    return values
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what a folder says of its stages: ``stages`` and ``start_scores``; empty if nothing."""
     try:
-        made = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    good = isinstance(made, dict) and isinstance(made.get("stages"), list)
-    return made if good and isinstance(made.get("starts"), list) else {}
+    is_valid = isinstance(state, dict) and isinstance(state.get("stages"), list)
+    return state if is_valid and isinstance(state.get("start_scores"), list) else {}
 
 
-def check_unchanged(folder: Path, kept: dict[str, Any], stages: list[Stage]) -> None:
-    """Raise InputError if a folder holds stages of another recipe."""
-    over = "go back to it, choose another out, or start over with --force"
-    if not kept:
-        held = next((s.folder for s in stages if s.folder.exists()), None)
-        if held:
-            raise InputError(f"{held} is there already, of no chain that is known: {over}")
+def write_state(folder: Path, stages: list[Stage], start_scores: list[float | None]) -> None:
+    """Write what ``read_state`` reads. Raises StorageError."""
+    state = {"stages": _as_json(stages), "start_scores": start_scores}
+    atomic_write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
+
+
+def check_unchanged(folder: Path, state: dict[str, Any], stages: list[Stage]) -> None:
+    """Raise InputError if a folder holds the stages of another recipe."""
+    advice = "go back to it, choose another out, or start over with --force"
+    if not state:
+        existing = next((s.folder for s in stages if s.folder.exists()), None)
+        if existing:
+            raise InputError(f"{existing} exists, but {folder} holds no recipe for it: {advice}")
         return
-    was, now = kept["stages"], plain(stages)
-    if len(was) != len(now):
+    before, now = state["stages"], _as_json(stages)
+    if len(before) != len(now):
         raise InputError(
-            f"{folder} holds a chain of another recipe, of {len(was)} stages, now "
-            f"{len(now)}: {over}"
+            f"{folder} holds stages of another recipe, {len(before)} of them, now {len(now)}: "
+            f"{advice}"
         )
-    for number, (old, new) in enumerate(zip(was, now, strict=True), 1):
-        for (key, a), (_, b) in zip(_flat(old), _flat(new), strict=False):
-            if a != b:
+    for number, (old_stage, new_stage) in enumerate(zip(before, now, strict=True), 1):
+        for (name, old), (_, new) in zip(_flat(old_stage), _flat(new_stage), strict=False):
+            if old != new:
                 raise InputError(
-                    f"{folder} holds a chain of another recipe (stage {number}: {key} "
-                    f"was {a!r}, now {b!r}): {over}"
+                    f"{folder} holds stages of another recipe (stage {number}: {name} was "
+                    f"{old!r}, now {new!r}): {advice}"
                 )
 
 
-def _flat(stage: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in stage.items():
-        yield from value.items() if isinstance(value, dict) else [(key, value)]
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        yield from _flat(value) if isinstance(value, dict) else [(name, value)]
 
 
-def keep(folder: Path, stages: list[Stage], starts: list[float | None]) -> None:
-    """Write what ``read_kept`` reads. Raises StorageError."""
-    text = json.dumps({"stages": plain(stages), "starts": starts}, indent=1) + "\n"
-    write_text(folder / KEPT, text)
+# Training the stages.
 
 
-def report(folder: Path, stages: list[Stage], starts: list[float | None]) -> list[dict[str, Any]]:
-    """Write report.json and chain.png of finished stages; return a row for each.
+def open_stages(
+    recipe: Path, *, force: bool = False
+) -> tuple[FolderLock, list[Stage], list[float | None]]:
+    """Read a recipe and lock its folder.
 
-    ``start`` and ``end`` are bits per byte on the fixed validation subset, ``whole`` on the whole
-    split at the end; FLOPs are those of training, as ``mmrec info`` counts them.
+    Args:
+        recipe: the TOML file.
+        force: remove the files of earlier stages.
+
+    Returns:
+        The folder's lock, the stages, and what each one scored as it began (None: not yet).
+
+    Raises:
+        InputError: the recipe has a mistake, or the folder holds another one's stages.
+        RunLockedError: another process writes in the folder.
+    """
+    stages = read_recipe(recipe)
+    folder = stages[0].folder.parent
+    state = {} if force else read_state(folder)
+    if not force:
+        check_unchanged(folder, state, stages)
+    lock = FolderLock(folder)
+    try:
+        if force:
+            old_stages = [Path(s["folder"]) for s in read_state(folder).get("stages", [])]
+            old_stages = [path for path in old_stages if path.parent == folder]
+            for path in {*(s.folder for s in stages), *old_stages}:
+                if path.is_dir():
+                    with FolderLock(path):
+                        remove_run_files(path)
+        start_scores = state.get("start_scores") or [None] * len(stages)
+        write_state(folder, stages, start_scores)
+    except BaseException:
+        lock.release()
+        raise
+    return lock, stages, start_scores
+
+
+def begin_stage(
+    stages: list[Stage],
+    index: int,
+    start_scores: list[float | None],
+    *,
+    echo: Callable[[str], None] = print,
+    **options: Any,
+) -> tuple[FolderLock, Trainer, bool]:
+    """Begin a stage, or continue it.
+
+    Args:
+        stages: all stages.
+        index: which one, from 0.
+        start_scores: the entry of a stage that begins from a grown model is set to its bits per
+            byte on the validation subset before the first step.
+        echo: called with each line of text for the user.
+        options: further arguments of ``Trainer``.
+
+    Returns:
+        The lock of the stage's folder, its trainer, and whether it is a resume.
+
+    Raises:
+        InputError: the text changed since the stage before was trained on it.
+    """
+    stage = stages[index]
+    if (stage.folder / "config.toml").exists():
+        lock, trainer = resume_run({"out": str(stage.folder)}, echo=echo, **options)
+        return lock, trainer, True
+    if not index:
+        plan = RunPlan(stage.preset, stage.model, stage.train)
+        return *begin_run(plan, force=True, echo=echo, **options), False
+    source = load_model(stages[index - 1].result)
+    train = stage.train.replace(initialize_from=str(source.path))
+    plan = RunPlan(stage.preset, stage.model, train, source, method=stage.method)
+    lock, trainer = begin_run(plan, force=True, echo=echo, **options)
+    try:
+        if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
+            raise InputError(
+                f"the text of {train.data.source} changed since stage {index} was trained on it: "
+                "put it back, or start over with --force"
+            )
+        start_scores[index] = evaluate(
+            trainer.model,
+            trainer.subset,
+            trainer.corpus.tokenizer.eot,
+            trainer.subset_bytes,
+            reset_at_documents=trainer.resets_at_documents,
+        ).bits_per_byte
+        write_state(stage.folder.parent, stages, start_scores)
+    except BaseException:
+        lock.release()
+        raise
+    return lock, trainer, False
+
+
+def write_report(
+    folder: Path, stages: list[Stage], start_scores: list[float | None]
+) -> list[dict[str, Any]]:
+    """Write ``report.json`` and ``chain.png`` of finished stages.
+
+    Returns:
+        A row per stage. ``start`` and ``end`` are bits per byte on the fixed validation subset,
+        ``whole_split`` on the whole split at the end. FLOPs are those of training, as
+        ``mmrec info`` counts them.
     """
     rows, curves = [], [read_run(stage.folder) for stage in stages]
-    for stage, curve, start in zip(stages, curves, starts, strict=True):
+    for stage, curve, start in zip(stages, curves, start_scores, strict=True):
         tokens = curve.steps * curve.tokens_per_step
-        _, _, model = read_info(stage.folder / "last.h5")  # with the vocabulary that it came to
+        model = read_metadata(stage.folder / "last.h5")[2]  # with the tokenizer's vocabulary
         rows.append(
             {
                 "stage": stage.folder.name,
-                "parameters": parameters(model)["total"],
+                "parameters": parameter_counts(model)["total"],
                 "steps": curve.steps,
                 "tokens": tokens,
                 "seconds": curve.seconds,
                 "flops": tokens * flops_per_token(model)["training"],
                 "start": start,
-                "end": curve.checks[-1][1],
-                "whole": curve.whole,
+                "end": curve.validations[-1][1],
+                "whole_split": curve.whole_split,
                 "ended": curve.ended,
             }
         )
-    write_text(folder / "report.json", json.dumps(rows, indent=1) + "\n")
-    draw(curves, starts, folder / "chain.png")
+    atomic_write_text(folder / "report.json", json.dumps(rows, indent=1) + "\n")
+    draw_stages(curves, start_scores, folder / "chain.png")
     return rows
 
 
-def row(made: dict[str, Any]) -> str:
-    """One line of the table under COLUMNS; a dash for what was not measured."""
-    start = "-" if made["start"] is None else f"{made['start']:.4f}"
+def report_row(row: dict[str, Any]) -> str:
+    """One line of the table under ``HEADER``; a dash for what was not measured."""
+    start = "-" if row["start"] is None else f"{row['start']:.4f}"
     return (
-        f"{made['stage']:<12} {made['parameters'] / 1e6:>9.2f} M {made['tokens'] / 1e6:>7.2f} M "
-        f"{made['seconds']:>6,.0f} s {made['flops']:>9.2e} {start:>8} {made['end']:>8.4f} "
-        f"{made['whole']:>12.4f}  {made['ended']}"
+        f"{row['stage']:<12} {row['parameters'] / 1e6:>9.2f} M {row['tokens'] / 1e6:>7.2f} M "
+        f"{row['seconds']:>6,.0f} s {row['flops']:>9.2e} {start:>8} {row['end']:>8.4f} "
+        f"{row['whole_split']:>12.4f}  {row['ended']}"
     )
-
-
-def draw(curves: list[Curve], starts: list[float | None], path: Path) -> None:
-    """Write a PNG of the validation curves of all stages, one after the other in time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
-    axes, begin = figure.add_subplot(), 0.0
-    for curve, start in zip(curves, starts, strict=True):
-        rate = curve.seconds / max(1, curve.steps)  # as in compare.draw_curves
-        points = [(0, start)] if start is not None else []
-        steps, values = zip(*points, *curve.checks, strict=True)
-        seconds = [begin + step * rate for step in steps]
-        axes.plot(seconds, values, "o-", markersize=3, label=Path(curve.run).name)
-        begin += curve.seconds
-    axes.set(xlabel="seconds of training", ylabel="bits per byte, validation subset")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")

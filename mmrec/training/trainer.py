@@ -1,256 +1,334 @@
-"""The training loop: budget, steps, validation, checkpoints, and an end that loses nothing."""
+"""The trainer: one run in its folder, from the first step to the summary.
+
+Read ``Trainer.fit`` first, then ``Trainer.train_step``. A run is resumed bit for bit: everything
+that a step depends on is the configuration, the corpus, and what ``Trainer.save`` writes.
+"""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from mmrec.checkpoint import manager as saved
-from mmrec.config import DEFAULT_EPOCHS, ModelConfig, TrainConfig, to_toml
+from mmrec.checkpoint import manager
+from mmrec.checkpoint.checkpoint import (
+    read_metadata,
+    read_recurrent_state,
+    restore_training_state,
+    save_checkpoint,
+)
+from mmrec.config import (
+    DEFAULT_EPOCHS,
+    DEFAULT_TOKENS,
+    MIN_DEFAULT_STEPS,
+    ModelConfig,
+    TrainConfig,
+    config_to_toml,
+)
 from mmrec.data.corpus import Corpus
+from mmrec.data.dataloader import ReplayLoader, WindowLoader, evenly_spaced_sample, make_loader
+from mmrec.data.prepare import open_corpus
 from mmrec.errors import (
     InputError,
     InterruptedTrainingError,
+    StorageError,
     TrainingDivergedError,
     WeightsDivergedError,
 )
-from mmrec.evaluation.evaluate import Evaluation, evaluate
-from mmrec.runtime.atomic import keep_trying, write_text
-from mmrec.runtime.distributed import ALONE, World
-from mmrec.training import divergence as guard
-from mmrec.training.run_dir import COLUMNS, Lock, Log, NoLog, clock, epoch_row, overfitting, verdict
-from mmrec.training.state import State, conditions
+from mmrec.evaluation.evaluate import EVALUATION_STREAMS, Evaluation, evaluate
+from mmrec.finetune.freeze import freeze_parameters
+from mmrec.lora import apply_lora
+from mmrec.model import Model, State
+from mmrec.optimizer import build_optimizer
+from mmrec.runtime import malloc
+from mmrec.runtime.atomic import atomic_write_text, never_retry, write_with_retry
+from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mmrec.runtime.hardware import bfloat16_is_faster
+from mmrec.runtime.interrupts import StopSignal
+from mmrec.runtime.locking import FolderLock
+from mmrec.training import divergence
+from mmrec.training.callbacks import Callback
+from mmrec.training.lr_schedule import lr_factor
+from mmrec.training.metrics import (
+    EPOCH_HEADER,
+    MetricsLog,
+    NullMetricsLog,
+    Progress,
+    epoch_row,
+    explain_best_model,
+    format_duration,
+    from_plain,
+    overfitting_warning,
+)
+from mmrec.training.replicas import (
+    Replicas,
+    concat_states,
+    forward_backward,
+    replica_count,
+    split_state,
+)
 
-Echo = Callable[[str], None]
-MANY_EPOCHS = 16  # beyond, a strong weight decay helped, too: by character, one seed (decisions.md)
+MANY_EPOCHS = 16
+"""Beyond this many passes a strong weight decay helps too (by character, one seed; docs)."""
 
 
-class Trainer(State):
-    """One run in its folder: steps, and what is measured, said and saved between them."""
+class Trainer:
+    """A run: its model, data and optimizer, and what is measured, printed and saved between steps.
+
+    Attributes:
+        run_dir: the run folder.
+        config: the settings, with ``precision`` resolved.
+        model, optimizer, loader, corpus: what is trained, with what, on what.
+        progress: where the run stands.
+        process_group: the processes that train together.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
         corpus: Corpus,
         model_config: ModelConfig,
         config: TrainConfig,
         preset: str,
-        echo: Echo = print,
-        world: World = ALONE,
+        *,
+        echo: Callable[[str], None] = print,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        callbacks: Sequence[Callback] = (),
+        retry: Callable[[StorageError], bool] = never_retry,
+        show_progress: bool = True,
+        draw_curve: bool = True,
     ) -> None:
-        super().__init__(folder, corpus, model_config, config, preset, world)
-        self.echo = echo
+        """Build the model, the loader and the optimizer; nothing is written yet.
+
+        Args:
+            run_dir: the run folder.
+            corpus: the tokenised text.
+            model_config: the shape; its vocabulary is set to the tokenizer's.
+            config: the settings.
+            preset: name of the preset that the shape comes from.
+            echo: called with each line of text for the user.
+            process_group: the processes that train together.
+            callbacks: see ``Callback``; in a single process only.
+            retry: asked after a failed write whether to try again.
+            show_progress: whether to show a progress bar.
+            draw_curve: whether to draw ``loss.png``.
+
+        Raises:
+            InputError: the settings do not fit the corpus, the model or the processes.
+        """
+        self.run_dir, self.corpus, self.config, self.preset = run_dir, corpus, config, preset
+        self.echo, self.process_group, self.callbacks = echo, process_group, list(callbacks)
+        self._retry, self._show_progress, self._draw_curve = retry, show_progress, draw_curve
+        data, finetune, training = config.data, config.finetune, config.optimizer
+        self._check_process_group()
+        # before the seed is set: a resume does not measure this again
+        use_bf16 = training.precision == "bfloat16" or (
+            training.precision == "auto" and bfloat16_is_faster()
+        )
+        torch.manual_seed(training.seed)
+        model_config = dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+        self.model = Model(model_config, process_group.shard_layer)
+        process_group.shard_model(self.model)
+        self._set_precision("bfloat16" if use_bf16 else "float32")
+        self.model.activation_checkpointing = training.activation_checkpointing
+        if training.activation_checkpointing:
+            malloc.return_large_blocks()
+        if finetune.lora_rank:
+            apply_lora(self.model, finetune.lora_rank, finetune.lora_alpha)
+        freeze_parameters(self.model, finetune.freeze)
+        self.loader = make_loader(
+            corpus.train.tokens,
+            corpus.parts,
+            data.batch_size,
+            data.seq_len,
+            training.seed,
+            carry=data.state == "carry",
+        )
+        self.fingerprints = {"fingerprint": corpus.info["fingerprint"]}
+        """SHA-256 of each text that is trained on. A run continues with the same texts only."""
+        if finetune.replay_fraction:
+            self._add_replay()
+        if corpus.val.n_tokens <= data.seq_len:
+            raise InputError(
+                f"the validation split must hold one window of {data.seq_len + 1} tokens; it has "
+                f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
+            )
+        self.replicas = Replicas(
+            replica_count(self.model, data.batch_size // process_group.size, process_group)
+        )
+        self.optimizer = build_optimizer(
+            self.model,
+            training,
+            layerwise_lr_decay=finetune.layerwise_lr_decay,
+            run_tasks=self.replicas.run,
+            process_group=process_group,
+        )
+        self.recurrent_state: State | None = None
+        """What this process's rows of the next batch continue from, with state ``carry``."""
+        self._recurrent_state_before: State | None = None
+        token_bytes = corpus.tokenizer.token_bytes
+        sizes = [len(token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
+        self.subset = evenly_spaced_sample(
+            corpus.val.tokens, config.evaluation.eval_tokens, EVALUATION_STREAMS
+        )
+        """Tokens (n,) of the fixed validation subset."""
+        self.subset_bytes = max(1, sum(sizes[t] for t in self.subset.tolist()))
+        self.progress = Progress()
+        self.scores: Evaluation | None = None
+        """The newest scores on the validation subset."""
+        self.newer_best: tuple[float, int] | None = None
+        """Loss and step of a best model of a later step; see ``_find_newer_best``."""
+        self.rng_state = torch.get_rng_state()
+        """Torch's random state before the newest step."""
+        agree = process_group.all_reduce_max if process_group.size > 1 else None
+        self.stop_signal = StopSignal(agree)
+        self._stop_requested = False
+        self.metrics: MetricsLog = NullMetricsLog()
+
+    def _check_process_group(self) -> None:
+        size, config = self.process_group.size, self.config
+        if config.data.batch_size % size:
+            raise InputError(
+                f"batch_size must be a multiple of the {size} processes that share its rows; got "
+                f"{config.data.batch_size}"
+            )
+        if config.finetune.initialize_from and self.process_group.sharded:
+            raise InputError(
+                "--initialize-from starts with --parallel ddp or in one process; then continue "
+                "with --resume --parallel fsdp"
+            )
+        if config.finetune.lora_rank and size > 1:
+            raise InputError(f"lora_rank needs a single process; there are {size}")
+
+    def _add_replay(self) -> None:
+        """Mix windows of an earlier text into the batches."""
+        data, finetune = self.config.data, self.config.finetune
+        earlier = open_corpus(finetune.replay_data, self.corpus.tokenizer)
+        self.fingerprints["replay_fingerprint"] = earlier.info["fingerprint"]
+        earlier_loader = WindowLoader(
+            earlier.train.tokens, data.batch_size, data.seq_len, self.config.optimizer.seed
+        )
+        self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
+
+    def _set_precision(self, precision: str) -> None:
+        """Resolve ``auto`` for good, so that a later measurement cannot decide otherwise."""
+        self.config = self.config.replace(precision=precision)
+        self.model.set_precision(precision)
+
+    # How long a run is, and how far it is.
 
     @property
-    def early(self) -> bool:
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        data = self.config.data
+        return data.batch_size * data.seq_len * self.config.optimizer.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training split."""
+        accumulation = self.config.optimizer.gradient_accumulation_steps
+        return max(1, self.loader.steps_per_epoch // accumulation)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run in steps; None if minutes set it."""
+        length = self.config.length
+        if length.minutes is not None:
+            return None
+        if length.epochs is not None:
+            return max(1, round(length.epochs * self.steps_per_epoch))
+        steps = min(DEFAULT_TOKENS // self.tokens_per_step, DEFAULT_EPOCHS * self.steps_per_epoch)
+        return length.steps or max(MIN_DEFAULT_STEPS, steps)
+
+    def fraction_done(self, steps_ahead: float = 0.0) -> float:
+        """How much of the run is done, 0 to 1, or will be ``steps_ahead`` steps from now."""
+        p = self.progress
+        minutes = self.config.length.minutes
+        if minutes is not None:
+            seconds = p.seconds * (1 + steps_ahead / max(1, p.step))
+            return min(1.0, seconds / (60 * minutes))
+        return min(1.0, (p.step + steps_ahead) / (self.total_steps or 1))
+
+    @property
+    def resets_at_documents(self) -> bool:
+        """Whether the recurrent state is reset at each document start."""
+        return self.config.data.state != "window"
+
+    @property
+    def patience_exceeded(self) -> bool:
         """Whether the validation loss has not improved for too long."""
-        return 0 < self.config.patience <= self.progress.waited
+        return 0 < self.config.evaluation.patience <= self.progress.evals_since_best
 
-    def saved(self) -> bool:
-        """Whether there is a checkpoint to resume from."""
-        return bool(self.world.told(saved.run_checkpoints(self.folder)))
+    # A run.
 
-    def save_whole(self, name: str, log: Log) -> None:
-        """Write a checkpoint to resume from, after the metrics that it counts on."""
-        self.progress.lines = log.sync()
-        self.save(name, whole=True)
+    def fit(self, *, resume: bool = False, lock: FolderLock | None = None) -> dict[str, Any]:
+        """Train to the end and return the summary.
 
-    def score(self, tokens: np.ndarray, n_bytes: int) -> Evaluation:
-        """Scores of tokens (n,) of the validation split. All processes score all of them, since a
-        sharded layer is whole in all or in none; what rank 0 found counts."""
-        try:
-            found = evaluate(
-                self.model,
-                tokens,
-                self.corpus.tokenizer.eot,
-                n_bytes,
-                resets=self.resets,
-                progress=self.stop.check,
-            )
-        finally:
-            self.world.rest(self.model)
-        return self.world.told(found)
+        The first SIGINT, SIGTERM or SIGHUP finishes the step, saves ``last.h5`` and ends the run
+        with ``ended: signal``. A second one ends the process at once.
 
-    def check(self, log: Log) -> None:
-        """Validate on the fixed subset; keep the best model."""
-        p = self.progress
-        val = self.score(self.subset, self.subset_bytes)
-        if not math.isfinite(val.loss):
-            raise WeightsDivergedError(f"validation loss {val.loss} at step {p.step}")
-        self.val = val
-        train = sum(p.since_check) / max(1, len(p.since_check))
-        p.since_check = []
-        p.checks.append({"step": p.step, "val": val.loss, "train": train})
-        log.write("val", p.step, loss=val.loss, bits_per_byte=val.bits_per_byte)
-        if p.best is None or val.loss < p.best:
-            p.best, p.best_step, p.waited = val.loss, p.step, 0
-            if self.ahead is None or val.loss <= self.ahead[0]:
-                self.save("best.h5", whole=False)
-                self.ahead = None
-        else:
-            p.waited += 1
-        words = overfitting(p.checks)
-        if words:
-            self.echo(words)
+        Args:
+            resume: continue from the newest checkpoint of the run folder, or from the start if the
+                run ended before its first checkpoint.
+            lock: the lock of the run folder, if the caller holds it already.
 
-    def end_epoch(self, log: Log, share: float = 1.0) -> None:
-        """Validate on the whole split, add a row to the table; ``share`` of an epoch was seen."""
-        p, e = self.progress, self.progress.epoch
-        if not e:
-            return
-        scores = self.score(self.corpus.val.tokens, self.corpus.val.n_bytes)
-        number = len(p.epochs) + 1
-        row = {
-            "epoch": number if share == 1 else round(number - 1 + share, 2),
-            "mean": e["sum"] / e["count"],
-            "first": e["first"],
-            "last": e["last"],
-            "val_loss": scores.loss,
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
-            "accuracy": scores.accuracy,
-            "seconds": p.seconds - e["began"],
-        }
-        p.epochs.append(row)
-        p.epoch = {}
-        log.write("epoch", p.step, **{k: v for k, v in row.items() if k != "seconds"})
-        if number == 1:
-            self.echo(COLUMNS)
-        self.echo(epoch_row(row))
+        Returns:
+            The contents of ``summary.json``.
 
-    def settle(self, log: Log) -> None:
-        """What is due after a step and was not done yet: a signal may have cut it short."""
-        p = self.progress
-        due = p.step > 0 and (p.step % self.config.eval_every == 0 or self.fraction() >= 1.0)
-        if due and not (p.checks and p.checks[-1]["step"] == p.step):
-            self.check(log)
-        if p.step % self.steps_per_epoch == 0:
-            self.end_epoch(log)
+        Raises:
+            RunLockedError: another process writes in the folder.
+            TrainingDivergedError: a loss or gradient is not finite and ``on_nan`` does not go on.
+                ``last.h5`` is the state before that step.
+            StorageError: a checkpoint could not be written; earlier ones are intact.
+        """
+        is_first = self.process_group.rank == 0  # of several processes, rank 0 writes
+        held = (lock or FolderLock(self.run_dir)) if is_first else contextlib.nullcontext()
+        with held, self.stop_signal:
+            torch.set_rng_state(self.rng_state)  # whatever was drawn since __init__
+            if resume:
+                self._resume()
+            elif self.config.finetune.initialize_from:
+                # before anything exists that could be resumed without the initial weights
+                self.save("step-0.h5", resumable=True)
+                if self.process_group.size > 1:
+                    self.restore(self.run_dir / "step-0.h5")  # rank 0 alone has these weights
+            if is_first:
+                text = config_to_toml(self.model.config, self.config, self.preset)
+                atomic_write_text(self.run_dir / "config.toml", text)
+                self.metrics = MetricsLog(
+                    self.run_dir,
+                    self.progress if resume else None,
+                    retry=self._retry,
+                    draw_curve=self._draw_curve,
+                )
+            try:
+                ended = self._run()
+            finally:
+                self.metrics.close()
+            summary = self._write_summary(ended)
+        for callback in self.callbacks:
+            callback.on_end(self, summary)
+        return summary
 
-    def diverged(self, error: TrainingDivergedError, log: Log) -> None:
-        """Go on as ``on_nan`` says, or save what is good and raise the error."""
-        p, policy = self.progress, self.config.on_nan
-        self.carried = self.carried_before  # what came of the step may be no number
-        limit = guard.limit_reached(policy, p.in_row, p.skipped, p.rollbacks)
-        if (
-            policy == "stop"
-            or limit
-            or (policy == "skip" and isinstance(error, WeightsDivergedError))
-        ):
-            torch.set_rng_state(self.rng)  # a resume takes the same step again
-            with contextlib.suppress(WeightsDivergedError):
-                self.save_whole("last.h5", log)
-            raise type(error)(f"{error}{f' {limit}' if limit else ''}")
-        if policy == "skip":
-            p.moved, p.skipped, p.in_row = p.moved + 1, p.skipped + 1, p.in_row + 1
-            self.echo(f"skipped: {error}; the step is left out, as --on-nan says")
-        else:
-            self.load_furthest()
-            now, self.progress.seconds = self.progress, p.seconds
-            now.moved = p.step + p.moved + 1 - now.step
-            now.rate, now.rollbacks = p.rate * guard.CUT, p.rollbacks + 1
-            log.rewind(now.lines)
-            self.echo(
-                f"rollback: {error}; back to step {now.step:,}, on with other data and "
-                f"{now.rate:g} of the learning rates"
-            )
-        log.write(policy, self.progress.step, why=str(error))
-
-    def load_furthest(self) -> tuple[Path, dict[str, Any]]:
-        """Go on from the furthest whole checkpoint; return its path, which rank 0 alone knows, and
-        its info."""
-        if self.world.rank:
-            return self.folder, self.load(self.folder)
-        return saved.resume(self.folder, self.load, self.echo)
-
-    def trim(self, keep: int) -> None:
-        """Remove all but the newest step-N checkpoints."""
-        if self.world.rank == 0:
-            saved.trim(self.folder, keep)
-
-    def watch(self, log: Log) -> None:
-        """Say when the loss jumps, but not at every jump."""
-        p = self.progress
-        if p.spike and p.step - p.spike < guard.QUIET:
-            return
-        losses = log.losses(guard.WINDOW + 1)
-        median = guard.spike(losses)
-        if median is not None:
-            p.spike = p.step
-            self.echo(
-                f"spike: loss {losses[-1]:.3f} at step {p.step:,}, its running median is "
-                f"{median:.3f}; if it does not come down again, a lower --lr and --muon-lr "
-                "help"
-            )
-
-    def count(self, loss: float) -> None:
-        """Add the loss of a step to the epoch under way."""
-        p = self.progress
-        p.since_check.append(loss)
-        if not p.epoch:
-            p.epoch = {"sum": 0.0, "count": 0, "first": loss, "began": p.seconds}
-        p.epoch.update(sum=p.epoch["sum"] + loss, count=p.epoch["count"] + 1, last=loss)
-
-    def announce(self) -> None:
-        """Say what will be trained on what, for how long."""
-        c, t, v = self.config, self.corpus.train, self.corpus.val
-        weights = [*self.model.parameters()]
-        count = sum(x.numel() for x in weights)
-        learn = sum(x.numel() for x in weights if x.requires_grad)
-        part = "" if learn == count else f", of which {learn / 1e6:.2f} M learn"
-        per_step = c.batch * c.seq_len * c.accumulate
-        self.echo(
-            f"model   {self.preset}: {count / 1e6:.2f} M parameters{part}, {self.config.precision}"
-        )
-        self.echo(
-            f"data    {self.corpus.info['source']}: {t.n_tokens:,} training tokens, "
-            f"{v.n_tokens:,} validation tokens"
-        )
-        compiled, each = self.warm_up()
-        rate = per_step / each
-        if self.total_steps is None:
-            steps = int(60 * (c.minutes or 0) / each)
-            length = f"{c.minutes:g} min of training, about {steps:,} steps"
-        else:
-            steps, length = self.total_steps, f"{self.total_steps:,} steps"
-        left = max(0, steps - self.progress.step)
-        whole = math.ceil(steps / self.steps_per_epoch)  # times that the whole split is scored
-        checks = steps / c.eval_every * len(self.subset) + whole * v.n_tokens
-        # scoring a token costs about half of learning from it
-        estimate = left * each + checks / (2 * rate) * left / max(1, steps)
-        self.echo(
-            f"budget  {length} of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M, "
-            f"{steps / self.steps_per_epoch:.2f} epochs"
-        )
-        if steps > DEFAULT_EPOCHS * self.steps_per_epoch and not self.model.config.dropout:
-            passes, advice = DEFAULT_EPOCHS, "0.1"
-            if steps > MANY_EPOCHS * self.steps_per_epoch:
-                passes, advice = MANY_EPOCHS, "0.2 with --weight-decay 1"
-            self.echo(
-                f"note    more than {passes} passes learn a text by heart: "
-                f"--dropout {advice} helps against it"
-            )
-        self.echo(
-            f"time    about {clock(estimate)} at {rate:,.0f} tokens/s "
-            f"(kernels ready after {compiled:.0f} s); run folder {self.folder}"
-        )
-
-    def run(self, log: Log) -> str:
-        """Train to the end of the budget; returns why it ended: done, early or signal."""
+    def _run(self) -> str:
+        """Train to the end of the budget; return why it ended: done, early, stopped or signal."""
         self.model.train()
-        echo, why = self.echo, "signal"
+        echo, ended = self.echo, "signal"
         try:
-            self.announce()
-            if self.config.on_nan == "rollback" and not self.saved():
-                self.save_whole("step-0.h5", log)
+            self.log_run_summary()
+            if self.config.evaluation.on_nan == "rollback" and not self._has_checkpoint():
+                self.save_resumable("step-0.h5")
             with tqdm(
                 total=self.total_steps,
                 initial=self.progress.step,
@@ -258,139 +336,538 @@ class Trainer(State):
                 dynamic_ncols=True,
                 mininterval=0.5 if os.isatty(2) else 30.0,
                 smoothing=0.05,
+                disable=not self._show_progress,
             ) as bar:
 
-                def above_the_bar(line: str) -> None:
+                def echo_above_bar(line: str) -> None:
                     bar.clear()
                     echo(line)
                     bar.refresh()
 
-                self.echo = above_the_bar
-                self.loop(log, bar)
-                if not self.stop.number:
-                    share = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
-                    self.end_epoch(log, share or 1.0)
-                    why = "early" if self.early else "done"
+                self.echo = echo_above_bar
+                self._train_loop(bar)
+                if not self.stop_signal.signal_number:
+                    partial_epoch = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
+                    self.end_epoch(partial_epoch or 1.0)
+                    ended = "early" if self.patience_exceeded else "done"
+                    if self._stop_requested and self.fraction_done() < 1.0:
+                        ended = "stopped"
         except InterruptedTrainingError:
             pass
         finally:
             self.echo = echo
-        self.save_whole("last.h5", log)
-        self.trim(self.config.keep)
-        return why
+        self.save_resumable("last.h5")
+        self._prune_checkpoints(self.config.evaluation.keep_checkpoints)
+        return ended
 
-    def loop(self, log: Log, bar: Any) -> None:
-        """Steps, and what is due after them, until the budget, the patience or a signal ends it."""
-        c = self.config
-        per_step = c.batch * c.seq_len * c.accumulate
+    def _train_loop(self, bar: Any) -> None:
+        """Take steps, and do what is due after them, until something ends the run."""
+        evaluation = self.config.evaluation
         while True:
             p = self.progress
             try:
-                self.settle(log)
-                if p.step and p.step % c.save_every == 0:
-                    self.save_whole(f"step-{p.step}.h5", log)
-                    self.trim(max(1, c.keep))  # one is needed until the end
-                if self.stop.came() or self.early or self.fraction() >= 1.0:
+                self.run_due_events()
+                if p.step and p.step % evaluation.save_every == 0:
+                    self.save_resumable(f"step-{p.step}.h5")
+                    # one is needed until the end, whatever the user keeps
+                    self._prune_checkpoints(max(1, evaluation.keep_checkpoints))
+                if self._should_stop():
                     return
-                begin = time.perf_counter()
-                loss, norm, lr = self.take_step()
+                start = time.perf_counter()
+                loss, grad_norm, lr = self.train_step()
             except TrainingDivergedError as error:
-                self.diverged(error, log)
+                self._handle_divergence(error)
                 bar.n = self.progress.step
                 continue
-            p.step, p.in_row = p.step + 1, 0
-            seconds = self.world.most(time.perf_counter() - begin)
+            p.step, p.consecutive_skips = p.step + 1, 0
+            seconds = self.process_group.all_reduce_max(time.perf_counter() - start)
             p.seconds += seconds
-            self.count(loss)
-            log.write("train", p.step, loss=loss, lr=lr, norm=norm)
-            self.watch(log)
-            text = f"loss {loss:.3f} lr {lr:.1e} {per_step / seconds:,.0f} tok/s"
-            bar.set_postfix_str(text, refresh=False)
+            p.add_loss(loss)
+            self.metrics.write("train", p.step, loss=loss, lr=lr, grad_norm=grad_norm)
+            self._warn_on_spike()
+            rate = self.tokens_per_step / seconds
+            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {rate:,.0f} tok/s", refresh=False)
             bar.update()
+            for callback in self.callbacks:
+                values = {"step": p.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+                callback.on_step(self, values | {"tokens_per_second": rate})
 
-    def summary(self, why: str) -> dict[str, Any]:
-        """Write summary.json and return it."""
+    def _should_stop(self) -> bool:
+        return (
+            self.stop_signal.is_set()
+            or self._stop_requested
+            or self.patience_exceeded
+            or self.fraction_done() >= 1.0
+        )
+
+    def request_stop(self) -> None:
+        """End the run after the current step, with a checkpoint; for callbacks."""
+        self._stop_requested = True
+
+    def log_metrics(self, **values: float | str) -> None:
+        """Add a line of kind ``callback`` to ``metrics.jsonl``; for callbacks."""
+        self.metrics.write("callback", self.progress.step, **values)
+
+    # A step.
+
+    def train_step(self) -> tuple[float, float, float]:
+        """Take one optimizer step.
+
+        Returns:
+            Loss (nats per token), gradient norm before clipping, and AdamW's learning rate.
+
+        Raises:
+            TrainingDivergedError: the loss or the gradient is not finite; the weights are as
+                before.
+        """
+        c, p = self.config.optimizer, self.progress
+        factor = lr_factor(self.fraction_done(0.5), c.warmup, c.schedule, c.final_lr_ratio)
+        factor *= p.lr_scale
+        self.optimizer.scale_lr(factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rng_state = torch.get_rng_state()
+        self._recurrent_state_before = self.recurrent_state
+        loss = self.compute_gradients(p.step + p.data_offset)
+        [grad_norm] = map(float, self.replicas.run([self._clip_gradients]))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            culprit = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+            raise TrainingDivergedError(f"{culprit} at step {p.step + 1}")
+        self.optimizer.step()
+        return loss, grad_norm, c.lr * factor
+
+    def compute_gradients(self, data_step: int) -> float:
+        """Set the gradients of one step's data, summed over all processes.
+
+        Args:
+            data_step: the step whose batches are used, counted from 0.
+
+        Returns:
+            The mean loss over all batches and processes, in nats per token.
+        """
+        group, accumulation = self.process_group, self.config.optimizer.gradient_accumulation_steps
+        total, count = 0.0, accumulation * group.size
+        end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
+        for batch in range(data_step * accumulation, (data_step + 1) * accumulation):
+            tokens, targets = self.loader.batch_at(batch)
+            if self.config.data.state != "carry" or self.loader.starts_epoch(batch):
+                self.recurrent_state = None
+            loss, self.recurrent_state = forward_backward(
+                self.model,
+                self.replicas,
+                tokens.tensor_split(group.size)[group.rank],
+                targets.tensor_split(group.size)[group.rank],
+                1 / count,
+                state=self.recurrent_state,
+                end_of_text=end_of_text,
+                process_group=group,
+            )
+            total += loss / count
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return group.all_reduce_gradients(total, gradients)
+
+    def _clip_gradients(self) -> Tensor:
+        max_norm = self.config.optimizer.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), max_norm)
+        return self.process_group.full_tensor(norm)
+
+    # What is due after a step.
+
+    def run_due_events(self) -> None:
+        """Validate and end the epoch where that is due and a signal has cut it short before."""
         p = self.progress
-        tokens = p.step * self.config.batch * self.config.seq_len * self.config.accumulate
-        best, step = self.ahead or (p.best, p.best_step)
-        reason = "" if best is None else verdict(p.checks, best, step)
-        made = {
-            "ended": why,
+        at_interval = p.step % self.config.evaluation.eval_every == 0
+        is_due = p.step > 0 and (at_interval or self.fraction_done() >= 1.0)
+        if is_due and not (p.validations and p.validations[-1]["step"] == p.step):
+            self.validate()
+        if p.step % self.steps_per_epoch == 0:
+            self.end_epoch()
+
+    def validate(self) -> None:
+        """Score the fixed validation subset; keep the best model.
+
+        Raises:
+            WeightsDivergedError: the validation loss is not finite.
+        """
+        p = self.progress
+        scores = self._score(self.subset, self.subset_bytes)
+        if not math.isfinite(scores.loss):
+            raise WeightsDivergedError(f"validation loss {scores.loss} at step {p.step}")
+        self.scores = scores
+        train_loss = sum(p.losses_since_validation) / max(1, len(p.losses_since_validation))
+        p.losses_since_validation = []
+        p.validations.append({"step": p.step, "val": scores.loss, "train": train_loss})
+        self.metrics.write("val", p.step, loss=scores.loss, bits_per_byte=scores.bits_per_byte)
+        if p.best_loss is None or scores.loss < p.best_loss:
+            p.best_loss, p.best_step, p.evals_since_best = scores.loss, p.step, 0
+            if self.newer_best is None or scores.loss <= self.newer_best[0]:
+                self.save("best.h5", resumable=False)
+                self.newer_best = None
+        else:
+            p.evals_since_best += 1
+        warning = overfitting_warning(p.validations)
+        if warning:
+            self.echo(warning)
+        for callback in self.callbacks:
+            callback.on_validation(self, scores)
+
+    def end_epoch(self, share: float = 1.0) -> None:
+        """Score the whole validation split and add a row to the table of epochs.
+
+        Args:
+            share: how much of the epoch was trained on, 0 to 1.
+        """
+        p, epoch = self.progress, self.progress.current_epoch
+        if not epoch:
+            return
+        scores = self._score(self.corpus.val.tokens, self.corpus.val.n_bytes)
+        number = len(p.epochs) + 1
+        row = {
+            "epoch": number if share == 1 else round(number - 1 + share, 2),
+            "mean_loss": epoch["sum"] / epoch["count"],
+            "first_loss": epoch["first"],
+            "last_loss": epoch["last"],
+            "val_loss": scores.loss,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte,
+            "accuracy": scores.accuracy,
+        }
+        self.metrics.write("epoch", p.step, **row)
+        row["seconds"] = p.seconds - epoch["began"]
+        p.epochs.append(row)
+        p.current_epoch = {}
+        if number == 1:
+            self.echo(EPOCH_HEADER)
+        self.echo(epoch_row(row))
+
+    def _score(self, tokens: np.ndarray, n_bytes: int) -> Evaluation:
+        """Score tokens (n,) of the validation split.
+
+        All processes score all tokens, since a sharded layer is assembled in all of them or in
+        none. The scores of rank 0 count.
+        """
+        try:
+            scores = evaluate(
+                self.model,
+                tokens,
+                self.corpus.tokenizer.eot,
+                n_bytes,
+                reset_at_documents=self.resets_at_documents,
+                progress=self.stop_signal.raise_if_set,
+            )
+        finally:
+            self.process_group.reshard(self.model)
+        return self.process_group.broadcast_object(scores)
+
+    def _warn_on_spike(self) -> None:
+        """Warn of a loss spike, but not of every one."""
+        p = self.progress
+        if p.last_spike_step and p.step - p.last_spike_step < divergence.STEPS_BETWEEN_WARNINGS:
+            return
+        losses = self.metrics.last_losses(divergence.SPIKE_WINDOW + 1)
+        median = divergence.loss_spike(losses)
+        if median is not None:
+            p.last_spike_step = p.step
+            self.echo(
+                f"spike: loss {losses[-1]:.3f} at step {p.step:,}, its running median is "
+                f"{median:.3f}; if it does not fall again, a lower --lr and --matrix-lr help"
+            )
+
+    def _handle_divergence(self, error: TrainingDivergedError) -> None:
+        """Go on as ``on_nan`` says, or save what is good and raise the error."""
+        p, policy = self.progress, self.config.evaluation.on_nan
+        self.recurrent_state = self._recurrent_state_before  # the step's own may not be finite
+        limit = divergence.limit_reached(policy, p.consecutive_skips, p.skipped_steps, p.rollbacks)
+        weights_are_lost = isinstance(error, WeightsDivergedError)
+        if policy == "stop" or limit or (policy == "skip" and weights_are_lost):
+            torch.set_rng_state(self.rng_state)  # a resume takes the same step again
+            with contextlib.suppress(WeightsDivergedError):
+                self.save_resumable("last.h5")
+            raise type(error)(f"{error}{f' {limit}' if limit else ''}")
+        if policy == "skip":
+            p.data_offset += 1
+            p.skipped_steps += 1
+            p.consecutive_skips += 1
+            self.echo(f"skipped: {error}; the step is left out, as --on-nan says")
+        else:
+            self._load_latest()
+            restored, self.progress.seconds = self.progress, p.seconds
+            restored.data_offset = p.step + p.data_offset + 1 - restored.step
+            restored.lr_scale = p.lr_scale * divergence.ROLLBACK_LR_SCALE
+            restored.rollbacks = p.rollbacks + 1
+            self.metrics.rewind(restored.metrics_lines)
+            self.echo(
+                f"rollback: {error}; back to step {restored.step:,}, with other data and "
+                f"{restored.lr_scale:g} of the learning rates"
+            )
+        self.metrics.write(policy, self.progress.step, reason=str(error))
+
+    # What is printed and summarised.
+
+    def log_run_summary(self) -> None:
+        """Print what will be trained on what, for how long. Compiles the kernels for that."""
+        length, train, val = self.config.length, self.corpus.train, self.corpus.val
+        parameters = list(self.model.parameters())
+        count = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        trained_text = "" if trained == count else f", {trained / 1e6:.2f} M of them trained"
+        self.echo(
+            f"model   {self.preset}: {count / 1e6:.2f} M parameters{trained_text}, "
+            f"{self.config.optimizer.precision}"
+        )
+        self.echo(
+            f"data    {self.corpus.info['source']}: {train.n_tokens:,} training tokens, "
+            f"{val.n_tokens:,} validation tokens"
+        )
+        compile_seconds, step_seconds = self._time_steps()
+        rate = self.tokens_per_step / step_seconds
+        if self.total_steps is None:
+            steps = int(60 * (length.minutes or 0) / step_seconds)
+            length_text = f"{length.minutes:g} min of training, about {steps:,} steps"
+        else:
+            steps, length_text = self.total_steps, f"{self.total_steps:,} steps"
+        steps_left = max(0, steps - self.progress.step)
+        epochs = math.ceil(steps / self.steps_per_epoch)  # each scores the whole split
+        scored = steps / self.config.evaluation.eval_every * len(self.subset)
+        scored += epochs * val.n_tokens
+        # scoring a token takes about half the time of training on it
+        seconds_left = steps_left * step_seconds
+        seconds_left += scored / (2 * rate) * steps_left / max(1, steps)
+        self.echo(
+            f"budget  {length_text} of {self.tokens_per_step:,} tokens = "
+            f"{steps * self.tokens_per_step / 1e6:.2f} M, "
+            f"{steps / self.steps_per_epoch:.2f} epochs"
+        )
+        if steps > DEFAULT_EPOCHS * self.steps_per_epoch and not self.model.config.dropout:
+            limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
+            if steps > MANY_EPOCHS * self.steps_per_epoch:
+                limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
+            self.echo(f"note    in more than {limit} epochs a model memorises its text: {advice}")
+        self.echo(
+            f"time    about {format_duration(seconds_left)} at {rate:,.0f} tokens/s "
+            f"(kernels ready after {compile_seconds:.0f} s); run folder {self.run_dir}"
+        )
+
+    def _time_steps(self) -> tuple[float, float]:
+        """Compile the kernels and time gradients, leaving the run as it is.
+
+        Returns:
+            Seconds of the first, compiling pass, and seconds that a step will take.
+        """
+        rng_state, recurrent_state, times = torch.get_rng_state(), self.recurrent_state, []
+        try:
+            for _ in range(4):
+                start = time.perf_counter()
+                self.compute_gradients(0)
+                self.model.zero_grad(set_to_none=True)
+                times.append(time.perf_counter() - start)
+                self.stop_signal.raise_if_set()
+        finally:
+            torch.set_rng_state(rng_state)
+            self.recurrent_state = recurrent_state
+        return times[0], sorted(times[1:])[1] * 1.2  # the optimizer takes a sixth of a step
+
+    def _write_summary(self, ended: str) -> dict[str, Any]:
+        """Write summary.json and return its contents."""
+        p = self.progress
+        tokens = p.step * self.tokens_per_step
+        best_loss, best_step = self.newer_best or (p.best_loss, p.best_step)
+        reason = ""
+        if best_loss is not None:
+            reason = explain_best_model(p.validations, best_loss, best_step)
+        summary = {
+            "ended": ended,
             "steps": p.step,
             "tokens": tokens,
             "seconds": round(p.seconds, 1),
             "tokens_per_second": round(tokens / max(p.seconds, 1e-9)),
-            "best_step": step,
-            "best_subset_loss": best,
-            "best_because": reason,
-            "skipped": p.skipped,
+            "best_step": best_step,
+            "best_val_loss": best_loss,
+            "best_reason": reason,
+            "skipped_steps": p.skipped_steps,
             "rollbacks": p.rollbacks,
             "epochs": p.epochs,
         }
-        path, text = self.folder / "summary.json", json.dumps(made, indent=1) + "\n"
-        if self.world.rank == 0:
-            keep_trying(lambda: write_text(path, text))
-        return made
+        path, text = self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n"
+        if self.process_group.rank == 0:
+            write_with_retry(lambda: atomic_write_text(path, text), self._retry)
+        return summary
 
+    # Saving and restoring.
 
-def train(trainer: Trainer, *, resume: bool = False, lock: Lock | None = None) -> dict[str, Any]:
-    """Run a trainer to its end and return the summary.
+    def save_resumable(self, name: str) -> None:
+        """Write a checkpoint to resume from, after the metrics that it counts."""
+        self.progress.metrics_lines = self.metrics.sync()
+        self.save(name, resumable=True)
 
-    The first SIGINT, SIGTERM or SIGHUP finishes the step, saves ``last.h5`` and ends the run with
-    ``ended: signal``; a second one ends the process at once.
+    def save(self, name: str, *, resumable: bool) -> None:
+        """Write a checkpoint into the run folder.
 
-    Args:
-        trainer: a new one.
-        resume: go on with the newest checkpoint of its folder, or from the start if the run ended
-            before its first.
-        lock: that of the folder, if the caller has it already.
+        Args:
+            name: file name.
+            resumable: store optimizer moments, random state, progress and recurrent state, too.
 
-    Raises:
-        RunLockedError: another process writes in the folder.
-        TrainingDivergedError: a loss or gradient is no longer finite and ``on_nan`` does not go on;
-            ``last.h5`` is the state before that step.
-        StorageError: a checkpoint could not be written; earlier ones are whole.
-    """
-    folder = trainer.folder
-    first = trainer.world.rank == 0  # of several processes, one has the folder
-    held = (lock or Lock(folder)) if first else contextlib.nullcontext()
-    with held, trainer.stop:
-        torch.set_rng_state(trainer.rng)  # whatever was drawn since the trainer was made
-        if resume:
-            _restore(trainer)
-        elif trainer.config.grow_from:  # before there is anything that could be resumed without it
-            trainer.save("step-0.h5", whole=True)
-            if trainer.world.size > 1:
-                trainer.load(folder / "step-0.h5")  # rank 0 alone was given what it holds
-        config = to_toml(trainer.model.config, trainer.config, trainer.preset)
-        if first:
-            write_text(folder / "config.toml", config)
-        log = Log(folder, trainer.progress if resume else None) if first else NoLog()
-        try:
-            why = trainer.run(log)
-        finally:
-            log.close()
-        return trainer.summary(why)
+        Raises:
+            WeightsDivergedError: a weight is not finite; nothing was written.
+            StorageError: the file could not be written.
+        """
+        group = self.process_group
+        self._check_weights()
+        info = {
+            "preset": self.preset,
+            "train": dataclasses.asdict(self.config),
+            "val": dataclasses.asdict(self.scores) if self.scores else None,
+            "source": self.corpus.info["source"],
+            "precision": self.config.optimizer.precision,
+            **self.fingerprints,
+            "environment": environment(),
+        }
+        training_state: dict[str, Any] = {}
+        if resumable:
+            state = self.recurrent_state if self.config.data.state == "carry" else None
+            states = group.all_gather_object(state)
+            training_state = {
+                "optimizer": self.optimizer,
+                "progress": dataclasses.asdict(self.progress),
+                "recurrent_state": concat_states(states) if state else None,  # type: ignore[arg-type]
+            }
+        path, step = self.run_dir / name, self.progress.step
 
-
-def _restore(trainer: Trainer) -> None:
-    if not trainer.saved():
-        if not (trainer.folder / "config.toml").exists():
-            raise InputError(f"{trainer.folder} holds no checkpoint to resume from")
-        if trainer.config.grow_from:
-            raise InputError(
-                f"{trainer.folder} lost its checkpoints, and with them what it "
-                "was grown from: start it again"
+        def write() -> None:
+            save_checkpoint(
+                path,
+                self.model,
+                self.corpus.tokenizer,
+                step,
+                info,
+                **training_state,
+                process_group=group,
             )
-        trainer.find_ahead()
-        trainer.echo(f"resume  {trainer.folder} ended before its first checkpoint: from the start")
-        return
-    path, info = trainer.load_furthest()
-    was, now = info.get("conditions", {}), conditions()
-    trainer.echo(f"resume  {path}, step {trainer.progress.step:,}")
-    other = ", ".join(f"{k} {was[k]}, now {now[k]}" for k in was if was[k] != now.get(k))
-    if other:
-        trainer.echo(
-            f"note    trained with {other}: what follows is close to what would have "
-            "been, not equal bit for bit"
+
+        def write_in_all_processes() -> None:
+            group.broadcast_object(True)
+            write()
+
+        if group.rank == 0:
+            write_with_retry(write_in_all_processes, self._retry)
+            group.broadcast_object(False)
+        else:  # as often as rank 0 tries
+            while group.broadcast_object(False):
+                write()
+        if resumable:
+            malloc.trim()
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, path)
+
+    def _check_weights(self) -> None:
+        group, parameters = self.process_group, list(self.model.named_parameters())
+        bad = (
+            i
+            for i, (_, p) in enumerate(parameters)
+            if not _all_finite(group.local_shard(p.detach()))
         )
+        first_bad = -group.all_reduce_max(-next(bad, math.inf))
+        if first_bad < math.inf:
+            name = parameters[int(first_bad)][0]
+            raise WeightsDivergedError(f"weight {name} not finite at step {self.progress.step}")
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint as if nothing had come after it; return its metadata.
+
+        In a distributed run rank 0 alone reads the file.
+
+        Raises:
+            InputError: the file is damaged, holds no training state, or is of another text.
+        """
+        group, config = self.process_group, self.config
+        is_first = group.rank == 0
+        info = read_metadata(path)[1] if is_first else {}
+        for key, fingerprint in self.fingerprints.items() if is_first else ():
+            if info.get(key, fingerprint) != fingerprint:
+                data = config.data.source
+                text = data if key == "fingerprint" else config.finetune.replay_data
+                raise InputError(f"the text of {text} changed since {path} was saved")
+        state = None
+        try:
+            progress = restore_training_state(path, self.model, self.optimizer, group)
+            if config.data.state == "carry" and is_first:
+                state = read_recurrent_state(path, self.model.initial_state(config.data.batch_size))
+        except InputError as error:
+            if group.size > 1:  # the others have begun with this file: do not try an earlier one
+                raise InputError(str(error)) from None
+            raise
+        self.progress = from_plain(Progress, progress)
+        state = group.broadcast_object(state)
+        self.recurrent_state = None
+        if state is not None:
+            self.recurrent_state = split_state(state, group.size)[group.rank]
+        self._recurrent_state_before = None
+        info = group.broadcast_object(info)
+        self._set_precision(info["precision"])
+        self.scores = from_plain(Evaluation, info["val"]) if info["val"] else None
+        self._find_newer_best()
+        return info
+
+    def _find_newer_best(self) -> None:
+        """Note a best model of a later step, which a kill or a rollback leaves behind.
+
+        No worse model may replace it.
+        """
+        newer_best = None
+        with contextlib.suppress(InputError):  # no such file, or it cannot be read
+            step, info, _ = read_metadata(self.run_dir / "best.h5")
+            if step > self.progress.step:
+                newer_best = info["val"]["loss"], step
+        self.newer_best = self.process_group.broadcast_object(newer_best)
+
+    def _has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return bool(self.process_group.broadcast_object(manager.list_checkpoints(self.run_dir)))
+
+    def _load_latest(self) -> tuple[Path, dict[str, Any]]:
+        """Restore the newest intact checkpoint; return its path and metadata."""
+        if self.process_group.rank:
+            return self.run_dir, self.restore(self.run_dir)  # rank 0 alone knows the path
+        return manager.load_latest(self.run_dir, self.restore, self.echo)
+
+    def _prune_checkpoints(self, keep: int) -> None:
+        if self.process_group.rank == 0:
+            manager.prune_checkpoints(self.run_dir, keep)
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint, and say so."""
+        if not self._has_checkpoint():
+            if not (self.run_dir / "config.toml").exists():
+                raise InputError(f"{self.run_dir} holds no checkpoint to resume from")
+            if self.config.finetune.initialize_from:
+                raise InputError(
+                    f"{self.run_dir} lost its checkpoints, and with them its initial weights: "
+                    "start it again"
+                )
+            self._find_newer_best()
+            self.echo(f"resume  {self.run_dir} ended before its first checkpoint: from the start")
+            return
+        path, info = self._load_latest()
+        saved, now = info.get("environment", {}), environment()
+        self.echo(f"resume  {path}, step {self.progress.step:,}")
+        changes = [f"{k} {saved[k]}, now {now[k]}" for k in saved if saved[k] != now.get(k)]
+        if changes:
+            self.echo(
+                f"note    trained with {', '.join(changes)}: the resumed run is close to an "
+                "uninterrupted one, not equal bit for bit"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a run depend on besides its settings and data."""
+    is_distributed = dist.is_available() and dist.is_initialized()
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if is_distributed else 1,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        **{name: metadata.version(name) for name in ("torch", "numba", "numpy")},
+    }
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether all elements are finite, without a copy: NaN and infinity are extremes."""
+    return x.numel() == 0 or all(bool(torch.isfinite(y)) for y in torch.aminmax(x))

@@ -1,0 +1,172 @@
+"""Fine-tuning: training that continues with another text, and what it does to the earlier text."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.manager import find_checkpoint
+from mmrec.config import LENGTHS, MODEL_SETTINGS, TrainConfig
+from mmrec.data.corpus import Corpus
+from mmrec.data.prepare import open_corpus
+from mmrec.errors import InputError
+from mmrec.evaluation.evaluate import evaluate_split
+from mmrec.evaluation.provenance import training_corpus
+from mmrec.runtime.atomic import atomic_write_text
+from mmrec.runtime.locking import FolderLock
+from mmrec.training.setup import RunPlan, begin_run
+from mmrec.training.trainer import Trainer
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 5e-3,
+    "matrix_lr": 1e-2,
+    "warmup": 0.1,
+    "patience": 5,
+    "eval_every": 50,
+}
+"""Settings in which fine-tuning differs from training: half the rates, for one (docs/decisions)."""
+LORA_LR = 1e-2
+DEFAULT_EPOCHS = 4.0
+INHERITED = (
+    "batch_size",
+    "seq_len",
+    "state",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "weight_decay",
+    "ngram_weight_decay",
+    "beta1",
+    "beta2",
+    "max_grad_norm",
+    "precision",
+    "eval_tokens",
+)
+"""Settings that fine-tuning takes from the run it continues."""
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A fine-tuning run that is ready to train, with its scores before training."""
+
+    trainer: Trainer
+    lock: FolderLock
+    corpora: dict[str, Corpus]
+    """``new``, the text that is trained on, and ``earlier``, the source's, if it can be read."""
+    before: dict[str, float]
+    """Bits per byte on the validation split of each corpus before training."""
+
+    def score_best(self) -> dict[str, dict[str, float]]:
+        """Score the best model, and add the scores to the run's ``summary.json``.
+
+        Returns:
+            For each corpus its bits per byte ``before`` and ``after`` training.
+        """
+        best = load_model(self.trainer.run_dir / "best.h5")
+        scores = {
+            name: {
+                "before": self.before[name],
+                "after": _bits_per_byte(best.model, corpus, self.trainer),
+            }
+            for name, corpus in self.corpora.items()
+        }
+        path = self.trainer.run_dir / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        atomic_write_text(path, json.dumps(summary | {"bits_per_byte": scores}, indent=1) + "\n")
+        return scores
+
+
+def begin_finetuning(
+    where: str | Path,
+    given: dict[str, Any],
+    *,
+    old_data: str | None = None,
+    force: bool = False,
+    echo: Callable[[str], None] = print,
+    **options: Any,
+) -> Finetuning:
+    """Load a model, prepare the new text, and score the model before training.
+
+    Args:
+        where: run folder or checkpoint of the model.
+        given: settings by flat name; ``data`` is the new text.
+        old_data: the earlier text, which forgetting is measured on and ``replay_fraction`` draws
+            from; None takes the one that the checkpoint names, if it may be read.
+        force: overwrite the run in the folder.
+        echo: called with each line of text for the user.
+        options: further arguments of ``Trainer``.
+
+    Raises:
+        InputError: the model, a text or a setting is not usable.
+    """
+    source = load_model(find_checkpoint(Path(where)))
+    config, model = _resolve(source, given, echo)
+    earlier = _earlier_corpus(source, old_data, config, echo)
+    if earlier is not None and config.pop("replay_wanted"):
+        config["replay_data"] = str(earlier.path.resolve())
+    config.pop("replay_wanted", None)
+    train = TrainConfig.from_flat(config | {"initialize_from": str(source.path)})
+    plan = RunPlan(str(source.info.get("preset", "model")), model, train, source)
+    lock, trainer = begin_run(plan, force=force, echo=echo, **options)
+    corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
+    echo("scoring the validation text before training")
+    before = {n: _bits_per_byte(trainer.model, c, trainer) for n, c in corpora.items()}
+    return Finetuning(trainer, lock, corpora, before)
+
+
+def _resolve(
+    source: LoadedModel, given: dict[str, Any], echo: Callable[[str], None]
+) -> tuple[dict[str, Any], Any]:
+    """Settings by flat name, and the model's shape, from the source's and the given ones."""
+    inherited = TrainConfig.from_dict(source.info.get("train", {})).flat()
+    settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
+    model_changes = {n: v for n, v in given.items() if n in MODEL_SETTINGS}
+    given = {n: v for n, v in given.items() if n not in MODEL_SETTINGS}
+    settings |= given
+    lora_rank = given.get("lora_rank", 0)
+    if lora_rank and "lr" not in given:
+        settings["lr"] = LORA_LR
+    if "lora_alpha" in given and not lora_rank:
+        alpha = given["lora_alpha"]
+        raise InputError(f"--lora-alpha needs --lora-rank, the rank; got {alpha} alone")
+    if lora_rank and "matrix_lr" in given:
+        rate = given["matrix_lr"]
+        raise InputError(f"--matrix-lr has no effect with --lora-rank: set --lr; got {rate}")
+    settings["replay_wanted"] = bool(given.get("replay_fraction"))
+    if settings["replay_wanted"] and settings.get("state") == "carry":
+        settings["state"] = "document"
+        echo("note    with --replay-fraction the state is reset at each window, too")
+    if not any(name in given for name in LENGTHS):
+        settings["epochs"] = DEFAULT_EPOCHS
+    # mistakes are found before any text is read; the replayed text is not known yet
+    checked = {n: v for n, v in settings.items() if n not in ("replay_wanted", "replay_fraction")}
+    TrainConfig.from_flat(checked | {"initialize_from": str(source.path)})
+    model = dataclasses.replace(source.model.config, **model_changes)
+    return settings, model
+
+
+def _earlier_corpus(
+    source: LoadedModel,
+    old_data: str | None,
+    settings: dict[str, Any],
+    echo: Callable[[str], None],
+) -> Corpus | None:
+    """The text that the source was trained on; None, with a note, if it cannot be read."""
+    try:
+        if old_data is not None:
+            return open_corpus(old_data, source.tokenizer, echo)
+        return training_corpus(source, echo=echo, option="--old-data")
+    except InputError as error:
+        if old_data is not None or settings["replay_wanted"]:
+            raise
+        echo(f"note    forgetting of the earlier text is not measured: {error}")
+        return None
+
+
+def _bits_per_byte(model: Any, corpus: Corpus, trainer: Trainer) -> float:
+    scores = evaluate_split(
+        model, corpus.val, corpus.tokenizer, reset_at_documents=trainer.resets_at_documents
+    )
+    return scores.bits_per_byte

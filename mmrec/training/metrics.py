@@ -1,0 +1,253 @@
+"""What a run records: its progress, ``metrics.jsonl``, and the sentences and tables made of it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from mmrec.errors import InputError, StorageError
+from mmrec.runtime.atomic import (
+    append_all_or_nothing,
+    atomic_path,
+    atomic_write_text,
+    never_retry,
+    write_with_retry,
+)
+from mmrec.training.plots import draw_loss_curve
+
+SECONDS_BETWEEN_DRAWINGS = 10.0
+EPOCH_HEADER = (
+    f"{'epoch':>6} {'mean':>8} {'first':>8} {'last':>8} {'better':>7} "
+    f"{'val':>8} {'perplexity':>11} {'bits/byte':>10} {'time':>8}"
+)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: all that a resume needs besides weights, moments and random state."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    data_offset: int = 0
+    """Steps whose data was skipped: the next step takes the data of ``step + data_offset``."""
+    seconds: float = 0.0
+    """Training time so far; validation and saving are not counted."""
+    metrics_lines: int = 0
+    """Lines of metrics.jsonl."""
+    best_loss: float | None = None
+    """Lowest loss on the validation subset, in nats per token."""
+    best_step: int = 0
+    evals_since_best: int = 0
+    lr_scale: float = 1.0
+    """Factor that rollbacks leave of the learning rates."""
+    consecutive_skips: int = 0
+    """Steps skipped since the last step that was taken."""
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    optimizer_step_offset: int = 0
+    """Steps that the optimizer's moments had seen when the run took them over."""
+    last_spike_step: int = 0
+    """Step of the last warning of a loss spike."""
+    current_epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The epoch under way: sum and count of its losses, the first and the last."""
+    epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """One row per finished epoch."""
+    validations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Step, validation loss, and mean training loss since the validation before."""
+    losses_since_validation: list[float] = dataclasses.field(default_factory=list)
+
+    def add_loss(self, loss: float) -> None:
+        """Add the loss of a step to the epoch under way."""
+        self.losses_since_validation.append(loss)
+        if not self.current_epoch:
+            self.current_epoch = {"sum": 0.0, "count": 0, "first": loss, "began": self.seconds}
+        epoch = self.current_epoch
+        epoch.update(sum=epoch["sum"] + loss, count=epoch["count"] + 1, last=loss)
+
+
+Record = TypeVar("Record")
+
+
+def from_plain(cls: type[Record], values: dict[str, Any]) -> Record:
+    """Build a dataclass of plain values from the JSON object that a checkpoint holds.
+
+    Raises:
+        InputError: a key is unknown or missing, or a value is of another type.
+    """
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints.get(name)
+        types = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        allowed = (*types, int) if float in types else types
+        if hint is None or not isinstance(value, allowed):
+            raise InputError(f"{name} does not belong in {cls.__name__}; got {value!r}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"the stored {cls.__name__} is incomplete: {error}") from None
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per line, kept in memory too for the loss curve.
+
+    A line has ``kind`` (``train``, ``val``, ``epoch``, ``skip``, ``rollback`` or ``callback``) and
+    ``step``. It holds no clock, so that equal runs write equal files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        resumed: Progress | None = None,
+        *,
+        retry: Callable[[StorageError], bool] = never_retry,
+        draw_curve: bool = True,
+    ) -> None:
+        """Open the log of a run folder.
+
+        Args:
+            folder: the run folder.
+            resumed: keep the lines that were there at this point, and append after them; None
+                begins a new file.
+            retry: asked whether to write again after a failure; see ``write_with_retry``.
+            draw_curve: whether to draw ``loss.png``.
+        """
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        self._last_drawing = 0.0
+        self._path = folder / "metrics.jsonl"
+        self._retry, self._draw_curve = retry, draw_curve
+        if resumed is not None and self._path.exists():
+            for text in self._path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line, if its writer was killed
+                    self.lines.append(json.loads(text))
+            known = self.lines[: resumed.metrics_lines or None]
+            self.lines = [x for x in known if x["step"] <= resumed.step]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        atomic_write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.lines))
+        self._file = self._path.open("ab", buffering=0)
+
+    def rewind(self, count: int) -> None:
+        """Remove the lines after the first ``count``, except those of skips and rollbacks."""
+        kept = [x for x in self.lines[count:] if x["kind"] in ("skip", "rollback")]
+        self.lines[count:] = kept
+        self._file.close()
+        self._rewrite()
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line, and draw the curve again if the last drawing is old."""
+        line = {"kind": kind, "step": step, **values}
+        self.lines.append(line)
+        data = f"{json.dumps(line)}\n".encode()
+        write_with_retry(lambda: append_all_or_nothing(self._file, self._path, data), self._retry)
+        if time.monotonic() - self._last_drawing > SECONDS_BETWEEN_DRAWINGS:
+            write_with_retry(self.draw, self._retry)  # this also notices a folder that vanished
+
+    def sync(self) -> int:
+        """Wait until all lines are on the disk; return their number."""
+        os.fsync(self._file.fileno())
+        return len(self.lines)
+
+    def last_losses(self, count: int) -> list[float]:
+        """Training losses among the last ``count`` lines."""
+        return [x["loss"] for x in self.lines[-count:] if x["kind"] == "train"]
+
+    def draw(self) -> None:
+        """Write loss.png."""
+        if self._draw_curve:
+            with atomic_path(self.folder / "loss.png") as temporary:
+                draw_loss_curve(self.lines, temporary, self.folder.name)
+        self._last_drawing = time.monotonic()
+
+    def close(self) -> None:
+        """Draw the curve a last time and close the file."""
+        with contextlib.suppress(StorageError):  # an error that ended the run is reported instead
+            self.draw()
+        self._file.close()
+
+
+class NullMetricsLog(MetricsLog):
+    """The log of a process that leaves the writing to rank 0."""
+
+    def __init__(self) -> None:
+        self.lines = []
+
+    def rewind(self, count: int) -> None:
+        """Do nothing."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Do nothing."""
+
+    def sync(self) -> int:
+        """Return 0."""
+        return 0
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
+    total = max(0, round(seconds))
+    hours, remainder = divmod(total, 3600)
+    minutes, seconds = divmod(remainder, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def epoch_row(epoch: dict[str, Any]) -> str:
+    """One line of the table under ``EPOCH_HEADER``; a dash for what was not measured."""
+    val_loss = epoch.get("val_loss")
+    first, last = epoch["first_loss"], epoch["last_loss"]
+    improvement = 100 * (first - last) / first if first else 0.0
+    if val_loss is None:
+        scores = f"{'-':>8} {'-':>11} {'-':>10}"
+    else:
+        perplexity = math.exp(min(val_loss, 700))
+        scores = f"{val_loss:8.4f} {perplexity:11.2f} {epoch['bits_per_byte']:10.4f}"
+    losses = f"{epoch['mean_loss']:8.4f} {first:8.4f} {last:8.4f} {improvement:6.1f}%"
+    return f"{epoch['epoch']:>6} {losses} {scores} {format_duration(epoch['seconds']):>8}"
+
+
+def overfitting_warning(validations: list[dict[str, float]], window: int = 3) -> str | None:
+    """Warn that the gap between training and validation loss opens.
+
+    The warning is given once: at the validation at which the validation loss has been above its
+    best for ``window`` validations while the training loss fell. Otherwise None.
+    """
+    if len(validations) <= window:
+        return None
+    best = min(validations, key=lambda v: v["val"])
+    since_best = len(validations) - 1 - validations.index(best)
+    newest = validations[-1]
+    if since_best != window or newest["train"] >= best["train"]:
+        return None
+    return (
+        f"overfitting: since step {best['step']:.0f} the training loss fell {best['train']:.3f} -> "
+        f"{newest['train']:.3f} while the validation loss rose {best['val']:.3f} -> "
+        f"{newest['val']:.3f}; the best model is kept. More text, --dropout or --patience help"
+    )
+
+
+def explain_best_model(validations: list[dict[str, float]], best_loss: float, step: int) -> str:
+    """Say why the best model is that of ``step``, whose validation loss was ``best_loss``."""
+    later = [v for v in validations if v["step"] > step]
+    reason = f"validation loss {best_loss:.4f}, the lowest of {len(validations)} validations"
+    if not later:
+        improvement = validations[-2]["val"] - best_loss if len(validations) > 1 else 0.0
+        still_falling = ", and the loss was still falling" if improvement > 0 else ""
+        return f"{reason}; it was the last one{still_falling}"
+    last, best = later[-1], next((v for v in validations if v["step"] == step), None)
+    reason += f"; it was {last['val']:.4f} at step {last['step']:,.0f}"
+    if best is not None and last["train"] < best["train"]:
+        reason += (
+            f", while the training loss fell {best['train']:.4f} -> {last['train']:.4f}: after "
+            f"step {step:,} the model memorised its text"
+        )
+    return reason

@@ -1,0 +1,432 @@
+"""Setting up a run: from settings to a trainer, and ``mmrec.train`` itself.
+
+The command line and the Python API call the same functions:
+
+* ``plan_run`` merges preset, configuration file and given settings, and checks them;
+* ``begin_run`` prepares the corpus, builds the trainer and opens the run folder;
+* ``resume_run`` does the same for an earlier run;
+* ``train`` puts them together.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.manager import find_checkpoint, newest_run, run_tokenizer
+from mmrec.config import (
+    LENGTHS,
+    MODEL_SETTINGS,
+    TRAIN_SETTINGS,
+    ModelConfig,
+    TrainConfig,
+    preset_train_settings,
+    read_config_file,
+)
+from mmrec.config import preset as preset_config
+from mmrec.data.corpus import Corpus
+from mmrec.data.prepare import corpus_tokenizer_kind, open_corpus, prepare, read_options
+from mmrec.data.sources import is_single_pass, parse_mixture
+from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError, did_you_mean
+from mmrec.finetune.grow import GrowthPlan, initialize_from
+from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mmrec.runtime.locking import FolderLock
+from mmrec.training.callbacks import Callback
+from mmrec.training.run_dir import open_run_dir
+from mmrec.training.trainer import Trainer
+
+RESUMABLE_SETTINGS = {*LENGTHS, "out", "on_nan"}
+"""The settings that a resume may change."""
+
+Source = str | Path | Iterable[str]
+"""Where text comes from: a name or path as for ``--data``, or the documents themselves."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A new run, with every setting resolved."""
+
+    preset: str
+    """Name of the preset, which the run folder is named after."""
+    model: ModelConfig
+    train: TrainConfig
+    source: LoadedModel | None = None
+    """The model that training begins from."""
+    documents: Iterable[str] | None = None
+    """The documents to train on, if they were given themselves."""
+    method: str = "preserve"
+    """How the source is grown to the shape; see ``GrowthPlan``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: what ``mmrec.train`` returns."""
+
+    folder: Path
+    """The run folder."""
+    summary: dict[str, Any]
+    """The contents of ``summary.json``: why it ended, steps, tokens, seconds, best step …"""
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest validation loss."""
+        return self.folder / "best.h5"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last step, which a resume continues from."""
+        return self.folder / "last.h5"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def train(
+    data: Source | None = None,
+    preset: str | None = None,
+    *,
+    config: str | Path | None = None,
+    resume: bool | str | Path = False,
+    force: bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a model, as ``mmrec train`` does.
+
+    >>> run = mmrec.train("book.txt", preset="tiny", minutes=5)  # doctest: +SKIP
+
+    Args:
+        data: text to train on: a name or path as for ``--data``, or a list or iterator of
+            documents (strings). None takes the configuration's, by default ``stdlib``.
+        preset: ``tiny``, ``mini``, … ``7b``; by default the configuration's, or ``tiny``.
+        config: a TOML configuration file.
+        resume: continue a run: its folder, or True for the folder ``out`` or the newest run.
+        force: overwrite the run in the folder ``out``.
+        callbacks: see ``mmrec.Callback``.
+        progress: print lines and a progress bar.
+        settings: every setting of the command line by its name, such as ``seq_len=128`` or
+            ``dropout=0.1``; see the configuration page of the documentation.
+
+    Returns:
+        The run. Interrupted by SIGINT or SIGTERM, it is saved, and ``summary["ended"]`` is
+        ``"signal"``.
+
+    Raises:
+        InputError: a setting, the data or the folder is not usable.
+        TrainingDivergedError: a loss or gradient is not finite, and ``on_nan`` does not go on.
+        StorageError: a file could not be written.
+    """
+    echo: Callable[[str], None] = print if progress else _silent
+    options: dict[str, Any] = {"callbacks": callbacks, "show_progress": progress}
+    if resume:
+        if data is not None or preset is not None or config is not None:
+            raise InputError(
+                "resume keeps the settings of its run; data, preset and config cannot be given"
+            )
+        if not isinstance(resume, bool):
+            settings["out"] = str(resume)
+        lock, trainer = resume_run(settings, echo=echo, **options)
+    else:
+        given = dict(settings)
+        documents = None
+        if isinstance(data, str | Path):
+            given["data"] = str(data)
+        elif data is not None:
+            given["data"], documents = "documents", data
+        has_preset = preset or config or given.get("initialize_from")
+        plan = plan_run(preset if has_preset else "tiny", config, given)
+        if documents is not None:
+            plan = dataclasses.replace(plan, documents=documents)
+        lock, trainer = begin_run(plan, force=force, echo=echo, **options)
+    with lock:
+        summary = trainer.fit(resume=bool(resume), lock=lock)
+    return Run(trainer.run_dir, summary)
+
+
+def _silent(line: str) -> None:
+    """Print nothing."""
+
+
+def plan_run(preset: str | None, config_path: str | Path | None, given: dict[str, Any]) -> RunPlan:
+    """Merge settings: the preset's, then the configuration file's, then the given ones.
+
+    Args:
+        preset: name of a preset; None takes the file's.
+        config_path: a TOML file, or None.
+        given: settings by flat name, of training and of the model.
+
+    Raises:
+        InputError: a setting is unknown or not usable, or no preset is named.
+    """
+    file = read_config_file(Path(config_path)) if config_path is not None else None
+    settings = dict(file.train) if file else {}
+    model_settings = dict(file.model) if file else {}
+    for name, value in given.items():
+        if name in TRAIN_SETTINGS:
+            settings[name] = value
+        elif name in MODEL_SETTINGS and name != "vocab_size":
+            model_settings[name] = value
+        else:
+            hint = did_you_mean(name, [*TRAIN_SETTINGS, *MODEL_SETTINGS])
+            raise InputError(f"unknown setting {name!r}{hint}")
+    if file and any(given.get(name) is not None for name in LENGTHS):
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS or k in given}
+    config = TrainConfig.from_flat(settings)
+    name = preset or (file.preset if file else "")
+    initial = config.finetune.initialize_from
+    if not (name or initial):
+        raise InputError("name a preset: mmrec train tiny, or one in a --config file")
+    source = load_initial_model(initial, settings) if initial else None
+    if name:
+        kind = config.data.tokenizer
+        if source:
+            kind = source.tokenizer.kind
+        elif config.data.source != "documents":
+            kind = corpus_tokenizer_kind(config.data.source, config.data.tokenizer)
+        shape = preset_config(name, kind)
+        config = TrainConfig.from_flat(preset_train_settings(name, kind) | settings)
+    else:
+        assert source is not None
+        shape, name = source.model.config, str(source.info.get("preset", "model"))
+    model = ModelConfig.from_dict(dataclasses.asdict(shape) | model_settings)
+    if source is None:
+        config = config.replace(vocab=config.data.vocab or model.vocab_size)
+    return RunPlan(name, model, config, source)
+
+
+def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:
+    """Load the model that training begins from.
+
+    Args:
+        where: run folder or checkpoint.
+        settings: by flat name.
+
+    Raises:
+        InputError: there is no such model, or another tokenizer is asked for than its own.
+    """
+    source = load_model(find_checkpoint(Path(where)))
+    tokenizer = source.tokenizer
+    kind, size = settings.get("tokenizer", tokenizer.kind), settings.get("vocab", 0)
+    if kind != tokenizer.kind or size not in (0, tokenizer.vocab_size):
+        raise InputError(
+            f"a grown model keeps the tokenizer of its source, {tokenizer.kind} of "
+            f"{tokenizer.vocab_size:,}: leave out --tokenizer and --vocab; got {kind} of {size:,}"
+        )
+    return source
+
+
+def begin_run(
+    plan: RunPlan,
+    *,
+    force: bool = False,
+    echo: Callable[[str], None] = print,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    **options: Any,
+) -> tuple[FolderLock, Trainer]:
+    """Prepare the corpus, build the trainer, and open the run folder.
+
+    Args:
+        plan: the run.
+        force: overwrite the run in the folder.
+        echo: called with each line of text for the user.
+        process_group: the processes that train together.
+        options: further arguments of ``Trainer``.
+
+    Returns:
+        The lock of the run folder, and the trainer.
+
+    Raises:
+        InputError: the data or the folder is not usable, or the source cannot be grown.
+    """
+    config, model, source = plan.train, plan.model, plan.source
+    corpus, config = _prepare_corpus(plan, echo)
+    default = default_run_dir(plan.preset, config.data.source)
+    # a resume must find tokens where the text can be read only once
+    sources = [] if plan.documents is not None else parse_mixture(config.data.source)
+    if plan.documents is not None or any(is_single_pass(name) for _, name in sources):
+        config = config.replace(data=str(corpus.path.resolve()))
+    trainer = Trainer(
+        default,
+        corpus,
+        model,
+        config,
+        plan.preset,
+        echo=echo,
+        process_group=process_group,
+        **options,
+    )
+    if source is not None:
+        initialize_trainer(trainer, source, plan.method)
+        moments = ", with its moments" if trainer.progress.optimizer_step_offset else ""
+        echo(f"start   {source.path}, step {source.step:,}{moments}")
+    lock = open_run_dir(config.output.out, default, force=force)
+    trainer.run_dir = lock.folder
+    return lock, trainer
+
+
+def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:
+    """The corpus of a plan, and its settings with those of the source's tokenizer."""
+    config, source = plan.train, plan.source
+    text: Source = config.data.source if plan.documents is None else plan.documents
+    options = read_options(config.data)
+    if source is None:
+        path = prepare(text, config.data.tokenizer, config.data.vocab, None, echo, options)
+        return Corpus.open(path), config
+    tokenizer = source.tokenizer
+    config = config.replace(tokenizer=tokenizer.kind, vocab=tokenizer.vocab_size)
+    shape = dataclasses.replace(plan.model, vocab_size=tokenizer.vocab_size)
+    GrowthPlan(source.model.config, shape, plan.method)  # a mistake is found before text is read
+    return open_corpus(text, tokenizer, echo, options), config
+
+
+def default_run_dir(preset: str, source: str) -> Path:
+    """The run folder if none is named: ``runs/PRESET-CORPUS``."""
+    stem = Path(source).stem if Path(source).exists() else source
+    stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
+    return Path("runs") / f"{preset}-{stem}"
+
+
+def initialize_trainer(trainer: Trainer, source: LoadedModel, method: str = "preserve") -> None:
+    """Give a new trainer the weights of a checkpoint, grown to its shape, and its moments.
+
+    Raises:
+        InputError: the source cannot be grown to the trainer's shape.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trainer.config.optimizer.seed)
+        offset = initialize_from(trainer.model, source, trainer.optimizer, method=method)
+    if trainer.config.finetune.lora_rank:  # the factors that are trained have no moments yet
+        trainer.optimizer.state.clear()
+        offset = 0
+    trainer.progress.optimizer_step_offset = offset
+
+
+def resume_run(
+    given: dict[str, Any],
+    *,
+    echo: Callable[[str], None] = print,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    **options: Any,
+) -> tuple[FolderLock, Trainer]:
+    """Lock the folder of an earlier run, and build a trainer from its ``config.toml``.
+
+    Args:
+        given: ``out``, the folder (by default the newest run's), and settings that a resume may
+            change: those of ``RESUMABLE_SETTINGS``.
+        echo, process_group, options: as for ``begin_run``.
+
+    Raises:
+        InputError: there is no such run, or a setting is given that the run keeps.
+    """
+    for name in given:
+        if name not in RESUMABLE_SETTINGS:
+            raise InputError(f"a resume keeps the settings of its run; {name} cannot be given")
+    changes = dict(given)
+    folder = Path(changes.pop("out")) if "out" in changes else newest_run()
+    if not (folder / "config.toml").exists():
+        raise InputError(f"no run at {folder} to resume: expected a folder with a config.toml")
+    lock = FolderLock(folder)
+    try:
+        file = read_config_file(folder / "config.toml")
+        settings = dict(file.train)
+        if any(changes.get(name) is not None for name in LENGTHS):
+            settings = {k: v for k, v in settings.items() if k not in LENGTHS}
+        config = TrainConfig.from_flat(settings | changes)
+        model = ModelConfig.from_dict(file.model)
+        tokenizer: str | Tokenizer = config.data.tokenizer
+        if config.finetune.initialize_from:
+            tokenizer = run_tokenizer(folder)
+        path = prepare(
+            config.data.source, tokenizer, config.data.vocab, None, echo, read_options(config.data)
+        )
+        trainer = Trainer(
+            folder,
+            Corpus.open(path),
+            model,
+            config,
+            file.preset,
+            echo=echo,
+            process_group=process_group,
+            **options,
+        )
+    except BaseException:
+        lock.release()
+        raise
+    return lock, trainer
+
+
+@dataclass(frozen=True)
+class DistributedPlan:
+    """What rank 0 tells the other processes of a distributed run."""
+
+    run_dir: Path
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
+    corpus: Path
+    fingerprint: str
+    """SHA-256 of the text."""
+    tokenizer: str
+    """As JSON."""
+    resume: bool
+
+
+def broadcast_plan(trainer: Trainer, *, resume: bool) -> None:
+    """Tell the other processes what rank 0 trains."""
+    corpus = trainer.corpus
+    trainer.process_group.broadcast_object(
+        DistributedPlan(
+            trainer.run_dir,
+            trainer.preset,
+            trainer.model.config,
+            trainer.config,
+            corpus.path.resolve(),
+            corpus.info["fingerprint"],
+            corpus.tokenizer.to_json(),
+            resume,
+        )
+    )
+    trainer.process_group.local_rank_zero_first(lambda: corpus)
+
+
+def receive_plan(process_group: ProcessGroup) -> tuple[Trainer, bool]:
+    """Build the trainer of a process that is told what to train.
+
+    Returns:
+        The trainer, and whether it resumes a run.
+
+    Raises:
+        InputError: the text cannot be read here, or is another one than rank 0's.
+    """
+    plan: DistributedPlan = process_group.broadcast_object(None)  # type: ignore[assignment]
+    config = plan.train
+
+    def open_here() -> Corpus:  # prepared on this machine, or on a disk that machines share
+        if plan.corpus.exists():
+            return Corpus.open(plan.corpus)
+        tokenizer = Tokenizer.from_json(plan.tokenizer)
+        options = read_options(config.data)
+        return Corpus.open(prepare(config.data.source, tokenizer, options=options))
+
+    corpus = process_group.local_rank_zero_first(open_here)
+    if corpus.info["fingerprint"] != plan.fingerprint:
+        raise InputError(
+            f"the text of {config.data.source} on {platform.node()} must be that of rank 0; it is "
+            "another one"
+        )
+    trainer = Trainer(
+        plan.run_dir, corpus, plan.model, config, plan.preset, process_group=process_group
+    )
+    return trainer, plan.resume
