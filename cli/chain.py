@@ -1,110 +1,54 @@
 """``mmrec chain``."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mmrec.cli.train import begin, finish, resume_run, say
-from mmrec.errors import InputError
-from mmrec.runtime.interrupts import leaving, unbreakable_output
-
-if TYPE_CHECKING:
-    from mmrec.training.staged import Stage
-    from mmrec.training.trainer import Trainer
-
-Opt = typer.Option
+from mmrec.cli.options import literal
+from mmrec.cli.session import TRAINER_OPTIONS, run_to_end, say
+from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 
 def chain(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file with [[stage]]s.")],
-    force: Annotated[bool, Opt("--force", help="Start over; overwrite the stages.")] = False,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help=literal("TOML file with [[stage]] tables."))
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over; overwrite the stages.")
+    ] = False,
 ) -> None:
-    """Train a chain of growing models: mmrec chain recipe.toml. The same command goes on."""
-    from mmrec.training.run_dir import Lock, clear
-    from mmrec.training.staged import (
-        COLUMNS,
-        check_unchanged,
-        keep,
-        read_kept,
-        read_recipe,
-        report,
-        row,
-    )
+    """Train models of growing size, each from the one before: mmrec chain recipe.toml.
 
-    stages = read_recipe(recipe)
-    folder = stages[0].folder.parent
-    kept = {} if force else read_kept(folder)
-    if not force:
-        check_unchanged(folder, kept, stages)
-    with unbreakable_output(), Lock(folder):
-        if force:
-            old = [Path(s["folder"]) for s in read_kept(folder).get("stages", [])]
-            for path in {*(s.folder for s in stages), *(p for p in old if p.parent == folder)}:
-                if path.is_dir():
-                    with Lock(path):
-                        clear(path)
-        starts = kept.get("starts") or [None] * len(stages)
-        keep(folder, stages, starts)
-        for number, stage in enumerate(stages):
-            if stage.finished:
+    The same command continues an interrupted chain.
+    """
+    from mmrec.training import staged
+
+    continue_with = f"mmrec chain {recipe}"
+    lock, stages, start_scores = staged.open_stages(recipe, force=force)
+    folder = lock.folder
+    with tolerate_closed_output(), lock:
+        for index, stage in enumerate(stages):
+            if stage.is_finished:
                 say(f"stage   {stage.folder}: finished before")
                 continue
-            say(f"stage   {stage.folder}: {number + 1} of {len(stages)}")
-            _train(stages, number, starts, f"mmrec chain {recipe}")
-        made = report(folder, stages, starts)
-    say(COLUMNS)
-    for line in map(row, made):
-        say(line)
-    total = {k: sum(r[k] for r in made) for k in ("tokens", "seconds", "flops")}
+            say(f"stage   {stage.folder}: {index + 1} of {len(stages)}")
+            with contextlib.ExitStack() as stack:
+                with exit_on_signal(
+                    f"stopped before the stage began; continue with: {continue_with}"
+                ):
+                    stage_lock, trainer, resume = staged.begin_stage(
+                        stages, index, start_scores, **TRAINER_OPTIONS
+                    )
+                    stack.enter_context(stage_lock)
+                run_to_end(trainer, stage_lock, resume=resume, continue_with=continue_with)
+        rows = staged.write_report(folder, stages, start_scores)
+    say(staged.HEADER)
+    for row in rows:
+        say(staged.report_row(row))
+    total = {name: sum(row[name] for row in rows) for name in ("tokens", "seconds", "flops")}
     say(
         f"in all {total['tokens'] / 1e6:.2f} M tokens, {total['seconds']:,.0f} s, "
-        f"{total['flops']:.2e} FLOPs; report {folder / 'report.json'}, curve "
-        f"{folder / 'chain.png'}"
+        f"{total['flops']:.2e} FLOPs; report {folder / 'report.json'}, curve {folder / 'chain.png'}"
     )
-
-
-def _train(stages: list["Stage"], number: int, starts: list[float | None], again: str) -> None:
-    """Begin a stage, or go on with it, and train it to its end; note in ``starts`` what a grown one
-    scores before it is trained."""
-    from mmrec.checkpoint.checkpoint import load_model
-    from mmrec.training.staged import keep
-
-    stage, before = stages[number], stages[number - 1] if number else None
-    resume = (stage.folder / "config.toml").exists()
-    with contextlib.ExitStack() as held:
-        with leaving(f"stopped before the stage began; continue with: {again}"):
-            if resume:
-                lock, trainer = resume_run({"out": str(stage.folder)}, held)
-            else:
-                source = load_model(before.end) if before else None
-                chosen = stage.train
-                if source:
-                    chosen = dataclasses.replace(chosen, grow_from=str(source.path))
-                lock, trainer = begin(
-                    stage.preset, stage.model, chosen, source, True, held, how=stage.how
-                )
-                if source:
-                    if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
-                        raise InputError(
-                            f"the text of {chosen.data} changed since stage {number} "
-                            "learnt from it: put it back, or start over with --force"
-                        )
-                    starts[number] = _score(trainer)
-                    keep(stage.folder.parent, stages, starts)
-        finish(trainer, lock, resume, again=again)
-
-
-def _score(trainer: "Trainer") -> float:
-    """Bits per byte on the fixed validation subset."""
-    from mmrec.evaluation.evaluate import evaluate
-
-    return evaluate(
-        trainer.model,
-        trainer.subset,
-        trainer.corpus.tokenizer.eot,
-        trainer.subset_bytes,
-        resets=trainer.resets,
-    ).bits_per_byte

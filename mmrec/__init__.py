@@ -1,10 +1,64 @@
-"""MM-Rec: recurrent language models for CPUs.
+"""MM-Rec (multi-memory recurrence): recurrent language models for CPUs.
 
-The kernels are in ``mmrec.kernels``, the model in ``mmrec.model``, its sizes in ``mmrec.config``.
+>>> import mmrec
+>>> run = mmrec.train("book.txt", preset="tiny", minutes=5)  # doctest: +SKIP
+>>> model = mmrec.load(run.best)  # doctest: +SKIP
+>>> model.generate("It was", max_tokens=200, seed=1)  # doctest: +SKIP
+>>> mmrec.evaluate(model, "other.txt").bits_per_byte  # doctest: +SKIP
+
+The kernels are in ``mmrec.kernels``, torch modules made of them in ``mmrec.nn``.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mmrec.config import PRESETS, VERSION, ModelConfig, TrainConfig
-from mmrec.errors import InputError
+from mmrec.errors import InputError, StorageError, TrainingDivergedError
+
+if TYPE_CHECKING:
+    from mmrec.api import evaluate, generate, load
+    from mmrec.checkpoint.checkpoint import LoadedModel
+    from mmrec.model import Model
+    from mmrec.training.callbacks import Callback
+    from mmrec.training.setup import Run, train
 
 __version__ = VERSION
-__all__ = ["PRESETS", "InputError", "ModelConfig", "TrainConfig", "__version__"]
+__all__ = [
+    "PRESETS",
+    "Callback",
+    "InputError",
+    "LoadedModel",
+    "Model",
+    "ModelConfig",
+    "Run",
+    "StorageError",
+    "TrainConfig",
+    "TrainingDivergedError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "train",
+]
+
+# Imported at first use: torch takes a second to import, and configurations do not need it.
+_LAZY = {
+    "Callback": "mmrec.training.callbacks",
+    "LoadedModel": "mmrec.checkpoint.checkpoint",
+    "Model": "mmrec.model",
+    "Run": "mmrec.training.setup",
+    "evaluate": "mmrec.api",
+    "generate": "mmrec.api",
+    "load": "mmrec.api",
+    "train": "mmrec.training.setup",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mmrec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,72 @@
+"""Command-line options that are derived from the settings' declarations in ``mmrec.config``."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+
+from mmrec.config import MODEL_SETTINGS, TRAIN_SECTIONS, TRAIN_SETTINGS, ModelConfig, Setting
+
+PANELS = {cls.section: cls.title for cls in (ModelConfig, *TRAIN_SECTIONS.values())}
+"""Heading of each section's options in ``--help``."""
+ALL_SETTINGS: dict[str, Setting] = TRAIN_SETTINGS | {
+    name: s for name, s in MODEL_SETTINGS.items() if name != "vocab_size"
+}
+"""Every setting that can be given on the command line, by flat name."""
+
+
+def literal(text: str) -> str:
+    """Escape square brackets, which Typer's help would read as markup and leave out."""
+    return text.replace("[", r"\[")
+
+
+def settings_options(
+    names: Iterable[str] = ALL_SETTINGS, *, required: Iterable[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of some settings.
+
+    The command takes them as keyword arguments (``**settings``) by flat name. Settings that the
+    user did not give are left out.
+
+    Args:
+        names: flat names.
+        required: those that the user must give.
+    """
+    chosen = [ALL_SETTINGS[name] for name in names]
+    must = set(required)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        derived = [_parameter(s, is_required=s.flat_name in must) for s in chosen]
+
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> None:
+            given = {s.flat_name: arguments.pop(s.flat_name) for s in chosen}
+            command(**arguments, **{k: v for k, v in given.items() if v is not None})
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *derived]]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
+    option = typer.Option(
+        s.flag,
+        help=literal(s.help),
+        rich_help_panel=PANELS[s.section],
+        metavar=s.metavar or ("|".join(s.choices) if s.choices else None),
+        show_default=str(s.default) if s.default not in (None, "", False) else False,
+    )
+    kind: Any = s.type if is_required else s.type | None
+    return inspect.Parameter(
+        s.flat_name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required else None,
+        annotation=Annotated[kind, option],
+    )
