@@ -9,7 +9,7 @@ import typer
 
 from mmrec.cli.train import begin, finish, resume_run, say
 from mmrec.errors import InputError
-from mmrec.runtime.interrupts import leaving, unbreakable_output
+from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 if TYPE_CHECKING:
     from mmrec.training.staged import Stage
@@ -23,7 +23,8 @@ def chain(
     force: Annotated[bool, Opt("--force", help="Start over; overwrite the stages.")] = False,
 ) -> None:
     """Train a chain of growing models: mmrec chain recipe.toml. The same command goes on."""
-    from mmrec.training.run_dir import Lock, clear
+    from mmrec.runtime.locking import FolderLock
+    from mmrec.training.run_dir import clear
     from mmrec.training.staged import (
         COLUMNS,
         check_unchanged,
@@ -39,12 +40,12 @@ def chain(
     kept = {} if force else read_kept(folder)
     if not force:
         check_unchanged(folder, kept, stages)
-    with unbreakable_output(), Lock(folder):
+    with tolerate_closed_output(), FolderLock(folder):
         if force:
             old = [Path(s["folder"]) for s in read_kept(folder).get("stages", [])]
             for path in {*(s.folder for s in stages), *(p for p in old if p.parent == folder)}:
                 if path.is_dir():
-                    with Lock(path):
+                    with FolderLock(path):
                         clear(path)
         starts = kept.get("starts") or [None] * len(stages)
         keep(folder, stages, starts)
@@ -75,7 +76,7 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
     stage, before = stages[number], stages[number - 1] if number else None
     resume = (stage.folder / "config.toml").exists()
     with contextlib.ExitStack() as held:
-        with leaving(f"stopped before the stage began; continue with: {again}"):
+        with exit_on_signal(f"stopped before the stage began; continue with: {again}"):
             if resume:
                 lock, trainer = resume_run({"out": str(stage.folder)}, held)
             else:
@@ -87,7 +88,7 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
                     stage.preset, stage.model, chosen, source, True, held, how=stage.how
                 )
                 if source:
-                    if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
+                    if trainer.corpus.info["fingerprint"] != source.metadata.get("fingerprint"):
                         raise InputError(
                             f"the text of {chosen.data} changed since stage {number} "
                             "learnt from it: put it back, or start over with --force"

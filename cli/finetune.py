@@ -13,10 +13,10 @@ from mmrec.cli.ranks import check_launch
 from mmrec.cli.train import LENGTHS, begin, finish, say
 from mmrec.config import TrainConfig, from_dict
 from mmrec.errors import InputError
-from mmrec.runtime.interrupts import leaving, unbreakable_output
+from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import LoadedModel
     from mmrec.data.corpus import Corpus
     from mmrec.model import Model
 
@@ -88,7 +88,7 @@ def finetune(
     from mmrec.checkpoint.manager import find_checkpoint
 
     source = load_model(find_checkpoint(where))
-    earlier = source.info.get("train", {})
+    earlier = source.metadata.get("train", {})
     settings = {k: earlier[k] for k in KEPT if k in earlier} | DEFAULTS | given
     if lora and lr is None:
         settings["lr"] = LORA_LR
@@ -101,8 +101,8 @@ def finetune(
         say("note: with --replay memories start anew in each window, not only in each document")
     if not LENGTHS & given.keys():
         settings["epochs"] = PASSES
-    with unbreakable_output(), contextlib.ExitStack() as held:
-        with leaving("stopped before training began: there was nothing to save"):
+    with tolerate_closed_output(), contextlib.ExitStack() as held:
+        with exit_on_signal("stopped before training began: there was nothing to save"):
             before = _old_corpus(source, old, needed=bool(replay))
             if replay and before is not None:
                 settings["replay_data"] = str(before.path.resolve())
@@ -110,7 +110,7 @@ def finetune(
             shape = source.model.config
             if dropout is not None:
                 shape = dataclasses.replace(shape, dropout=dropout)
-            title = str(source.info.get("preset", "model"))
+            title = str(source.metadata.get("preset", "model"))
             lock, trainer = begin(title, shape, chosen, source, force, held)
             texts = {"new": trainer.corpus} | ({"old": before} if before is not None else {})
             say("scoring the validation text before training")
@@ -130,11 +130,11 @@ def finetune(
     )
 
 
-def _old_corpus(source: "Loaded", named: str | None, *, needed: bool) -> "Corpus | None":
+def _old_corpus(source: "LoadedModel", named: str | None, *, needed: bool) -> "Corpus | None":
     """The text that the source was trained on; None, said aloud, if it is not there."""
     from mmrec.data.prepare import open_corpus, reading
 
-    settings = from_dict(TrainConfig, source.info.get("train", {}))
+    settings = from_dict(TrainConfig, source.metadata.get("train", {}))
     data = named or settings.data
     try:
         if not named and not may_read(settings, source.path):
@@ -144,7 +144,7 @@ def _old_corpus(source: "Loaded", named: str | None, *, needed: bool) -> "Corpus
             )
         how = None if named else reading(settings)
         corpus = open_corpus(data, source.tokenizer, say, how)
-        if not named and corpus.info["fingerprint"] != source.info.get("fingerprint"):
+        if not named and corpus.info["fingerprint"] != source.metadata.get("fingerprint"):
             raise InputError(f"the text of {data} changed since training: give --old")
     except InputError as error:
         if named or needed:
@@ -163,7 +163,7 @@ def _bits(model: "Model", corpus: "Corpus", resets: bool) -> float:
 
 def _note(path: Path, scores: dict[str, Any]) -> None:
     """Add the scores before and after to the run's summary."""
-    from mmrec.runtime.atomic import write_text
+    from mmrec.runtime.atomic import atomic_write_text
 
     made = json.loads(path.read_text(encoding="utf-8"))
-    write_text(path, json.dumps(made | {"bits_per_byte": scores}, indent=1) + "\n")
+    atomic_write_text(path, json.dumps(made | {"bits_per_byte": scores}, indent=1) + "\n")

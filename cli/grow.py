@@ -9,7 +9,7 @@ import typer
 from mmrec.cli.eval import may_read
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import LoadedModel
     from mmrec.data.tokenizer import Tokenizer
 
 Opt = typer.Option
@@ -42,7 +42,7 @@ def grow(
     }
     given = {k: v for k, v in given.items() if v is not None}
 
-    from mmrec.checkpoint.checkpoint import load_model, read_info
+    from mmrec.checkpoint.checkpoint import load_model, read_metadata
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.config import ModelConfig, from_dict, preset
     from mmrec.errors import InputError
@@ -56,7 +56,7 @@ def grow(
     if data is not None and vocab is None:
         raise InputError("--data is the text that --vocab takes new tokens from; give both")
     path = find_checkpoint(where)
-    _, info, old = read_info(path)
+    _, info, old = read_metadata(path)
     kind = str(info.get("train", {}).get("tokenizer", "bpe"))
     base = dataclasses.asdict(preset(to, kind) if to else old)
     new = from_dict(ModelConfig, base | given | {"vocab_size": old.vocab_size})
@@ -91,14 +91,16 @@ def grow(
     typer.echo(f"wrote {target}; train it on: mmrec train --grow-from {target}")
 
 
-def _extend(loaded: "Loaded", vocab: int, data: str | None) -> tuple["Tokenizer", list[list[int]]]:
+def _extend(
+    loaded: "LoadedModel", vocab: int, data: str | None
+) -> tuple["Tokenizer", list[list[int]]]:
     """The model's tokenizer with tokens of a text added, and what each of them joins."""
     from mmrec.config import TrainConfig, from_dict
     from mmrec.data.prepare import reading, training_texts
     from mmrec.data.tokenizer import extend_tokenizer
     from mmrec.errors import InputError
 
-    settings = from_dict(TrainConfig, loaded.info.get("train", {}))
+    settings = from_dict(TrainConfig, loaded.metadata.get("train", {}))
     if data is None and not may_read(settings, loaded.path):
         raise InputError(
             f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "

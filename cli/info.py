@@ -45,10 +45,10 @@ def info(
     given = {"batch": batch, "precision": precision} | ({"seq_len": seq_len} if seq_len else {})
     train: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
     from mmrec.profiling.cost import describe
-    from mmrec.runtime.hardware import probe_bfloat16
+    from mmrec.runtime.hardware import bfloat16_is_faster
 
     if precision == "auto":
-        precision = "bfloat16" if probe_bfloat16() else "float32"
+        precision = "bfloat16" if bfloat16_is_faster() else "float32"
     made = describe(config, dataclasses.replace(train, precision=precision))
     if as_json:
         about = {"preset": name, "batch": batch, "seq_len": train.seq_len, "precision": precision}

@@ -16,7 +16,7 @@ from mmrec.config import ModelConfig, TrainConfig
 from mmrec.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from mmrec.runtime.distributed import World
+    from mmrec.runtime.distributed import ProcessGroup
     from mmrec.training.trainer import Trainer
 
 KINDS = ["ddp", "fsdp"]
@@ -70,9 +70,9 @@ def command(arguments: str, kind: str | None) -> str:
 
 
 @contextlib.contextmanager
-def together(kind: str | None) -> Iterator["World | None"]:
-    """The world that this process trains in; None if it is alone. All but rank 0 are mute: what is
-    wrong with one of them is an exception, and the first to have one says it."""
+def together(kind: str | None) -> Iterator["ProcessGroup | None"]:
+    """The processes that train together; None if this one is alone. All but rank 0 are mute: what
+    is wrong with one of them is an exception, and the first to have one says it."""
     if kind is None:
         yield None
         return
@@ -80,12 +80,12 @@ def together(kind: str | None) -> Iterator["World | None"]:
     lost = ""
     with _mute() if os.environ["RANK"] != "0" else contextlib.nullcontext():
         from mmrec.errors import ProcessLostError
-        from mmrec.runtime.distributed import Ranks
+        from mmrec.runtime.distributed import TorchrunGroup
 
         try:
-            with Ranks(kind) as world:
+            with TorchrunGroup(kind) as process_group:
                 try:
-                    yield world
+                    yield process_group
                 except typer.Exit as error:  # all processes end with it
                     ended = error
         except ProcessLostError as error:
@@ -114,7 +114,7 @@ def _mute() -> Iterator[None]:
 def lead(trainer: "Trainer", *, resume: bool) -> None:
     """Tell the other processes what is trained here."""
     corpus, model = trainer.corpus, trainer.model.config
-    trainer.world.told(
+    trainer.process_group.broadcast_object(
         Order(
             trainer.folder,
             trainer.preset,
@@ -126,10 +126,10 @@ def lead(trainer: "Trainer", *, resume: bool) -> None:
             resume,
         )
     )
-    trainer.world.in_turn(lambda: corpus)
+    trainer.process_group.local_rank_zero_first(lambda: corpus)
 
 
-def follow(world: "World") -> tuple["Trainer", bool]:
+def follow(process_group: "ProcessGroup") -> tuple["Trainer", bool]:
     """The trainer of a process that is told what to train, and whether it resumes a run.
 
     Raises InputError if the text is not to be had here, or is another one.
@@ -139,7 +139,7 @@ def follow(world: "World") -> tuple["Trainer", bool]:
     from mmrec.data.tokenizer import Tokenizer
     from mmrec.training.trainer import Trainer
 
-    order: Order = world.told(None)  # type: ignore[assignment]
+    order: Order = process_group.broadcast_object(None)  # type: ignore[assignment]
     config, path = order.config, order.corpus
 
     def read() -> Corpus:  # one that was prepared here, or on a disk that machines share
@@ -148,11 +148,13 @@ def follow(world: "World") -> tuple["Trainer", bool]:
             path if path.exists() else prepare(config.data, known, how=reading(config))
         )
 
-    corpus = world.in_turn(read)
+    corpus = process_group.local_rank_zero_first(read)
     if corpus.info["fingerprint"] != order.fingerprint:
         raise InputError(
             f"the text of {config.data} on {platform.node()} must be that of rank 0; "
             "it is another one"
         )
-    made = Trainer(order.folder, corpus, order.model, config, order.title, world=world)
+    made = Trainer(
+        order.folder, corpus, order.model, config, order.title, process_group=process_group
+    )
     return made, order.resume

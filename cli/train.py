@@ -20,12 +20,12 @@ from mmrec.config import (
     train_settings,
 )
 from mmrec.errors import InputError
-from mmrec.runtime.interrupts import leaving, unbreakable_output
+from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint.checkpoint import Loaded
-    from mmrec.runtime.distributed import World
-    from mmrec.training.run_dir import Lock
+    from mmrec.checkpoint.checkpoint import LoadedModel
+    from mmrec.runtime.distributed import ProcessGroup
+    from mmrec.runtime.locking import FolderLock
     from mmrec.training.trainer import Trainer
 
 Opt = typer.Option
@@ -88,17 +88,17 @@ def train(
         if wrong:
             raise InputError(f"--resume keeps the settings of its run; {wrong[0]} cannot be given")
     check_launch(parallel)
-    with unbreakable_output(), contextlib.ExitStack() as held:
-        with leaving("stopped before training began: there was nothing to save"):
-            world = held.enter_context(together(parallel))
+    with tolerate_closed_output(), contextlib.ExitStack() as held:
+        with exit_on_signal("stopped before training began: there was nothing to save"):
+            process_group = held.enter_context(together(parallel))
             lock = None
-            if world and world.rank:
-                trainer, resume = follow(world)
+            if process_group and process_group.rank:
+                trainer, resume = follow(process_group)
             elif resume:
-                lock, trainer = resume_run(given, held, world)
+                lock, trainer = resume_run(given, held, process_group)
             else:
-                lock, trainer = _begin(name, config, given, force, held, world)
-            if lock and world:
+                lock, trainer = _begin(name, config, given, force, held, process_group)
+            if lock and process_group:
                 lead(trainer, resume=resume)
         finish(trainer, lock, resume, parallel)
 
@@ -109,8 +109,8 @@ def _begin(
     given: dict[str, Any],
     force: bool,
     held: contextlib.ExitStack,
-    world: "World | None",
-) -> tuple["Lock", "Trainer"]:
+    process_group: "ProcessGroup | None",
+) -> tuple["FolderLock", "Trainer"]:
     """A new run: its folder, locked, and its trainer."""
     tables = load_toml(config) if config else {}
     settings = dict(tables.get("train", {}))
@@ -129,31 +129,31 @@ def _begin(
         shape = preset(title, kind)
         chosen = from_dict(TrainConfig, train_settings(title, kind) | settings | given)
     elif source:
-        shape, title = source.model.config, str(source.info.get("preset", "model"))
+        shape, title = source.model.config, str(source.metadata.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own
     model: ModelConfig = from_dict(ModelConfig, values)
     if source is None:
         chosen = dataclasses.replace(chosen, vocab=chosen.vocab or model.vocab_size)
-    return begin(title, model, chosen, source, force, held, world)
+    return begin(title, model, chosen, source, force, held, process_group)
 
 
 def begin(
     title: str,
     model: ModelConfig,
     chosen: TrainConfig,
-    source: "Loaded | None",
+    source: "LoadedModel | None",
     force: bool,
     held: contextlib.ExitStack,
-    world: "World | None" = None,
+    process_group: "ProcessGroup | None" = None,
     how: str = "preserve",
-) -> tuple["Lock", "Trainer"]:
+) -> tuple["FolderLock", "Trainer"]:
     """A new run, from the source's weights, grown as ``how`` says, and with its tokenizer if there
     is one."""
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import open_corpus, prepare, reading
     from mmrec.data.sources import mixture, read_once
     from mmrec.finetune.grow import Growth
-    from mmrec.runtime.distributed import ALONE
+    from mmrec.runtime.distributed import SINGLE_PROCESS
     from mmrec.training.run_dir import open_run
     from mmrec.training.trainer import Trainer
 
@@ -172,7 +172,7 @@ def begin(
     # what is read once leaves tokens, not text, for a resume to find
     if any(read_once(part) for _, part in mixture(chosen.data)):
         chosen = dataclasses.replace(chosen, data=str(corpus.path.resolve()))
-    trainer = Trainer(default, corpus, model, chosen, title, say, world or ALONE)
+    trainer = Trainer(default, corpus, model, chosen, title, say, process_group or SINGLE_PROCESS)
     if source is not None:
         trainer.start_from(source, how)
         moments = ", with its moments" if trainer.progress.aged else ""
@@ -182,7 +182,7 @@ def begin(
     return lock, trainer
 
 
-def _source(where: str, settings: dict[str, Any]) -> "Loaded":
+def _source(where: str, settings: dict[str, Any]) -> "LoadedModel":
     """The checkpoint to grow from; InputError if another tokenizer is asked for than its own."""
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
@@ -199,20 +199,20 @@ def _source(where: str, settings: dict[str, Any]) -> "Loaded":
 
 
 def resume_run(
-    given: dict[str, Any], held: contextlib.ExitStack, world: "World | None" = None
-) -> tuple["Lock", "Trainer"]:
+    given: dict[str, Any], held: contextlib.ExitStack, process_group: "ProcessGroup | None" = None
+) -> tuple["FolderLock", "Trainer"]:
     """An earlier run: its folder, locked, and a trainer as its own config.toml describes it."""
     from mmrec.checkpoint.manager import newest_run, run_tokenizer
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare, reading
-    from mmrec.runtime.distributed import ALONE
-    from mmrec.training.run_dir import Lock
+    from mmrec.runtime.distributed import SINGLE_PROCESS
+    from mmrec.runtime.locking import FolderLock
     from mmrec.training.trainer import Trainer
 
     folder = Path(given.pop("out")) if "out" in given else newest_run()
     if not (folder / "config.toml").exists():
         raise InputError(f"no run at {folder} to resume: expected a folder with a config.toml")
-    lock = held.enter_context(Lock(folder))
+    lock = held.enter_context(FolderLock(folder))
     tables = load_toml(folder / "config.toml")
     settings = dict(tables["train"])
     if LENGTHS & set(given):
@@ -223,12 +223,12 @@ def resume_run(
     kept = run_tokenizer(folder) if chosen.grow_from else chosen.tokenizer
     how = reading(chosen)
     corpus = Corpus.open(prepare(chosen.data, kept, chosen.vocab, None, say, how))
-    return lock, Trainer(folder, corpus, model, chosen, title, say, world or ALONE)
+    return lock, Trainer(folder, corpus, model, chosen, title, say, process_group or SINGLE_PROCESS)
 
 
 def finish(
     trainer: "Trainer",
-    lock: "Lock | None",
+    lock: "FolderLock | None",
     resume: bool,
     parallel: str | None = None,
     again: str | None = None,
@@ -237,7 +237,7 @@ def finish(
 
     ``again`` is the command that goes on after a signal, if it is not train's.
     """
-    from mmrec.checkpoint.manager import run_checkpoints
+    from mmrec.checkpoint.manager import list_checkpoints
     from mmrec.errors import TrainingDivergedError
     from mmrec.training.trainer import train
 
@@ -246,7 +246,7 @@ def finish(
     try:
         made = train(trainer, resume=resume, lock=lock)
     except TrainingDivergedError as error:
-        good = run_checkpoints(folder)
+        good = list_checkpoints(folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         say(
             f"error: {error}, which never reached the weights; {kept}; start again with a lower "

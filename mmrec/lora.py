@@ -1,8 +1,9 @@
 """LoRA: weight matrices stay frozen, and low-rank products beside them are learnt.
 
-Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685, section 4.1). W x becomes W x + (α / r) B A x, with
-A of shape (r, inputs) drawn at random and B of shape (outputs, r) zero, so that nothing changes at
-first. The factors are named as in peft.
+W x becomes W x + (α / r) B A x. A has shape (r, inputs) and is drawn at random. B has shape
+(outputs, r) and is zero, so that nothing changes at first. The factors are named as in peft.
+
+Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685, section 4.1).
 """
 
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ from mmrec.checkpoint.hdf5 import (
     write_array,
     write_json,
 )
-from mmrec.config import ModelConfig, TrainConfig, from_dict
+from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
@@ -187,7 +187,7 @@ def _read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
     step, metadata = read_attribute(file, "step", int), read_json(file, "metadata")
     if step < 0:
         raise ValueError(f"step must be >= 0; it is {step}")
-    from_dict(TrainConfig, metadata.get("train", {}))  # raises if a setting is not valid
+    TrainConfig.from_dict(metadata.get("train", {}))  # raises if a setting is not valid
     for key in ("preset", "source", "fingerprint"):
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{key} in metadata must be text")
@@ -196,7 +196,7 @@ def _read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
 
 def _read_config(file: h5py.File) -> ModelConfig:
     """Read the model configuration. Refuse one with more layers than the file can hold."""
-    config: ModelConfig = from_dict(ModelConfig, read_json(file, "config"))
+    config = ModelConfig.from_dict(read_json(file, "config"))
     weights = file.get("model")
     if not isinstance(weights, h5py.Group) or config.depth > len(weights):
         raise ValueError(f"its config says {config.depth:,} layers; fewer weights are stored")
@@ -375,8 +375,6 @@ def load_recurrent_state(path: Path, initial_state: State) -> State | None:
         if "recurrent_state" not in file:
             return None
         for name, x in _state_tensors(initial_state):
-            stored = read_array(
-                file, f"recurrent_state/{name}", x.numpy().dtype, tuple(x.shape)
-            )
+            stored = read_array(file, f"recurrent_state/{name}", x.numpy().dtype, tuple(x.shape))
             x.copy_(torch.from_numpy(stored))
         return initial_state

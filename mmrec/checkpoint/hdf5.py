@@ -36,7 +36,7 @@ from mmrec.runtime.atomic import atomic_path
 from mmrec.runtime.numeric import cdiv
 
 REMEDIES = {"corpus": "prepare the text again", "checkpoint": "train it again"}
-"""The kinds of files, and what to do with one that an earlier mmrec wrote."""
+"""Kinds of files that users have, and what to do with one that an earlier mmrec wrote."""
 
 SEAL_BYTES = 512
 SEAL = re.compile(rb"mmrec sealed (\d{1,18}) bytes, sha256 ([0-9a-f]{64})\n\0*")
@@ -176,7 +176,7 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, compress: bool 
     if compress and data.size > 64:
         chunk, axis = list(data.shape), 0
         while np.prod(chunk) * data.itemsize > CHUNK_BYTES:
-            axis = next(i for i, n in enumerate(chunk) if n > 1)  # first axes first: rows stay whole
+            axis = next(i for i, n in enumerate(chunk) if n > 1)  # so that rows stay whole
             chunk[axis] = cdiv(chunk[axis], 2)
         options = {"chunks": tuple(chunk), **COMPRESSION}
     dataset = file.create_dataset(name, data=data, **options)
@@ -332,7 +332,7 @@ def _check_kind(file: h5py.File, path: Path, kind: str, schema: int, oldest: int
     if version < oldest:
         raise InputError(
             f"{path} was written by an earlier mmrec (schema {version}; this one reads from "
-            f"{oldest} on): {REMEDIES[kind]}"
+            f"{oldest} on): {REMEDIES.get(kind, 'make it again')}"
         )
 
 

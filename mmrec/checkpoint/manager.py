@@ -57,7 +57,7 @@ def load_latest(
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run folder that can be resumed from, the latest one last.
 
-    The position of last.h5 is that of its step. If the step cannot be read, it counts as the latest.
+    last.h5 stands at the position of its step. If the step cannot be read, it counts as the latest.
     """
     found: list[tuple[float, Path]] = [*step_checkpoints(run)]
     last = run / "last.h5"

@@ -185,9 +185,7 @@ class TorchrunGroup(ProcessGroup):
     def _shard(self, module: nn.Module, *, reshard_after_forward: bool) -> None:
         from torch.distributed.fsdp import fully_shard  # takes half a second to import
 
-        sharded = fully_shard(
-            module, mesh=self._mesh, reshard_after_forward=reshard_after_forward
-        )
+        sharded = fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
         # A rank's loss is already its share of the batch's loss, so gradients are summed without
         # a division. gloo has no other reduction.
         sharded.set_gradient_divide_factor(1.0)
@@ -273,8 +271,7 @@ class TorchrunGroup(ProcessGroup):
             [[shards[i].numel() for i in owned[r]] for r in ranks],
         )
         return [
-            received[i % self.size][i // self.size].float().view_as(x)
-            for i, x in enumerate(shards)
+            received[i % self.size][i // self.size].float().view_as(x) for i, x in enumerate(shards)
         ]
 
     def _shard_sizes(self, shape: torch.Size) -> list[int]:
@@ -303,9 +300,7 @@ class TorchrunGroup(ProcessGroup):
         received = torch.empty(sum(map(sum, sizes)), dtype=torch.bfloat16)
         lengths = [sum(x) for x in sizes]
         dist.all_to_all_single(received, torch.cat(messages), lengths, [len(x) for x in messages])
-        return [
-            list(x.split(n)) for x, n in zip(received.split(lengths), sizes, strict=True)
-        ]
+        return [list(x.split(n)) for x, n in zip(received.split(lengths), sizes, strict=True)]
 
 
 def _is_connection_error(error: BaseException) -> bool:

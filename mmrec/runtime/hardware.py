@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -35,11 +36,13 @@ def matrix_product_rate(
     return 2 * m * k * n / best
 
 
-def bfloat16_is_faster() -> bool:
+def bfloat16_is_faster(rate: Callable[[torch.dtype], float] = matrix_product_rate) -> bool:
     """Measure whether this processor multiplies clearly faster in bfloat16 than in float32.
+
+    Args:
+        rate: Measures the FLOP/s of a dtype.
 
     Returns:
         Whether the bfloat16 rate exceeds ``BFLOAT16_ADVANTAGE`` times the float32 rate.
     """
-    bfloat16 = matrix_product_rate(torch.bfloat16)
-    return bfloat16 > BFLOAT16_ADVANTAGE * matrix_product_rate(torch.float32)
+    return rate(torch.bfloat16) > BFLOAT16_ADVANTAGE * rate(torch.float32)
