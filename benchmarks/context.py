@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmrec.checkpoint.checkpoint import Loaded, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import TrainConfig, from_dict
 from mmrec.data.corpus import Corpus, Split
@@ -29,9 +29,9 @@ CHUNK = 256  # tokens of a row that are read at once
 TOKENS = 1 << 14  # of all rows that are read side by side
 
 
-def validation(loaded: Loaded) -> Corpus:
+def validation(loaded: LoadedModel) -> Corpus:
     """The corpus that a model was trained on."""
-    settings: TrainConfig = from_dict(TrainConfig, loaded.info["train"])
+    settings: TrainConfig = from_dict(TrainConfig, loaded.metadata["train"])
     return open_corpus(settings.data, loaded.tokenizer, None, reading(settings))
 
 
@@ -47,7 +47,9 @@ def texts(split: Split, longest: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def loss_with(loaded: Loaded, documents: list[np.ndarray], context: int, longest: int) -> float:
+def loss_with(
+    loaded: LoadedModel, documents: list[np.ndarray], context: int, longest: int
+) -> float:
     """Mean nats of the tokens behind ``longest`` / 2, each knowing context / 2 to context - 1."""
     half, total, count = context // 2, 0.0, 0
     rows: list[tuple[np.ndarray, np.ndarray]] = []

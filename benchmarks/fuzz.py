@@ -1,12 +1,12 @@
-"""Fuzz the readers: mutated checkpoints, corpora and tokenizers, each read under limits.
+"""Fuzz the readers with mutated checkpoints, corpora and tokenizers, under limits.
 
     python benchmarks/fuzz.py --files 10000 --seed 0 [--json benchmarks/results/fuzz.json]
 
-Small real files are changed in every way that disks, programs and attackers change files, and are
-read as ``mmrec eval``, ``--resume`` and ``--data`` read them, by worker processes with a limit on
-memory and on time. Half of the byte-level changes, and all of those made through HDF5, are sealed
-again afterwards, as one who forges a file would, so that HDF5 and the checks behind the seal are
-met. Counts must be zero for: crash, hang, wrong content, other exception, memory.
+Small real files are mutated in every way in which disks, programs and attackers change files. Worker
+processes with a limit on memory and time read them as ``mmrec eval``, ``--resume`` and ``--data``
+do. Half of the mutations of bytes, and all mutations through HDF5, are sealed again, as a forger
+would, so that they reach HDF5 and the checks behind the seal. The counts of crash, hang, wrong
+content, other exception and memory must be zero.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,23 +32,28 @@ from mutations import mutate
 
 from mmrec.errors import InputError
 
-SECONDS, MEMORY = 20.0, 1 << 30  # of one file, and beyond what the libraries take
+SECONDS_PER_FILE = 20.0
+MEMORY_BYTES = 1 << 30  # beyond what the libraries take
 BAD = ("crash", "hang", "wrong content", "other exception", "memory")
 
 
 def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
-    """Small real files of every kind: two tokenizers in two corpora, and checkpoints of both."""
+    """Write small real files: corpora of two tokenizers, and a checkpoint of each.
+
+    The checkpoint of ``char`` has LoRA factors, that of ``bpe`` a recurrent state.
+    """
     import torch
 
-    from mmrec.checkpoint import checkpoint
+    from mmrec.checkpoint.checkpoint import save_checkpoint
     from mmrec.config import ModelConfig
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare
+    from mmrec.lora import apply_lora
     from mmrec.model import Model
     from mmrec.optimizer import MuonAdamW, parameter_groups
 
     (folder / "text.txt").write_text(text)
-    made: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path]] = []
     small = ModelConfig(
         width=16,
         depth=2,
@@ -63,34 +68,46 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
         corpus = Corpus.open(path)
         torch.manual_seed(0)
         model = Model(replace(small, vocab_size=corpus.tokenizer.vocab_size))
+        if kind == "char":
+            apply_lora(model, 2, 4.0)
         optimizer = MuonAdamW(
             parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02
         )
         x = torch.from_numpy(corpus.train.tokens[:65].astype(np.int64))[None]
         model.loss(x[:, :-1], x[:, 1:]).backward()
         optimizer.step()
-        info = {"preset": "tiny", "train": {"data": "stdlib"}, "fingerprint": "0", "source": "s"}
-        whole = folder / f"{kind}-checkpoint.h5"
-        checkpoint.save(whole, model, corpus.tokenizer, 1, info, optimizer, {"seconds": 1.0})
-        made += [("corpus", path), ("checkpoint", whole)]
-    return made
-
-
-def digest(value: Any) -> str:
-    """Of everything that a reader hands over."""
-    made = hashlib.sha256()
-    for part in value:
-        made.update(
-            np.ascontiguousarray(part).tobytes()
-            if isinstance(part, np.ndarray)
-            else repr(part).encode()
+        checkpoint_path = folder / f"{kind}-checkpoint.h5"
+        save_checkpoint(
+            checkpoint_path,
+            model,
+            corpus.tokenizer,
+            1,
+            {
+                "preset": "tiny",
+                "train": {"data": {"source": "stdlib"}},
+                "fingerprint": "0",
+                "source": "s",
+            },
+            optimizer=optimizer,
+            progress={"seconds": 1.0},
+            recurrent_state=model.initial_state(2) if kind == "bpe" else None,
         )
-        made.update(b"\0")
-    return made.hexdigest()
+        files += [("corpus", path), ("checkpoint", checkpoint_path)]
+    return files
+
+
+def digest(values: Iterable[Any]) -> str:
+    """Return the SHA-256 of everything that a reader returned."""
+    sha = hashlib.sha256()
+    for value in values:
+        is_array = isinstance(value, np.ndarray)
+        sha.update(np.ascontiguousarray(value).tobytes() if is_array else repr(value).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()
 
 
 def read(kind: str, path: Path) -> str:
-    """Read a file in every way that mmrec does, use what it gave a little, return its digest."""
+    """Read a file in every way that mmrec does, use the contents briefly, return their digest."""
     from mmrec.checkpoint import checkpoint
     from mmrec.data.corpus import Corpus
     from mmrec.inference.generate import generate
@@ -100,17 +117,18 @@ def read(kind: str, path: Path) -> str:
     if kind == "corpus":
         c = Corpus.open(path)
         c.tokenizer.encode(c.tokenizer.decode(c.val.tokens[:50].tolist()))
-        parts = [
+        arrays = [
             getattr(s, f) for s in (c.train, c.val) for f in ("tokens", "doc_offsets", "doc_bytes")
         ]
-        return digest([*parts, c.tokenizer.to_json(), c.info])
+        return digest([*arrays, c.tokenizer.to_json(), c.info])
     loaded = checkpoint.load_model(path)
     config = loaded.model.config
     "".join(generate(loaded.model, loaded.tokenizer, "", max_tokens=2, seed=0))
-    checkpoint.read_info(path)
+    checkpoint.read_metadata(path)
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
-    progress = checkpoint.restore(path, model, optimizer)
+    progress = checkpoint.restore_training_state(path, model, optimizer)
+    checkpoint.load_recurrent_state(path, model.initial_state(2))
     weights = [p.detach().numpy() for p in model.parameters()]
     moments = [
         optimizer.state[p][m].numpy()
@@ -119,12 +137,19 @@ def read(kind: str, path: Path) -> str:
         if m != "step"
     ]
     return digest(
-        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.info, progress]
+        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.metadata, progress]
     )
 
 
-def judge(kind: str, path: Path, sealed: bool, want: str) -> tuple[str, str]:
-    """Read one file; say how it went."""
+def judge(kind: str, path: Path, sealed: bool, expected: str) -> tuple[str, str]:
+    """Read one file. Return the outcome and details.
+
+    Args:
+        kind: ``corpus`` or ``checkpoint``.
+        path: The file.
+        sealed: Whether it was sealed again after its mutation.
+        expected: Digest of the contents of the original.
+    """
     try:
         found = read(kind, path)
     except InputError as error:
@@ -135,14 +160,16 @@ def judge(kind: str, path: Path, sealed: bool, want: str) -> tuple[str, str]:
         return "memory", "MemoryError"
     except BaseException:
         return "other exception", traceback.format_exc()[-1500:]
-    if found == want:
+    if found == expected:
         return "identical content", ""
-    # who seals a file can put in it what they like; what the structure allows is then content
+    # a forger can seal any contents that the checks allow
     return ("forged content", "") if sealed else ("wrong content", "")
 
 
 def work(pipe: Connection) -> None:
-    """A worker: limits first, then one file after another."""
+    """Set the limits of a worker process, then read one file after another."""
+    import resource
+
     import torch
 
     from mmrec.checkpoint import checkpoint  # noqa: F401
@@ -151,23 +178,25 @@ def work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
-    kind, path, want = pipe.recv()
-    read(kind, path)  # libraries are loaded and kernels compiled: the limit is over that
+    kind, path = pipe.recv()
+    read(kind, path)  # the limit does not count loading of libraries and compiling of kernels
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    limit = now + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send("ready")
     while True:
-        kind, path, sealed, want = pipe.recv()
-        pipe.send(judge(kind, path, sealed, want))
+        kind, path, sealed, expected = pipe.recv()
+        pipe.send(judge(kind, path, sealed, expected))
 
 
 def start(first: tuple[str, Path]) -> tuple[Any, Connection]:
+    """Start a worker that reads a file as a warm-up; return it and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    ours.send((*first, ""))
+    ours.send(first)
     ours.recv()
     return process, ours
 
@@ -181,30 +210,30 @@ def main() -> None:
     options = parser.parse_args()
     text = Path(argparse.__file__).read_text()[:12_000]
     counts: Counter[str] = Counter()
-    by_change: dict[str, Counter[str]] = {}
+    by_mutation: dict[str, Counter[str]] = {}
     begin, slowest = time.perf_counter(), 0.0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         sources = originals(folder, text)
-        wants = {path: read(kind, path) for kind, path in sources}
+        expected = {path: read(kind, path) for kind, path in sources}
         process, pipe = start(sources[1])
         for number in range(options.files):
             rng = random.Random(f"{options.seed} {number}")
             kind, source = sources[rng.randrange(len(sources))]
             target = folder / "mutated.h5"
-            change, sealed = mutate(source, target, rng)
+            mutation, sealed = mutate(source, target, rng)
             since = time.perf_counter()
             try:
-                pipe.send((kind, target, sealed, wants[source]))
-                outcome = pipe.recv() if pipe.poll(SECONDS) else ("hang", "")
+                pipe.send((kind, target, sealed, expected[source]))
+                outcome = pipe.recv() if pipe.poll(SECONDS_PER_FILE) else ("hang", "")
             except (EOFError, ConnectionError):
                 process.join()
                 outcome = ("crash", f"exit code {process.exitcode}")
             slowest = max(slowest, time.perf_counter() - since)
             counts[outcome[0]] += 1
-            by_change.setdefault(change, Counter())[outcome[0]] += 1
+            by_mutation.setdefault(mutation, Counter())[outcome[0]] += 1
             if outcome[0] in BAD:
-                print(f"{number}: {change} of {source.name}: {outcome[0]}\n{outcome[1]}")
+                print(f"{number}: {mutation} of {source.name}: {outcome[0]}\n{outcome[1]}")
                 if options.keep:
                     options.keep.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(target, options.keep / f"{number}-{kind}.h5")
@@ -217,20 +246,19 @@ def main() -> None:
                 where = f"{number + 1:,} of {options.files:,}, {left / 60:.1f} min left"
                 print(f"{where}: {dict(counts)}", flush=True)
         process.kill()
-    each = {k: dict(v) for k, v in sorted(by_change.items())}
-    made = {
+    result = {
         "files": options.files,
         "seed": options.seed,
         "hdf5": h5py.version.hdf5_version,
         "seconds": round(time.perf_counter() - begin),
         "slowest_seconds": round(slowest, 2),
-        "memory_limit_bytes": MEMORY,
+        "memory_limit_bytes": MEMORY_BYTES,
         "counts": {**dict.fromkeys(BAD, 0), **counts},
-        "by_change": each,
+        "by_change": {k: dict(v) for k, v in sorted(by_mutation.items())},
     }
-    print(json.dumps(made["counts"], indent=1))
+    print(json.dumps(result["counts"], indent=1))
     if options.json:
-        options.json.write_text(json.dumps(made, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(any(counts[b] for b in BAD))
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mmrec.checkpoint.checkpoint import load_model, read_info
+from mmrec.checkpoint.checkpoint import load_model, read_metadata
 from mmrec.checkpoint.hdf5 import read_json
-from mmrec.checkpoint.manager import run_checkpoints
+from mmrec.checkpoint.manager import list_checkpoints
 from mmrec.profiling.kernel_bench import machine
 
 CONFIG = """preset = "tiny"
@@ -99,8 +99,8 @@ def inspect(run: Path, reference: list[str]) -> int:
         else []
     )
     assert logged == reference[: len(logged)], "the log is not what it would have been"
-    saved = run_checkpoints(run)
-    step = read_info(saved[-1])[0] if saved else 0
+    saved = list_checkpoints(run)
+    step = read_metadata(saved[-1]).step if saved else 0
     steps = [x["step"] for x in map(json.loads, logged) if x["kind"] == "train"]
     assert steps[:step] == list(range(1, step + 1)), "steps before the checkpoint are not logged"
     return step
@@ -130,7 +130,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
 
 def same(a: Path, b: Path) -> int:
     """Assert that two checkpoints hold the same bits; returns the number of arrays compared."""
-    assert read_info(a)[0] == read_info(b)[0]
+    assert read_metadata(a).step == read_metadata(b).step
     one, two = contents(a), contents(b)
     assert one.keys() == two.keys()
     for name in one:

@@ -1,4 +1,4 @@
-"""How the fuzz changes a file: bytes as disks and programs do, or through HDF5 as forgers do."""
+"""Mutations of files for fuzz.py: of bytes, as disks and programs cause them, or through HDF5."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-# ---- changes of bytes
+# ---- mutations of bytes
 
 
 def flip_bits(data: bytearray, rng: random.Random) -> None:
@@ -20,7 +20,7 @@ def flip_bits(data: bytearray, rng: random.Random) -> None:
 
 
 def flip_structure(data: bytearray, rng: random.Random) -> None:
-    """Bits near HDF5's own structures, which begin with four capital letters."""
+    """Change bytes near HDF5's own structures, which begin with four capital letters."""
     marks = [b"OHDR", b"FRHP", b"FHDB", b"BTHD", b"FAHD", b"FADB", b"OCHK", b"\x89HDF", b"BTLF"]
     at = [found.start() for found in re.finditer(b"|".join(marks), data)] or [0]
     for _ in range(rng.choice((1, 1, 2, 4))):
@@ -30,7 +30,7 @@ def flip_structure(data: bytearray, rng: random.Random) -> None:
 
 
 def fix_checksums(data: bytearray, rng: random.Random) -> None:
-    """Break a structure of HDF5 and make its own checksum right again."""
+    """Break a structure of HDF5, and correct its own checksum."""
     heads = [found.start() for found in re.finditer(b"OHDR", data)]
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.choice(heads)
@@ -78,7 +78,7 @@ BYTES = (flip_bits, flip_structure, fix_checksums, truncate, extend, zero, noise
 
 
 def lookup3(key: bytes) -> int:
-    """Bob Jenkins's hash, which HDF5 lays over its structures."""
+    """Bob Jenkins's hash, the checksum of HDF5's structures."""
     mask = 0xFFFFFFFF
     a = b = c = (0xDEADBEEF + len(key)) & mask
 
@@ -114,7 +114,7 @@ def lookup3(key: bytes) -> int:
     return (c ^ b) - rot(b, 24) & mask
 
 
-# ---- changes through HDF5
+# ---- mutations through HDF5
 
 
 def arrays(file: h5py.File) -> list[str]:
@@ -124,10 +124,12 @@ def arrays(file: h5py.File) -> list[str]:
 
 
 def change_json(file: h5py.File, rng: random.Random) -> None:
-    """Other values, types and sizes in the configuration, the tokenizer, the rest."""
+    """Store other values, types and sizes in one of the JSON values."""
     from mmrec.checkpoint.hdf5 import write_json
 
-    name = rng.choice([n for n in ("config", "tokenizer", "info", "progress") if n in file])
+    name = rng.choice(
+        [n for n in ("config", "tokenizer", "metadata", "lora", "progress") if n in file]
+    )
     value: Any = json.loads(bytes(file[name][:]))
     odd: list[Any] = [
         None,
@@ -165,14 +167,14 @@ def change_json(file: h5py.File, rng: random.Random) -> None:
         write_json(file, name, value)
 
 
-def store(file: h5py.File, name: str, data: np.ndarray, **how: Any) -> h5py.Dataset:
-    made = file.create_dataset(name, data=data, **how)
-    made.attrs["crc32"] = np.uint32(zlib.crc32(np.ascontiguousarray(data).data))
-    return made
+def store(file: h5py.File, name: str, data: np.ndarray, **options: Any) -> None:
+    """Store an array with its checksum."""
+    dataset = file.create_dataset(name, data=data, **options)
+    dataset.attrs["crc32"] = np.uint32(zlib.crc32(np.ascontiguousarray(data).data))
 
 
 def change_array(file: h5py.File, rng: random.Random) -> None:
-    """Another type, shape, layout, filter; an object that is none; none at all."""
+    """Replace an array by one of another type, shape, layout or filter, by a group, or remove it."""
     name = rng.choice(arrays(file))
     data = file[name][()]
     del file[name]
@@ -187,21 +189,21 @@ def change_array(file: h5py.File, rng: random.Random) -> None:
         store(file, name, data.reshape(-1)[: data.size // 2])
     elif choice == 4:
         store(file, name, data[None])
-    elif choice == 5:  # promised and not stored
+    elif choice == 5:  # declared and not stored
         huge = rng.choice(((1 << 40,), (1 << 20, 1 << 20), (1 << 30, 4)))
         file.create_dataset(name, huge, data.dtype, chunks=tuple(min(n, 4096) for n in huge))
     elif choice == 6:
         file.create_dataset(name, data.shape, data.dtype)
-    elif choice == 7:  # a small file that unpacks to a lot
+    elif choice == 7:  # a small file that decompresses to a large array
         store(file, name, np.zeros(1 << 26, data.dtype), compression="gzip", shuffle=True)
     elif choice == 8 and data.size:
         shape = data.shape
-        made = file.create_dataset(
+        dataset = file.create_dataset(
             name, shape, data.dtype, chunks=shape, compression="gzip", shuffle=True
         )
-        made.attrs["crc32"] = np.uint32(0)
+        dataset.attrs["crc32"] = np.uint32(0)
         short = zlib.compress(bytes(rng.choice((0, 1, 100, 1 << 26))))
-        made.id.write_direct_chunk((0,) * data.ndim, short, rng.choice((0, 1, 2, 3)))
+        dataset.id.write_direct_chunk((0,) * data.ndim, short, rng.choice((0, 1, 2, 3)))
     elif choice == 9:
         store(file, name, data.reshape(-1), chunks=(max(1, data.size),), maxshape=(None,))
     elif choice == 10 and data.size:
@@ -220,7 +222,7 @@ def change_array(file: h5py.File, rng: random.Random) -> None:
 
 
 def change_links(file: h5py.File, rng: random.Random) -> None:
-    """Links to elsewhere, and to what is there already."""
+    """Add links to other files and to existing objects."""
     name = rng.choice([*arrays(file), "extra"])
     target = rng.choice(arrays(file))
     data = file[name][()] if name in file else np.zeros(4, "f4")
@@ -249,7 +251,7 @@ def change_links(file: h5py.File, rng: random.Random) -> None:
 
 
 def change_attributes(file: h5py.File, rng: random.Random) -> None:
-    """Attributes of other types, sizes and values; none."""
+    """Change the type, size or value of an attribute, or remove it."""
     owner = file if rng.random() < 0.7 else file[rng.choice(arrays(file))]
     name = rng.choice(("kind", "schema", "step", "mmrec_version", "crc32", "extra"))
     odd: list[Any] = [
@@ -273,21 +275,21 @@ def change_attributes(file: h5py.File, rng: random.Random) -> None:
 
 
 def change_values(file: h5py.File, rng: random.Random) -> None:
-    """Numbers of the right type and shape that make no sense, with the right checksum."""
+    """Store an absurd number with the right checksum."""
     name = rng.choice(arrays(file))
     data = file[name][()]
     if data.size:
         flat = data.reshape(-1)
         top = np.finfo(data.dtype).max if data.dtype.kind == "f" else np.iinfo(data.dtype).max
         flat[rng.randrange(data.size)] = rng.choice((0, top, data.flat[0]))
-    packed = {"compression": "gzip", "shuffle": True} if file[name].chunks else {}
+    options = {"compression": "gzip", "shuffle": True} if file[name].chunks else {}
     chunks = file[name].chunks
     del file[name]
-    store(file, name, data, chunks=chunks, **packed)
+    store(file, name, data, chunks=chunks, **options)
 
 
 def nest(file: h5py.File, rng: random.Random) -> None:
-    """Groups in groups, or very many of them."""
+    """Add deeply nested groups, or very many of them."""
     group = file
     if rng.random() < 0.7:
         for _ in range(rng.choice((3, 10, 300))):
@@ -308,7 +310,11 @@ def reseal(path: Path) -> None:
 
 
 def mutate(source: Path, target: Path, rng: random.Random) -> tuple[str, bool]:
-    """Write a changed copy; return what was done, and whether it was sealed again."""
+    """Write a changed copy.
+
+    Returns:
+        The name of the mutation, and whether the file was sealed again.
+    """
     shutil.copyfile(source, target)
     if rng.random() < 0.45:
         change = rng.choice(THROUGH_HDF5)
@@ -318,13 +324,13 @@ def mutate(source: Path, target: Path, rng: random.Random) -> tuple[str, bool]:
         return change.__name__, True
     data = bytearray(source.read_bytes())
     byte_change = rng.choice(BYTES)
-    signed = rng.random() < 0.5
-    if signed:  # only what lies behind the seal
-        seal_, data = data[:512], data[512:]
+    sealed = rng.random() < 0.5
+    if sealed:  # mutate only what lies behind the seal
+        old_seal, data = data[:512], data[512:]
         byte_change(data, rng)
-        target.write_bytes(seal_ + data)
+        target.write_bytes(old_seal + data)
         reseal(target)
     else:
         byte_change(data, rng)
         target.write_bytes(data)
-    return byte_change.__name__ + (" (sealed)" if signed else ""), signed
+    return byte_change.__name__ + (" (sealed)" if sealed else ""), sealed

@@ -26,7 +26,7 @@ from mmrec.evaluation.evaluate import evaluate  # noqa: E402
 from mmrec.model import Model  # noqa: E402
 from mmrec.optimizer import MuonAdamW, parameter_groups  # noqa: E402
 from mmrec.profiling.kernel_bench import machine  # noqa: E402
-from mmrec.runtime.hardware import probe_bfloat16  # noqa: E402
+from mmrec.runtime.hardware import bfloat16_is_faster  # noqa: E402
 from mmrec.training.lr_schedule import lr_factor  # noqa: E402
 from mmrec.training.replicas import gradients, lanes_for  # noqa: E402
 
@@ -44,7 +44,7 @@ def main() -> None:
     corpus = Corpus.open(prepare(args.data, "bpe", 5000, None, print))
     torch.manual_seed(args.seed)
     model = Model(preset("tiny"))
-    model.set_precision("bfloat16" if probe_bfloat16() else "float32")
+    model.set_precision("bfloat16" if bfloat16_is_faster() else "float32")
     plan = TrainConfig()
     lanes = lanes_for(model, BATCH)
     optimizer = MuonAdamW(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mmrec.checkpoint.checkpoint import Loaded
+    from mmrec.checkpoint.checkpoint import LoadedModel
     from mmrec.config import TrainConfig
     from mmrec.data.corpus import Corpus
 
@@ -57,7 +57,7 @@ def evaluate(
         _score(models[0], data, text_field, skip_bad, plot, as_json)
 
 
-def _corpus(loaded: "Loaded") -> "Corpus":
+def _corpus(loaded: "LoadedModel") -> "Corpus":
     """The corpus that a model was trained on. Raises InputError if its text may not be read."""
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare, reading
@@ -72,7 +72,7 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     how = reading(settings)
     kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
     corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
-    if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
+    if corpus.info["fingerprint"] != loaded.metadata.get("fingerprint"):
         raise InputError(
             f"the text of {settings.data}, or how mmrec reads it, changed since "
             "training; name --data"
@@ -80,15 +80,15 @@ def _corpus(loaded: "Loaded") -> "Corpus":
     return corpus
 
 
-def _settings(loaded: "Loaded") -> "TrainConfig":
+def _settings(loaded: "LoadedModel") -> "TrainConfig":
     from mmrec.config import TrainConfig, from_dict
 
-    made: TrainConfig = from_dict(TrainConfig, loaded.info.get("train", {}))
+    made: TrainConfig = from_dict(TrainConfig, loaded.metadata.get("train", {}))
     return made
 
 
 def _write_on(
-    models: list["Loaded"],
+    models: list["LoadedModel"],
     prompts: Path,
     temperatures: str,
     max_tokens: int,
@@ -100,7 +100,7 @@ def _write_on(
     from mmrec.errors import InputError
     from mmrec.evaluation.samples import as_html, as_markdown, read_prompts, write_samples
     from mmrec.inference.generate import Sampling
-    from mmrec.runtime.atomic import write_text
+    from mmrec.runtime.atomic import atomic_write_text
 
     if report is not None and report.suffix not in (".md", ".html"):
         raise InputError(f"--report must end in .md or .html; got {report}")
@@ -122,11 +122,11 @@ def _write_on(
     elif report is None:
         typer.echo(as_markdown(made), nl=False)
     if report is not None:
-        write_text(report, as_html(made) if report.suffix == ".html" else as_markdown(made))
+        atomic_write_text(report, as_html(made) if report.suffix == ".html" else as_markdown(made))
         typer.echo(f"{count} texts: {report}", err=as_json)
 
 
-def _training_text(loaded: "Loaded") -> bytes:
+def _training_text(loaded: "LoadedModel") -> bytes:
     """What copies are looked for in; nothing, said aloud, where it cannot be read."""
     from mmrec.errors import InputError
 
@@ -138,7 +138,7 @@ def _training_text(loaded: "Loaded") -> bytes:
     return b"".join(loaded.tokenizer.token_bytes(t) for t in train.tolist())
 
 
-def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool) -> None:
+def _run_tasks(loaded: "LoadedModel", tasks: str, folder: Path | None, as_json: bool) -> None:
     from mmrec.errors import InputError
 
     if folder is not None and not folder.is_dir():
@@ -157,7 +157,7 @@ def _run_tasks(loaded: "Loaded", tasks: str, folder: Path | None, as_json: bool)
 
 
 def _score(
-    loaded: "Loaded",
+    loaded: "LoadedModel",
     data: str | None,
     text_field: str,
     skip_bad: bool,

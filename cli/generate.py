@@ -26,9 +26,9 @@ def generate(
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.inference.generate import Sampling, generate
-    from mmrec.runtime.malloc import leave_no_holes
+    from mmrec.runtime.malloc import return_large_blocks
 
-    leave_no_holes()  # only a long prompt takes large blocks, and once
+    return_large_blocks()  # only a long prompt takes large blocks, and once
     how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     loaded = load_model(find_checkpoint(model))
     piped = prompt is None and not sys.stdin.isatty()

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from mmrec.runtime.malloc import keep_freed
+from mmrec.runtime.malloc import keep_freed_memory
 
 # Commands that keep all cores at work; others take torch as it comes.
 HEAVY = ("train", "finetune", "chain", "eval", "bench train")
@@ -22,7 +22,7 @@ def prepare_process(command: list[str]) -> None:
         # machine that is best (tiny by character: 29,000 tokens/s; asleep at once: 15,000), beside
         # a busy process it is worst (6,500; asleep: 14,000). The pool reads this as it is loaded.
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    keep_freed()
+    keep_freed_memory()
 
 
 def share_cores() -> None:

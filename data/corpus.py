@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import platformdirs
 
-from mmrec.checkpoint.hdf5 import map_array, open_file, read_array, read_json
+from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
 from mmrec.data.sources import NAMES
 from mmrec.data.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class Corpus:
     @classmethod
     def open(cls, path: Path) -> "Corpus":
         """Read a corpus file. Raises InputError if it is missing, damaged or of another kind."""
-        with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+        with open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
             info = read_json(file, "info")
             _check_info(info)
             tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))

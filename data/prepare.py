@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmrec.checkpoint.hdf5 import atomic_write, open_file, read_json, write_json
+from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
 from mmrec.config import TrainConfig
 from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
 from mmrec.data.readers import Document, Reading
@@ -26,7 +26,7 @@ from mmrec.data.split import TRAIN, Plan, scan, sketches, split
 from mmrec.data.tokenize import Parts
 from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import sweep
+from mmrec.runtime.atomic import remove_stale_temporaries
 
 SAMPLE = 1 << 26  # bytes of training text that a bpe tokenizer is trained on
 
@@ -91,7 +91,7 @@ def prepare(
             raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
         mains = [held.enter_context(reread(part, how, folder)) for _, part in mixed]
         held.enter_context(_alone(folder, say))
-        sweep(folder)
+        remove_stale_temporaries(folder)
         work = _Work(source, mains, tokenizer, vocab_size, how, say, pack=pack)
         path = out or folder / work.name
         if path.exists() and _matches(path, work.wanted):
@@ -252,7 +252,7 @@ class _Work:
             "mixture": self._mixture(plan, parts),
             "python": platform.python_version(),
         }
-        with atomic_write(path, KIND, SCHEMA) as file:
+        with atomic_h5_file(path, KIND, SCHEMA) as file:
             parts.copy_into(file, pack=self.pack)
             write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
             write_json(file, "info", info)
@@ -281,7 +281,7 @@ class _Work:
 
 def _matches(path: Path, wanted: list[Any]) -> bool:
     try:
-        with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+        with open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
             return bool(read_json(file, "info")["wanted"] == wanted)
     except InputError:
         return False  # a damaged cache file is made again

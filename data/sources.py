@@ -19,7 +19,7 @@ from typing import Any
 from mmrec.data.readers import PACKED, RECORDS, Document, Reading, read_file, stem_suffix
 from mmrec.data.readers import from_record as documents_of_record
 from mmrec.errors import InputError, did_you_mean
-from mmrec.runtime.atomic import sweep
+from mmrec.runtime.atomic import remove_stale_temporaries
 
 NAMES = ["stdlib", "shakespeare"]
 SUFFIXES = frozenset(  # what a folder is searched for; a file named by itself may end in anything
@@ -112,7 +112,7 @@ def reread(source: str, how: Reading, folder: Path) -> Iterator[Source]:
         yield lambda: documents(source, how)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    remove_stale_temporaries(folder)
     name = hashlib.sha256(source.encode()).hexdigest()[:8]
     copy = folder / f".{name}.{os.getpid()}.tmp"
     try:

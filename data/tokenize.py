@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from mmrec.checkpoint.hdf5 import (
-    atomic_write,
-    open_file,
+    atomic_h5_file,
+    open_h5_file,
     read_array,
     read_json,
     write_array,
@@ -28,7 +28,7 @@ from mmrec.data.readers import Document
 from mmrec.data.split import VAL
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import write_text
+from mmrec.runtime.atomic import atomic_write_text
 
 BATCH = 1 << 20  # characters that are tokenised at once
 PART = 1 << 26  # characters in a part, which is what a kill can cost
@@ -140,7 +140,7 @@ class Parts:
         return self._folder / f"part-{len(self._files):05}.h5"
 
     def _take_up(self, path: Path) -> None:
-        with open_file(path, "part", SCHEMA, SCHEMA) as file:
+        with open_h5_file(path, "part", SCHEMA, SCHEMA) as file:
             at = read_json(file, "at")
             found = [
                 [
@@ -175,9 +175,9 @@ class Parts:
         if not self._files:
             self._folder.mkdir(exist_ok=True)
             state = {"wanted": self._wanted, "tokenizer": json.loads(self.tokenizer.to_json())}
-            write_text(self._folder / "tokenizer.json", json.dumps(state))
+            atomic_write_text(self._folder / "tokenizer.json", json.dumps(state))
         path = self._path()
-        with atomic_write(path, "part", SCHEMA) as file:
+        with atomic_h5_file(path, "part", SCHEMA) as file:
             for i, (name, side) in enumerate(zip(SIDES, self._sides, strict=True)):
                 write_array(file, f"{name}/tokens", side.take(token_dtype(self.tokenizer)))
                 for what, kind in (("lens", np.int64), ("sizes", np.int64), ("last", np.uint8)):
@@ -203,13 +203,13 @@ class Parts:
         for name, side in zip(SIDES, self._sides, strict=True):
             rest = side.take(dtype)
             chunks = itertools.chain((self._read(p, name, dtype) for p in self._files), [rest])
-            write_chunks(file, f"{name}/tokens", dtype, sum(side.lens), chunks, pack=pack)
+            write_chunks(file, f"{name}/tokens", dtype, sum(side.lens), chunks, compress=pack)
             offsets, sizes = side.documents()
             write_array(file, f"{name}/doc_offsets", offsets)
             write_array(file, f"{name}/doc_bytes", sizes)
 
     def _read(self, path: Path, name: str, dtype: Any) -> np.ndarray:
-        with open_file(path, "part", SCHEMA, SCHEMA) as file:
+        with open_h5_file(path, "part", SCHEMA, SCHEMA) as file:
             return read_array(file, f"{name}/tokens", dtype)
 
     def remove(self) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mmrec.config import OptimizerConfig
 from mmrec.model import Layer, Linear, Model
-from mmrec.runtime.distributed import ALONE as SINGLE_PROCESS
-from mmrec.runtime.distributed import World as ProcessGroup
+from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 # Coefficients of the quintic Newton-Schulz iteration (see newton_schulz).
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -125,14 +124,14 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _update_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
         rows, columns = params[0].shape[-2:]
-        local_shard, updates = self._process_group.local, []
+        local_shard, updates = self._process_group.local_shard, []
         for p in params:
             assert p.grad is not None
             momentum, grad = local_shard(self.state[p]["momentum"]), local_shard(p.grad)
             momentum.lerp_(grad, 1 - group["momentum"])
             updates.append(grad.lerp(momentum, group["momentum"]))
         shapes = [p.shape for p in params]
-        directions = self._process_group.apart(_orthogonalise, updates, shapes)
+        directions = self._process_group.map_sharded(_orthogonalise, updates, shapes)
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         for p, direction in zip(params, directions, strict=True):
             decay = 1 - group["lr"] * group["weight_decay"]

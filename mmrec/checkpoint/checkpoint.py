@@ -1,14 +1,15 @@
-"""Checkpoints: model, optimizer, random state and position in the data, in one HDF5 file.
+"""Checkpoints: model, optimizer, random state and training progress in one HDF5 file.
 
-The layout is described in docs/formats.md. Nothing in it is code, and nothing is unpickled.
+docs/formats.md describes the layout. A file contains no code, and nothing is unpickled.
 """
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -16,206 +17,273 @@ import torch
 from torch import Tensor, nn
 
 from mmrec.checkpoint.hdf5 import (
-    atomic_write,
-    open_file,
+    atomic_h5_file,
+    open_h5_file,
     read_array,
+    read_attribute,
     read_json,
     write_array,
     write_json,
 )
-from mmrec.checkpoint.structure import attribute
-from mmrec.config import ModelConfig, TrainConfig, from_dict
+from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
-from mmrec.lora import FACTORS, merge
+from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
-from mmrec.runtime.distributed import ALONE, World
+from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-KIND, SCHEMA = "checkpoint", 3
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # of AdamW, and of MuonAdamW
+KIND, SCHEMA = "checkpoint", 4
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
+"""Optimizer moments by their names in torch: two of AdamW, one of Muon."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready to be used, and what is known about it."""
+class LoadedModel:
+    """A model that is ready for use, and what its checkpoint says about it."""
 
     path: Path
     model: Model
     """In evaluation mode."""
     tokenizer: Tokenizer
     step: int
-    info: dict[str, Any]
+    """Optimizer steps taken."""
+    metadata: dict[str, Any]
     """preset, train (the training configuration), val (loss and bits per byte), fingerprint …"""
 
 
-def save(
+class CheckpointHeader(NamedTuple):
+    """What can be read from a checkpoint without its weights."""
+
+    step: int
+    """Optimizer steps taken."""
+    metadata: dict[str, Any]
+    """As in LoadedModel."""
+    model_config: ModelConfig
+
+
+# ---- writing
+
+
+def save_checkpoint(
     path: Path,
     model: Model,
     tokenizer: Tokenizer,
     step: int,
-    info: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
-    carried: State | None = None,
-    world: World = ALONE,
+    recurrent_state: State | None = None,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Write a checkpoint, complete or not at all. Of several processes, rank 0 writes.
+    """Write a checkpoint, completely or not at all. In a distributed run, rank 0 writes.
+
+    With an optimizer and progress the checkpoint can be resumed from. Without them it holds a model
+    for use only, with LoRA factors merged into the weights.
 
     Args:
-        path: the file; replaced if it exists.
-        model: its parameters are stored by name in float32.
-        tokenizer: stored whole, so that the checkpoint can be used alone.
-        step: optimizer steps taken.
-        info: what a reader is told, as JSON values.
-        optimizer: with ``progress`` it makes the checkpoint one to resume from.
-        progress: position in the data, clock and records of the run, as JSON values.
-        carried: what the rows of the next batch go on from.
-        world: that of the model; one parameter at a time is whole in all processes.
+        path: The file to create or replace.
+        model: Its parameters are stored by name in float32.
+        tokenizer: Stored in full, so that the checkpoint can be used alone.
+        step: Optimizer steps taken.
+        metadata: Facts for a reader, as JSON values (see LoadedModel).
+        optimizer: Its moments are stored in float32.
+        progress: Position in the data, clock and history of the run, as JSON values.
+        recurrent_state: The state from which the rows of the next batch continue, of all ranks.
+        process_group: That of the model. One full parameter at a time exists in every process.
 
     Raises:
-        StorageError: the system refused; the earlier file is intact.
+        StorageError: The system refused. An earlier file at ``path`` is intact.
     """
-    numbers = _numbers(model, optimizer, world, _settings(info))
+    tensors = _tensors(model, optimizer, process_group)
+    lora = lora_settings(model)
     try:
-        if world.rank == 0:
-            with atomic_write(path, KIND, SCHEMA) as file:
+        if process_group.rank == 0:
+            with atomic_h5_file(path, KIND, SCHEMA) as file:
                 file.attrs["step"] = step
                 write_json(file, "config", asdict(model.config))
                 write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
-                write_json(file, "info", info)
-                for name, data in numbers:
-                    write_array(file, name, data, pack=True)
+                write_json(file, "metadata", metadata)
+                for name, values in tensors:
+                    write_array(file, name, values, compress=True)
                 if optimizer is not None:
                     write_json(file, "progress", progress)
                     write_array(file, "rng", torch.get_rng_state().numpy())
-                    for name, x in _named(carried) if carried else ():
-                        write_array(file, f"carried/{name}", x.numpy())
+                    if lora:
+                        write_json(file, "lora", lora)
+                    for name, x in _state_tensors(recurrent_state) if recurrent_state else ():
+                        write_array(file, f"recurrent_state/{name}", x.numpy())
     finally:
-        for _ in numbers:  # the processes give each other their shares, whatever became of the file
+        # Gathering a parameter needs all ranks, so all of them go to the end even if the write
+        # failed in rank 0.
+        for _ in tensors:
             pass
 
 
-def _settings(info: dict[str, Any]) -> TrainConfig:
-    made: TrainConfig = from_dict(TrainConfig, info.get("train", {}))
-    return made
-
-
-def _numbers(
-    model: Model, optimizer: torch.optim.Optimizer | None, world: World, train: TrainConfig
+def _tensors(
+    model: Model, optimizer: torch.optim.Optimizer | None, process_group: ProcessGroup
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the weights, then of the moments; without them, what is for use only:
-    factors of LoRA are then merged into what they stand beside."""
-    weights = dict(model.named_parameters())
-    for name, p in weights.items():
-        value, stem = world.whole(p.detach()), name.removesuffix(".weight")
-        if optimizer is None and f"{stem}.up" in weights:
-            down, up = (weights[f"{stem}{part}"].detach() for part in FACTORS)
-            value = merge(value, down, up, train.lora_alpha / train.lora)
-        if optimizer is not None or not name.endswith(FACTORS):
-            yield f"model/{name}", value.float().numpy()
-    for name, p in weights.items() if optimizer is not None else ():
-        state = optimizer.state.get(p, {})  # type: ignore[union-attr]
+    """Yield path and float32 values of the parameters, and with an optimizer of its moments."""
+    if optimizer is None:
+        for name, value in merged_parameters(model):
+            yield f"model/{name}", process_group.full_tensor(value).float().numpy()
+        return
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
+        yield f"model/{name}", process_group.full_tensor(p.detach()).float().numpy()
+    for name, p in parameters.items():
+        state = optimizer.state.get(p, {})
         for moment in MOMENTS:
             if moment in state:
-                yield f"optimizer/{moment}/{name}", world.whole(state[moment]).float().numpy()
+                value = process_group.full_tensor(state[moment]).float().numpy()
+                yield f"optimizer/{moment}/{name}", value
 
 
-def _tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
-    return torch.from_numpy(read_array(file, name, np.float32, tuple(like.shape)))
+def _state_tensors(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a recurrent state by field, those of layer i as ``i/field``."""
+    for name, value in state._asdict().items():
+        if isinstance(value, Tensor):
+            yield name, value
+    for i, layer in enumerate(state.layers):
+        yield from ((f"{i}/{name}", x) for name, x in layer._asdict().items() if x is not None)
+
+
+# ---- reading a model
+
+
+def _open(path: Path) -> contextlib.AbstractContextManager[h5py.File]:
+    return open_h5_file(path, KIND, SCHEMA, oldest=SCHEMA)
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Read the model of a checkpoint. LoRA factors are merged into the weights.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: There is no complete checkpoint of this version at ``path``.
+    """
+    with _open(path) as file:
+        step, metadata = _read_header(file)
+        model = _read_model(file)
+        tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError("the tokenizer and the model have vocabularies of different sizes")
+        return LoadedModel(path, model.eval(), tokenizer, step, metadata)
+
+
+def read_metadata(path: Path) -> CheckpointHeader:
+    """Read step, metadata and model configuration of a checkpoint, without its weights.
+
+    Raises:
+        InputError: There is no complete checkpoint of this version at ``path``.
+    """
+    with _open(path) as file:
+        return CheckpointHeader(*_read_header(file), _read_config(file))
+
+
+def _read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
+    step, metadata = read_attribute(file, "step", int), read_json(file, "metadata")
+    if step < 0:
+        raise ValueError(f"step must be >= 0; it is {step}")
+    TrainConfig.from_dict(metadata.get("train", {}))  # raises if a setting is not valid
+    for key in ("preset", "source", "fingerprint"):
+        if not isinstance(metadata.get(key, ""), str):
+            raise ValueError(f"{key} in metadata must be text")
+    return step, metadata
 
 
 def _read_config(file: h5py.File) -> ModelConfig:
-    """The model configuration, held against what is stored before a model is made of it."""
-    config: ModelConfig = from_dict(ModelConfig, read_json(file, "config"))
+    """Read the model configuration. Refuse one with more layers than the file can hold."""
+    config = ModelConfig.from_dict(read_json(file, "config"))
     weights = file.get("model")
     if not isinstance(weights, h5py.Group) or config.depth > len(weights):
         raise ValueError(f"its config says {config.depth:,} layers; fewer weights are stored")
     return config
 
 
-def _read_model(file: h5py.File, info: dict[str, Any]) -> Model:
+def _read_model(file: h5py.File) -> Model:
     config = _read_config(file)
-    with torch.device("meta"):  # shapes are checked before anything is allocated
+    with torch.device("meta"):  # shapes are compared before anything is allocated
         model = Model(config)
-    train, weights = _settings(info), dict[str, Tensor]()
-    for name, p in model.named_parameters():
-        value, stem = _tensor(file, f"model/{name}", p), name.removesuffix(".weight")
-        if f"model/{stem}.up" in file:  # a run with LoRA is under way
-            down, up = p.new_empty(train.lora, p.shape[-1]), p.new_empty(len(p), train.lora)
-            down, up = (
-                _tensor(file, f"model/{stem}{part}", like)
-                for part, like in zip(FACTORS, (down, up), strict=True)
-            )
-            value = merge(value, down, up, train.lora_alpha / train.lora)
-        weights[name] = value
+        if "lora" in file:
+            apply_lora(model, *_read_lora(file))
+    weights = {name: _read_tensor(file, f"model/{name}", p) for name, p in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
-    for p in model.parameters():
-        p.requires_grad_()
-    return model
+    merge_lora(model)
+    return model.requires_grad_()
 
 
-def _read_info(file: h5py.File) -> tuple[int, dict[str, Any]]:
-    step, info = attribute(file, "step", int), read_json(file, "info")
-    if step < 0:
-        raise ValueError(f"step must be >= 0; it is {step}")
-    _settings(info)
-    for key in ("preset", "source", "fingerprint"):
-        if not isinstance(info.get(key, ""), str):
-            raise ValueError(f"{key} in info must be text")
-    return step, info
+def _read_lora(file: h5py.File) -> tuple[int, float]:
+    stored = read_json(file, "lora")
+    rank, alpha = stored.get("rank"), stored.get("alpha")
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise ValueError("lora must hold a rank and an alpha")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha in lora must be finite and > 0; it is {alpha}")
+    return rank, alpha
 
 
-def load_model(path: Path) -> Loaded:
-    """Read the model of a checkpoint. Raises InputError for every file that is not a whole one."""
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        step, info = _read_info(file)
-        model = _read_model(file, info)
-        tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError("the tokenizer and the model have vocabularies of different sizes")
-        return Loaded(path, model.eval(), tokenizer, step, info)
+def _read_tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
+    """Read a float32 tensor that must have the shape of another one."""
+    return torch.from_numpy(read_array(file, name, np.float32, tuple(like.shape)))
 
 
-def read_info(path: Path) -> tuple[int, dict[str, Any], ModelConfig]:
-    """Step, info and model configuration of a checkpoint, without its weights."""
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        return *_read_info(file), _read_config(file)
+# ---- reading the training state
 
 
-class _Moments(Mapping[str, dict[str, Tensor]]):
-    """Moments by parameter, each read when it is asked for."""
+class _StoredMoments(Mapping[str, dict[str, Tensor]]):
+    """Moments by the name of their parameter, each read when it is asked for."""
 
     def __init__(self, file: h5py.File, model: nn.Module) -> None:
-        self._file, self._shapes = file, dict(model.named_parameters())
-
-    def _kept(self, name: str) -> list[str]:
-        return [m for m in MOMENTS if f"optimizer/{m}/{name}" in self._file]
+        self._file, self._parameters = file, dict(model.named_parameters())
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        like, kept = self._shapes[name], self._kept(name)
-        if not kept:
+        like, stored = self._parameters[name], _stored_moments(self._file, name)
+        if not stored:
             raise KeyError(name)
-        return {m: _tensor(self._file, f"optimizer/{m}/{name}", like) for m in kept}
+        return {m: _read_tensor(self._file, f"optimizer/{m}/{name}", like) for m in stored}
 
     def __iter__(self) -> Iterator[str]:
-        return filter(self._kept, self._shapes)
+        return (name for name in self._parameters if _stored_moments(self._file, name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _stored_moments(file: h5py.File, parameter: str) -> list[str]:
+    return [m for m in MOMENTS if f"optimizer/{m}/{parameter}" in file]
 
 
 @contextlib.contextmanager
 def open_moments(
     path: Path, model: nn.Module
 ) -> Iterator[tuple[Mapping[str, dict[str, Tensor]], int]]:
-    """Optimizer moments of a checkpoint by parameter and name, read one parameter at a time, and
-    the steps that they have seen; none if it was saved without."""
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
+    """Open the optimizer moments of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        model: The model of the checkpoint.
+
+    Yields:
+        The moments as ``{parameter: {moment: tensor}}``, read one parameter at a time, and the
+        steps that they have seen. An empty mapping and 0 if the checkpoint holds a model only.
+
+    Raises:
+        InputError: There is no complete checkpoint of this version at ``path``.
+    """
+    with _open(path) as file:
         if "progress" not in file:
             yield {}, 0
             return
-        aged = read_json(file, "progress").get("aged", 0)
-        yield _Moments(file, model), attribute(file, "step", int) + int(aged)
+        progress = read_json(file, "progress") | {"step": read_attribute(file, "step", int)}
+        yield _StoredMoments(file, model), _optimizer_steps(progress)
+
+
+def _optimizer_steps(progress: dict[str, Any]) -> int:
+    """Return the steps that the moments have seen, those before this run included."""
+    return int(progress["step"]) + int(progress.get("optimizer_step_offset", 0))
 
 
 def put_moments(
@@ -224,69 +292,89 @@ def put_moments(
     moments: Mapping[str, dict[str, Tensor]],
     steps: int,
 ) -> None:
-    """Give an optimizer the moments that so many steps left, and forget those that it has."""
+    """Replace the moments of an optimizer.
+
+    Args:
+        model: The model whose parameters the optimizer updates.
+        optimizer: Changed in place.
+        moments: The new moments as ``{parameter: {moment: tensor}}``. Others are removed.
+        steps: The steps that they have seen.
+    """
     optimizer.state.clear()
     parameters = dict(model.named_parameters())
     for name in moments:
         optimizer.state[parameters[name]] = {"step": torch.tensor(float(steps)), **moments[name]}
 
 
-def restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE
+def restore_training_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Put weights, optimizer moments and random state back in place; return the saved progress.
+    """Restore weights, optimizer moments and torch's random state from a checkpoint.
 
-    Of several processes, rank 0 reads and deals out one parameter at a time.
+    In a distributed run, rank 0 reads the file and scatters one tensor at a time.
 
-    Raises InputError if the checkpoint is damaged or was written without them; the model and the
-    optimizer are then of no use until another one is restored.
+    Args:
+        path: The checkpoint.
+        model: Changed in place.
+        optimizer: Changed in place.
+        process_group: That of the model.
+
+    Returns:
+        The progress that was saved, with ``step``.
+
+    Raises:
+        InputError: The checkpoint is damaged, or was written without a training state. Model and
+            optimizer must not be used before another checkpoint is restored.
     """
-    alone: Any = contextlib.nullcontext()
-    with alone if world.rank else open_file(path, KIND, SCHEMA, SCHEMA) as file:
+    not_opened: Any = contextlib.nullcontext()
+    with not_opened if process_group.rank else _open(path) as file:
 
-        def put(x: Tensor, group: str) -> Tensor:
-            return world.put(x, None if file is None else _tensor(file, f"{group}/{name}", x))
+        def restore_(x: Tensor, group: str) -> Tensor:
+            value = None if file is None else _read_tensor(file, f"{group}/{name}", x)
+            return process_group.scatter_tensor_(x, value)
 
-        read = None if file is None else _read_progress(file, path, model)
-        progress, rng, kept = world.told(read)  # type: ignore[misc]
+        stored = None if file is None else _read_progress(file, path, model)
+        progress, rng, moments = process_group.broadcast_object(stored)  # type: ignore[misc]
         optimizer.state.clear()
         for name, p in model.named_parameters():
-            put(p.data, "model")
-            if kept[name]:
-                moments = {m: put(torch.zeros_like(p), f"optimizer/{m}") for m in kept[name]}
-                age = float(progress["step"] + progress.get("aged", 0))
-                optimizer.state[p] = {"step": torch.tensor(age), **moments}
+            restore_(p.data, "model")
+            if moments[name]:
+                values = {m: restore_(torch.zeros_like(p), f"optimizer/{m}") for m in moments[name]}
+                steps = torch.tensor(float(_optimizer_steps(progress)))
+                optimizer.state[p] = {"step": steps, **values}
         torch.set_rng_state(torch.from_numpy(rng))
         return progress
 
 
 def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
-    """Progress, random state, and which moments are kept of each parameter."""
+    """Read progress, random state, and the names of the moments of each parameter."""
     if "progress" not in file:
         raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-    progress = read_json(file, "progress") | {"step": _read_info(file)[0]}
-    kept = {
-        name: [m for m in MOMENTS if f"optimizer/{m}/{name}" in file]
-        for name, _ in model.named_parameters()
-    }
-    return progress, read_array(file, "rng", np.uint8), kept
+    progress = read_json(file, "progress") | {"step": _read_header(file)[0]}
+    moments = {name: _stored_moments(file, name) for name, _ in model.named_parameters()}
+    return progress, read_array(file, "rng", np.uint8), moments
 
 
-def _named(state: State) -> Iterator[tuple[str, Tensor]]:
-    yield "recent", state.recent
-    for i, layer in enumerate(state.layers):
-        yield from ((f"{i}/{name}", x) for name, x in layer._asdict().items() if x is not None)
+def load_recurrent_state(path: Path, initial_state: State) -> State | None:
+    """Read the state from which the rows of the next batch continue.
 
+    Args:
+        path: The checkpoint.
+        initial_state: A state of the shapes that are expected. It is overwritten.
 
-def carried(path: Path, like: State) -> State | None:
-    """What the rows of the next batch go on from, shaped like a state; None if nothing is stored.
+    Returns:
+        The state; None if the checkpoint holds none.
 
-    Raises InputError if it is of another shape.
+    Raises:
+        InputError: There is no complete checkpoint at ``path``, or a shape differs.
     """
-    with open_file(path, KIND, SCHEMA, SCHEMA) as file:
-        if "carried" not in file:
+    with _open(path) as file:
+        if "recurrent_state" not in file:
             return None
-        for name, x in _named(like):
-            stored = read_array(file, f"carried/{name}", x.numpy().dtype, tuple(x.shape))
+        for name, x in _state_tensors(initial_state):
+            stored = read_array(file, f"recurrent_state/{name}", x.numpy().dtype, tuple(x.shape))
             x.copy_(torch.from_numpy(stored))
-        return like
+        return initial_state

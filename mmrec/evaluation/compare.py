@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrec.checkpoint.checkpoint import read_info
+from mmrec.checkpoint.checkpoint import read_metadata
 from mmrec.config import TrainConfig, from_dict, load_toml
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import atomic_file
+from mmrec.runtime.atomic import atomic_path
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Curve:
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     with contextlib.suppress(InputError):
-        fingerprint = read_info(folder / "best.h5")[1].get("fingerprint", "")
+        fingerprint = read_metadata(folder / "best.h5").metadata.get("fingerprint", "")
     return Curve(
         str(folder),
         fingerprint,
@@ -94,5 +94,5 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("bits per byte, validation subset")
     axes[0].legend()
-    with atomic_file(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

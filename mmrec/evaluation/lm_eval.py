@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from mmrec.checkpoint.checkpoint import Loaded, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.evaluation.evaluate import Continuation, continuation
 from mmrec.inference.generate import Sampling, generate
@@ -26,7 +26,7 @@ MAX_TOKENS = 256  # of a generation, where the task does not say
 class HarnessModel(LM):
     """A checkpoint as the harness sees it."""
 
-    def __init__(self, model: str | Loaded = "", **ignored: Any) -> None:
+    def __init__(self, model: str | LoadedModel = "", **ignored: Any) -> None:
         """``model``: run folder, checkpoint, or empty for the newest run. Raises InputError."""
         super().__init__()
         if isinstance(model, str):
@@ -95,7 +95,7 @@ class HarnessModel(LM):
         return made
 
 
-def run_tasks(loaded: Loaded, names: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def run_tasks(loaded: LoadedModel, names: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Run tasks of the harness, or of YAML files in a folder; returns what the harness returns.
 
     Raises InputError if there is no such task.

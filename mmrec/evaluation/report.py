@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmrec.evaluation.evaluate import TokenScores
-from mmrec.runtime.atomic import atomic_file
+from mmrec.runtime.atomic import atomic_path
 
 DRAWS = 2_000
 BINS = 10
@@ -106,5 +106,5 @@ def draw(report: Report, path: Path, title: str) -> None:
     axes: Any
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    with atomic_file(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

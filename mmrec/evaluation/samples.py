@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import continuation
 from mmrec.inference.generate import Sampling, generate
@@ -146,7 +146,7 @@ def _spans(prefixes: np.ndarray, inverse: np.ndarray, size: int) -> np.ndarray:
 
 
 def write_samples(
-    models: Sequence[Loaded],
+    models: Sequence[LoadedModel],
     prompts: Sequence[str],
     temperatures: Sequence[float],
     training: Sequence[bytes],

@@ -9,7 +9,7 @@ import torch
 from torch import optim
 
 from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
@@ -22,7 +22,7 @@ from mmrec.training.run_dir import Progress
 def take_over(
     model: Model,
     optimizer: optim.Optimizer,
-    source: Loaded,
+    source: LoadedModel,
     how: str = "preserve",
     pieces: Sequence[list[int]] = (),
 ) -> int:
@@ -94,7 +94,7 @@ def freeze(model: Model, what: str) -> None:
 
 
 def grow_checkpoint(
-    source: Loaded,
+    source: LoadedModel,
     config: ModelConfig,
     out: Path,
     *,
@@ -127,8 +127,14 @@ def grow_checkpoint(
             parameter_groups(model, 0.0), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0
         )
         steps = take_over(model, optimizer, source, how, pieces)
-    info = source.info | {"preset": name, "val": None, "grown_from": str(source.path), "how": how}
+    metadata = source.metadata | {
+        "preset": name,
+        "val": None,
+        "grown_from": str(source.path),
+        "how": how,
+    }
     progress = dataclasses.asdict(Progress(step=source.step, aged=steps - source.step))
-    kept = (optimizer, progress) if steps else (None, None)
-    checkpoint.save(out, model, tokenizer or source.tokenizer, source.step, info, *kept)
+    resumable = {"optimizer": optimizer, "progress": progress} if steps else {}
+    tokenizer = tokenizer or source.tokenizer
+    checkpoint.save_checkpoint(out, model, tokenizer, source.step, metadata, **resumable)
     return model

@@ -1,6 +1,5 @@
 """What a configuration costs, counted from the real model without allocating it."""
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.model import Model
 from mmrec.profiling.memory import generation, training
+from mmrec.runtime.hardware import matrix_product_rate
 
 PARTS = {
     "embedding": ("embedding",),
@@ -46,18 +46,6 @@ def flops_per_token(config: ModelConfig) -> dict[str, int]:
     return {"forward": forward, "training": 3 * forward, "recompute": 3 * forward + again}
 
 
-def matmul_rate(precision: str = "float32") -> float:
-    """This machine's matrix-product rate in FLOP/s, measured for a fifth of a second."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b = torch.randn(1024, 512).to(dtype), torch.randn(512, 512).to(dtype)
-    a @ b
-    runs, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < 0.2:
-        a @ b
-        runs += 1
-    return runs * 2 * 1024 * 512 * 512 / (time.perf_counter() - begin)
-
-
 def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Parameters by part, FLOPs a token, bytes of training and generation, seconds a token here.
 
@@ -66,6 +54,7 @@ def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     measured just now and is a lower bound of what training will take.
     """
     flops = flops_per_token(config)
+    dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
     made = {
         "training": training(config, replace(train, recompute=False)),
         "recompute": training(config, replace(train, recompute=True)),
@@ -75,5 +64,5 @@ def describe(config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         "parameters": parameters(config),
         "flops_per_token": flops,
         "bytes": {name: parts | {"total": sum(parts.values())} for name, parts in made.items()},
-        "seconds_per_million_tokens": 1e6 * flops["training"] / matmul_rate(train.precision),
+        "seconds_per_million_tokens": 1e6 * flops["training"] / matrix_product_rate(dtype),
     }

@@ -26,7 +26,7 @@ from mmrec.kernels import (
 from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.model import Layer, Model
 from mmrec.optimizer import MuonAdamW, parameter_groups
-from mmrec.runtime.hardware import probe_bfloat16
+from mmrec.runtime.hardware import bfloat16_is_faster, matrix_product_rate
 from mmrec.training.replicas import gradients, lanes_for
 
 REPEATS = 9
@@ -71,12 +71,6 @@ def median_seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
         if i >= 2:
             times.append(time.perf_counter() - begin)
     return sorted(times)[len(times) // 2]
-
-
-def peak_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of large square matrices."""
-    a, b = torch.randn(2, 2048, 2048).to(dtype).unbind()
-    return 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
 
 
 def _both(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
@@ -149,7 +143,7 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
     """Measure a training step of a model of that shape on random tokens, and its parts."""
     batch, length = train.batch, train.seq_len
     model = Model(config)
-    half = train.precision == "bfloat16" or (train.precision == "auto" and probe_bfloat16())
+    half = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16_is_faster())
     model.set_precision("bfloat16" if half else "float32")
     lanes = lanes_for(model, batch)
     optimizer = MuonAdamW(
@@ -182,7 +176,8 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
     made.sort(key=lambda p: -p.seconds)
     made.append(Part("rest", max(0.0, whole - sum(p.seconds for p in made))))
     flops = sum(p.flops for p in made)
-    peak = peak_rate(torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    peak = matrix_product_rate(dtype, (2048, 2048, 2048))
     name = "bfloat16" if half else "float32"
     return Profile(made, whole, batch * length, flops, peak, name)
 

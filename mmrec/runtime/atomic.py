@@ -1,6 +1,8 @@
-"""Files written all or not at all, and what to do where the system refuses."""
+"""Files that are written completely or not at all."""
 
 import contextlib
+import ctypes
+import errno
 import io
 import os
 import re
@@ -10,39 +12,84 @@ from pathlib import Path
 
 from mmrec.errors import StorageError
 
+Retry = Callable[[StorageError], bool]
+"""Decides whether to write again after an error, for instance once a person has freed space."""
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; put it in place if the block succeeds, else remove it.
 
-    The folder must exist: one that vanished is not made again, since what was mounted there may
-    only be away.
+def never_retry(error: StorageError) -> bool:
+    """Give up at the first error."""
+    return False
+
+
+def write_with_retry(write: Callable[[], None], retry: Retry = never_retry) -> None:
+    """Call ``write`` until it succeeds or ``retry`` returns False.
+
+    Args:
+        write: Writes a file, completely or not at all.
+        retry: Called with each error. It may wait, or ask a person to free space.
 
     Raises:
-        StorageError: the system refused (disk full, no permission …); ``path`` is as it was.
+        StorageError: ``write`` failed and ``retry`` returned False.
+    """
+    while True:
+        try:
+            return write()
+        except StorageError as error:
+            if not retry(error):
+                raise
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Provide a temporary path, and rename it to ``path`` if the block succeeds.
+
+    The folder must exist. A folder that vanished is not created again, because the disk that holds
+    it may only be disconnected.
+
+    Args:
+        path: The file to create or replace.
+
+    Yields:
+        A path in the same folder. The block must create a file there.
+
+    Raises:
+        StorageError: The system refused (disk full, no permission …). ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        _flush_file(temporary)
         temporary.replace(path)
-        _flush(path.parent)  # or the new name may be lost with the power
+        _flush_folder(path.parent)
     except OSError as error:
-        kept = "the file that was there is intact" if path.exists() else "nothing was left behind"
-        raise StorageError(f"could not write {path}: {error.strerror or error}; {kept}") from None
+        state = "the file that was there is intact" if path.exists() else "nothing was left behind"
+        raise StorageError(f"could not write {path}: {error.strerror or error}; {state}") from None
     finally:
-        with contextlib.suppress(OSError):  # most often it has moved into place
+        with contextlib.suppress(OSError):  # usually it has been renamed
             temporary.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file all or not at all. Raises StorageError."""
-    with atomic_file(path) as temporary:
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file completely or not at all.
+
+    Raises:
+        StorageError: The system refused. ``path`` is unchanged.
+    """
+    with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
-def append(file: io.FileIO, path: Path, data: bytes) -> None:
-    """Append to an open unbuffered file, all or nothing. Raises StorageError."""
+def append_all_or_nothing(file: io.FileIO, path: Path, data: bytes) -> None:
+    """Append bytes to an open file. After an error the file has its earlier length.
+
+    Args:
+        file: Open for appending, unbuffered.
+        path: Its path, for the error message.
+        data: The bytes.
+
+    Raises:
+        StorageError: The system refused.
+    """
     end = file.seek(0, os.SEEK_END)
     try:
         while data:
@@ -53,52 +100,68 @@ def append(file: io.FileIO, path: Path, data: bytes) -> None:
         raise StorageError(f"could not write {path}: {error.strerror}; it is as it was") from None
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove the temporary files in a folder whose writers are no longer running."""
+    for path in folder.glob(".*.tmp"):
+        writer = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
+        if writer and not process_is_alive(int(writer[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def process_is_alive(pid: int) -> bool:
+    """Return whether a process with this number runs on this machine, no matter whose it is."""
+    if sys.platform == "win32":
+        return _windows_process_is_alive(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
+
+
+def _windows_process_is_alive(pid: int) -> bool:
+    """Ask Windows, where ``os.kill(pid, 0)`` would send Ctrl-C to the process."""
+    query_limited_information, access_denied, still_active = 0x1000, 5, 259
+    kernel: ctypes.CDLL = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(kernel.OpenProcess(query_limited_information, False, pid))
+    if not handle.value:
+        denied: bool = ctypes.get_last_error() == access_denied  # type: ignore[attr-defined]
+        return denied
+    try:
+        code = ctypes.c_ulong()
+        known = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        return not known or code.value == still_active
+    finally:
+        kernel.CloseHandle(handle)
+
+
+def _flush_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    # Windows flushes only what is open for writing
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporaries that processes now dead have left in a folder."""
-    for path in folder.glob(".*.tmp"):
-        owner = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
-        if owner and not _alive(int(owner[1])):
-            with contextlib.suppress(OSError):
-                path.unlink()
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that.
 
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-def keep_trying(write: Callable[[], None]) -> None:
-    """Write; where the system refuses and a person is there, let them make room and try again.
-
-    Raises StorageError if there is no terminal, or the person gives up.
+    Without it, a power failure may undo a rename.
     """
-    while True:
-        try:
-            return write()
-        except StorageError as error:
-            if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-                raise
-            print(
-                f"\nerror: {error}\nThe training state is still in memory. Free some space and "
-                "press Enter to try again, or q and Enter to give up: ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-            answer = sys.stdin.readline()
-            if not answer or answer.strip().lower() == "q":
-                raise
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # no such operation here
+            raise
+    finally:
+        os.close(handle)

@@ -1,9 +1,9 @@
-"""Several processes that train one model together, on torch's own engine: torch.distributed.
+"""Distributed training on CPUs, with torch.distributed over gloo.
 
-Each takes a share of the rows of every batch. With ``ddp`` each holds the whole model and gradients
-are added up (Li et al. 2020, arXiv:2006.15704); with ``fsdp`` each holds a share of every
-parameter, gradient and moment, and a layer is whole only while it works (Zhao et al. 2023,
-arXiv:2304.11277).
+Each process computes the gradients of its share of the rows of a batch. With ``ddp`` each process
+holds the whole model, and gradients are summed (Li et al. 2020, arXiv:2006.15704). With ``fsdp``
+each process holds a shard of every parameter, gradient and moment, and the parameters of a layer
+are gathered while it computes (Zhao et al. 2023, arXiv:2304.11277).
 """
 
 import contextlib
@@ -19,166 +19,209 @@ from torch import Tensor, nn
 
 from mmrec.errors import InputError, ProcessLostError
 from mmrec.kernels import _tensors as arrays
+from mmrec.runtime.numeric import cdiv
 
-KINDS = ["ddp", "fsdp"]
-BUCKET = 1 << 23  # gradients that are added up in one message
-PATIENCE = timedelta(days=30)  # for what one process does while the others wait: reading a text
+STRATEGIES = ["ddp", "fsdp"]
+BUCKET_ELEMENTS = 1 << 23
+"""Gradient elements that are summed in one message."""
+TIMEOUT = timedelta(days=30)
+"""How long processes wait while another one works alone, for instance prepares a text."""
 
 Value = TypeVar("Value")
 Work = Callable[[list[Tensor]], list[Tensor]]
 
 
-class World:
-    """One process alone. Of several (``Ranks``), all call the same operations in the same order."""
+class ProcessGroup:
+    """The operations of one process that trains alone, and the interface of several.
+
+    All processes of a ``TorchrunGroup`` must call the same operations in the same order.
+    """
 
     rank, size, local_rank = 0, 1, 0
     sharded = False
+    """Whether parameters are sharded (FSDP)."""
 
-    def shard(self, module: nn.Module) -> nn.Module:
-        """A layer whose parameters are dealt out, if this world shards; changed in place."""
+    def shard_layer(self, module: nn.Module) -> nn.Module:
+        """Shard the parameters of a layer in place, if this group shards. Return the layer."""
         return module
 
-    def shard_root(self, model: nn.Module) -> None:
-        """Deal out what of a model is in no layer."""
+    def shard_model(self, model: nn.Module) -> None:
+        """Shard the parameters of a model that belong to no layer, if this group shards."""
 
-    def rest(self, model: nn.Module) -> None:
-        """Free what a forward without a backward left whole."""
+    def reshard(self, model: nn.Module) -> None:
+        """Free the full parameters that a forward pass without a backward pass has gathered."""
 
-    def told(self, value: Value) -> Value:
-        """The value that rank 0 has."""
+    def broadcast_object(self, value: Value) -> Value:
+        """Return the value of rank 0. The values of other ranks are ignored."""
         return value
 
-    def all(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order."""
+    def all_gather_object(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, in the order of ranks."""
         return [value]
 
-    def most(self, value: float) -> float:
-        """The largest of all values."""
+    def all_reduce_max(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
         return value
 
-    def in_turn(self, work: Callable[[], Value]) -> Value:
-        """Work first in one process of each machine, then in the others."""
+    def local_rank_zero_first(self, work: Callable[[], Value]) -> Value:
+        """Call ``work`` in one process of each machine, then in the others. Return its result."""
         return work()
 
-    def add_up(self, loss: float, gradients: list[Tensor]) -> float:
-        """The sum of all ranks' losses; gradients, unless they are sharded, become their sums."""
+    def all_reduce_gradients(self, loss: float, gradients: list[Tensor]) -> float:
+        """Sum the losses of all ranks, and their gradients in place.
+
+        Args:
+            loss: This rank's share of the loss.
+            gradients: Float32 tensors of any shape. FSDP has summed them already.
+
+        Returns:
+            The sum of all losses.
+        """
         return loss
 
-    def whole(self, x: Tensor) -> Tensor:
-        """A parameter, moment or norm with the shares of all ranks."""
+    def full_tensor(self, x: Tensor) -> Tensor:
+        """Return a parameter, moment or norm in full, gathered from all ranks."""
         return x
 
-    def local(self, x: Tensor) -> Tensor:
-        """The share of it that is here, which may be written to."""
+    def local_shard(self, x: Tensor) -> Tensor:
+        """Return this rank's shard of a tensor. Writing to it changes the tensor."""
         return x
 
-    def put(self, x: Tensor, value: Tensor | None) -> Tensor:
-        """Write the whole value that rank 0 has into x; returns x."""
+    def scatter_tensor_(self, x: Tensor, value: Tensor | None) -> Tensor:
+        """Write the full value that rank 0 has into ``x``.
+
+        Args:
+            x: A parameter or moment, possibly sharded.
+            value: Float32, of the full shape of ``x``; None in the other ranks.
+
+        Returns:
+            ``x``.
+        """
         assert value is not None
         return x.copy_(value)
 
-    def apart(self, work: Work, parts: list[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-        """Work on tensors of which each rank has its share; returns its share of what comes out.
+    def map_sharded(
+        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        """Apply a function to full tensors of which each rank holds a shard.
 
-        Each whole tensor is worked on by one rank. On the way they are in bfloat16, so it is for
-        work that begins and ends with that. ``work`` maps so many tensors to as many alike.
+        Each full tensor is computed by one rank. Shards travel in bfloat16, so inputs and results
+        lose no precision only if they are bfloat16 numbers.
+
+        Args:
+            work: Maps a list of full tensors to as many tensors of the same shapes.
+            shards: This rank's shards.
+            shapes: The full shapes.
+
+        Returns:
+            This rank's shards of the results, in float32.
         """
-        return work(parts)
+        return work(shards)
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Ranks(World):
-    """The processes that torchrun started, over gloo. As a context: what ends one ends all.
+class TorchrunGroup(ProcessGroup):
+    """The processes that torchrun started, connected over gloo.
 
-    Left by an error of its own, a process says so to the others, which then end without a word;
-    left because another one vanished, it raises ProcessLostError, or SystemExit if one has said so already.
+    As a context manager, it ends all processes together. A failing rank records its error in the
+    store, and the other ranks exit silently. If another rank vanished without a record, leaving the
+    context raises ProcessLostError.
     """
 
-    def __init__(self, kind: str) -> None:
-        """``kind`` is of KINDS. Raises InputError if the library cannot do it."""
+    def __init__(self, strategy: str) -> None:
+        """Connect to the other processes.
+
+        Args:
+            strategy: One of ``STRATEGIES``.
+
+        Raises:
+            InputError: The installed NumPy cannot shard.
+        """
         self._store, self.rank, self.size = next(dist.rendezvous("env://"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
-        self._patient = dist.new_group(timeout=PATIENCE)
-        self.sharded = kind == "fsdp"
+        self._patient_group = dist.new_group(timeout=TIMEOUT)
+        self.sharded = strategy == "fsdp"
         if self.sharded:
             self._mesh = dist.init_device_mesh("cpu", (self.size,))
-            # a tensor that NumPy has seen cannot be freed and filled again, as a layer's weights
-            # must be; one that was lent by DLPack can
+            # FSDP frees and refills the storage of full parameters. torch forbids that for a tensor
+            # that was shared by Tensor.numpy(), but not for one that was shared by DLPack.
             if not np.from_dlpack(torch.zeros(1)).flags.writeable:
                 raise InputError("--parallel fsdp needs NumPy 2.1 or newer: upgrade it, or use ddp")
             arrays.as_array = np.from_dlpack
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> "TorchrunGroup":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if kind is None:  # all together: torchrun ends the others once one has ended with a code
-            with contextlib.suppress(RuntimeError):  # all is done, also if one has died since
+        if kind is None:  # together: as soon as one exits with an error, torchrun kills the others
+            with contextlib.suppress(RuntimeError):  # a rank may have died after its work
                 dist.barrier()
                 dist.destroy_process_group()
             return
         first = True
-        with contextlib.suppress(RuntimeError):  # where rank 0's machine is gone, so is the store
-            first = self._store.add("mmrec/said", 1) == 1
-        if issubclass(kind, RuntimeError) and _is_network(error):
+        with contextlib.suppress(RuntimeError):  # the store is lost with the machine of rank 0
+            first = self._store.add("mmrec/errors", 1) == 1
+        if issubclass(kind, RuntimeError) and _is_connection_error(error):
             if first:
                 raise ProcessLostError("a process of this job has ended") from None
             raise SystemExit(1) from None
 
-    def shard(self, module: nn.Module) -> nn.Module:
+    def shard_layer(self, module: nn.Module) -> nn.Module:
         if self.sharded:
-            self._deal(module, whole_until_backward=False)
+            self._shard(module, reshard_after_forward=True)
         return module
 
-    def shard_root(self, model: nn.Module) -> None:
+    def shard_model(self, model: nn.Module) -> None:
         if self.sharded:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
-            self._deal(model, whole_until_backward=True)  # the loss needs the embedding, too
+            # the loss needs the embedding again
+            self._shard(model, reshard_after_forward=False)
             register_fsdp_forward_method(model, "hidden_states")
 
-    def _deal(self, module: nn.Module, *, whole_until_backward: bool) -> None:
-        from torch.distributed.fsdp import fully_shard  # half a second that only this needs
+    def _shard(self, module: nn.Module, *, reshard_after_forward: bool) -> None:
+        from torch.distributed.fsdp import fully_shard  # takes half a second to import
 
-        made = fully_shard(module, mesh=self._mesh, reshard_after_forward=not whole_until_backward)
-        # sums, as a rank's loss is already a share of the batch's; gloo knows no other reduction
-        made.set_gradient_divide_factor(1.0)
-        made.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        # A rank's loss is already its share of the batch's loss, so gradients are summed without
+        # a division. gloo has no other reduction.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
-    def rest(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         if self.sharded:
             model.reshard()  # type: ignore[operator]
 
-    def told(self, value: Value) -> Value:
-        held = [value]
-        dist.broadcast_object_list(held, 0, group=self._patient)
-        return held[0]
+    def broadcast_object(self, value: Value) -> Value:
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self._patient_group)
+        return values[0]
 
-    def all(self, value: Value) -> list[Value]:
-        held = [value] * self.size
-        dist.all_gather_object(held, value)
-        return held
+    def all_gather_object(self, value: Value) -> list[Value]:
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def most(self, value: float) -> float:
-        held = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return held.item()
+    def all_reduce_max(self, value: float) -> float:
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
-    def in_turn(self, work: Callable[[], Value]) -> Value:
-        made = None if self.local_rank else work()
-        dist.barrier(self._patient)
-        return made if made is not None else work()
+    def local_rank_zero_first(self, work: Callable[[], Value]) -> Value:
+        result = None if self.local_rank else work()
+        dist.barrier(self._patient_group)
+        return result if result is not None else work()
 
-    def add_up(self, loss: float, gradients: list[Tensor]) -> float:
+    def all_reduce_gradients(self, loss: float, gradients: list[Tensor]) -> float:
         total = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(total)
         bucket: list[Tensor] = []
-        for i, x in enumerate([] if self.sharded else gradients, 1):
-            bucket.append(x)
-            if i == len(gradients) or sum(x.numel() for x in bucket) >= BUCKET:
+        for i, gradient in enumerate([] if self.sharded else gradients, 1):
+            bucket.append(gradient)
+            if i == len(gradients) or sum(x.numel() for x in bucket) >= BUCKET_ELEMENTS:
                 flat = torch.cat([x.reshape(-1) for x in bucket])
                 dist.all_reduce(flat)
                 for x, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
@@ -186,65 +229,81 @@ class Ranks(World):
                 bucket = []
         return total.item()
 
-    def whole(self, x: Tensor) -> Tensor:
+    def full_tensor(self, x: Tensor) -> Tensor:
         return x.full_tensor() if self.sharded else x  # type: ignore[attr-defined]
 
-    def local(self, x: Tensor) -> Tensor:
+    def local_shard(self, x: Tensor) -> Tensor:
         return x.to_local() if self.sharded else x  # type: ignore[attr-defined]
 
-    def put(self, x: Tensor, value: Tensor | None) -> Tensor:
-        whole = torch.empty(x.shape) if value is None else value.contiguous()
-        dist.broadcast(whole, 0)
-        sizes = self._sizes(x.shape)
-        share = whole.view(-1).split(sizes)[self.rank] if self.sharded else whole
-        local = self.local(x)
-        local.copy_(share.view_as(local))
+    def scatter_tensor_(self, x: Tensor, value: Tensor | None) -> Tensor:
+        full = torch.empty(x.shape) if value is None else value.contiguous()
+        dist.broadcast(full, 0)
+        shard = full.view(-1).split(self._shard_sizes(x.shape))[self.rank] if self.sharded else full
+        local = self.local_shard(x)
+        local.copy_(shard.view_as(local))
         return x
 
-    def apart(self, work: Work, parts: list[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-        ranks, sizes = range(self.size), [self._sizes(shape) for shape in shapes]
-        owned = [range(rank, len(parts), self.size) for rank in ranks]
+    def map_sharded(
+        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        ranks, sizes = range(self.size), [self._shard_sizes(shape) for shape in shapes]
+        owned = [range(rank, len(shards), self.size) for rank in ranks]
         mine = owned[self.rank]
         if self.sharded:
-            flat = [x.reshape(-1).bfloat16() for x in parts]
-            came = self._exchange(
+            flat = [x.reshape(-1).bfloat16() for x in shards]
+            received = self._all_to_all(
                 [[flat[i] for i in owned[r]] for r in ranks],
                 [[sizes[i][r] for i in mine] for r in ranks],
             )
-            held = [
+            full = [
                 torch.cat(x).view(shapes[i])
-                for i, x in zip(mine, zip(*came, strict=True), strict=True)
+                for i, x in zip(mine, zip(*received, strict=True), strict=True)
             ]
         else:
-            held = [parts[i] for i in mine]
-        made = [x.reshape(-1).bfloat16() for x in work(held)] if held else []
-        shares = [
+            full = [shards[i] for i in mine]
+        results = [x.reshape(-1).bfloat16() for x in work(full)] if full else []
+        split = [
             x.split(sizes[i]) if self.sharded else [x] * self.size
-            for i, x in zip(mine, made, strict=True)
+            for i, x in zip(mine, results, strict=True)
         ]
-        came = self._exchange(
-            [[x[r] for x in shares] for r in ranks],
-            [[parts[i].numel() for i in owned[r]] for r in ranks],
+        received = self._all_to_all(
+            [[x[r] for x in split] for r in ranks],
+            [[shards[i].numel() for i in owned[r]] for r in ranks],
         )
-        return [came[i % self.size][i // self.size].float().view_as(x) for i, x in enumerate(parts)]
+        return [
+            received[i % self.size][i // self.size].float().view_as(x) for i, x in enumerate(shards)
+        ]
 
-    def _sizes(self, shape: torch.Size) -> list[int]:
-        """Elements of each rank's share: rows in equal numbers, fewer or none in the last ones."""
-        each = -(-shape[0] // self.size)
-        rows = [max(0, min(each, shape[0] - rank * each)) for rank in range(self.size)]
+    def _shard_sizes(self, shape: torch.Size) -> list[int]:
+        """Return the elements in each rank's shard.
+
+        Shards hold ``cdiv(rows, size)`` rows, and the last ones hold fewer or none, as in FSDP.
+        """
+        rows_per_rank = cdiv(shape[0], self.size)
+        rows = [
+            max(0, min(rows_per_rank, shape[0] - rank * rows_per_rank)) for rank in range(self.size)
+        ]
         return [n * shape[1:].numel() for n in rows]
 
-    def _exchange(self, to: list[list[Tensor]], sizes: list[list[int]]) -> list[list[Tensor]]:
-        """Send tensors (n,) in bfloat16 to each rank; returns those of so many sizes from each."""
-        none = torch.empty(0, dtype=torch.bfloat16)
-        sent = [torch.cat([none, *x]) for x in to]
-        made = torch.empty(sum(map(sum, sizes)), dtype=torch.bfloat16)
-        counts = [sum(x) for x in sizes]
-        dist.all_to_all_single(made, torch.cat(sent), counts, [len(x) for x in sent])
-        return [list(x.split(n)) for x, n in zip(made.split(counts), sizes, strict=True)]
+    def _all_to_all(self, sent: list[list[Tensor]], sizes: list[list[int]]) -> list[list[Tensor]]:
+        """Send bfloat16 tensors of shape (n,) to each rank, and receive some from each.
+
+        Args:
+            sent: For each rank, the tensors that it gets.
+            sizes: For each rank, the lengths of the tensors that come from it.
+
+        Returns:
+            For each rank, the tensors that came from it.
+        """
+        empty = torch.empty(0, dtype=torch.bfloat16)
+        messages = [torch.cat([empty, *x]) for x in sent]
+        received = torch.empty(sum(map(sum, sizes)), dtype=torch.bfloat16)
+        lengths = [sum(x) for x in sizes]
+        dist.all_to_all_single(received, torch.cat(messages), lengths, [len(x) for x in messages])
+        return [list(x.split(n)) for x, n in zip(received.split(lengths), sizes, strict=True)]
 
 
-def _is_network(error: BaseException) -> bool:
-    """Whether an error is that of a connection whose other end is gone."""
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether an error says that the other end of a connection is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text

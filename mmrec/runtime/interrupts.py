@@ -1,4 +1,4 @@
-"""Signals and terminals that go away: nothing that was trained is lost to either."""
+"""Signals and closed terminals: neither loses what was trained."""
 
 import contextlib
 import os
@@ -11,83 +11,106 @@ from typing import Any, TextIO
 
 from mmrec.errors import InterruptedTrainingError
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # SIGBREAK is that of Windows
+    if name in signal.Signals.__members__
+)
 
 
-class Stop:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted; a second ends the process.
+class StopSignal:
+    """A context in which the first stop signal is recorded and the second ends the process.
 
-    A signal that the process was started to ignore (``nohup``, a script's ``&``) stays ignored.
-    Python hears signals in its main thread only; elsewhere this does nothing.
+    Stop signals are SIGINT, SIGTERM and, where the platform has it, SIGHUP or SIGBREAK. A signal
+    that the process was started to ignore (``nohup``, ``&`` in a script) stays ignored. Python
+    handles signals in its main thread only. In any other thread this context does nothing.
     """
 
     def __init__(self, agree: Callable[[float], float] | None = None) -> None:
-        """``agree``: of several processes, the largest of what each has; they stop together. They
-        are torchrun's, which sends signals of its own once one of them ends and kills those that
-        take too long: a second signal is noted only, also when this is left, to the very end."""
-        self.number = 0
-        """The signal that this process, or all of them, stop for; 0 while there is none."""
-        self._agree, self._came = agree, 0
-        self._before: dict[signal.Signals, Any] = {}
+        """Create the context. Handlers are installed on entry.
 
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._before = _replace(self._note)
+        Args:
+            agree: In a distributed run, returns the largest value of all processes, so that all
+                stop at the same step. torchrun sends signals of its own as soon as one process
+                ends, and kills those that take long. With ``agree`` a second signal is therefore
+                only recorded, and the handlers stay installed after the block.
+        """
+        self.signal_number = 0
+        """The signal that all processes stop for, or 0."""
+        self._agree, self._received = agree, 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = _install(self._record)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = number
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
         if self._agree is None:
-            self.number = number
-            for s in self._before:
+            self.signal_number = number
+            for s in self._previous:
                 signal.signal(s, signal.SIG_DFL)
 
-    def came(self) -> bool:
-        """Whether to stop; several processes must ask at the same points."""
-        if self._agree is not None and not self.number:
-            self.number = int(self._agree(self._came))
-        return self.number > 0
+    def is_set(self) -> bool:
+        """Return whether to stop. In a distributed run, all processes must call this together."""
+        if self._agree is not None and not self.signal_number:
+            self.signal_number = int(self._agree(self._received))
+        return self.signal_number > 0
 
-    def __exit__(self, *error: object) -> None:
-        for s, handler in self._before.items() if self._agree is None else ():
-            signal.signal(s, handler)
-
-    def check(self, *_: object) -> None:
-        """Raise InterruptedTrainingError if a signal came."""
-        if self.came():
+    def raise_if_set(self, *_: object) -> None:
+        """Raise InterruptedTrainingError if a signal came. Arguments are ignored."""
+        if self.is_set():
             raise InterruptedTrainingError
 
+    def __exit__(self, *error: object) -> None:
+        if self._agree is None:
+            _restore(self._previous)
 
-def _replace(handler: Any) -> dict[signal.Signals, Any]:
-    before = {s: signal.getsignal(s) for s in STOPPING}
-    before = {s: old for s, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for s in before:
+
+def _install(handler: Any) -> dict[signal.Signals, Any]:
+    """Handle the stop signals that are not ignored. Return the handlers they had."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    previous = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    previous = {s: old for s, old in previous.items() if old not in (signal.SIG_IGN, None)}
+    for s in previous:
         signal.signal(s, handler)
-    return before
+    return previous
+
+
+def _restore(previous: dict[signal.Signals, Any]) -> None:
+    for s, handler in previous.items():
+        signal.signal(s, handler)
 
 
 @contextlib.contextmanager
-def leaving(line: str) -> Iterator[None]:
-    """While there is nothing to save: the first signal prints a line and exits, tidily, with 128 +
-    its number; a second one does not wait for that."""
+def exit_on_signal(message: str) -> Iterator[None]:
+    """While there is nothing to save, end the process tidily at the first stop signal.
+
+    A second signal ends it at once. Outside the main thread this does nothing.
+
+    Args:
+        message: Printed to standard error.
+
+    Raises:
+        SystemExit: A signal came. The code is 128 plus its number.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for s in before:
+        for s in previous:
             signal.signal(s, signal.SIG_DFL)
-        print(line, file=sys.stderr)
+        print(message, file=sys.stderr)
         raise SystemExit(128 + number)
 
-    before = _replace(leave)
+    previous = _install(leave)
     try:
         yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        _restore(previous)
 
 
-class _Unbreakable:
-    """A text stream whose other end may go away (a closed terminal, ``| head``): what can no longer
-    be written is dropped."""
+class _TolerantStream:
+    """A text stream whose reader may go away (closed terminal, ``| head``). Later text is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -99,11 +122,11 @@ class _Unbreakable:
     def flush(self) -> None:
         self._try(self._stream.flush)
 
-    def _try(self, action: Any, *args: str) -> None:
+    def _try(self, action: Any, *arguments: str) -> None:
         try:
-            action(*args)
+            action(*arguments)
         except OSError:
-            # also for what is buffered, and for the interpreter's own last flush
+            # The descriptor itself must accept what is buffered, and the interpreter's last flush.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
@@ -112,10 +135,10 @@ class _Unbreakable:
 
 
 @contextlib.contextmanager
-def unbreakable_output() -> Iterator[None]:
-    """Let work go on when nobody reads its standard output and error any more."""
-    out: Any = _Unbreakable(sys.stdout)
-    err: Any = _Unbreakable(sys.stderr)
+def tolerate_closed_output() -> Iterator[None]:
+    """Let the block finish even if nobody reads standard output and error any more."""
+    out: Any = _TolerantStream(sys.stdout)
+    err: Any = _TolerantStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
         out.flush()

@@ -1,40 +1,48 @@
-"""What the C library does with freed memory, where it can be told (glibc)."""
+"""How the C library treats freed memory.
+
+Every function here does nothing where the library has no such call: on Windows, macOS and musl.
+"""
 
 import contextlib
 import ctypes
 
+# Parameters of mallopt(3), from glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 
-def _call(name: str, *numbers: int) -> None:
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        getattr(ctypes.CDLL(None), name)(*numbers)
+
+def _call_libc(name: str, *arguments: int) -> None:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no such call, or no glibc
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
-def keep_freed() -> None:
-    """Keep freed blocks of up to 32 MiB in the process.
+def keep_freed_memory() -> None:
+    """Keep freed blocks of up to 32 MiB in the process, and use one heap for all threads.
 
-    Training frees and asks for the same tens of megabytes at each step. By default they go back to
-    the system and their pages are faulted in again: 12,000 faults a step of tiny, a tenth of its
-    time. One heap serves all threads, so that one's holes are another's blocks.
+    Training frees and requests the same tens of megabytes at each step. By default glibc returns
+    them to the system, and each page must be faulted in again: 12,000 page faults per step of the
+    preset tiny, a tenth of its time. With one heap, one thread can reuse what another one freed.
     """
-    _call("mallopt", -1, 1 << 30)  # M_TRIM_THRESHOLD: the top of the heap stays
-    _call("mallopt", -3, 1 << 25)  # M_MMAP_THRESHOLD
-    _call("mallopt", -8, 1)  # M_ARENA_MAX
+    _call_libc("mallopt", M_TRIM_THRESHOLD, 1 << 30)
+    _call_libc("mallopt", M_MMAP_THRESHOLD, 1 << 25)
+    _call_libc("mallopt", M_ARENA_MAX, 1)
 
 
-def leave_no_holes() -> None:
-    """Give freed blocks of 1 MiB and more back at once.
+def return_large_blocks() -> None:
+    """Return freed blocks of 1 MiB and more to the system at once.
 
-    A heap has holes, since an aligned block does not fit where an equal one was. They took as much
-    again as what lived, where layers are run again in backward; without them a step takes longer,
-    by a tenth there.
+    glibc cannot reuse a freed aligned block for an equal request, so the heap fragments. With
+    activation checkpointing the fragments took as much memory as the live blocks. Without them a
+    step takes up to a tenth longer.
     """
-    _call("mallopt", -3, 1 << 20)
+    _call_libc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
 
 
-def give_back() -> None:
-    """Return freed memory to the system.
+def trim() -> None:
+    """Return unused memory to the system.
 
-    Small blocks that outlive large ones cut up the heap: in a process that trains run after run it
-    grew by 366 MB an hour, of which none was in use.
+    Small blocks that outlive large ones fragment the heap. A process that trained one run after
+    another grew by 366 MB per hour, none of which was in use.
     """
-    _call("malloc_trim", 0)
+    _call_libc("malloc_trim", 0)

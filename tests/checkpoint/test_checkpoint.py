@@ -34,11 +34,11 @@ def test_tiny_with_optimizer_stays_within_its_size(tmp_path: Path) -> None:
         optimizer.step()
     path = tmp_path / "tiny.h5"
     tokenizer = train_tokenizer("byte", [])
-    checkpoint.save(path, model, tokenizer, 2, {}, optimizer, {"seconds": 1.0})
+    checkpoint.save_checkpoint(path, model, tokenizer, 2, {}, optimizer, {"seconds": 1.0})
     assert path.stat().st_size <= 22.6e6
     other = Model(PRESETS["tiny"])
     fresh = make_optimizer(other)
-    assert checkpoint.restore(path, other, fresh) == {"seconds": 1.0, "step": 2}
+    assert checkpoint.restore_training_state(path, other, fresh) == {"seconds": 1.0, "step": 2}
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         kept = optimizer.state[a].keys() - {"step"}
@@ -120,11 +120,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Corpus, tmp_path: Pa
     first = make_trainer(corpus, tmp_path, keep=1)
     train(first)
     end = (tmp_path / "last.h5").read_bytes()
-    assert [p.name for p in saved.run_checkpoints(tmp_path)] == ["step-10.h5", "last.h5"]
+    assert [p.name for p in saved.list_checkpoints(tmp_path)] == ["step-10.h5", "last.h5"]
     flip(tmp_path / "last.h5")
     (tmp_path / "step-of-mine.h5").write_text("not a checkpoint")
     (tmp_path / "step-999.h5").write_bytes(end[:1000])
-    names = [p.name for p in saved.run_checkpoints(tmp_path)]
+    names = [p.name for p in saved.list_checkpoints(tmp_path)]
     assert names == ["step-10.h5", "step-999.h5", "last.h5"]
     again = make_trainer(corpus, tmp_path, keep=1)
     train(again, resume=True)

@@ -19,7 +19,7 @@ from mmrec.checkpoint import manager as saved
 from mmrec.cli import ranks, startup
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
-from mmrec.runtime.distributed import World
+from mmrec.runtime.distributed import ProcessGroup
 from mmrec.training.run_dir import Lock
 from tests.conftest import make_trainer
 
@@ -152,7 +152,7 @@ def test_a_signal_stops_all_of_them(
     assert len(both) == 2
     os.kill(process.pid if whom is None else both[whom], number)
     _, errors = process.communicate(timeout=60)
-    step = checkpoint.read_info(r / "last.h5")[0]
+    step = checkpoint.read_metadata(r / "last.h5")[0]
     assert said(errors) == [
         f"stopped at step {step:,} and saved; continue with: torchrun --nproc-per-node 2 -m mmrec "
         f"train --resume --out r --parallel {kind}"
@@ -180,10 +180,10 @@ def test_a_killed_process_ends_the_job(folder: Path, kind: str, whom: int) -> No
         "on from them with --resume"
     ]
     assert not any(Path(f"/proc/{x}").exists() for x in both)
-    step = checkpoint.read_info(saved.run_checkpoints(r)[-1])[0]
+    step = checkpoint.read_metadata(saved.list_checkpoints(r)[-1])[0]
     out, _ = run(folder, 1, "--resume", "--out", "r", "--steps", str(step + 2))
     assert f"step {step:,}\n" in out
-    assert checkpoint.read_info(r / "last.h5")[0] == step + 2
+    assert checkpoint.read_metadata(r / "last.h5")[0] == step + 2
 
 
 def test_they_diverge_and_roll_back_together(folder: Path) -> None:
@@ -206,7 +206,7 @@ def test_they_diverge_and_roll_back_together(folder: Path) -> None:
     assert out.count("rollback: ") == 3
     [line] = said(errors)
     assert "after 3 rollbacks" in line
-    assert saved.run_checkpoints(folder / "r")
+    assert saved.list_checkpoints(folder / "r")
 
 
 def test_a_mistake_is_said_once(folder: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_mistake_is_said_once(folder: Path) -> None:
 
 
 def test_what_cannot_be_sharded_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    class Sharded(World):
+    class Sharded(ProcessGroup):
         sharded = True
 
     made = make_trainer(corpus, tmp_path, grow_from="x")

@@ -95,7 +95,7 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
     os.close(master)  # from now on writing to the terminal is an error
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 129
-    step = checkpoint.read_info(run / "last.h5")[0]
+    step = checkpoint.read_metadata(run / "last.h5")[0]
     assert lines(run) >= step > 50
     assert not [p.name for p in run.glob(".*")]
 

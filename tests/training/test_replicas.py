@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmrec.model import Model
-from mmrec.runtime.distributed import World
+from mmrec.runtime.distributed import ProcessGroup
 from mmrec.training.replicas import Lanes, gradients
 from tests.conftest import SMALL
 
@@ -99,7 +99,7 @@ def test_processes_of_one_lane_add_up_to_lanes() -> None:
         torch.nn.init.normal_(p, std=0.1)
     x, y = torch.randint(64, (2, 4, 16))
 
-    def found(lanes: int, *worlds: World) -> list[torch.Tensor]:
+    def found(lanes: int, *worlds: ProcessGroup) -> list[torch.Tensor]:
         model.zero_grad(set_to_none=True)
         losses, states = [], []
         for world in worlds:
@@ -111,8 +111,8 @@ def test_processes_of_one_lane_add_up_to_lanes() -> None:
         assert all(torch.equal(s, states[0]) for s in states)
         return [torch.tensor(losses).mean(), *(p.grad for p in model.parameters())]  # type: ignore[list-item]
 
-    two = [World(), World()]
+    two = [ProcessGroup(), ProcessGroup()]
     for rank, world in enumerate(two):
         world.rank, world.size = rank, 2  # type: ignore[misc]
-    for a, b in zip(found(2, World()), found(1, *two), strict=True):
+    for a, b in zip(found(2, ProcessGroup()), found(1, *two), strict=True):
         torch.testing.assert_close(a, b)

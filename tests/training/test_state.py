@@ -80,7 +80,7 @@ def assert_same(a: Trainer, b: Trainer) -> None:
     assert (a.folder / "metrics.jsonl").read_text() == (b.folder / "metrics.jsonl").read_text()
     assert position(a) == position(b)
     random = [
-        checkpoint.restore(m.folder / "last.h5", m.model, m.optimizer) and torch.get_rng_state()
+        checkpoint.restore_training_state(m.folder / "last.h5", m.model, m.optimizer) and torch.get_rng_state()
         for m in (a, b)
     ]
     assert torch.equal(*random)
@@ -190,10 +190,10 @@ def test_a_best_model_from_ahead_is_not_replaced_by_a_worse_one(
     settings = {"eval_every": 2, "save_every": 5}
     whole = run(corpus, tmp_path / "whole", **settings)
     run(corpus, tmp_path / "cut", killed_at=10, **settings)
-    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
+    assert checkpoint.read_metadata(tmp_path / "cut" / "best.h5").step == 8
     made = run(corpus, tmp_path / "cut", killed_at=8, resume=True, **settings)
     assert made.progress.best_step == 6
-    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
+    assert checkpoint.read_metadata(tmp_path / "cut" / "best.h5").step == 8
     shorter = make_trainer(corpus, tmp_path / "cut", **settings)
     shorter.stop.number = signal.SIGTERM  # ends at once: the summary speaks of what best.h5 is
     assert train(shorter, resume=True)["best_step"] == 8
@@ -205,10 +205,10 @@ def test_auto_precision_is_settled_once(
 ) -> None:
     for probe, want in ((True, "bfloat16"), (False, "float32")):
         folder = tmp_path / want
-        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: probe)
+        monkeypatch.setattr("mmrec.training.state.bfloat16_is_faster", lambda probe=probe: probe)
         train(make_trainer(corpus, folder, precision="auto", steps=2))
         assert f'precision = "{want}"' in (folder / "config.toml").read_text()
-        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: not probe)
+        monkeypatch.setattr("mmrec.training.state.bfloat16_is_faster", lambda probe=probe: not probe)
         again = make_trainer(corpus, folder, precision="auto", steps=3)
         train(again, resume=True)
         assert again.config.precision == want
@@ -254,7 +254,7 @@ def test_a_stop_is_resumed_as_if_skip_had_been_asked_for(corpus: Corpus, tmp_pat
     for _ in range(2):
         with pytest.raises(TrainingDivergedError, match="loss nan at step 7"):
             run(corpus, tmp_path / "cut", resume=(tmp_path / "cut").exists(), bad=(6,))
-        assert checkpoint.read_info(tmp_path / "cut" / "last.h5")[0] == 6
+        assert checkpoint.read_metadata(tmp_path / "cut" / "last.h5").step == 6
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, on_nan="skip", bad=(6,)))
 
 
@@ -285,4 +285,4 @@ def test_weights_that_are_not_finite_are_never_saved(
     made.take_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(WeightsDivergedError, match=r"weight norm.weight not finite at step 10"):
         train(made)
-    assert [p.name for p in saved.run_checkpoints(tmp_path)] == ["step-5.h5"]
+    assert [p.name for p in saved.list_checkpoints(tmp_path)] == ["step-5.h5"]

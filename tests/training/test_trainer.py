@@ -53,7 +53,7 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
     assert "12 steps of 64 tokens" in text
     best = checkpoint.load_model(trainer.folder / "best.h5")
     assert best.step == made["best_step"]
-    assert best.info["val"]["loss"] == pytest.approx(made["best_subset_loss"])
+    assert best.metadata["val"]["loss"] == pytest.approx(made["best_subset_loss"])
     tokens = torch.tensor([[1, 2, 3]])
     last = checkpoint.load_model(trainer.folder / "last.h5").model
     trainer.model.eval()
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_
     made.take_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError, match=r"loss (nan|inf) at step 8"):
         train(made)
-    assert saved.run_checkpoints(tmp_path)[-1].name == "step-5.h5"
+    assert saved.list_checkpoints(tmp_path)[-1].name == "step-5.h5"
     kept = checkpoint.load_model(tmp_path / "step-5.h5").model
     assert all(torch.isfinite(p).all() for p in kept.parameters())
 
@@ -209,7 +209,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
     assert run.returncode == 130
     assert "continue with: mmrec train --resume --out r" in errors
     assert "Traceback" not in errors
-    step = checkpoint.read_info(tmp_path / "r" / "last.h5")[0]
+    step = checkpoint.read_metadata(tmp_path / "r" / "last.h5").step
     resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
     again = subprocess.run(
         [*resume, "--out", "r"],
@@ -220,7 +220,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == step + 3
+    assert checkpoint.read_metadata(tmp_path / "r" / "last.h5").step == step + 3
 
 
 def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
@@ -288,7 +288,7 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
         run.kill()
         run.wait()
         os.close(terminal)
-    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == 12
+    assert checkpoint.read_metadata(tmp_path / "r" / "last.h5").step == 12
     assert len(losses(tmp_path / "r")) == 12
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
@@ -310,7 +310,7 @@ def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "away")) == 4
     (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
     made.save("last.h5", whole=True)
-    assert checkpoint.read_info(tmp_path / "run" / "last.h5")[0] == 4
+    assert checkpoint.read_metadata(tmp_path / "run" / "last.h5").step == 4
 
 
 def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "b" / "last.h5").unlink()
     best = tmp_path / "b" / "best.h5"
     with pytest.raises(InputError, match="holds a model but no training state"):
-        checkpoint.restore(best, made.model, made.optimizer)
+        checkpoint.restore_training_state(best, made.model, made.optimizer)
 
 
 def test_validation_text_shorter_than_a_window(corpus: Corpus, tmp_path: Path) -> None:
