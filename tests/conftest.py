@@ -1,8 +1,10 @@
 """Settings for every test, and a small real corpus with a small model trained on it."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 # Four threads even on two cores: results must not depend on their number. Read at Numba's import.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
@@ -18,7 +20,8 @@ from mmrec.training.trainer import Trainer
 
 # A job in a shell's background ignores SIGINT, one under nohup SIGHUP, and so would what is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The first call of a kernel compiles, so property tests have no deadline.
 hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, derandomize=True)
@@ -68,24 +71,30 @@ def trainer(corpus: Corpus, tmp_path: Path) -> Trainer:
     return make_trainer(corpus, tmp_path / "run")
 
 
-def make_trainer(corpus: Corpus, folder: Path, **settings: object) -> Trainer:
-    """A small trainer with dropout, so that the random state counts; settings over its defaults."""
-    from dataclasses import replace
+def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
+    """A small trainer with dropout, so that the random state counts.
 
+    ``settings`` are flat names of settings, laid over the defaults of tests, or arguments of
+    ``Trainer``. ``trainer.lines`` collects what is printed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    base = TrainConfig(
-        data=str(corpus.info["source"]),
-        tokenizer="byte",
-        steps=12,
-        batch=2,
-        seq_len=32,
-        eval_every=4,
-        save_every=5,
-        eval_tokens=500,
-        precision="float32",
+    options = {n: settings.pop(n) for n in ("callbacks", "retry", "draw_curve") if n in settings}
+    config = TrainConfig.from_flat(
+        {
+            "data": str(corpus.info["source"]),
+            "tokenizer": "byte",
+            "steps": 12,
+            "batch_size": 2,
+            "seq_len": 32,
+            "eval_every": 4,
+            "save_every": 5,
+            "eval_tokens": 500,
+            "precision": "float32",
+        }
+        | settings
     )
-    config = replace(base, **settings)  # type: ignore[arg-type]
     lines: list[str] = []
-    made = Trainer(folder, corpus, replace(SMALL, dropout=0.1), config, "tiny", lines.append)
-    made.lines = lines  # type: ignore[attr-defined]
-    return made
+    model = dataclasses.replace(SMALL, dropout=0.1)
+    trainer = Trainer(folder, corpus, model, config, "tiny", echo=lines.append, **options)
+    trainer.lines = lines  # type: ignore[attr-defined]
+    return trainer

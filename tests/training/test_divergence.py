@@ -24,20 +24,20 @@ def test_spikes() -> None:
 
 def test_it_is_said_once(corpus: Corpus, tmp_path: Path) -> None:
     made = make_trainer(corpus, tmp_path, steps=60, eval_every=30)
-    take = made.take_step
+    take = made.train_step
 
     def jumping() -> tuple[float, float, float]:
         loss, norm, lr = take()
         return loss + (20 if made.progress.step in (40, 45) else 0), norm, lr
 
-    made.take_step = jumping  # type: ignore[method-assign]
+    made.train_step = jumping  # type: ignore[method-assign]
     from mmrec.training.trainer import train
 
-    train(made)
+    made.fit()
     said = [x for x in made.lines if x.startswith("spike: loss")]  # type: ignore[attr-defined]
     assert len(said) == 1
     assert "at step 41" in said[0]
-    assert made.progress.spike == 41
+    assert made.progress.last_spike_step == 41
 
 
 def test_limits_count_what_their_policy_does() -> None:

@@ -22,7 +22,7 @@ def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
 
     def opened(out: str = "", *, force: bool = False) -> Path:
         with open_run(out, default, force=force) as lock:
-            return lock.folder
+            return lock.run_dir
 
     first = opened()
     assert first == default
@@ -54,8 +54,8 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         with pytest.raises(RunLockedError):
             open_run("", default, force=True)
         with open_run("", default, force=False) as second:
-            assert second.folder == tmp_path / "tiny-2"
-        assert first.folder == default
+            assert second.run_dir == tmp_path / "tiny-2"
+        assert first.run_dir == default
     first.release()
     assert list(default.iterdir()) == []
     (default / ".lock").write_text("process 1 on a machine that was switched off")

@@ -198,7 +198,7 @@ def test_one_vocabulary_serves_all_stages(tmp_path: Path) -> None:
         (tmp_path / "r.toml").write_text(head + stages)
         made = read_recipe(tmp_path / "r.toml")
         assert {(s.model.vocab_size, s.train.vocab) for s in made} == {(vocab, vocab)}
-    assert [str(s.folder) for s in made] == ["runs/chain/1-tiny", "runs/chain/2-mini"]
+    assert [str(s.run_dir) for s in made] == ["runs/chain/1-tiny", "runs/chain/2-mini"]
     assert [s.train.grow_from for s in made] == ["", "runs/chain/1-tiny"]
     assert [(s.train.batch, s.train.seed) for s in made] == [(4, 0), (4, 3)]
 

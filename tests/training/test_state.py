@@ -54,14 +54,14 @@ def run(
     """Train, or resume; ``killed_at``: before that step; ``bad``: steps' data with a NaN in it."""
     made = make_trainer(corpus, folder, **settings)
     torch.manual_seed(99)  # what the random state is by now must not count
-    real = made.gradients
+    real = made.compute_gradients
 
     def gradients(at: int) -> float:
         if made.progress.step + 1 == killed_at:
             raise Killed
         return math.nan if at in bad else real(at)
 
-    made.gradients = gradients  # type: ignore[method-assign]
+    made.compute_gradients = gradients  # type: ignore[method-assign]
     try:
         train(made, resume=resume)
     except Killed:
@@ -77,10 +77,10 @@ def position(made: Trainer) -> dict[str, Any]:
 
 
 def assert_same(a: Trainer, b: Trainer) -> None:
-    assert (a.folder / "metrics.jsonl").read_text() == (b.folder / "metrics.jsonl").read_text()
+    assert (a.run_dir / "metrics.jsonl").read_text() == (b.run_dir / "metrics.jsonl").read_text()
     assert position(a) == position(b)
     random = [
-        checkpoint.restore_training_state(m.folder / "last.h5", m.model, m.optimizer) and torch.get_rng_state()
+        checkpoint.restore(m.run_dir / "last.h5", m.model, m.optimizer) and torch.get_rng_state()
         for m in (a, b)
     ]
     assert torch.equal(*random)
@@ -89,7 +89,7 @@ def assert_same(a: Trainer, b: Trainer) -> None:
         assert a.optimizer.state[p].keys() == b.optimizer.state[q].keys()
         for key, moment in a.optimizer.state[p].items():
             assert torch.equal(moment, b.optimizer.state[q][key])
-    best = [checkpoint.load_model(m.folder / "best.h5") for m in (a, b)]
+    best = [load_model(m.run_dir / "best.h5") for m in (a, b)]
     assert best[0].step == best[1].step
     for p, q in zip(best[0].model.parameters(), best[1].model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -134,8 +134,8 @@ def test_a_signal_ends_a_validation_and_the_resume_makes_it(
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate", interrupted)
         made = run(corpus, tmp_path / "cut", **settings)
-    assert made.stop.number == signal.SIGTERM
-    assert json.loads((made.folder / "summary.json").read_text())["ended"] == "signal"
+    assert made.stop_signal.signal_number == signal.SIGTERM
+    assert json.loads((made.run_dir / "summary.json").read_text())["ended"] == "signal"
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
 
 
@@ -149,8 +149,8 @@ def test_a_signal_during_warm_up_saves_the_start(corpus: Corpus, tmp_path: Path)
         return warm_up()
 
     made.warm_up = interrupted  # type: ignore[method-assign]
-    assert train(made)["steps"] == 0
-    assert made.stop.number == signal.SIGHUP
+    assert made.fit()["steps"] == 0
+    assert made.stop_signal.signal_number == signal.SIGHUP
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True))
 
 
@@ -180,7 +180,7 @@ def test_early_stopping_stays_stopped(corpus: Corpus, tmp_path: Path) -> None:
 
     made.save = killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        train(made, resume=True)
+        made.fit(resume=True)
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
 
 
@@ -190,13 +190,13 @@ def test_a_best_model_from_ahead_is_not_replaced_by_a_worse_one(
     settings = {"eval_every": 2, "save_every": 5}
     whole = run(corpus, tmp_path / "whole", **settings)
     run(corpus, tmp_path / "cut", killed_at=10, **settings)
-    assert checkpoint.read_metadata(tmp_path / "cut" / "best.h5").step == 8
+    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
     made = run(corpus, tmp_path / "cut", killed_at=8, resume=True, **settings)
     assert made.progress.best_step == 6
-    assert checkpoint.read_metadata(tmp_path / "cut" / "best.h5").step == 8
+    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
     shorter = make_trainer(corpus, tmp_path / "cut", **settings)
-    shorter.stop.number = signal.SIGTERM  # ends at once: the summary speaks of what best.h5 is
-    assert train(shorter, resume=True)["best_step"] == 8
+    shorter.stop_signal.signal_number = signal.SIGTERM  # ends at once: the summary speaks of what best.h5 is
+    assert shorter.fit(resume=True)["best_step"] == 8
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
 
 
@@ -205,23 +205,23 @@ def test_auto_precision_is_settled_once(
 ) -> None:
     for probe, want in ((True, "bfloat16"), (False, "float32")):
         folder = tmp_path / want
-        monkeypatch.setattr("mmrec.training.state.bfloat16_is_faster", lambda probe=probe: probe)
-        train(make_trainer(corpus, folder, precision="auto", steps=2))
+        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: probe)
+        make_trainer(corpus, folder, precision="auto", steps=2).fit()
         assert f'precision = "{want}"' in (folder / "config.toml").read_text()
-        monkeypatch.setattr("mmrec.training.state.bfloat16_is_faster", lambda probe=probe: not probe)
+        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: not probe)
         again = make_trainer(corpus, folder, precision="auto", steps=3)
-        train(again, resume=True)
+        again.fit(resume=True)
         assert again.config.precision == want
 
 
 def test_other_conditions_are_said(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(make_trainer(corpus, tmp_path, steps=2))
+    make_trainer(corpus, tmp_path, steps=2).fit()
     was = training.conditions()
     monkeypatch.setattr(training, "conditions", lambda: was | {"threads": 99})
     again = make_trainer(corpus, tmp_path, steps=3)
-    train(again, resume=True)
+    again.fit(resume=True)
     text = "\n".join(again.lines)  # type: ignore[attr-defined]
     assert f"trained with threads {was['threads']}, now 99: what follows is close" in text
 
@@ -239,11 +239,11 @@ def test_going_on_after_a_nan(
     """Data 6 is that of the seventh step; step-5 is what a rollback returns to."""
     settings = {"on_nan": policy, "bad": bad}
     whole = run(corpus, tmp_path / "whole", **settings)
-    assert [x["step"] for x in events(whole.folder, "train")] == list(range(1, 13))
-    why = [x["why"].split(" at ")[0] for x in events(whole.folder, policy)]
+    assert [x["step"] for x in events(whole.run_dir, "train")] == list(range(1, 13))
+    why = [x["why"].split(" at ")[0] for x in events(whole.run_dir, policy)]
     assert why == ["loss nan"] * len(bad)
-    assert whole.progress.moved == moved
-    assert whole.progress.rate == (1 if policy == "skip" else 0.5 ** len(bad))
+    assert whole.progress.data_offset == moved
+    assert whole.progress.lr_scale == (1 if policy == "skip" else 0.5 ** len(bad))
     assert all(torch.isfinite(p).all() for p in whole.model.parameters())
     run(corpus, tmp_path / "cut", killed_at=killed_at, **settings)
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
@@ -254,7 +254,7 @@ def test_a_stop_is_resumed_as_if_skip_had_been_asked_for(corpus: Corpus, tmp_pat
     for _ in range(2):
         with pytest.raises(TrainingDivergedError, match="loss nan at step 7"):
             run(corpus, tmp_path / "cut", resume=(tmp_path / "cut").exists(), bad=(6,))
-        assert checkpoint.read_metadata(tmp_path / "cut" / "last.h5").step == 6
+        assert checkpoint.read_info(tmp_path / "cut" / "last.h5")[0] == 6
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, on_nan="skip", bad=(6,)))
 
 
@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     corpus: Corpus, tmp_path: Path, policy: str
 ) -> None:
     made = make_trainer(corpus, tmp_path, on_nan=policy)
-    take = made.take_step
+    take = made.train_step
 
     def poisoned() -> tuple[float, float, float]:
         result = take()
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             made.model.norm.weight.data.fill_(float("inf"))
         return result
 
-    made.take_step = poisoned  # type: ignore[method-assign]
+    made.train_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(WeightsDivergedError, match=r"weight norm.weight not finite at step 10"):
-        train(made)
-    assert [p.name for p in saved.list_checkpoints(tmp_path)] == ["step-5.h5"]
+        made.fit()
+    assert [p.name for p in manager.list_checkpoints(tmp_path)] == ["step-5.h5"]

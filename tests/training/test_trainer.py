@@ -32,8 +32,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
-    made = train(trainer)
-    names = {p.name for p in trainer.folder.iterdir()}
+    made = trainer.fit()
+    names = {p.name for p in trainer.run_dir.iterdir()}
     assert names == {
         "config.toml",
         "metrics.jsonl",
@@ -45,17 +45,17 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
         "step-10.h5",
     }
     assert made["ended"] == "done"
-    assert len(losses(trainer.folder)) == made["steps"] == 12
-    assert losses(trainer.folder)[0] == pytest.approx(math.log(257), abs=0.1)
-    assert losses(trainer.folder)[-1] < losses(trainer.folder)[0] - 0.5
-    assert (trainer.folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(losses(trainer.run_dir)) == made["steps"] == 12
+    assert losses(trainer.run_dir)[0] == pytest.approx(math.log(257), abs=0.1)
+    assert losses(trainer.run_dir)[-1] < losses(trainer.run_dir)[0] - 0.5
+    assert (trainer.run_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
     assert "12 steps of 64 tokens" in text
-    best = checkpoint.load_model(trainer.folder / "best.h5")
+    best = load_model(trainer.run_dir / "best.h5")
     assert best.step == made["best_step"]
-    assert best.metadata["val"]["loss"] == pytest.approx(made["best_subset_loss"])
+    assert best.info["val"]["loss"] == pytest.approx(made["best_val_loss"])
     tokens = torch.tensor([[1, 2, 3]])
-    last = checkpoint.load_model(trainer.folder / "last.h5").model
+    last = load_model(trainer.run_dir / "last.h5").model
     trainer.model.eval()
     assert torch.equal(last(tokens)[0], trainer.model(tokens)[0])
     assert made["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
@@ -75,7 +75,7 @@ def test_a_run_says_beforehand_that_it_would_learn_its_text_by_heart(
 ) -> None:
     trainer = make_trainer(corpus, tmp_path, steps=None, epochs=epochs)
     trainer.model.config = dataclasses.replace(trainer.model.config, dropout=dropout)
-    trainer.announce()
+    trainer.log_run_summary()
     text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
     assert text.count("by heart") == bool(advice)
     assert advice in text
@@ -85,34 +85,34 @@ def test_a_run_says_beforehand_that_it_would_learn_its_text_by_heart(
 def test_resume_is_bitwise_what_would_have_been(
     corpus: Corpus, tmp_path: Path, accumulate: int
 ) -> None:
-    whole = make_trainer(corpus, tmp_path / "whole", accumulate=accumulate)
-    train(whole)
-    first = make_trainer(corpus, tmp_path / "cut", accumulate=accumulate)
-    take = first.take_step
+    whole = make_trainer(corpus, tmp_path / "whole", gradient_accumulation_steps=accumulate)
+    whole.fit()
+    first = make_trainer(corpus, tmp_path / "cut", gradient_accumulation_steps=accumulate)
+    take = first.train_step
 
     def interrupted() -> tuple[float, float, float]:
         if first.progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return take()
 
-    first.take_step = interrupted  # type: ignore[method-assign]
-    assert train(first)["ended"] == "signal"
-    assert first.stop.number == signal.SIGTERM
-    again = make_trainer(corpus, tmp_path / "cut", accumulate=accumulate)
+    first.train_step = interrupted  # type: ignore[method-assign]
+    assert first.fit()["ended"] == "signal"
+    assert first.stop_signal.signal_number == signal.SIGTERM
+    again = make_trainer(corpus, tmp_path / "cut", gradient_accumulation_steps=accumulate)
     torch.manual_seed(99)  # whatever the random state was, the checkpoint's counts
-    assert train(again, resume=True)["ended"] == "done"
+    assert again.fit(resume=True)["ended"] == "done"
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert again.progress.epochs[0]["mean"] == whole.progress.epochs[0]["mean"]
+    assert again.progress.epochs[0]["mean_loss"] == whole.progress.epochs[0]["mean_loss"]
 
 
 def test_several_epochs_make_a_table(corpus: Corpus, tmp_path: Path) -> None:
-    made = make_trainer(corpus, tmp_path, steps=None, epochs=2.0, batch=64, eval_tokens=300)
-    summary = train(made)
+    made = make_trainer(corpus, tmp_path, steps=None, epochs=2.0, batch_size=64, eval_tokens=300)
+    summary = made.fit()
     rows = summary["epochs"]
     assert [r["epoch"] for r in rows] == [1, 2]
-    assert rows[1]["mean"] < rows[0]["mean"]
+    assert rows[1]["mean_loss"] < rows[0]["mean_loss"]
     assert rows[1]["perplexity"] == pytest.approx(math.exp(rows[1]["val_loss"]))
     text = "\n".join(made.lines)  # type: ignore[attr-defined]
     assert "bits/byte" in text
@@ -120,7 +120,7 @@ def test_several_epochs_make_a_table(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_minutes_end_on_time(corpus: Corpus, tmp_path: Path) -> None:
     made = make_trainer(corpus, tmp_path, steps=None, minutes=0.02)
-    summary = train(made)
+    summary = made.fit()
     assert summary["steps"] > 1
     assert 1.2 <= summary["seconds"] < 6
 
@@ -132,37 +132,37 @@ def test_early_stopping_keeps_the_best(corpus: Corpus, tmp_path: Path) -> None:
         lr=1.0,
         schedule="constant",
         warmup=0.0,
-        clip=1e9,
+        max_grad_norm=1e9,
         patience=2,
         eval_every=1,
         steps=40,
     )
-    summary = train(made)
+    summary = made.fit()
     assert summary["ended"] == "early"
     assert summary["steps"] == summary["best_step"] + 2
-    assert checkpoint.load_model(tmp_path / "best.h5").step == summary["best_step"]
+    assert load_model(tmp_path / "best.h5").step == summary["best_step"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_path: Path) -> None:
     made = make_trainer(corpus, tmp_path)
-    take = made.take_step
+    take = made.train_step
 
     def poisoned() -> tuple[float, float, float]:
         if made.progress.step == 7:
             made.model.norm.weight.data.fill_(float("inf"))
         return take()
 
-    made.take_step = poisoned  # type: ignore[method-assign]
+    made.train_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError, match=r"loss (nan|inf) at step 8"):
-        train(made)
-    assert saved.list_checkpoints(tmp_path)[-1].name == "step-5.h5"
-    kept = checkpoint.load_model(tmp_path / "step-5.h5").model
+        made.fit()
+    assert manager.list_checkpoints(tmp_path)[-1].name == "step-5.h5"
+    kept = load_model(tmp_path / "step-5.h5").model
     assert all(torch.isfinite(p).all() for p in kept.parameters())
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(corpus: Corpus, tmp_path: Path) -> None:
     made = make_trainer(corpus, tmp_path)
-    train(made)
+    made.fit()
     before = (tmp_path / "last.h5").read_bytes()
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -209,7 +209,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
     assert run.returncode == 130
     assert "continue with: mmrec train --resume --out r" in errors
     assert "Traceback" not in errors
-    step = checkpoint.read_metadata(tmp_path / "r" / "last.h5").step
+    step = checkpoint.read_info(tmp_path / "r" / "last.h5")[0]
     resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
     again = subprocess.run(
         [*resume, "--out", "r"],
@@ -220,7 +220,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert checkpoint.read_metadata(tmp_path / "r" / "last.h5").step == step + 3
+    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == step + 3
 
 
 def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
@@ -288,7 +288,7 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
         run.kill()
         run.wait()
         os.close(terminal)
-    assert checkpoint.read_metadata(tmp_path / "r" / "last.h5").step == 12
+    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == 12
     assert len(losses(tmp_path / "r")) == 12
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
@@ -296,43 +296,43 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
 def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
     """No terminal, no question: one line, and the folder is not silently made anew."""
     made = make_trainer(corpus, tmp_path / "run")
-    take = made.take_step
+    take = made.train_step
 
     def vanish() -> tuple[float, float, float]:
         if made.progress.step == 3:
             (tmp_path / "run").rename(tmp_path / "away")
         return take()
 
-    made.take_step = vanish  # type: ignore[method-assign]
+    made.train_step = vanish  # type: ignore[method-assign]
     with pytest.raises(StorageError, match="could not write .*best.h5: No such file or directory"):
-        train(made)
+        made.fit()
     assert not (tmp_path / "run").exists()
     assert len(losses(tmp_path / "away")) == 4
     (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
     made.save("last.h5", whole=True)
-    assert checkpoint.read_metadata(tmp_path / "run" / "last.h5").step == 4
+    assert checkpoint.read_info(tmp_path / "run" / "last.h5")[0] == 4
 
 
 def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
-        train(make_trainer(corpus, tmp_path / "a"), resume=True)
+        make_trainer(corpus, tmp_path / "a").fit(resume=True)
     made = make_trainer(corpus, tmp_path / "b")
-    train(made)
+    made.fit()
     made.corpus.info["fingerprint"], kept = "other", made.corpus.info["fingerprint"]
     try:
         with pytest.raises(InputError, match="changed since .* was saved"):
-            train(make_trainer(corpus, tmp_path / "b"), resume=True)
+            make_trainer(corpus, tmp_path / "b").fit(resume=True)
     finally:
         made.corpus.info["fingerprint"] = kept
     (tmp_path / "b" / "last.h5").unlink()
     best = tmp_path / "b" / "best.h5"
     with pytest.raises(InputError, match="holds a model but no training state"):
-        checkpoint.restore_training_state(best, made.model, made.optimizer)
+        checkpoint.restore(best, made.model, made.optimizer)
 
 
 def test_validation_text_shorter_than_a_window(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="validation split must hold one window of"):
-        make_trainer(corpus, tmp_path, batch=1, seq_len=corpus.val.n_tokens)
+        make_trainer(corpus, tmp_path, batch_size=1, seq_len=corpus.val.n_tokens)
 
 
 def test_schedules() -> None:
@@ -363,10 +363,10 @@ def test_a_small_text_gets_a_short_run(
     """Four passes, but a hundred steps at least and no more tokens than the default's."""
     made = make_trainer(corpus, tmp_path / "a", steps=None)
     assert made.total_steps == 4 * made.steps_per_epoch
-    made = make_trainer(corpus, tmp_path / "b", steps=None, batch=256)
+    made = make_trainer(corpus, tmp_path / "b", steps=None, batch_size=256)
     assert made.steps_per_epoch < 25
     assert made.total_steps == 100
     monkeypatch.setattr("mmrec.training.state.DEFAULT_TOKENS", 64_000)
     for accumulate in (1, 4):
-        made = make_trainer(corpus, tmp_path / f"c{accumulate}", steps=None, accumulate=accumulate)
+        made = make_trainer(corpus, tmp_path / f"c{accumulate}", steps=None, gradient_accumulation_steps=accumulate)
         assert made.total_steps == 1000 // accumulate
