@@ -61,7 +61,7 @@ def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
         help=literal(s.help),
         rich_help_panel=PANELS[s.section],
         metavar=s.metavar or ("|".join(s.choices) if s.choices else None),
-        show_default=str(s.default) if s.default not in (None, "", False) else False,
+        show_default=_shown_default(s),
     )
     kind: Any = s.type if is_required else s.type | None
     return inspect.Parameter(
@@ -70,3 +70,10 @@ def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
         default=inspect.Parameter.empty if is_required else None,
         annotation=Annotated[kind, option],
     )
+
+
+def _shown_default(s: Setting) -> str | bool:
+    """What help says of a default; a model's settings default to those of its preset."""
+    if s.section == ModelConfig.section or s.default in (None, "", False):
+        return False
+    return str(s.default)

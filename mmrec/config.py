@@ -198,7 +198,7 @@ class ModelConfig(Section):
     """The shape of one MM-Rec model."""
 
     section: ClassVar[str] = "model"
-    title: ClassVar[str] = "Model"
+    title: ClassVar[str] = "Model (defaults: the preset's)"
 
     width: int = count(128, "D, the size of the residual stream and of the recurrent state.")
     depth: int = count(4, "Number of layers.")
@@ -297,7 +297,7 @@ class DataConfig(Section):
     tokenizer: str = setting("bpe", "Tokenizer.", choices=("bpe", "char", "byte"))
     vocab: int = count(0, "Vocabulary size of bpe; 0 takes the preset's.", minimum=0)
     batch_size: int = count(16, "Sequences per batch.")
-    seq_len: int = count(256, "Tokens per sequence.")
+    seq_len: int = count(256, "Tokens per sequence; tiny with bpe takes 128.")
     state: str = setting(
         "window",
         "Where the recurrent state is reset: at each window; at each window and document; or, with "
@@ -573,25 +573,17 @@ LENGTHS = tuple(LengthConfig.settings())
 # Only tiny's layer types were measured, by one seed: three minGRU layers per delta-rule layer
 # learnt most of the Python standard library in equal time (docs/decisions).
 PRESETS: dict[str, ModelConfig] = {
-    name: ModelConfig(
-        width,
-        depth,
-        heads,
-        vocab_size,
-        layer_types,
-        ffn_multiplier=ffn_multiplier,
-        ngram_buckets=ngram_buckets,
-        max_timescale=max_timescale,
-    )
-    for name, width, depth, heads, vocab_size, layer_types, ffn_multiplier, ngram_buckets, max_timescale in (
-        ("tiny", 128, 4, 4, 5_000, "nnnl", 3.5, 4_096, 256),
-        ("mini", 256, 6, 4, 8_192, "nnl", 4.0, 8_192, 512),
-        ("small", 512, 8, 8, 16_384, "nnnl", 5.5, 16_384, 512),
-        ("base", 1024, 12, 16, 32_000, "nnnl", 5.5, 32_768, 1024),
-        ("medium", 2048, 16, 32, 32_000, "nnnl", 5.5, 65_536, 2048),
-        ("large", 3072, 20, 48, 32_000, "nnnl", 5.5, 65_536, 2048),
-        ("7b", 4096, 24, 64, 32_000, "nnnl", 6.0, 65_536, 4096),
-    )
+    "tiny": ModelConfig(128, 4, 4, 5_000, "nnnl", ffn_multiplier=3.5, ngram_buckets=4_096),
+    "mini": ModelConfig(
+        256, 6, 4, 8_192, "nnl", ffn_multiplier=4.0, ngram_buckets=8_192, max_timescale=512
+    ),
+    "small": ModelConfig(512, 8, 8, 16_384, "nnnl", ngram_buckets=16_384, max_timescale=512),
+    "base": ModelConfig(1024, 12, 16, 32_000, "nnnl", ngram_buckets=32_768, max_timescale=1024),
+    "medium": ModelConfig(2048, 16, 32, 32_000, "nnnl", ngram_buckets=65_536, max_timescale=2048),
+    "large": ModelConfig(3072, 20, 48, 32_000, "nnnl", ngram_buckets=65_536, max_timescale=2048),
+    "7b": ModelConfig(
+        4096, 24, 64, 32_000, "nnnl", ffn_multiplier=6.0, ngram_buckets=65_536, max_timescale=4096
+    ),
 }
 """The model family, by name."""
 

@@ -10,13 +10,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mmrec.data.corpus import Corpus
 from mmrec.model import Model
-from mmrec.training.replicas import Lanes, gradients
-from mmrec.training.trainer import train
+from mmrec.training.replicas import Replicas, forward_backward
 from tests.conftest import SMALL, make_trainer
 
 
 def learn(
-    recompute: bool, lanes: int, precision: str, dropout: float, eot: int | None
+    checkpointing: bool,
+    replicas: int,
+    precision: str,
+    dropout: float,
+    end_of_text: int | None,
 ) -> list[Tensor]:
     """Losses, gradients and the carried state of two batches that follow each other."""
     torch.manual_seed(3)
@@ -27,11 +30,16 @@ def learn(
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.set_precision(precision)
-    model.activation_checkpointing = recompute
+    model.activation_checkpointing = checkpointing
     tokens, state, losses = torch.randint(8, (2, 5, 17)), None, []
     for piece in tokens:
-        loss, state = gradients(
-            model, Lanes(lanes), piece[:, :-1], piece[:, 1:], state=state, eot=eot
+        loss, state = forward_backward(
+            model,
+            Replicas(replicas),
+            piece[:, :-1],
+            piece[:, 1:],
+            state=state,
+            end_of_text=end_of_text,
         )
         losses.append(loss)
     assert state is not None
@@ -41,13 +49,15 @@ def learn(
     return [torch.tensor(losses, dtype=torch.float64), *memories, *found, torch.rand(3)]
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("dropout", "eot"), [(0.0, None), (0.3, None), (0.3, 0)])
-def test_the_bits_are_the_same(lanes: int, precision: str, dropout: float, eot: int | None) -> None:
+@pytest.mark.parametrize(("dropout", "end_of_text"), [(0.0, None), (0.3, None), (0.3, 0)])
+def test_the_bits_are_the_same(
+    replicas: int, precision: str, dropout: float, end_of_text: int | None
+) -> None:
     """Losses, gradients, state and the random numbers after them."""
-    plain = learn(False, lanes, precision, dropout, eot)
-    again = learn(True, lanes, precision, dropout, eot)
+    plain = learn(False, replicas, precision, dropout, end_of_text)
+    again = learn(True, replicas, precision, dropout, end_of_text)
     assert all(map(torch.equal, plain, again))
 
 
@@ -57,7 +67,7 @@ def test_dropout_from_the_global_generator() -> None:
     x, found = torch.randint(200, (2, 9)), []
     for model.activation_checkpointing in (False, True):
         torch.manual_seed(5)
-        loss = model.loss(x, x)
+        loss, _ = model.loss(x, x)
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()]), torch.rand(2)])
     assert all(map(torch.equal, *found))
 
@@ -66,9 +76,9 @@ def test_the_callers_generator_stands_where_it_stood() -> None:
     model = Model(replace(SMALL, dropout=0.3))
     x, found = torch.randint(200, (2, 9)), []
     for model.activation_checkpointing in (False, True):
-        dice = torch.Generator().manual_seed(5)
-        model.loss(x, x, dice).backward()
-        found.append(dice.get_state())
+        generator = torch.Generator().manual_seed(5)
+        model.loss(x, x, generator=generator)[0].backward()
+        found.append(generator.get_state())
     assert torch.equal(*found)
 
 
@@ -92,9 +102,10 @@ def test_only_inputs_are_kept() -> None:
 def test_frozen_layers_and_scoring_need_nothing(corpus: Corpus, tmp_path: Path) -> None:
     """A whole run, with its validations and checkpoints, has the same log."""
     logs = []
-    for recompute in (False, True):
-        folder = tmp_path / str(recompute)
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
         settings = {"freeze": "embeddings,layers:0", "state": "carry", "steps": 6}
-        train(make_trainer(corpus, folder, recompute=recompute, **settings))
+        settings["activation_checkpointing"] = checkpointing
+        make_trainer(corpus, folder, **settings).fit()
         logs.append((folder / "metrics.jsonl").read_text())
     assert logs[0] == logs[1]

@@ -1,30 +1,54 @@
-"""Configuration: written as TOML and read back, and clear about every wrong value."""
+"""Settings: declared once, written as TOML and read back, and clear about every wrong value."""
 
-from dataclasses import replace
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmrec.config import (
+    MODEL_SETTINGS,
     PRESETS,
+    TRAIN_SECTIONS,
+    TRAIN_SETTINGS,
     ModelConfig,
     TrainConfig,
-    from_dict,
-    load_toml,
+    config_to_toml,
     preset,
-    to_toml,
+    read_config_file,
 )
 from mmrec.errors import InputError
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
-    train = TrainConfig(data='a "quoted" \\ path', minutes=2.5, lr=1e-4, skip_bad=True)
+    """Also of text that is hard to quote."""
+    hard = 'a "quoted" \\ path\nwith a line end, a tab\t, [brackets] and é'
+    train = TrainConfig.from_flat(
+        {"data": hard, "minutes": 2.5, "lr": 1e-4, "skip_bad": True, "out": "runs/$HOME"}
+    )
     path = tmp_path / "c.toml"
-    path.write_text(to_toml(PRESETS["mini"], train, "mini"))
-    tables = load_toml(path)
-    assert tables["preset"] == "mini"
-    assert from_dict(ModelConfig, tables["model"]) == PRESETS["mini"]
-    assert from_dict(TrainConfig, tables["train"]) == train
+    path.write_text(config_to_toml(PRESETS["mini"], train, "mini"), encoding="utf-8")
+    file = read_config_file(path)
+    assert file.preset == "mini"
+    assert ModelConfig.from_dict(file.model) == PRESETS["mini"]
+    assert TrainConfig.from_flat(file.train) == train
+
+
+def test_a_configuration_survives_json_and_flat_names() -> None:
+    train = TrainConfig.from_flat({"steps": 3, "batch_size": 4, "initialize_from": "x"})
+    assert TrainConfig.from_dict(dataclasses.asdict(train)) == train
+    assert TrainConfig.from_flat(train.flat()) == train
+    assert train.replace(steps=None, epochs=1).length.epochs == 1.0
+
+
+def test_flat_names_are_unique_and_every_setting_has_help() -> None:
+    declared = [s for cls in TRAIN_SECTIONS.values() for s in cls.settings().values()]
+    names = [s.flat_name for s in declared] + [n for n in MODEL_SETTINGS if n != "vocab_size"]
+    assert len(set(names)) == len(names)
+    assert set(TRAIN_SETTINGS) <= set(names)
+    for s in [*declared, *MODEL_SETTINGS.values()]:
+        assert s.help.endswith("."), s.name
+        assert s.check(s.default) == s.default
 
 
 @pytest.mark.parametrize(
@@ -33,57 +57,70 @@ def test_toml_round_trip(tmp_path: Path) -> None:
         ({"lr": float("nan")}, "lr must be finite and > 0; got nan"),
         ({"lr": float("inf")}, "lr must be finite and > 0; got inf"),
         ({"seq_len": 0}, "seq_len must be a whole number from 1 to .*; got 0"),
-        (
-            {"steps": 5, "epochs": 1.0},
-            "only one of steps, epochs, minutes may be given; got steps, ep",
-        ),
-        ({"minutes": -1.0}, "minutes must be > 0 and at most .*; got -1"),
-        (
-            {"schedule": "cosinus"},
-            "schedule must be one of cosine, linear, constant; got 'cosinus'",
-        ),
+        ({"steps": 5, "epochs": 1.0}, "only one of steps, epochs, minutes .*; got steps, epochs"),
+        ({"minutes": -1.0}, r"minutes must lie in \(0, 10\^15\]; got -1"),
+        ({"epochs": 10**400}, r"epochs must lie in .*; got 1000"),
+        ({"schedule": "cosinus"}, "schedule must be one of .*; got 'cosinus'; did you mean"),
         ({"warmup": 2.0}, r"warmup must lie in \[0, 1\]"),
         ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0"),
-        ({"seed": -1}, "seed must lie in 0 to"),
-        ({"lrr": 1.0}, "unknown setting 'lrr' for TrainConfig; did you mean 'lr'"),
-        ({"batch": 2.5}, "batch must be of type .*int.*; got 2.5"),
-        ({"batch": True}, "batch must be of type"),
-        ({"data": 3}, "data must be of type"),
+        ({"seed": -1}, r"seed must be a whole number from 0 to 2\^63 - 1; got -1"),
+        ({"lrr": 1.0}, "unknown setting 'lrr'; did you mean 'lr'"),
+        ({"batch_size": 2.5}, "batch_size must be of type int; got 2.5"),
+        ({"batch_size": True}, "batch_size must be of type int; got True"),
+        ({"steps": "x"}, "steps must be of type int or left out; got 'x'"),
+        ({"data": 3}, "data must be of type str; got 3"),
+        ({"lora_rank": 2}, "lora_rank needs initialize_from"),
+        ({"replay_fraction": 0.1}, "replay_fraction needs replay_data"),
+        ({"keep_checkpoints": 0, "on_nan": "rollback"}, "keep_checkpoints must be >= 1"),
     ],
 )
-def test_wrong_training_settings(values: dict[str, object], message: str) -> None:
+def test_wrong_training_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        from_dict(TrainConfig, values)
+        TrainConfig.from_flat(values)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"heads": 3}, "heads must divide the width 128; got 3"),
-        ({"blocks": 7}, "blocks must divide the width 128; got 7"),
+        ({"recurrent_blocks": 7}, "recurrent_blocks must divide the width 128; got 7"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
-        ({"layers": "x"}, "layers must be letters out of"),
-        ({"ffn": 0.0}, r"ffn must lie in \(0, 64\]"),
+        ({"layer_types": "x"}, "layer_types must be letters out of"),
+        ({"ffn_multiplier": 0.0}, r"ffn_multiplier must lie in \(0, 64\]"),
         ({"depth": 0}, "depth must be a whole number from 1 to .*; got 0"),
+        ({"max_ngram": 6}, "max_ngram must be a whole number from 2 to 5; got 6"),
+        ({"widht": 3}, "unknown setting 'widht' in .model.; did you mean 'width'"),
     ],
 )
-def test_wrong_model_settings(values: dict[str, object], message: str) -> None:
+def test_wrong_model_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        replace(PRESETS["tiny"], **values)  # type: ignore[arg-type]
+        ModelConfig.from_dict(dataclasses.asdict(PRESETS["tiny"]) | values)
 
 
-def test_wrong_files_and_names(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="unknown preset 'tniy': expected one of tiny.*mean 'tiny'"
-    ):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = [", "is not TOML"),
+        ("[trian]\nlr = 1", "got 'trian'"),
+        ("[optimiser]\nlr = 1", "got 'optimiser'; did you mean 'optimizer'"),
+        ("lr = 1", "got 'lr'"),
+        ("preset = 3", "preset in .* must be a name; got 3"),
+        ("[optimizer]\nlrr = 1", r"unknown setting 'lrr' in \[optimizer\] .*; did you mean 'lr'"),
+        ("[data]\nlr = 1", r"unknown setting 'lr' in \[data\]"),
+        ("[length]\nsteps = 'x'", "steps must be of type int or left out; got 'x'"),
+        ("[optimizer]\nlr = -1", "lr must be finite and > 0; got -1"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config_file(path)
+
+
+def test_missing_names() -> None:
+    with pytest.raises(InputError, match="unknown preset 'tniy': expected one of tiny.*'tiny'"):
         preset("tniy")
     with pytest.raises(InputError, match="cannot read config file"):
-        load_toml(tmp_path / "none.toml")
-    path = tmp_path / "c.toml"
-    path.write_text("a = [")
-    with pytest.raises(InputError, match="is not TOML"):
-        load_toml(path)
-    path.write_text("[trian]\nlr = 1")
-    with pytest.raises(InputError, match=r"may hold preset, \[model\] and \[train\]; got 'trian'"):
-        load_toml(path)
+        read_config_file(Path("none.toml"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
 from mmrec.model import Dropout, Model, log_spaced_decay_logits
+from mmrec.optimizer import parameter_groups
 
 SMALL = ModelConfig(
     width=16,
@@ -39,12 +40,12 @@ def test_tiny_has_the_promised_size() -> None:
 
 def test_characters_have_longer_runs_in_no_larger_a_model() -> None:
     shape = dataclasses.replace(preset("tiny", "char"), vocab_size=66)
-    assert (shape.runs, preset("tiny").runs) == (4, 3)
+    assert (shape.max_ngram, preset("tiny").max_ngram) == (4, 3)
     assert sum(p.numel() for p in Model(shape).parameters()) <= 1.96e6
     x = torch.tensor([[1, 2, 3, 4, 5], [9, 2, 3, 4, 5]])
     model = Model(shape)
     with torch.no_grad():
-        a, b = model.embed(x, model.initial_state(2).recent)
+        a, b = model.embed(x, model.initial_state(2).recent_tokens)
     assert [torch.equal(*pair) for pair in zip(a, b, strict=True)] == [False] * 4 + [True]
 
 
@@ -59,7 +60,7 @@ def test_presets_grow_and_reach_7b_without_memory() -> None:
 
 @given(st.lists(st.integers(1, 29), max_size=4), st.sampled_from(["b", "s", "l", "n", "bsln"]))
 def test_whole_equals_chunks(cuts: list[int], layers: str) -> None:
-    model = awake(dataclasses.replace(SMALL, layers=layers))
+    model = awake(dataclasses.replace(SMALL, layer_types=layers))
     tokens = torch.randint(0, 40, (2, 30))
     with torch.no_grad():
         whole, last = model(tokens)
@@ -85,19 +86,19 @@ def test_texts_that_begin_inside_know_nothing_of_what_precedes(
     marks: list[bool], cut: int, layers: str, runs: int
 ) -> None:
     """Rows cut into texts, run whole and in two chunks, against each text alone."""
-    model = awake(dataclasses.replace(SMALL, layers=layers, ngram_buckets=16, max_ngram=runs))
+    model = awake(dataclasses.replace(SMALL, layer_types=layers, ngram_buckets=16, max_ngram=runs))
     tokens, starts = torch.randint(0, 40, (2, 24)), torch.tensor(marks).view(2, 24)
     with torch.no_grad():
         whole, last = model(tokens, document_starts=starts)
         first, state = model(tokens[:, :cut], document_starts=starts[:, :cut])
-        second, after = model(tokens[:, cut:], state, starts[:, cut:])
+        second, after = model(tokens[:, cut:], state, document_starts=starts[:, cut:])
         for row in range(2):
             edges = sorted({0, 24, *starts[row].nonzero().flatten().tolist()})
             for lo, hi in itertools.pairwise(edges):
                 alone, _ = model(tokens[row : row + 1, lo:hi])
                 torch.testing.assert_close(whole[row, lo:hi], alone[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-5, atol=1e-5)
-    assert torch.equal(last.recent, after.recent)
+    assert torch.equal(last.recent_tokens, after.recent_tokens)
     for one, other in zip(last.layers, after.layers, strict=True):
         for a, b in zip(one, other, strict=True):
             if a is not None and b is not None:
@@ -136,19 +137,19 @@ def test_loss_and_gradients_equal_plain_cross_entropy() -> None:
     x, y = torch.randint(0, 40, (3, 200)), torch.randint(0, 40, (3, 200))  # more than one chunk
     plain = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
     want = torch.autograd.grad(plain, list(model.parameters()))
-    loss = model.loss(x, y)
+    loss, _ = model.loss(x, y)
     got = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(loss, plain)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(model.loss(x, y), plain)
+        torch.testing.assert_close(model.loss(x, y)[0], plain)
 
 
 def test_dropout_takes_elements_or_whole_rows() -> None:
     x = torch.ones(4, 200, 8)
     for rows in (False, True):
-        made = Dropout(0.25, rows=rows)
+        made = Dropout(0.25, whole_vectors=rows)
         y = made(x, torch.Generator().manual_seed(1))
         assert set(y.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
         assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
@@ -159,16 +160,16 @@ def test_dropout_takes_elements_or_whole_rows() -> None:
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:
     model = Model(PRESETS["tiny"])
-    loss = model.loss(torch.randint(0, 5000, (2, 64)), torch.randint(0, 5000, (2, 64)))
+    loss, _ = model.loss(torch.randint(0, 5000, (2, 64)), torch.randint(0, 5000, (2, 64)))
     assert loss.item() == pytest.approx(math.log(5000), abs=0.1)
 
 
 def test_bfloat16_products_stay_near_float32() -> None:
     model = awake(SMALL)
     x, y = torch.randint(0, 40, (2, 50)), torch.randint(0, 40, (2, 50))
-    exact = model.loss(x, y)
+    exact, _ = model.loss(x, y)
     model.set_precision("bfloat16")
-    near = model.loss(x, y)
+    near, _ = model.loss(x, y)
     assert near.dtype == torch.float32
     assert near.item() != exact.item()
     assert near.item() == pytest.approx(exact.item(), rel=0.02)
@@ -209,4 +210,4 @@ def test_a_single_tap_leaves_the_convolution_out() -> None:
     model = awake(dataclasses.replace(SMALL, conv_width=1))
     logits, state = model(torch.randint(0, 40, (1, 5)))
     assert logits.shape == (1, 5, 40)
-    assert state.layers[0].taps.shape == (1, 0, 16)
+    assert state.layers[0].conv_state.shape == (1, 0, 16)

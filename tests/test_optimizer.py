@@ -1,4 +1,4 @@
-"""The optimizer: directions of equal size, torch's own MuonAdamW as a witness, and who is moved how."""
+"""The optimizer: directions of equal size, torch's own Muon as a witness, which rule moves what."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def run(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: int) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
 def test_agrees_with_torch(shape: tuple[int, int]) -> None:
-    muon = getattr(torch.optim, "MuonAdamW", None)
+    muon = getattr(torch.optim, "Muon", None)
     if muon is None:
-        pytest.skip("this torch has no MuonAdamW")
+        pytest.skip("this torch has no Muon")
     start = torch.randn(shape)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     group = {"params": [ours], "weight_decay": 0.1, "use_muon": True}

@@ -6,23 +6,22 @@ from pathlib import Path
 import pytest
 
 from mmrec.errors import InputError, RunLockedError
-from mmrec.training.run_dir import (
-    COLUMNS,
-    Lock,
-    clock,
+from mmrec.training.metrics import (
+    EPOCH_HEADER,
     epoch_row,
-    open_run,
-    overfitting,
-    verdict,
+    explain_best_model,
+    format_duration,
+    overfitting_warning,
 )
+from mmrec.training.run_dir import open_run_dir
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     default = tmp_path / "tiny-stdlib"
 
     def opened(out: str = "", *, force: bool = False) -> Path:
-        with open_run(out, default, force=force) as lock:
-            return lock.run_dir
+        with open_run_dir(out, default, force=force) as lock:
+            return lock.folder
 
     first = opened()
     assert first == default
@@ -44,37 +43,34 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     default = tmp_path / "tiny"
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / ".last.h5.123.tmp").write_text("left by a process that was killed")
-    with open_run("", default, force=False) as first:
-        assert {p.name for p in default.iterdir()} == {".lock"}
+    with open_run_dir("", default, force=False) as first:
+        assert all(p.name.startswith(".lock") for p in default.iterdir())
         for force in (False, True):
             with pytest.raises(
                 RunLockedError, match=f"is being written by process {os.getpid()} on "
             ):
-                open_run(str(default), default, force=force)
+                open_run_dir(str(default), default, force=force)
         with pytest.raises(RunLockedError):
-            open_run("", default, force=True)
-        with open_run("", default, force=False) as second:
-            assert second.run_dir == tmp_path / "tiny-2"
-        assert first.run_dir == default
+            open_run_dir("", default, force=True)
+        with open_run_dir("", default, force=False) as second:
+            assert second.folder == tmp_path / "tiny-2"
+        assert first.folder == default
     first.release()
     assert list(default.iterdir()) == []
-    (default / ".lock").write_text("process 1 on a machine that was switched off")
-    with Lock(default):
-        assert f"process {os.getpid()} on" in (default / ".lock").read_text()
 
 
 def test_the_table_lines_up() -> None:
     row = {
         "epoch": 1,
-        "mean": 5.0,
-        "first": 8.0,
-        "last": 4.0,
+        "mean_loss": 5.0,
+        "first_loss": 8.0,
+        "last_loss": 4.0,
         "val_loss": 4.5,
         "bits_per_byte": 1.9,
         "seconds": 3725.0,
     }
     text = epoch_row(row)
-    assert len(text) == len(COLUMNS)
+    assert len(text) == len(EPOCH_HEADER)
     assert text.split() == [
         "1",
         "5.0000",
@@ -86,7 +82,7 @@ def test_the_table_lines_up() -> None:
         "1.9000",
         "1:02:05",
     ]
-    assert clock(61.4) == "1:01"
+    assert format_duration(61.4) == "1:01"
     assert epoch_row(row | {"val_loss": None}).split()[5] == "-"
 
 
@@ -94,16 +90,16 @@ def test_overfitting_is_said_once_in_words() -> None:
     def checks(vals: list[float]) -> list[dict[str, float]]:
         return [{"step": 10 * i, "val": v, "train": 3.0 - 0.1 * i} for i, v in enumerate(vals)]
 
-    assert overfitting(checks([3.0, 2.5, 2.4])) is None
-    assert overfitting(checks([3.0, 2.5, 2.6, 2.7])) is None
-    words = overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8]))
+    assert overfitting_warning(checks([3.0, 2.5, 2.4])) is None
+    assert overfitting_warning(checks([3.0, 2.5, 2.6, 2.7])) is None
+    words = overfitting_warning(checks([3.0, 2.5, 2.6, 2.7, 2.8]))
     assert words is not None
     assert words.startswith(
         "overfitting: since step 10 the training loss fell 2.900 -> 2.600 while"
     )
-    assert overfitting(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
+    assert overfitting_warning(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
     level = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
-    assert overfitting(level) is None  # training does not fall either: not overfitting
+    assert overfitting_warning(level) is None  # training does not fall either: not overfitting
 
 
 def test_the_verdict_says_why_a_model_is_the_best() -> None:
@@ -112,16 +108,16 @@ def test_the_verdict_says_why_a_model_is_the_best() -> None:
             {"step": 10 * (i + 1), "val": v, "train": 3.0 + slope * i} for i, v in enumerate(vals)
         ]
 
-    falling = verdict(checks([3.0, 2.5, 2.4]), 2.4, 30)
+    falling = explain_best_model(checks([3.0, 2.5, 2.4]), 2.4, 30)
     assert falling == (
-        "validation loss 2.4000, the lowest of 3 checks; it was the last one, and "
+        "validation loss 2.4000, the lowest of 3 validations; it was the last one, and "
         "the loss was still falling"
     )
-    risen = verdict(checks([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
+    risen = explain_best_model(checks([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
     assert risen == (
-        "validation loss 2.5000, the lowest of 4 checks; it was 2.7000 at step 40, "
-        "while the training loss fell 2.9000 -> 2.7000: from there on it learnt its "
-        "text by heart"
+        "validation loss 2.5000, the lowest of 4 validations; it was 2.7000 at step 40, "
+        "while the training loss fell 2.9000 -> 2.7000: after step 20 the model "
+        "memorised its text"
     )
-    assert "by heart" not in verdict(checks([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
-    assert "falling" not in verdict(checks([3.0]), 3.0, 10)
+    assert "memorised" not in explain_best_model(checks([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
+    assert "falling" not in explain_best_model(checks([3.0]), 3.0, 10)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint import manager as saved
+from mmrec.checkpoint import manager
+from mmrec.checkpoint.checkpoint import load_model, read_metadata, restore_training_state
 from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import TrainingDivergedError, WeightsDivergedError
-from mmrec.training import trainer as training
-from mmrec.training.divergence import ROLLBACKS, SKIPS_IN_ROW
-from mmrec.training.trainer import Trainer, train
+from mmrec.evaluation.evaluate import Evaluation
+from mmrec.training.divergence import MAX_CONSECUTIVE_SKIPS, MAX_ROLLBACKS
+from mmrec.training.trainer import Trainer, environment
 from tests.conftest import make_trainer
 
 
@@ -36,12 +36,6 @@ def corpus(corpus: Corpus) -> Corpus:
     return dataclasses.replace(corpus, train=cut(corpus.train, 2000), val=cut(corpus.val, 600))
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is most of the time of so short a run, and tested elsewhere."""
-    monkeypatch.setattr("mmrec.training.run_dir.Log.draw", lambda log: None)
-
-
 def run(
     corpus: Corpus,
     folder: Path,
@@ -52,7 +46,8 @@ def run(
     **settings: Any,
 ) -> Trainer:
     """Train, or resume; ``killed_at``: before that step; ``bad``: steps' data with a NaN in it."""
-    made = make_trainer(corpus, folder, **settings)
+    # drawing is most of the time of so short a run, and tested elsewhere
+    made = make_trainer(corpus, folder, draw_curve=False, **settings)
     torch.manual_seed(99)  # what the random state is by now must not count
     real = made.compute_gradients
 
@@ -63,7 +58,7 @@ def run(
 
     made.compute_gradients = gradients  # type: ignore[method-assign]
     try:
-        train(made, resume=resume)
+        made.fit(resume=resume)
     except Killed:
         assert killed_at is not None
     return made
@@ -80,7 +75,8 @@ def assert_same(a: Trainer, b: Trainer) -> None:
     assert (a.run_dir / "metrics.jsonl").read_text() == (b.run_dir / "metrics.jsonl").read_text()
     assert position(a) == position(b)
     random = [
-        checkpoint.restore(m.run_dir / "last.h5", m.model, m.optimizer) and torch.get_rng_state()
+        restore_training_state(m.run_dir / "last.h5", m.model, m.optimizer)
+        and torch.get_rng_state()
         for m in (a, b)
     ]
     assert torch.equal(*random)
@@ -98,13 +94,13 @@ def assert_same(a: Trainer, b: Trainer) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"accumulate": 2},
+        {"gradient_accumulation_steps": 2},
         {"precision": "bfloat16"},
-        {"batch": 10, "steps": 16, "eval_every": 7},  # of six steps an epoch
+        {"batch_size": 10, "steps": 16, "eval_every": 7},  # of six steps an epoch
         {"schedule": "cosine", "save_every": 1},
         {"state": "document"},
-        {"state": "carry", "accumulate": 2},
-        {"state": "carry", "batch": 10, "steps": 16, "eval_every": 7},
+        {"state": "carry", "gradient_accumulation_steps": 2},
+        {"state": "carry", "batch_size": 10, "steps": 16, "eval_every": 7},
     ],
     ids=str,
 )
@@ -118,22 +114,23 @@ def test_kills_leave_no_trace(corpus: Corpus, tmp_path: Path, settings: dict[str
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_signal_ends_a_validation_and_the_resume_makes_it(
-    corpus: Corpus, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tmp_path: Path, at: int
 ) -> None:
     """The first to the last: on the subset, of an epoch, and at the end of the run."""
-    settings = {"batch": 16, "steps": 4, "eval_every": 2}
+    settings = {"batch_size": 16, "steps": 4, "eval_every": 2}
     whole = run(corpus, tmp_path / "whole", **settings)
-    real, calls = training.evaluate, []
+    trainer = make_trainer(corpus, tmp_path / "cut", draw_curve=False, **settings)
+    score, calls = trainer._score, []
 
-    def interrupted(*arguments: Any, **options: Any) -> Any:
+    def interrupted(tokens: np.ndarray, n_bytes: int) -> Evaluation:
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **options)
+        return score(tokens, n_bytes)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted)
-        made = run(corpus, tmp_path / "cut", **settings)
+    trainer._score = interrupted  # type: ignore[method-assign]
+    trainer.fit()
+    made = trainer
     assert made.stop_signal.signal_number == signal.SIGTERM
     assert json.loads((made.run_dir / "summary.json").read_text())["ended"] == "signal"
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
@@ -142,13 +139,13 @@ def test_a_signal_ends_a_validation_and_the_resume_makes_it(
 def test_a_signal_during_warm_up_saves_the_start(corpus: Corpus, tmp_path: Path) -> None:
     whole = run(corpus, tmp_path / "whole")
     made = make_trainer(corpus, tmp_path / "cut")
-    warm_up = made.warm_up
+    time_steps = made._time_steps
 
     def interrupted() -> tuple[float, float]:
         os.kill(os.getpid(), signal.SIGHUP)
-        return warm_up()
+        return time_steps()
 
-    made.warm_up = interrupted  # type: ignore[method-assign]
+    made._time_steps = interrupted  # type: ignore[method-assign]
     assert made.fit()["steps"] == 0
     assert made.stop_signal.signal_number == signal.SIGHUP
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True))
@@ -157,10 +154,10 @@ def test_a_signal_during_warm_up_saves_the_start(corpus: Corpus, tmp_path: Path)
 def test_early_stopping_stays_stopped(corpus: Corpus, tmp_path: Path) -> None:
     settings = {
         "lr": 1.0,
-        "muon_lr": 1.0,
+        "matrix_lr": 1.0,
         "schedule": "constant",
         "warmup": 0.0,
-        "clip": 1e9,
+        "max_grad_norm": 1e9,
         "patience": 2,
         "eval_every": 1,
         "steps": 40,
@@ -173,10 +170,10 @@ def test_early_stopping_stays_stopped(corpus: Corpus, tmp_path: Path) -> None:
     made = make_trainer(corpus, tmp_path / "cut", **settings)
     save = made.save
 
-    def killed(name: str, *, whole: bool) -> None:
+    def killed(name: str, *, resumable: bool) -> None:
         if name == "last.h5":
             raise Killed
-        save(name, whole=whole)
+        save(name, resumable=resumable)
 
     made.save = killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -190,40 +187,43 @@ def test_a_best_model_from_ahead_is_not_replaced_by_a_worse_one(
     settings = {"eval_every": 2, "save_every": 5}
     whole = run(corpus, tmp_path / "whole", **settings)
     run(corpus, tmp_path / "cut", killed_at=10, **settings)
-    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
+    assert read_metadata(tmp_path / "cut" / "best.h5")[0] == 8
     made = run(corpus, tmp_path / "cut", killed_at=8, resume=True, **settings)
     assert made.progress.best_step == 6
-    assert checkpoint.read_info(tmp_path / "cut" / "best.h5")[0] == 8
+    assert read_metadata(tmp_path / "cut" / "best.h5")[0] == 8
     shorter = make_trainer(corpus, tmp_path / "cut", **settings)
-    shorter.stop_signal.signal_number = signal.SIGTERM  # ends at once: the summary speaks of what best.h5 is
+    shorter.stop_signal.signal_number = (
+        signal.SIGTERM
+    )  # ends at once: the summary speaks of what best.h5 is
     assert shorter.fit(resume=True)["best_step"] == 8
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, **settings))
 
 
-def test_auto_precision_is_settled_once(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for probe, want in ((True, "bfloat16"), (False, "float32")):
-        folder = tmp_path / want
-        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: probe)
-        make_trainer(corpus, folder, precision="auto", steps=2).fit()
-        assert f'precision = "{want}"' in (folder / "config.toml").read_text()
-        monkeypatch.setattr("mmrec.training.state.probe_bfloat16", lambda probe=probe: not probe)
+def test_auto_precision_is_resolved_once(corpus: Corpus, tmp_path: Path) -> None:
+    """A resume keeps what the run was begun with, whatever a new measurement would say."""
+    for precision in ("bfloat16", "float32"):
+        folder = tmp_path / precision
+        make_trainer(corpus, folder, precision=precision, steps=2).fit()
+        assert f'precision = "{precision}"' in (folder / "config.toml").read_text()
         again = make_trainer(corpus, folder, precision="auto", steps=3)
         again.fit(resume=True)
-        assert again.config.precision == want
+        assert again.config.optimizer.precision == precision
+    resolved = make_trainer(corpus, tmp_path / "auto", precision="auto").config
+    assert resolved.optimizer.precision in ("bfloat16", "float32")
 
 
-def test_other_conditions_are_said(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_environment_is_said(corpus: Corpus, tmp_path: Path) -> None:
     make_trainer(corpus, tmp_path, steps=2).fit()
-    was = training.conditions()
-    monkeypatch.setattr(training, "conditions", lambda: was | {"threads": 99})
-    again = make_trainer(corpus, tmp_path, steps=3)
-    again.fit(resume=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        again = make_trainer(corpus, tmp_path, steps=3)
+        again.fit(resume=True)
+    finally:
+        torch.set_num_threads(threads)
     text = "\n".join(again.lines)  # type: ignore[attr-defined]
-    assert f"trained with threads {was['threads']}, now 99: what follows is close" in text
+    assert f"trained with threads {threads}, now {threads + 1}" in text
+    assert environment()["threads"] == threads
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ def test_going_on_after_a_nan(
     settings = {"on_nan": policy, "bad": bad}
     whole = run(corpus, tmp_path / "whole", **settings)
     assert [x["step"] for x in events(whole.run_dir, "train")] == list(range(1, 13))
-    why = [x["why"].split(" at ")[0] for x in events(whole.run_dir, policy)]
+    why = [x["reason"].split(" at ")[0] for x in events(whole.run_dir, policy)]
     assert why == ["loss nan"] * len(bad)
     assert whole.progress.data_offset == moved
     assert whole.progress.lr_scale == (1 if policy == "skip" else 0.5 ** len(bad))
@@ -254,18 +254,20 @@ def test_a_stop_is_resumed_as_if_skip_had_been_asked_for(corpus: Corpus, tmp_pat
     for _ in range(2):
         with pytest.raises(TrainingDivergedError, match="loss nan at step 7"):
             run(corpus, tmp_path / "cut", resume=(tmp_path / "cut").exists(), bad=(6,))
-        assert checkpoint.read_info(tmp_path / "cut" / "last.h5")[0] == 6
+        assert read_metadata(tmp_path / "cut" / "last.h5")[0] == 6
     assert_same(whole, run(corpus, tmp_path / "cut", resume=True, on_nan="skip", bad=(6,)))
 
 
 def test_limits(corpus: Corpus, tmp_path: Path) -> None:
     bad = tuple(range(6, 500))
-    with pytest.raises(TrainingDivergedError, match=f"after {SKIPS_IN_ROW} skipped steps in a row"):
+    with pytest.raises(
+        TrainingDivergedError, match=f"after {MAX_CONSECUTIVE_SKIPS} skipped steps in a row"
+    ):
         run(corpus, tmp_path / "a", on_nan="skip", bad=bad)
-    with pytest.raises(TrainingDivergedError, match=f"after {ROLLBACKS} rollbacks"):
+    with pytest.raises(TrainingDivergedError, match=f"after {MAX_ROLLBACKS} rollbacks"):
         run(corpus, tmp_path / "b", on_nan="rollback", bad=bad)
-    assert len(events(tmp_path / "b", "rollback")) == ROLLBACKS
-    with pytest.raises(TrainingDivergedError, match=f"after {ROLLBACKS} rollbacks"):
+    assert len(events(tmp_path / "b", "rollback")) == MAX_ROLLBACKS
+    with pytest.raises(TrainingDivergedError, match=f"after {MAX_ROLLBACKS} rollbacks"):
         run(corpus, tmp_path / "c", on_nan="rollback", bad=tuple(range(500)))  # back to step 0
 
 

@@ -4,25 +4,28 @@ import dataclasses
 import json
 import math
 import os
-import pty
-import resource
 import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint import manager as saved
-from mmrec.data.corpus import Corpus
+from mmrec.checkpoint import manager
+from mmrec.checkpoint.checkpoint import load_model, read_metadata, restore_training_state
+from mmrec.config import DEFAULT_TOKENS
+from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import InputError, StorageError, TrainingDivergedError
+from mmrec.evaluation.evaluate import Evaluation
+from mmrec.training.callbacks import Callback
 from mmrec.training.lr_schedule import lr_factor
-from mmrec.training.run_dir import Log, Progress
-from mmrec.training.trainer import Trainer, train
+from mmrec.training.metrics import MetricsLog, Progress
+from mmrec.training.trainer import Trainer
 from tests.conftest import make_trainer
 
 
@@ -65,19 +68,19 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
     ("epochs", "dropout", "advice"),
     [
         (4, 0.0, ""),
-        (5, 0.0, "more than 4 passes learn a text by heart: --dropout 0.1 helps"),
+        (5, 0.0, "--dropout 0.1"),
         (5, 0.1, ""),
-        (17, 0.0, "more than 16 passes learn a text by heart: --dropout 0.2 with --weight-decay 1"),
+        (17, 0.0, "--dropout 0.2 and --weight-decay 1"),
     ],
 )
-def test_a_run_says_beforehand_that_it_would_learn_its_text_by_heart(
+def test_a_run_warns_beforehand_that_it_would_memorise_its_text(
     corpus: Corpus, tmp_path: Path, epochs: float, dropout: float, advice: str
 ) -> None:
     trainer = make_trainer(corpus, tmp_path, steps=None, epochs=epochs)
     trainer.model.config = dataclasses.replace(trainer.model.config, dropout=dropout)
     trainer.log_run_summary()
     text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
-    assert text.count("by heart") == bool(advice)
+    assert text.count("memorises") == bool(advice)
     assert advice in text
 
 
@@ -161,6 +164,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(corpus: Corpus, tmp_path: Path) -> None:
+    import resource
+
     made = make_trainer(corpus, tmp_path)
     made.fit()
     before = (tmp_path / "last.h5").read_bytes()
@@ -169,7 +174,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(corpus: Corpus, tmp_path: 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
         with pytest.raises(StorageError, match="File too large; the file that was there is intact"):
-            made.save("last.h5", whole=True)
+            made.save("last.h5", resumable=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
@@ -189,7 +194,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
         "100000",
         "--tokenizer",
         "byte",
-        "--batch",
+        "--batch-size",
         "1",
         "--seq-len",
         "16",
@@ -209,7 +214,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
     assert run.returncode == 130
     assert "continue with: mmrec train --resume --out r" in errors
     assert "Traceback" not in errors
-    step = checkpoint.read_info(tmp_path / "r" / "last.h5")[0]
+    step = read_metadata(tmp_path / "r" / "last.h5")[0]
     resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
     again = subprocess.run(
         [*resume, "--out", "r"],
@@ -220,11 +225,13 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == step + 3
+    assert read_metadata(tmp_path / "r" / "last.h5")[0] == step + 3
 
 
 def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A training process whose input and errors are a pseudo-terminal, and our end of that."""
+    import pty
+
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "mmrec", "train", *arguments]
     run = subprocess.Popen(command, cwd=cwd, stdin=theirs, stderr=theirs, stdout=theirs)
@@ -247,6 +254,8 @@ def read_until(terminal: int, text: str, seconds: float = 120) -> str:
 
 def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
     """A limit on the size of files is laid on a real process, and lifted when it asks."""
+    import resource
+
     run, terminal = start_on_a_terminal(
         [
             "tiny",
@@ -256,7 +265,7 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
             "byte",
             "--steps",
             "12",
-            "--batch",
+            "--batch-size",
             "1",
             "--seq-len",
             "16",
@@ -288,7 +297,7 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
         run.kill()
         run.wait()
         os.close(terminal)
-    assert checkpoint.read_info(tmp_path / "r" / "last.h5")[0] == 12
+    assert read_metadata(tmp_path / "r" / "last.h5")[0] == 12
     assert len(losses(tmp_path / "r")) == 12
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
@@ -309,8 +318,8 @@ def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     assert len(losses(tmp_path / "away")) == 4
     (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
-    made.save("last.h5", whole=True)
-    assert checkpoint.read_info(tmp_path / "run" / "last.h5")[0] == 4
+    made.save("last.h5", resumable=True)
+    assert read_metadata(tmp_path / "run" / "last.h5")[0] == 4
 
 
 def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
@@ -327,7 +336,7 @@ def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "b" / "last.h5").unlink()
     best = tmp_path / "b" / "best.h5"
     with pytest.raises(InputError, match="holds a model but no training state"):
-        checkpoint.restore(best, made.model, made.optimizer)
+        restore_training_state(best, made.model, made.optimizer)
 
 
 def test_validation_text_shorter_than_a_window(corpus: Corpus, tmp_path: Path) -> None:
@@ -346,27 +355,92 @@ def test_schedules() -> None:
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    log = Log(tmp_path)
+    log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write("train", step, loss=1.0 / step)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while writing
-    log = Log(tmp_path, Progress(step=2))
+    log = MetricsLog(tmp_path, Progress(step=2))
     log.close()
     assert losses(tmp_path) == [1.0, 0.5]
 
 
-def test_a_small_text_gets_a_short_run(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
+    """Four epochs, but a hundred steps at least and no more tokens than the default's."""
+    trainer = make_trainer(corpus, tmp_path / "a", steps=None)
+    assert trainer.total_steps == 4 * trainer.steps_per_epoch
+    trainer = make_trainer(corpus, tmp_path / "b", steps=None, batch_size=256)
+    assert trainer.steps_per_epoch < 25
+    assert trainer.total_steps == 100
+    repeated = Split(np.tile(corpus.train.tokens, 40), np.array([0, 1]), np.array([1]))
+    long_text = dataclasses.replace(corpus, train=repeated)
+    long_text.info["mixture"][0]["end"] = repeated.n_tokens
+    for accumulation in (1, 4):
+        trainer = make_trainer(
+            long_text,
+            tmp_path / f"c{accumulation}",
+            steps=None,
+            batch_size=16,
+            gradient_accumulation_steps=accumulation,
+        )
+        assert trainer.total_steps == DEFAULT_TOKENS // (16 * 32) // accumulation
+
+
+class Recorder(Callback):
+    """Notes what it sees, adds a metric, and stops the run at a step."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.stop_at = stop_at
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self.events.append(("step", int(metrics["step"])))
+        trainer.log_metrics(doubled=2 * metrics["loss"])
+        if metrics["step"] == self.stop_at:
+            trainer.request_stop()
+
+    def on_validation(self, trainer: Trainer, scores: Evaluation) -> None:
+        self.events.append(("validation", trainer.progress.step))
+        assert scores.bits_per_byte > 0
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        assert path.exists()
+        self.events.append((path.name, trainer.progress.step))
+
+    def on_end(self, trainer: Trainer, summary: dict[str, Any]) -> None:
+        self.events.append((summary["ended"], summary["steps"]))
+
+
+def test_callbacks_see_steps_validations_checkpoints_and_the_end(
+    corpus: Corpus, tmp_path: Path
 ) -> None:
-    """Four passes, but a hundred steps at least and no more tokens than the default's."""
-    made = make_trainer(corpus, tmp_path / "a", steps=None)
-    assert made.total_steps == 4 * made.steps_per_epoch
-    made = make_trainer(corpus, tmp_path / "b", steps=None, batch_size=256)
-    assert made.steps_per_epoch < 25
-    assert made.total_steps == 100
-    monkeypatch.setattr("mmrec.training.state.DEFAULT_TOKENS", 64_000)
-    for accumulate in (1, 4):
-        made = make_trainer(corpus, tmp_path / f"c{accumulate}", steps=None, gradient_accumulation_steps=accumulate)
-        assert made.total_steps == 1000 // accumulate
+    callback = Recorder()
+    trainer = make_trainer(corpus, tmp_path, steps=5, callbacks=[callback])
+    trainer.fit()
+    assert [n for name, n in callback.events if name == "step"] == [1, 2, 3, 4, 5]
+    assert [n for name, n in callback.events if name == "validation"] == [4, 5]
+    assert ("step-5.h5", 5) in callback.events
+    assert callback.events[-2:] == [("last.h5", 5), ("done", 5)]
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    doubled = [x["doubled"] for x in lines if x["kind"] == "callback"]
+    assert doubled == [2 * loss for loss in losses(tmp_path)]
+
+
+def test_a_callback_stops_a_run_that_can_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
+    whole = make_trainer(corpus, tmp_path / "whole")
+    whole.fit()
+    summary = make_trainer(corpus, tmp_path / "cut", callbacks=[Recorder(stop_at=6)]).fit()
+    assert (summary["ended"], summary["steps"]) == ("stopped", 6)
+    again = make_trainer(corpus, tmp_path / "cut")
+    assert again.fit(resume=True)["ended"] == "done"
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_folder_with_a_dollar_sign_is_drawn(corpus: Corpus, tmp_path: Path) -> None:
+    """matplotlib reads text between dollar signs as mathematics, and fails on a broken formula."""
+    trainer = make_trainer(corpus, tmp_path / "$HOME_$USER", steps=2)
+    assert trainer.fit()["ended"] == "done"
+    assert (trainer.run_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
