@@ -88,7 +88,7 @@ def _train(stages: list["Stage"], number: int, starts: list[float | None], again
                     stage.preset, stage.model, chosen, source, True, held, how=stage.how
                 )
                 if source:
-                    if trainer.corpus.info["fingerprint"] != source.metadata.get("fingerprint"):
+                    if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
                         raise InputError(
                             f"the text of {chosen.data} changed since stage {number} "
                             "learnt from it: put it back, or start over with --force"

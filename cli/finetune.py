@@ -88,7 +88,7 @@ def finetune(
     from mmrec.checkpoint.manager import find_checkpoint
 
     source = load_model(find_checkpoint(where))
-    earlier = source.metadata.get("train", {})
+    earlier = source.info.get("train", {})
     settings = {k: earlier[k] for k in KEPT if k in earlier} | DEFAULTS | given
     if lora and lr is None:
         settings["lr"] = LORA_LR
@@ -110,7 +110,7 @@ def finetune(
             shape = source.model.config
             if dropout is not None:
                 shape = dataclasses.replace(shape, dropout=dropout)
-            title = str(source.metadata.get("preset", "model"))
+            title = str(source.info.get("preset", "model"))
             lock, trainer = begin(title, shape, chosen, source, force, held)
             texts = {"new": trainer.corpus} | ({"old": before} if before is not None else {})
             say("scoring the validation text before training")
@@ -134,7 +134,7 @@ def _old_corpus(source: "LoadedModel", named: str | None, *, needed: bool) -> "C
     """The text that the source was trained on; None, said aloud, if it is not there."""
     from mmrec.data.prepare import open_corpus, reading
 
-    settings = from_dict(TrainConfig, source.metadata.get("train", {}))
+    settings = from_dict(TrainConfig, source.info.get("train", {}))
     data = named or settings.data
     try:
         if not named and not may_read(settings, source.path):
@@ -144,7 +144,7 @@ def _old_corpus(source: "LoadedModel", named: str | None, *, needed: bool) -> "C
             )
         how = None if named else reading(settings)
         corpus = open_corpus(data, source.tokenizer, say, how)
-        if not named and corpus.info["fingerprint"] != source.metadata.get("fingerprint"):
+        if not named and corpus.info["fingerprint"] != source.info.get("fingerprint"):
             raise InputError(f"the text of {data} changed since training: give --old")
     except InputError as error:
         if named or needed:

@@ -100,7 +100,7 @@ def _extend(
     from mmrec.data.tokenizer import extend_tokenizer
     from mmrec.errors import InputError
 
-    settings = from_dict(TrainConfig, loaded.metadata.get("train", {}))
+    settings = from_dict(TrainConfig, loaded.info.get("train", {}))
     if data is None and not may_read(settings, loaded.path):
         raise InputError(
             f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "

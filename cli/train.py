@@ -129,7 +129,7 @@ def _begin(
         shape = preset(title, kind)
         chosen = from_dict(TrainConfig, train_settings(title, kind) | settings | given)
     elif source:
-        shape, title = source.model.config, str(source.metadata.get("preset", "model"))
+        shape, title = source.model.config, str(source.info.get("preset", "model"))
     values = dataclasses.asdict(shape) | tables.get("model", {}) | own
     model: ModelConfig = from_dict(ModelConfig, values)
     if source is None:

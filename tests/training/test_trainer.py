@@ -53,7 +53,7 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
     assert "12 steps of 64 tokens" in text
     best = checkpoint.load_model(trainer.folder / "best.h5")
     assert best.step == made["best_step"]
-    assert best.metadata["val"]["loss"] == pytest.approx(made["best_subset_loss"])
+    assert best.info["val"]["loss"] == pytest.approx(made["best_subset_loss"])
     tokens = torch.tensor([[1, 2, 3]])
     last = checkpoint.load_model(trainer.folder / "last.h5").model
     trainer.model.eval()
