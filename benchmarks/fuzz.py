@@ -74,7 +74,7 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
             parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02
         )
         x = torch.from_numpy(corpus.train.tokens[:65].astype(np.int64))[None]
-        model.loss(x[:, :-1], x[:, 1:]).backward()
+        model.loss(x[:, :-1], x[:, 1:])[0].backward()
         optimizer.step()
         checkpoint_path = folder / f"{kind}-checkpoint.h5"
         save_checkpoint(
@@ -128,7 +128,7 @@ def read(kind: str, path: Path) -> str:
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
     progress = checkpoint.restore_training_state(path, model, optimizer)
-    checkpoint.load_recurrent_state(path, model.initial_state(2))
+    checkpoint.read_recurrent_state(path, model.initial_state(2))
     weights = [p.detach().numpy() for p in model.parameters()]
     moments = [
         optimizer.state[p][m].numpy()
@@ -137,7 +137,7 @@ def read(kind: str, path: Path) -> str:
         if m != "step"
     ]
     return digest(
-        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.metadata, progress]
+        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.info, progress]
     )
 
 

@@ -72,7 +72,7 @@ def _corpus(loaded: "LoadedModel") -> "Corpus":
     how = reading(settings)
     kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
     corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
-    if corpus.info["fingerprint"] != loaded.metadata.get("fingerprint"):
+    if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
         raise InputError(
             f"the text of {settings.data}, or how mmrec reads it, changed since "
             "training; name --data"
@@ -83,7 +83,7 @@ def _corpus(loaded: "LoadedModel") -> "Corpus":
 def _settings(loaded: "LoadedModel") -> "TrainConfig":
     from mmrec.config import TrainConfig, from_dict
 
-    made: TrainConfig = from_dict(TrainConfig, loaded.metadata.get("train", {}))
+    made: TrainConfig = from_dict(TrainConfig, loaded.info.get("train", {}))
     return made
 
 

@@ -1,58 +1,92 @@
-"""What a process must be told before torch and Numba are loaded, for speed."""
+"""Settings of the process that must be made before torch and Numba are loaded, for speed."""
 
 import contextlib
 import os
 import time
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 from mmrec.runtime.malloc import keep_freed_memory
 
-# Commands that keep all cores at work; others take torch as it comes.
-HEAVY = ("train", "finetune", "chain", "eval", "bench train")
+HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
+"""Commands that keep all cores busy. Others use torch's defaults."""
 
 
-def prepare_process(command: list[str]) -> None:
-    """Set how idle threads wait and how freed memory is kept, for this command line's command."""
-    share_cores()
-    heavy = " ".join(command).startswith(HEAVY)
-    said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if heavy and not said and others_work():
-        # torch's OpenMP pool, which Numba's kernels run on too, spins while it is idle, and while
-        # it spins nobody else has the core. A step is many short pieces of work, so on a quiet
-        # machine that is best (tiny by character: 29,000 tokens/s; asleep at once: 15,000), beside
-        # a busy process it is worst (6,500; asleep: 14,000). The pool reads this as it is loaded.
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+def machine_is_busy(seconds: float = 0.1) -> bool:
+    """Measure whether other processes keep a good part of a core busy. False where unknown.
+
+    Args:
+        seconds: How long to measure. Linux counts the time of all processes in ``/proc/stat``.
+    """
+
+    def idle_and_total() -> tuple[int, int]:
+        first_line = Path("/proc/stat").read_text().split("\n")[0]
+        times = [int(x) for x in first_line.split()[1:9]]
+        return times[3] + times[4], sum(times)  # idle includes waiting for a disk
+
+    try:
+        idle, total = idle_and_total()
+        time.sleep(seconds)
+        idle_after, total_after = idle_and_total()
+    except (OSError, ValueError, IndexError):
+        return False
+    idle_share = (idle_after - idle) / max(1, total_after - total)
+    return (1 - idle_share) * (os.cpu_count() or 1) > 0.4
+
+
+def prepare_process(
+    command: list[str],
+    environ: MutableMapping[str, str] = os.environ,
+    is_busy: Callable[[], bool] = machine_is_busy,
+) -> None:
+    """Choose the number of threads, how idle threads wait, and how freed memory is kept.
+
+    Args:
+        command: The arguments of the command line, without the program.
+        environ: Environment variables, changed in place. What the user has set stays.
+        is_busy: Measures whether other processes use the cores.
+    """
+    share_cores(environ)
+    is_heavy = " ".join(command).startswith(HEAVY_COMMANDS)
+    chosen_by_user = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environ.keys()
+    if is_heavy and not chosen_by_user and is_busy():
+        # Numba's kernels run on torch's OpenMP pool. Its idle threads spin, and meanwhile no other
+        # process can use their cores. A training step consists of many short tasks, so spinning is
+        # best on a quiet machine (tiny by character: 29,000 tokens/s; 15,000 if threads sleep at
+        # once) and worst beside a busy process (6,500; 14,000 if they sleep). The pool reads this
+        # variable when it is loaded.
+        environ["OMP_WAIT_POLICY"] = "passive"
     keep_freed_memory()
 
 
-def share_cores() -> None:
+def share_cores(
+    environ: MutableMapping[str, str] = os.environ,
+    parent: int | None = None,
+    cores: int | None = None,
+) -> None:
     """Let a process that torchrun started use its share of the cores.
 
-    torchrun allows it a single thread, unless the user has set the number.
+    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it. What torchrun itself was given
+    tells the two apart.
+
+    Args:
+        environ: Environment variables, changed in place.
+        parent: Number of torchrun's process; None for the parent of this process.
+        cores: Cores to share; None for those that this process may use.
     """
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if count == 1:
+    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes == 1:
         return
-    said = b""
-    with contextlib.suppress(OSError):  # what torchrun itself was given
-        said = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    if b"\0OMP_NUM_THREADS=" not in b"\0" + said:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // count))
+    parent_environ = b""
+    with contextlib.suppress(OSError):  # only Linux has /proc
+        parent_environ = Path(f"/proc/{parent or os.getppid()}/environ").read_bytes()
+    if b"\0OMP_NUM_THREADS=" not in b"\0" + parent_environ:
+        threads = (cores or available_cores()) // processes
+        environ["OMP_NUM_THREADS"] = str(max(1, threads))
 
 
-def others_work(seconds: float = 0.1) -> bool:
-    """Whether other processes keep a good part of a core busy, as Linux counts it."""
-
-    def read() -> tuple[int, int]:
-        times = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return times[3] + times[4], sum(times)  # idle and waiting for a disk; all
-
-    try:
-        idle, everything = read()
-        time.sleep(seconds)
-        idle_then, everything_then = read()
-    except (OSError, ValueError, IndexError):
-        return False
-    idle_share = (idle_then - idle) / max(1, everything_then - everything)
-    return (1 - idle_share) * (os.cpu_count() or 1) > 0.4
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -127,7 +127,7 @@ def grow_checkpoint(
             parameter_groups(model, 0.0), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0
         )
         steps = take_over(model, optimizer, source, how, pieces)
-    metadata = source.metadata | {
+    metadata = source.info | {
         "preset": name,
         "val": None,
         "grown_from": str(source.path),

@@ -275,39 +275,6 @@ def test_as_a_program(world: Path) -> None:
     assert run.stdout.startswith("import")
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts there")
-def test_a_busy_neighbour_is_noticed() -> None:
-    from mmrec.cli.startup import others_work
-
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        assert others_work(0.5)
-    finally:
-        neighbour.kill()
-        neighbour.wait()
-
-
-def test_how_threads_wait_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmrec.cli import startup
-
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for busy, want in ((True, ("passive", None)), (False, (None, None))):
-        monkeypatch.setattr(startup, "others_work", lambda busy=busy: busy)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", {})
-            startup.prepare_process(["train"])
-            assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == want
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
-            startup.prepare_process(["train"])
-            assert os.environ == {"OMP_WAIT_POLICY": "active"}
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", {})
-            startup.prepare_process(["bench"])
-            assert os.environ == {}
-
-
 def test_bench_train_says_where_a_step_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

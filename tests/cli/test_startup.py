@@ -1,0 +1,63 @@
+"""What is set before torch is loaded: threads, how they wait, and what the user has set."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmrec.cli.startup import available_cores, machine_is_busy, prepare_process, share_cores
+
+needs_proc = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_a_busy_neighbour_is_noticed() -> None:
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert machine_is_busy(0.5)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_threads_sleep_beside_a_busy_neighbour(busy: bool) -> None:
+    environ: dict[str, str] = {}
+    prepare_process(["train"], environ, lambda: busy)
+    assert environ == ({"OMP_WAIT_POLICY": "passive"} if busy else {})
+    for chosen in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1"}):
+        environ = dict(chosen)
+        prepare_process(["train"], environ, lambda: busy)
+        assert environ == chosen
+    environ = {}
+    prepare_process(["bench"], environ, lambda: busy)
+    assert environ == {}
+
+
+@needs_proc
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_cores_are_shared_unless_the_user_chose_a_number(chosen: str | None) -> None:
+    """The environment of a real parent process tells torchrun's choice from the user's."""
+    parent_environ = {} if chosen is None else {"OMP_NUM_THREADS": chosen}
+    parent = subprocess.Popen([str(shutil.which("sleep")), "60"], env=parent_environ)
+    try:
+        end = time.monotonic() + 60
+        while Path(f"/proc/{parent.pid}/comm").read_text() != "sleep\n":
+            assert time.monotonic() < end
+        environ = {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+        share_cores(environ, parent.pid, cores=12)
+        assert environ["OMP_NUM_THREADS"] == (chosen or "3")
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_single_process_takes_all_cores() -> None:
+    environ: dict[str, str] = {}
+    share_cores(environ)
+    assert environ == {}
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
