@@ -11,7 +11,7 @@ from mmrec.checkpoint.checkpoint import load_model
 from mmrec.config import TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
-from mmrec.finetune.start import grow_checkpoint
+from mmrec.finetune.grow import grow_checkpoint
 from mmrec.lora import FACTORS, LowRank, attach
 from mmrec.model import Model
 from mmrec.training.trainer import Trainer, train
@@ -89,7 +89,7 @@ def test_a_tuned_model_grows(corpus: Corpus, source: Path, tmp_path: Path) -> No
     train(lora_trainer(corpus, tmp_path / "run", source))
     for name in ("best.h5", "last.h5"):
         tuned, wider = load_model(tmp_path / "run" / name), replace(SMALL, width=48)
-        grow_checkpoint(tuned, wider, tmp_path / "g.h5", name="g", how="preserve", seed=0)
+        grow_checkpoint(tuned, wider, tmp_path / "g.h5", name="g", method="preserve", seed=0)
         x = torch.randint(257, (1, 60))
         with torch.no_grad():
             torch.testing.assert_close(

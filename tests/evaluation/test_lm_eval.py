@@ -1,4 +1,4 @@
-"""The harness's questions, answered through it on a task of local data, against plain sums."""
+"""The adapter for lm-evaluation-harness, on tasks of local data, against plain sums."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.checkpoint import Loaded, load_model
 from mmrec.data.corpus import Corpus
 from mmrec.training.trainer import Trainer, train
 
@@ -41,12 +41,12 @@ DOCUMENTS = [
 
 
 @pytest.fixture
-def loaded(trainer: Trainer) -> LoadedModel:
+def loaded(trainer: Trainer) -> Loaded:
     train(trainer)
     return load_model(trainer.folder / "last.h5")
 
 
-def plain(loaded: LoadedModel, context: str, text: str) -> tuple[float, bool]:
+def plain(loaded: Loaded, context: str, text: str) -> tuple[float, bool]:
     """Log-probability of a text in float64, all of it at once."""
     ids = [256, *context.encode(), *text.encode()]
     with torch.no_grad():
@@ -63,10 +63,10 @@ def request(*args: object) -> object:
     return Instance("loglikelihood", {}, args, 0)
 
 
-def test_answers_are_plain_sums(loaded: LoadedModel, corpus: Corpus) -> None:
-    from mmrec.evaluation.lm_eval import HarnessModel
+def test_answers_are_plain_sums(loaded: Loaded, corpus: Corpus) -> None:
+    from mmrec.evaluation.lm_eval import LmEvalModel
 
-    model = HarnessModel(loaded)
+    model = LmEvalModel(loaded)
     long = corpus.tokenizer.decode(corpus.val.tokens[:1500])  # more than one chunk
     pairs = [
         ("def ", "f(x)"),
@@ -89,10 +89,10 @@ def test_answers_are_plain_sums(loaded: LoadedModel, corpus: Corpus) -> None:
         assert value == pytest.approx(plain(loaded, "", text)[0], rel=1e-5)
 
 
-def test_texts_end_at_the_stops_of_the_task(loaded: LoadedModel) -> None:
-    from mmrec.evaluation.lm_eval import HarnessModel
+def test_texts_end_at_the_stops_of_the_task(loaded: Loaded) -> None:
+    from mmrec.evaluation.lm_eval import LmEvalModel
 
-    model = HarnessModel(loaded)
+    model = LmEvalModel(loaded)
     options = [
         {"until": [], "max_gen_toks": 30},
         {"until": "e", "max_gen_toks": 30},
@@ -108,7 +108,7 @@ def test_texts_end_at_the_stops_of_the_task(loaded: LoadedModel) -> None:
 
 
 def test_tasks_of_a_folder(
-    loaded: LoadedModel,
+    loaded: Loaded,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -14,13 +14,13 @@ from mmrec.config import TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import Batches, Mixed
 from mmrec.errors import InputError
-from mmrec.finetune.grow import Growth
-from mmrec.finetune.start import freeze, grow_checkpoint
+from mmrec.finetune.freeze import freeze_parameters
+from mmrec.finetune.grow import GrowthPlan, grow_checkpoint
 from mmrec.model import Model
 from mmrec.training.trainer import Trainer, train
 from tests.conftest import SMALL, make_trainer
 
-LARGE = replace(SMALL, width=48, depth=3, layer_types="sbb", ffn_multiplier=2.5, dropout=0.1)
+LARGE = replace(SMALL, width=48, depth=3, layers="sbb", ffn=2.5, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def test_without_its_start_a_run_is_not_resumed(
 def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
     """Twice in two files is the same function, and the moments keep their age."""
     middle, end = tmp_path / "middle.h5", tmp_path / "end.h5"
-    between = replace(LARGE, depth=2, layer_types="sb")
-    grow_checkpoint(load_model(source), between, middle, name="m", how="preserve", seed=1)
-    grow_checkpoint(load_model(middle), LARGE, end, name="e", how="preserve", seed=2)
+    between = replace(LARGE, depth=2, layers="sb")
+    grow_checkpoint(load_model(source), between, middle, name="m", seed=1)
+    grow_checkpoint(load_model(middle), LARGE, end, name="e", seed=2)
     first, last = load_model(source), load_model(end)
     assert last.metadata["preset"] == "e"
     x = torch.arange(100)[None]
@@ -106,17 +106,21 @@ def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
     moments, steps = read_moments(end, last.model)
     assert steps == 12
     before, _ = read_moments(source, first.model)
-    growth = Growth(first.model.config, LARGE)
-    c = growth.c
+    plan = GrowthPlan(first.model.config, LARGE)
+    c = plan.c
     torch.testing.assert_close(
         moments["embedding"]["exp_avg"][:, :32], before["embedding"]["exp_avg"] / c
     )
     torch.testing.assert_close(
         moments["embedding"]["exp_avg_sq"][:, :32], before["embedding"]["exp_avg_sq"] / c**2
     )
-    anew = tmp_path / "anew.h5"
-    grow_checkpoint(first, LARGE, anew, name="r", how="random", seed=0)
+    anew, random_state = tmp_path / "anew.h5", torch.get_rng_state()
+    grow_checkpoint(first, LARGE, anew, name="r", method="random")
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert read_moments(anew, load_model(anew).model) == ({}, 0)
+    again = tmp_path / "again.h5"
+    grow_checkpoint(first, LARGE, again, name="r", method="random")
+    assert all(map(torch.equal, weights(anew).values(), weights(again).values()))
     best = source.with_name("best.h5")
     assert read_moments(best, load_model(best).model) == ({}, 0)
 
@@ -130,13 +134,13 @@ def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
         (
             "memory",
             {
-                ".conv_weight",
+                ".taps",
                 ".project",
                 ".decay",
                 ".memory",
                 ".recurrent",
-                "recurrence_norm",
-                "delta_norm",
+                "short_norm",
+                "long_norm",
                 ".merge",
             },
         ),
@@ -158,7 +162,7 @@ def test_what_is_frozen_stays_and_the_rest_moves(
 )
 def test_a_wrong_freeze_is_refused(what: str) -> None:
     with pytest.raises(InputError, match="freeze must"):
-        freeze(Model(SMALL), what)
+        freeze_parameters(Model(SMALL), what)
 
 
 def test_lower_layers_learn_at_lower_rates(corpus: Corpus, tmp_path: Path) -> None:
@@ -167,7 +171,7 @@ def test_lower_layers_learn_at_lower_rates(corpus: Corpus, tmp_path: Path) -> No
     model, peaks = trainer.model, {}
     for group in trainer.optimizer.param_groups:
         for p in group["params"]:
-            peaks[p] = group["peak"] / (0.02 if group["use_muon"] else 0.01)
+            peaks[p] = group["peak"] / (0.02 if group["muon"] else 0.01)
     assert len(peaks) == len(list(model.parameters()))
     wanted = {"embedding": 0.25, "layers.0": 0.5, "layers.1": 1.0, "norm.weight": 1.0}
     for name, p in model.named_parameters():

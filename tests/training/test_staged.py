@@ -95,7 +95,7 @@ def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
         flops = flops_per_token(last.model.config)["training"]
         assert row["flops"] == row["tokens"] * flops
         assert row["whole"] == summary["epochs"][-1]["bits_per_byte"]
-        assert row["end"] == curve.checks[-1][1]
+        assert row["end"] == curve.validations[-1][1]
         corpus = Corpus.open(prepare(str(folder / "book.txt"), "byte"))
         val = corpus.val
         last.model.set_precision(last.metadata["precision"])  # bfloat16 where the processor has it

@@ -1,0 +1,85 @@
+"""The text that a checkpoint was trained on, and whether it may be read.
+
+A checkpoint is data from anywhere. The path that it names is read only if it is a built-in corpus,
+or if the config.toml of the run folder around the checkpoint names it too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.config import TrainConfig, from_dict, load_toml
+from mmrec.data.corpus import Corpus
+from mmrec.data.prepare import open_corpus, prepare, reading
+from mmrec.data.sources import NAMES
+from mmrec.errors import InputError
+
+
+def training_config(loaded: Loaded) -> TrainConfig:
+    """Return the settings that a checkpoint was trained with."""
+    config: TrainConfig = from_dict(TrainConfig, loaded.info.get("train", {}))
+    return config
+
+
+def may_read(config: TrainConfig, checkpoint: Path) -> bool:
+    """Whether the text that a checkpoint names may be read.
+
+    Args:
+        config: the settings stored in the checkpoint.
+        checkpoint: its path.
+
+    Raises:
+        InputError: the config.toml beside the checkpoint cannot be read.
+    """
+    if config.data in NAMES and not config.val_file:
+        return True
+    beside = checkpoint.with_name("config.toml")
+    train = load_toml(beside).get("train", {}) if beside.is_file() else {}
+    return (train.get("data"), train.get("val_file", "")) == (config.data, config.val_file)
+
+
+def check_provenance(loaded: Loaded, option: str = "--data") -> TrainConfig:
+    """Return the training settings of a checkpoint whose text may be read.
+
+    Args:
+        loaded: the checkpoint.
+        option: what the error message names as the way to give another text.
+
+    Raises:
+        InputError: the text may not be read.
+    """
+    config = training_config(loaded)
+    if not may_read(config, loaded.path):
+        raise InputError(
+            f"{loaded.path} says it was trained on {config.data!r}; what a file names is not read "
+            f"unless the config.toml beside it names it too: give {option}"
+        )
+    return config
+
+
+def training_corpus(
+    loaded: Loaded, option: str = "--data", progress: Callable[[str], None] | None = None
+) -> Corpus:
+    """Open the corpus that a checkpoint was trained on, under the tokenizer of the checkpoint.
+
+    Args:
+        loaded: the checkpoint.
+        option: what error messages name as the way to give another text.
+        progress: called with a line of text at each stage of preparing the corpus.
+
+    Raises:
+        InputError: the text may not be read, cannot be read, or is not what it was in training.
+    """
+    config = check_provenance(loaded, option)
+    # where training made the tokenizer from the text, its prepared corpus is found again
+    tokenizer = loaded.tokenizer if config.grow_from else config.tokenizer
+    options = reading(config)
+    corpus = Corpus.open(prepare(config.data, tokenizer, config.vocab, None, progress, options))
+    if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
+        raise InputError(
+            f"the text of {config.data}, or how mmrec reads it, changed since training: "
+            f"give {option}"
+        )
+    if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
+        corpus = open_corpus(config.data, loaded.tokenizer, progress, options)
+    return corpus
