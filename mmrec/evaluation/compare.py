@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import read_metadata
-from mmrec.config import TrainConfig, from_dict, load_toml
+from mmrec.config import TrainConfig, read_config_file
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_path
 
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Curve:
         raise InputError(f"{log} is not the log of a run") from None
     if not validations:
         raise InputError(f"{folder} was not validated yet: nothing to compare")
-    config = from_dict(TrainConfig, load_toml(folder / "config.toml").get("train", {}))
+    config = TrainConfig.from_flat(read_config_file(folder / "config.toml").train)
     summary, fingerprint = {}, ""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -68,7 +68,9 @@ def read_run(folder: Path) -> Curve:
     return Curve(
         str(folder),
         fingerprint,
-        config.batch * config.seq_len * config.accumulate,
+        config.data.batch_size
+        * config.data.seq_len
+        * config.optimizer.gradient_accumulation_steps,
         steps,
         float(summary.get("seconds", math.nan)),
         validations,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrec.data.corpus import Split
-from mmrec.data.dataloader import eval_lanes
+from mmrec.data.dataloader import evaluation_streams
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
@@ -135,10 +135,10 @@ def evaluate(
     chunk_positions = positions.view(streams, -1).split(chunk, 1)
     try:
         for (x, y, mask), position in zip(
-            eval_lanes(tokens, eot, streams, chunk), chunk_positions, strict=True
+            evaluation_streams(tokens, eot, streams, chunk), chunk_positions, strict=True
         ):
             document_starts = x == eot if reset_at_documents else None
-            hidden, state = model.hidden_states(x, state, starts=document_starts)
+            hidden, state = model.hidden_states(x, state, document_starts=document_starts)
             # logits are large, so only LOSS_ROWS rows of them exist at once
             for h, target, index in zip(
                 hidden[mask].split(LOSS_ROWS),
@@ -146,7 +146,7 @@ def evaluate(
                 position[mask].split(LOSS_ROWS),
                 strict=True,
             ):
-                logits = model.head(h)
+                logits = model.lm_head(h)
                 losses = F.cross_entropy(logits, target, reduction="none")
                 nats += float(losses.sum(dtype=torch.float64))
                 most_likely = logits.argmax(-1)
@@ -199,7 +199,7 @@ class ScoredContext:
         nats, correct = [np.empty(0)], [np.empty(0, bool)]
         for chunk in targets.split(CHUNK) if ids else ():
             hidden, state = self._model.hidden_states(chunk[None], state)
-            logits = self._model.head(torch.cat((last_hidden, hidden[0, :-1]))).double()
+            logits = self._model.lm_head(torch.cat((last_hidden, hidden[0, :-1]))).double()
             nats.append(F.cross_entropy(logits, chunk, reduction="none").numpy())
             correct.append((logits.argmax(-1) == chunk).numpy())
             last_hidden = hidden[0, -1:]

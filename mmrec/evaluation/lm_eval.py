@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from mmrec.checkpoint.checkpoint import Loaded, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.errors import InputError, did_you_mean
 from mmrec.evaluation.evaluate import ScoredContext, read_context
@@ -28,7 +28,7 @@ MAX_TOKENS = 256  # of a generated text, where the task sets no limit
 class LmEvalModel(LM):
     """A checkpoint as a model of the harness."""
 
-    def __init__(self, model: str | Loaded = "", **ignored: Any) -> None:
+    def __init__(self, model: str | LoadedModel = "", **ignored: Any) -> None:
         """Load the checkpoint.
 
         Args:
@@ -104,7 +104,7 @@ class LmEvalModel(LM):
         return results
 
 
-def run_tasks(loaded: Loaded, names: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def run_tasks(loaded: LoadedModel, names: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Evaluate a model on tasks of the harness.
 
     Args:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus, Split, is_prepared
-from mmrec.data.readers import Reading
+from mmrec.data.readers import ReadOptions
 from mmrec.data.sources import documents
 from mmrec.data.tokenize import encode_documents
 from mmrec.errors import InputError
@@ -19,7 +19,7 @@ COPY_SEARCH_TOKENS = 20_000_000  # tokens of the training text that are searched
 
 
 def open_split(
-    loaded: Loaded, data: str | None = None, *, text_field: str = "", skip_bad: bool = False
+    loaded: LoadedModel, data: str | None = None, *, text_field: str = "", skip_bad: bool = False
 ) -> tuple[Split, str]:
     """Tokenise the text to evaluate a model on.
 
@@ -39,7 +39,7 @@ def open_split(
     """
     if data is None:
         corpus = training_corpus(loaded)
-        return corpus.val, f"validation split of {training_config(loaded).data}"
+        return corpus.val, f"validation split of {training_config(loaded).data.source}"
     if is_prepared(data):
         corpus = Corpus.open(Path(data))
         if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
@@ -48,7 +48,7 @@ def open_split(
                 "give its text instead"
             )
         return corpus.val, f"validation split of {data}"
-    texts = documents(data, Reading(text_field, skip_bad))
+    texts = documents(data, ReadOptions(text_field, skip_bad))
     split = encode_documents(loaded.tokenizer, texts)
     if not split.n_tokens:
         raise InputError(f"{data} is empty: expected text; got only white space or nothing")
@@ -56,7 +56,7 @@ def open_split(
 
 
 def evaluate_source(
-    loaded: Loaded,
+    loaded: LoadedModel,
     data: str | None = None,
     *,
     text_field: str = "",
@@ -84,7 +84,7 @@ def evaluate_source(
         loaded.model,
         split,
         tokenizer,
-        reset_at_documents=training_config(loaded).state != "window",
+        reset_at_documents=training_config(loaded).data.state != "window",
         token_scores=scores,
         progress=None if progress is None else lambda count: progress(count, split.n_tokens),
     )
@@ -94,7 +94,7 @@ def evaluate_source(
     return evaluation, report, description
 
 
-def training_text(loaded: Loaded) -> bytes:
+def training_text(loaded: LoadedModel) -> bytes:
     """Return the training text of a checkpoint in which copies are looked for.
 
     Returns:

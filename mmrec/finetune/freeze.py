@@ -5,6 +5,8 @@ import re
 from mmrec.errors import InputError
 from mmrec.model import Model
 
+FEED_FORWARD = ("ffn_norm", "up_proj", "down_proj")
+"""Modules of a layer that do not belong to its memory."""
 
 def freeze_parameters(model: Model, spec: str) -> None:
     """Freeze the named parameters of a model: they get no gradient from now on.
@@ -30,9 +32,13 @@ def freeze_parameters(model: Model, spec: str) -> None:
             prefixes = tuple(f"layers.{i}." for i in range(first, last + 1))
             names = [n for n, _ in model.named_parameters() if n.startswith(prefixes)]
         elif word == "embeddings":
-            names = ["embedding", "ngrams"]
+            names = ["embedding", "ngram_embedding"]
         elif word == "memory":
-            names = [n for n, _ in model.layers.named_parameters(prefix="layers") if "ffn" not in n]
+            names = [
+                name
+                for name, _ in model.layers.named_parameters(prefix="layers")
+                if name.split(".")[2] not in FEED_FORWARD
+            ]
         else:
             raise InputError(
                 "freeze must be words out of embeddings, memory, layers:0-2, joined "

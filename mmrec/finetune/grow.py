@@ -7,7 +7,7 @@ Let c = sqrt(D' / D). Old channels of the residual stream and of both memories c
 old values, and new channels carry zero. Every root mean square then keeps its value, and so does
 the epsilon beside it: a norm returns c times its old output, and whatever reads a norm is divided
 by c. Zero channels change neither the length of keys and queries nor their products. New layers add
-nothing, because their ``merge`` and ``ffn_out`` are zero. A new hidden unit of the feed-forward has
+nothing, because their ``out_proj`` and ``down_proj`` are zero. A new hidden unit of the feed-forward has
 random input weights and zero output weights. Whatever reads a channel that is still zero has random
 weights, so that a gradient reaches the channel at once.
 
@@ -24,13 +24,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, optim
 
-from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.checkpoint.checkpoint import (
+    LoadedModel,
+    open_moments,
+    put_moments,
+    save_checkpoint,
+)
 from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
-from mmrec.model import Layer, Model, spread_decays
-from mmrec.optimizer import Muon
+from mmrec.model import Layer, Model, log_spaced_decay_logits
+from mmrec.optimizer import build_optimizer
 from mmrec.runtime.numeric import cdiv
 
 METHODS = ("preserve", "stack", "random")
@@ -114,11 +118,11 @@ class GrowthPlan:
         if method == "random":
             return
         _check_sizes(old, new)
-        placing = place_layers(old.kinds, new.kinds)
+        placing = place_layers(old.resolved_layer_types, new.resolved_layer_types)
         if placing is None:
             raise InputError(
                 "the grown layers must hold the source's in their order, each with its memories; "
-                f"the source's are {old.kinds!r}, the grown ones {new.kinds!r}"
+                f"the source's are {old.resolved_layer_types!r}, the grown ones {new.resolved_layer_types!r}"
             )
         self.source_layers = {j: i for i, j in enumerate(placing)}
         if method == "stack":
@@ -127,8 +131,8 @@ class GrowthPlan:
 
     def _copy_layers(self) -> None:
         """Give each further new layer the nearest old layer before it whose memories it has."""
-        for j, new_type in enumerate(self.new.kinds):
-            fitting = [i for i, k in enumerate(self.old.kinds) if MEMORIES[k] <= MEMORIES[new_type]]
+        for j, new_type in enumerate(self.new.resolved_layer_types):
+            fitting = [i for i, k in enumerate(self.old.resolved_layer_types) if MEMORIES[k] <= MEMORIES[new_type]]
             if j not in self.source_layers and fitting:
                 before = max((at for at in self.source_layers if at < j), default=0)
                 nearest = self.source_layers.get(before, 0)
@@ -145,45 +149,45 @@ class GrowthPlan:
         old, new, c = self.old, self.new, self.c
         channels = torch.arange(old.width)
         self._map("embedding", "embedding", (torch.arange(old.vocab_size)[:, None], channels), c)
-        if old.ngrams:  # copies, as many as fit: (x mod k n) mod n = x mod n
-            rows = torch.arange(new.ngrams).view(-1, old.ngrams, 1)
-            self._map("ngrams", "ngrams", (rows, channels), c)
+        if old.ngram_buckets:  # copies, as many as fit: (x mod k n) mod n = x mod n
+            rows = torch.arange(new.ngram_buckets).view(-1, old.ngram_buckets, 1)
+            self._map("ngram_embedding", "ngram_embedding", (rows, channels), c)
         # the logits read the norm through the tied embedding, which is c times its old self
         self._map("norm.weight", "norm.weight", (channels,), c**-2)
         for j, i in sorted(self.source_layers.items()):
-            self._map_layer(f"layers.{j}.", f"layers.{i}.", old.kinds[i], new.kinds[j])
+            self._map_layer(f"layers.{j}.", f"layers.{i}.", old.resolved_layer_types[i], new.resolved_layer_types[j])
 
     def _map_layer(self, new_prefix: str, old_prefix: str, old_type: str, new_type: str) -> None:
         old, new, c = self.old, self.new, self.c
-        channels, hidden = torch.arange(old.width), torch.arange(old.hidden)
+        channels, hidden = torch.arange(old.width), torch.arange(old.ffn_width)
         inner = self.memory_channels(old_type)
 
         def add(name: str, index: tuple[Tensor, ...], scale: float | Tensor = 1.0) -> None:
             self._map(new_prefix + name, old_prefix + name, index, scale)
 
-        add("taps", (torch.arange(new.conv - old.conv, new.conv)[:, None], channels))
+        add("conv_weight", (torch.arange(new.conv_width - old.conv_width, new.conv_width)[:, None], channels))
         offsets, rows, scales = _projection_offsets(new_type, new), [], []
         for segment in _projection_offsets(old_type, old):
             at = torch.arange(old.heads) if segment in "ab" else inner
             rows.append(offsets[segment] + at)
             # z and v carry c times their old values, as their inputs do; all others keep theirs
             scales.append(torch.full((len(at), 1), 1.0 if segment in "zv" else 1 / c))
-        add("project.weight", (torch.cat(rows)[:, None], channels), torch.cat(scales))
+        add("in_proj.weight", (torch.cat(rows)[:, None], channels), torch.cat(scales))
         if "h" in MEMORIES[old_type]:
-            add("decay_bias", (inner,))
+            add("forget_bias", (inner,))
         if "w" in MEMORIES[old_type]:
-            size = new.width // new.blocks
-            at = inner.view(old.blocks, -1)
+            size = new.width // new.recurrent_blocks
+            at = inner.view(old.recurrent_blocks, -1)
             index = at[:, :1, None] // size, at[:, :, None] % size, at[:, None, :] % size
-            add("recurrent", index, 1 / c)
-            add("short_norm.weight", (inner,))
+            add("recurrent_weight", index, 1 / c)
+            add("recurrence_norm.weight", (inner,))
         if "s" in MEMORIES[old_type]:
-            add("memory_bias", (torch.arange(old.heads),))
-            add("long_norm.weight", (inner,))
-        add("merge.weight", (channels[:, None], inner))  # input and output are both c times larger
+            add("delta_decay_bias", (torch.arange(old.heads),))
+            add("delta_norm.weight", (inner,))
+        add("out_proj.weight", (channels[:, None], inner))  # input and output are both c times larger
         add("ffn_norm.weight", (channels,))
-        add("ffn_in.weight", (hidden[:, None], channels), 1 / c)
-        add("ffn_out.weight", (channels[:, None], hidden), c)
+        add("up_proj.weight", (hidden[:, None], channels), 1 / c)
+        add("down_proj.weight", (channels[:, None], hidden), c)
 
     def memory_channels(self, old_type: str) -> Tensor:
         """Return where the channels of a layer's memories go, so that heads and blocks stay whole.
@@ -199,22 +203,22 @@ class GrowthPlan:
         """
         old, new = self.old, self.new
         places = torch.arange(old.width)
-        old_block, new_block = old.width // old.blocks, new.width // new.blocks
+        old_block, new_block = old.width // old.recurrent_blocks, new.width // new.recurrent_blocks
         if "s" in MEMORIES[old_type]:
             places = places // old.head_width * new.head_width + places % old.head_width
         elif "w" in MEMORIES[old_type]:
-            per_block = cdiv(old.blocks, new.blocks)  # old blocks in each new one
+            per_block = cdiv(old.recurrent_blocks, new.recurrent_blocks)  # old blocks in each new one
             block = places // old_block
             places = (
                 block // per_block * new_block + block % per_block * old_block + places % old_block
             )
         if "w" in MEMORIES[old_type]:
-            block = (places // new_block).view(old.blocks, -1)
+            block = (places // new_block).view(old.recurrent_blocks, -1)
             if places.max() >= new.width or not (block == block[:, :1]).all():
                 raise InputError(
                     f"a block of the recurrent weight must hold whole blocks of the source, which "
-                    f"has {old.blocks} of {old_block} in {old.heads} heads; "
-                    f"got {new.blocks} of {new_block}"
+                    f"has {old.recurrent_blocks} of {old_block} in {old.heads} heads; "
+                    f"got {new.recurrent_blocks} of {new_block}"
                 )
         return places
 
@@ -230,12 +234,12 @@ class GrowthPlan:
             return
         new_weights, old_weights = dict(model.named_parameters()), dict(source.named_parameters())
         model.embedding.zero_()
-        if self.new.ngrams:
-            model.ngrams.zero_()
+        if self.new.ngram_buckets:
+            model.ngram_embedding.zero_()
         for j, i in self.source_layers.items():
             layer = model.layers[j]
             assert isinstance(layer, Layer)
-            self._prepare_layer(layer, self.old.kinds[i])
+            self._prepare_layer(layer, self.old.resolved_layer_types[i])
         for mapping in self.mappings:
             value = old_weights[mapping.old] * mapping.scale
             weight = new_weights[mapping.new]
@@ -252,7 +256,7 @@ class GrowthPlan:
         is_old = torch.zeros(new.width, dtype=torch.bool)
         is_old[inner] = True
         is_new = ~is_old
-        offsets, old_memories = _projection_offsets(layer.kind, new), MEMORIES[old_type]
+        offsets, old_memories = _projection_offsets(layer.layer_type, new), MEMORIES[old_type]
         zero_rows = {"z": is_new} if "h" in old_memories else {}
         if (
             "s" in old_memories
@@ -261,21 +265,21 @@ class GrowthPlan:
             in_old_head &= is_new
             zero_rows |= {"v": is_new, "q": in_old_head, "k": in_old_head}
         for segment, rows in zero_rows.items():
-            layer.project.weight[offsets[segment] + rows.nonzero(), : old.width] = 0
+            layer.in_proj.weight[offsets[segment] + rows.nonzero(), : old.width] = 0
         count = int(is_new.sum())
-        layer.merge.weight[:, is_new] = torch.randn(new.width, count) * new.width**-0.5
+        layer.out_proj.weight[:, is_new] = torch.randn(new.width, count) * new.width**-0.5
         if "h" in old_memories:
-            layer.decay_bias[is_new] = _new_decay_logits(count, new.horizon)
-        elif layer.recurrent is not None:
-            layer.short_norm.weight.zero_()  # the old layer had no short-term memory
+            layer.forget_bias[is_new] = _new_decay_logits(count, new.max_timescale)
+        elif layer.recurrent_weight is not None:
+            layer.recurrence_norm.weight.zero_()  # the old layer had no short-term memory
         if "s" in old_memories:
             new_heads = new.heads - old.heads
-            layer.memory_bias[old.heads :] = _new_decay_logits(new_heads, new.horizon)
-        elif layer.long:
-            layer.long_norm.weight.zero_()  # the old layer had no long-term memory
-        if layer.recurrent is not None and "h" in old_memories:
-            old_in_block = is_old.view(new.blocks, -1)
-            layer.recurrent[old_in_block[:, :, None] & old_in_block[:, None, :]] = 0
+            layer.delta_decay_bias[old.heads :] = _new_decay_logits(new_heads, new.max_timescale)
+        elif layer.has_delta_rule:
+            layer.delta_norm.weight.zero_()  # the old layer had no long-term memory
+        if layer.recurrent_weight is not None and "h" in old_memories:
+            old_in_block = is_old.view(new.recurrent_blocks, -1)
+            layer.recurrent_weight[old_in_block[:, :, None] & old_in_block[:, None, :]] = 0
 
     def grow_moments(
         self, model: Model, moments: Mapping[str, dict[str, Tensor]]
@@ -308,7 +312,7 @@ class GrowthPlan:
 
 def initialize_from(
     model: Model,
-    source: Loaded | Model,
+    source: LoadedModel | Model,
     optimizer: optim.Optimizer | None = None,
     *,
     method: str = "preserve",
@@ -339,21 +343,21 @@ def initialize_from(
         return 0
     moments, steps = dict[str, dict[str, Tensor]](), 0
     if not isinstance(source, Model):
-        with checkpoint.open_moments(source.path, source_model) as (old_moments, steps):
+        with open_moments(source.path, source_model) as (old_moments, steps):
             moments = plan.grow_moments(model, old_moments)
     if not moments:
         optimizer.state.clear()
         return 0
-    muon = {p for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    muon = {p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
     for name, p in model.named_parameters():  # AdamW counts steps, the same for all parameters
         if name not in moments and p not in muon:
             moments[name] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-    checkpoint.put_moments(model, optimizer, moments, steps)
+    put_moments(model, optimizer, moments, steps)
     return steps
 
 
 def grow_checkpoint(
-    source: Loaded,
+    source: LoadedModel,
     config: ModelConfig,
     out: Path,
     *,
@@ -385,17 +389,28 @@ def grow_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(config)
-        optimizer = Muon(model.parameter_groups(0.0), lr=1.0, betas=(0.9, 0.95), muon_lr=1.0)
+        optimizer = build_optimizer(model)
         steps = initialize_from(model, source, optimizer, method=method, pieces=pieces)
-    info = source.info | {
+    metadata = source.metadata | {
         "preset": name,
         "val": None,
         "grown_from": str(source.path),
         "method": method,
     }
-    progress = {"step": source.step, "optimizer_step_offset": steps - source.step}
-    resumable = (optimizer, progress) if steps else (None, None)
-    checkpoint.save(out, model, tokenizer or source.tokenizer, source.step, info, *resumable)
+    has_moments = steps > 0
+    save_checkpoint(
+        out,
+        model,
+        tokenizer or source.tokenizer,
+        source.step,
+        metadata,
+        optimizer=optimizer if has_moments else None,
+        progress=(
+            {"step": source.step, "optimizer_step_offset": steps - source.step}
+            if has_moments
+            else None
+        ),
+    )
     return model
 
 
@@ -407,9 +422,9 @@ def _projection_offsets(layer_type: str, config: ModelConfig) -> dict[str, int]:
     return {segment: sum(sizes[:i]) for i, segment in enumerate(segments)}
 
 
-def _new_decay_logits(count: int, horizon: int) -> Tensor:
+def _new_decay_logits(count: int, max_timescale: int) -> Tensor:
     """Decay logits (count,) of new channels or heads; a single one has the longest timescale."""
-    return spread_decays(count + 1, horizon)[1:]
+    return log_spaced_decay_logits(count + 1, max_timescale)[1:]
 
 
 def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
@@ -418,9 +433,9 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
         "depth": "depth",
         "heads": "heads",
         "head_width": "width of a head",
-        "hidden": "feed-forward width",
-        "conv": "conv",
-        "ngrams": "ngrams",
+        "ffn_width": "feed-forward width",
+        "conv_width": "conv_width",
+        "ngram_buckets": "ngram_buckets",
     }
     for attribute, name in names.items():
         least, size = getattr(old, attribute), getattr(new, attribute)
@@ -429,13 +444,13 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
                 f"growth never shrinks: the {name} must be at least the source's "
                 f"{least}; got {size}"
             )
-    if old.ngrams and new.runs != old.runs:
+    if old.ngram_buckets and new.max_ngram != old.max_ngram:
         raise InputError(
-            f"runs must be the source's {old.runs}, since other n-grams would read the rows of its "
-            f"table; got {new.runs}"
+            f"max_ngram must be the source's {old.max_ngram}, since other n-grams would read the rows of its "
+            f"table; got {new.max_ngram}"
         )
-    if old.ngrams and new.ngrams % old.ngrams:
+    if old.ngram_buckets and new.ngram_buckets % old.ngram_buckets:
         raise InputError(
-            f"ngrams must be a multiple of the source's {old.ngrams}, since other n-grams would "
-            f"share a row; got {new.ngrams}"
+            f"ngram_buckets must be a multiple of the source's {old.ngram_buckets}, since other n-grams would "
+            f"share a row; got {new.ngram_buckets}"
         )

@@ -84,7 +84,7 @@ def _generate_ids(
         hidden, state = model.hidden_states(tokens, state)
     recent = prompt_ids[-REPETITION_WINDOW:]
     for _ in range(max_tokens):
-        p = next_token_probabilities(model.head(hidden[0, -1]), sampling, recent)
+        p = next_token_probabilities(model.lm_head(hidden[0, -1]), sampling, recent)
         if not p.isfinite().all():
             raise InputError(
                 "the logits of the model must be finite; its weights are damaged, or the "
