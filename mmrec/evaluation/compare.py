@@ -68,9 +68,7 @@ def read_run(folder: Path) -> Curve:
     return Curve(
         str(folder),
         fingerprint,
-        config.data.batch_size
-        * config.data.seq_len
-        * config.optimizer.gradient_accumulation_steps,
+        config.data.batch_size * config.data.seq_len * config.optimizer.gradient_accumulation_steps,
         steps,
         float(summary.get("seconds", math.nan)),
         validations,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import LoadedModel
-from mmrec.config import TrainConfig, read_config_file
+from mmrec.config import DataConfig, TrainConfig, read_config_file
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import open_corpus, prepare, read_options
 from mmrec.data.sources import NAMES
@@ -20,26 +20,25 @@ def training_config(loaded: LoadedModel) -> TrainConfig:
     return TrainConfig.from_dict(loaded.metadata.get("train", {}))
 
 
-def may_read(config: TrainConfig, checkpoint: Path) -> bool:
+def may_read(data: DataConfig, checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names may be read.
 
     Args:
-        config: the settings stored in the checkpoint.
+        data: the settings of the text that are stored in the checkpoint.
         checkpoint: its path.
 
     Raises:
         InputError: the config.toml beside the checkpoint cannot be read.
     """
-    if config.data.source in NAMES and not config.data.val_file:
+    if data.source in NAMES and not data.val_file:
         return True
     beside = checkpoint.with_name("config.toml")
     train = read_config_file(beside).train if beside.is_file() else {}
-    named = train.get("data"), train.get("val_file", "")
-    return named == (config.data.source, config.data.val_file)
+    return (train.get("data"), train.get("val_file", "")) == (data.source, data.val_file)
 
 
-def check_provenance(loaded: LoadedModel, option: str = "--data") -> TrainConfig:
-    """Return the training settings of a checkpoint whose text may be read.
+def check_provenance(loaded: LoadedModel, *, option: str = "--data") -> DataConfig:
+    """Return the settings of the text that a checkpoint was trained on, if it may be read.
 
     Args:
         loaded: the checkpoint.
@@ -48,13 +47,13 @@ def check_provenance(loaded: LoadedModel, option: str = "--data") -> TrainConfig
     Raises:
         InputError: the text may not be read.
     """
-    config = training_config(loaded)
-    if not may_read(config, loaded.path):
+    data = training_config(loaded).data
+    if not may_read(data, loaded.path):
         raise InputError(
-            f"{loaded.path} says it was trained on {config.data.source!r}; what a file names is not read "
+            f"{loaded.path} says it was trained on {data.source!r}; what a file names is not read "
             f"unless the config.toml beside it names it too: give {option}"
         )
-    return config
+    return data
 
 
 def training_corpus(
@@ -73,15 +72,15 @@ def training_corpus(
     Raises:
         InputError: the text may not be read, cannot be read, or is not what it was in training.
     """
-    config = check_provenance(loaded, option)
+    data = check_provenance(loaded, option=option)
+    source, options = data.source, read_options(data)
     # where training made the tokenizer from the text, its prepared corpus is found again
-    tokenizer = loaded.tokenizer if config.finetune.initialize_from else config.data.tokenizer
-    source, options = config.data.source, read_options(config.data)
-    corpus = Corpus.open(prepare(source, tokenizer, config.data.vocab, None, echo, options))
+    is_own = not training_config(loaded).finetune.initialize_from
+    tokenizer = data.tokenizer if is_own else loaded.tokenizer
+    corpus = Corpus.open(prepare(source, tokenizer, data.vocab, None, echo, options))
     if corpus.info["fingerprint"] != loaded.metadata.get("fingerprint"):
         raise InputError(
-            f"the text of {source}, or how mmrec reads it, changed since training: "
-            f"give {option}"
+            f"the text of {source}, or how mmrec reads it, changed since training: give {option}"
         )
     if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
         corpus = open_corpus(source, loaded.tokenizer, echo, options)

@@ -8,6 +8,7 @@ from mmrec.model import Model
 FEED_FORWARD = ("ffn_norm", "up_proj", "down_proj")
 """Modules of a layer that do not belong to its memory."""
 
+
 def freeze_parameters(model: Model, spec: str) -> None:
     """Freeze the named parameters of a model: they get no gradient from now on.
 

@@ -7,9 +7,9 @@ Let c = sqrt(D' / D). Old channels of the residual stream and of both memories c
 old values, and new channels carry zero. Every root mean square then keeps its value, and so does
 the epsilon beside it: a norm returns c times its old output, and whatever reads a norm is divided
 by c. Zero channels change neither the length of keys and queries nor their products. New layers add
-nothing, because their ``out_proj`` and ``down_proj`` are zero. A new hidden unit of the feed-forward has
-random input weights and zero output weights. Whatever reads a channel that is still zero has random
-weights, so that a gradient reaches the channel at once.
+nothing, because their ``out_proj`` and ``down_proj`` are zero. A new hidden unit of the
+feed-forward has random input weights and zero output weights. Whatever reads a channel that is
+still zero has random weights, so that a gradient reaches the channel at once.
 
 Growth that preserves the function is from Net2Net (Chen et al. 2016, arXiv:1511.05641), the
 treatment of norms from LEMON (Wang et al. 2023, arXiv:2310.07999), and the method ``stack`` from
@@ -118,11 +118,12 @@ class GrowthPlan:
         if method == "random":
             return
         _check_sizes(old, new)
-        placing = place_layers(old.resolved_layer_types, new.resolved_layer_types)
+        old_types, new_types = old.resolved_layer_types, new.resolved_layer_types
+        placing = place_layers(old_types, new_types)
         if placing is None:
             raise InputError(
                 "the grown layers must hold the source's in their order, each with its memories; "
-                f"the source's are {old.resolved_layer_types!r}, the grown ones {new.resolved_layer_types!r}"
+                f"the source's are {old_types!r}, the grown ones {new_types!r}"
             )
         self.source_layers = {j: i for i, j in enumerate(placing)}
         if method == "stack":
@@ -132,7 +133,11 @@ class GrowthPlan:
     def _copy_layers(self) -> None:
         """Give each further new layer the nearest old layer before it whose memories it has."""
         for j, new_type in enumerate(self.new.resolved_layer_types):
-            fitting = [i for i, k in enumerate(self.old.resolved_layer_types) if MEMORIES[k] <= MEMORIES[new_type]]
+            fitting = [
+                i
+                for i, k in enumerate(self.old.resolved_layer_types)
+                if MEMORIES[k] <= MEMORIES[new_type]
+            ]
             if j not in self.source_layers and fitting:
                 before = max((at for at in self.source_layers if at < j), default=0)
                 nearest = self.source_layers.get(before, 0)
@@ -155,7 +160,12 @@ class GrowthPlan:
         # the logits read the norm through the tied embedding, which is c times its old self
         self._map("norm.weight", "norm.weight", (channels,), c**-2)
         for j, i in sorted(self.source_layers.items()):
-            self._map_layer(f"layers.{j}.", f"layers.{i}.", old.resolved_layer_types[i], new.resolved_layer_types[j])
+            self._map_layer(
+                f"layers.{j}.",
+                f"layers.{i}.",
+                old.resolved_layer_types[i],
+                new.resolved_layer_types[j],
+            )
 
     def _map_layer(self, new_prefix: str, old_prefix: str, old_type: str, new_type: str) -> None:
         old, new, c = self.old, self.new, self.c
@@ -165,7 +175,10 @@ class GrowthPlan:
         def add(name: str, index: tuple[Tensor, ...], scale: float | Tensor = 1.0) -> None:
             self._map(new_prefix + name, old_prefix + name, index, scale)
 
-        add("conv_weight", (torch.arange(new.conv_width - old.conv_width, new.conv_width)[:, None], channels))
+        add(
+            "conv_weight",
+            (torch.arange(new.conv_width - old.conv_width, new.conv_width)[:, None], channels),
+        )
         offsets, rows, scales = _projection_offsets(new_type, new), [], []
         for segment in _projection_offsets(old_type, old):
             at = torch.arange(old.heads) if segment in "ab" else inner
@@ -184,7 +197,9 @@ class GrowthPlan:
         if "s" in MEMORIES[old_type]:
             add("delta_decay_bias", (torch.arange(old.heads),))
             add("delta_norm.weight", (inner,))
-        add("out_proj.weight", (channels[:, None], inner))  # input and output are both c times larger
+        add(
+            "out_proj.weight", (channels[:, None], inner)
+        )  # input and output are both c times larger
         add("ffn_norm.weight", (channels,))
         add("up_proj.weight", (hidden[:, None], channels), 1 / c)
         add("down_proj.weight", (channels[:, None], hidden), c)
@@ -207,7 +222,9 @@ class GrowthPlan:
         if "s" in MEMORIES[old_type]:
             places = places // old.head_width * new.head_width + places % old.head_width
         elif "w" in MEMORIES[old_type]:
-            per_block = cdiv(old.recurrent_blocks, new.recurrent_blocks)  # old blocks in each new one
+            per_block = cdiv(
+                old.recurrent_blocks, new.recurrent_blocks
+            )  # old blocks in each new one
             block = places // old_block
             places = (
                 block // per_block * new_block + block % per_block * old_block + places % old_block
@@ -361,7 +378,7 @@ def grow_checkpoint(
     config: ModelConfig,
     out: Path,
     *,
-    name: str,
+    preset: str,
     method: str = "preserve",
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
@@ -373,7 +390,7 @@ def grow_checkpoint(
         source: the checkpoint.
         config: configuration of the grown model.
         out: the file to write; replaced if it exists.
-        name: name of the preset, stored in the file.
+        preset: name of the preset, stored in the file.
         method: see ``GrowthPlan``.
         seed: seed of the random numbers; torch's global generator is left as it is.
         tokenizer: the tokenizer with the new tokens; None for the source's.
@@ -392,7 +409,7 @@ def grow_checkpoint(
         optimizer = build_optimizer(model)
         steps = initialize_from(model, source, optimizer, method=method, pieces=pieces)
     metadata = source.metadata | {
-        "preset": name,
+        "preset": preset,
         "val": None,
         "grown_from": str(source.path),
         "method": method,
@@ -446,11 +463,11 @@ def _check_sizes(old: ModelConfig, new: ModelConfig) -> None:
             )
     if old.ngram_buckets and new.max_ngram != old.max_ngram:
         raise InputError(
-            f"max_ngram must be the source's {old.max_ngram}, since other n-grams would read the rows of its "
-            f"table; got {new.max_ngram}"
+            f"max_ngram must be the source's {old.max_ngram}, since other n-grams would read the "
+            f"rows of its table; got {new.max_ngram}"
         )
     if old.ngram_buckets and new.ngram_buckets % old.ngram_buckets:
         raise InputError(
-            f"ngram_buckets must be a multiple of the source's {old.ngram_buckets}, since other n-grams would "
-            f"share a row; got {new.ngram_buckets}"
+            f"ngram_buckets must be a multiple of the source's {old.ngram_buckets}, since other "
+            f"n-grams would share a row; got {new.ngram_buckets}"
         )

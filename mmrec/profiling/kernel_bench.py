@@ -190,9 +190,7 @@ def compare(
         )
 
 
-def _memory_limit(
-    shape: tuple[int, ...], forward_arrays: int, both_arrays: int
-) -> HardwareLimit:
+def _memory_limit(shape: tuple[int, ...], forward_arrays: int, both_arrays: int) -> HardwareLimit:
     """torch.add on arrays of the shape, beside an op that moves so many of them."""
     x, y = torch.randn(shape), torch.randn(shape)
     size = 4 * x.numel()

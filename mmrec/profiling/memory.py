@@ -19,7 +19,7 @@ from mmrec.inference.generate import PROMPT_CHUNK
 from mmrec.model import Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.numeric import cdiv
-from mmrec.training.replicas import count_lanes
+from mmrec.training.replicas import replica_count
 
 TRAINING_PARTS = (
     "weights",
@@ -102,7 +102,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         model = Model(config)
         model.set_precision(train.optimizer.precision)
         model.activation_checkpointing = train.optimizer.activation_checkpointing
-        replicas = count_lanes(model, train.data.batch_size)
+        replicas = replica_count(model, train.data.batch_size)
         optimizer = build_optimizer(model)
         parameters = list(model.parameters())
         rows = cdiv(train.data.batch_size, replicas)

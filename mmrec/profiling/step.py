@@ -2,8 +2,8 @@
 
 A multiply and an add are two floating-point operations. The time of a part is that of its forward
 and backward pass for all layers, in all replicas at once, each with its share of the batch. What
-the parts do not explain (residual sums, casts, autograd, Python, summing the replicas' gradients) is
-the part "other".
+the parts do not explain (residual sums, casts, autograd, Python, summing the gradients of replicas)
+is the part "other".
 
 Axes: B sequences, T tokens per sequence, D width.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmrec.config import ModelConfig, TrainConfig
-from mmrec.data.dataloader import Batches
+from mmrec.data.dataloader import WindowLoader
 from mmrec.kernels import (
     associative_memory,
     gated_recurrence,
@@ -31,7 +31,7 @@ from mmrec.model import Layer, Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.hardware import bfloat16_is_faster, matrix_product_rate
 from mmrec.runtime.numeric import cdiv
-from mmrec.training.replicas import gradients, lanes_for
+from mmrec.training.replicas import Replicas, forward_backward, replica_count
 
 REPEATS = 9
 PEAK_SHAPE = (2048, 2048, 2048)  # of the matrix product that sets the peak rate
@@ -199,11 +199,11 @@ def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
     bf16 = precision == "bfloat16" or (precision == "auto" and bfloat16_is_faster())
     precision = "bfloat16" if bf16 else "float32"
     model.set_precision(precision)
-    replicas = lanes_for(model, batch)
+    replicas = Replicas(replica_count(model, batch))
     optimizer = build_optimizer(model, run_tasks=replicas.run)
     optimizer.scale_lr(0.01)  # random tokens teach nothing: keep the weights where they are
     rng = np.random.default_rng(0)
-    loader = Batches(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
+    loader = WindowLoader(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
 
     def update() -> None:
         replicas.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
@@ -211,13 +211,13 @@ def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        gradients(model, replicas, *loader.get(0))
+        forward_backward(model, replicas, *loader.batch_at(0))
         update()
 
     step_seconds = median_seconds(step)
     parts = [StepPart("optimizer", median_seconds(update))]
-    parts.append(StepPart("data", median_seconds(lambda: loader.get(0))))
-    tokens, targets = (t[: cdiv(batch, replicas.count)] for t in loader.get(0))
+    parts.append(StepPart("data", median_seconds(lambda: loader.batch_at(0))))
+    tokens, targets = (t[: cdiv(batch, replicas.count)] for t in loader.batch_at(0))
     time_model = partial(_time_model, model, config, tokens, targets, bf16)
     parts += replicas.run([time_model] * replicas.count)[0]
     sums: dict[str, list[float]] = {}

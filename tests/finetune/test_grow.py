@@ -12,17 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import PRESETS, ModelConfig
+from mmrec.config import PRESETS, ModelConfig, OptimizerConfig
 from mmrec.errors import InputError
 from mmrec.finetune.grow import GrowthPlan, initialize_from, place_layers
 from mmrec.model import Model
-from mmrec.optimizer import Muon
+from mmrec.optimizer import build_optimizer
 from tests.conftest import ROOT
 
+NO_DECAY = OptimizerConfig(weight_decay=0.0, ngram_weight_decay=0.0)
+SLOW = replace(NO_DECAY, lr=1e-3, matrix_lr=1e-3)
 TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
 
 
-def taught(config: ModelConfig) -> Model:
+def random_model(config: ModelConfig) -> Model:
     """A model none of whose weights is what it is initialised to."""
     model = Model(config).eval()
     with torch.no_grad():
@@ -58,24 +60,24 @@ def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
 
     heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([4, 6]))
     blocks = draw(st.sampled_from([1, heads]))
-    kinds = draw(st.text("nslb", min_size=1, max_size=3))
+    types = draw(st.text("nslb", min_size=1, max_size=3))
     old = ModelConfig(
         heads * size,
-        len(kinds),
+        len(types),
         heads,
         257,
-        kinds,
+        types,
         blocks,
-        ffn=draw(st.sampled_from([1.0, 2.5])),
-        conv=draw(st.integers(1, 3)),
-        horizon=32,
-        ngrams=draw(st.sampled_from([0, 50])),
+        ffn_multiplier=draw(st.sampled_from([1.0, 2.5])),
+        conv_width=draw(st.integers(1, 3)),
+        max_timescale=32,
+        ngram_buckets=draw(st.sampled_from([0, 50])),
     )
     now = more(heads)
     width = now * more(size, 3)
     wider = {"n": "nsb", "s": "sb", "l": "lb", "b": "b"}
     layers = "".join(
-        draw(st.text("nslb", max_size=1)) + draw(st.sampled_from(wider[k])) for k in kinds
+        draw(st.text("nslb", max_size=1)) + draw(st.sampled_from(wider[t])) for t in types
     ) + draw(st.text("nslb", max_size=1))
     fewer = 1 if blocks == 1 or now != heads else draw(st.sampled_from([1, blocks]))
     new = ModelConfig(
@@ -85,10 +87,10 @@ def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
         257,
         layers,
         fewer,
-        ffn=old.ffn + draw(st.sampled_from([0.0, 1.3])),
-        conv=more(old.conv),
-        horizon=64,
-        ngrams=old.ngrams * draw(st.integers(1, 3)) or draw(st.sampled_from([0, 40])),
+        ffn_multiplier=old.ffn_multiplier + draw(st.sampled_from([0.0, 1.3])),
+        conv_width=more(old.conv_width),
+        max_timescale=64,
+        ngram_buckets=old.ngram_buckets * draw(st.integers(1, 3)) or draw(st.sampled_from([0, 40])),
     )
     return old, new
 
@@ -96,7 +98,7 @@ def pairs(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig]:
 @given(pairs())
 def test_the_grown_model_computes_the_same(pair: tuple[ModelConfig, ModelConfig]) -> None:
     old, new = pair
-    source = taught(old)
+    source = random_model(old)
     grown = grow(source, new)
     assert grown.config == new
     assert distance(source, grown) < 1e-4
@@ -111,7 +113,7 @@ def test_the_grown_model_computes_the_same(pair: tuple[ModelConfig, ModelConfig]
 @pytest.mark.parametrize("pair", ["tiny mini", "tiny small", "mini small"])
 def test_presets_grow_into_each_other(pair: str) -> None:
     small, large = (replace(PRESETS[name], vocab_size=257) for name in pair.split())
-    source = taught(small)
+    source = random_model(small)
     assert distance(source, grow(source, large)) < 1e-4
 
 
@@ -132,7 +134,7 @@ def new_entries(plan: GrowthPlan, model: Model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("layers", "grown_layers", "width", "heads"),
+    ("types", "grown_types", "width", "heads"),
     [
         ("nslb", "nslb", 64, 4),
         ("nslb", "nslb", 48, 2),
@@ -141,37 +143,37 @@ def new_entries(plan: GrowthPlan, model: Model) -> dict[str, torch.Tensor]:
     ],
 )
 def test_all_that_is_new_learns_within_two_steps(
-    layers: str, grown_layers: str, width: int, heads: int
+    types: str, grown_types: str, width: int, heads: int
 ) -> None:
-    old = ModelConfig(32, 4, 2, 257, layers, ffn=2.0, ngrams=64, horizon=32)
+    old = ModelConfig(32, 4, 2, 257, types, ffn_multiplier=2.0, ngram_buckets=64, max_timescale=32)
     new = replace(
         old,
         width=width,
         heads=heads,
-        layers=grown_layers,
-        depth=len(grown_layers),
-        ffn=2.5,
-        ngrams=128,
-        conv=5,
+        layer_types=grown_types,
+        depth=len(grown_types),
+        ffn_multiplier=2.5,
+        ngram_buckets=128,
+        conv_width=5,
     )
-    source = taught(old)
+    source = random_model(old)
     model = grow(source, new).train()
     masks = new_entries(GrowthPlan(old, new), model)
-    optimizer = Muon(model.parameter_groups(0.0), lr=1e-3, betas=(0.9, 0.95), muon_lr=1e-3)
+    optimizer = build_optimizer(model, SLOW)
     x = tokens(101)
     reached = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for _ in range(2):
         optimizer.zero_grad()
-        model.loss(x[:, :-1], x[:, 1:]).backward()
+        model.loss(x[:, :-1], x[:, 1:])[0].backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
             reached[name] |= p.grad != 0
         optimizer.step()
     for name, mask in masks.items():
         hit = reached[name]
-        if name == "ngrams":  # rows that the text never asks for have no gradient; columns do
+        if name == "ngram_embedding":  # rows that the text never asks for have no gradient; columns do
             mask, hit = mask.any(0), hit.any(0)
-        if name.endswith(("project.weight", "ffn_in.weight", "ffn_out.weight")):
+        if name.endswith(("in_proj.weight", "up_proj.weight", "down_proj.weight")):
             assert (hit | ~mask).float().mean() > 0.97, name  # a unit may be off for this text
         else:
             assert (hit | ~mask).all(), name
@@ -179,33 +181,33 @@ def test_all_that_is_new_learns_within_two_steps(
 
 def test_a_grown_model_learns_more_than_its_source_could() -> None:
     """Trained on, it leaves the subspace of the source: new channels carry what helps."""
-    old = ModelConfig(16, 2, 2, 257, "bs", ffn=1.0, horizon=32)
-    source = taught(old)
+    old = ModelConfig(16, 2, 2, 257, "bs", ffn_multiplier=1.0, max_timescale=32)
+    source = random_model(old)
     model = grow(source, replace(old, width=48, heads=3)).train()
-    optimizer = Muon(model.parameter_groups(0.0), lr=1e-2, betas=(0.9, 0.95), muon_lr=0.02)
+    optimizer = build_optimizer(model, NO_DECAY)
     x, losses = tokens(101), []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss, _ = model.loss(x[:, :-1], x[:, 1:])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     for layer in model.layers:
-        hidden = layer.project.weight[16:48, :16]  # type: ignore[union-attr, index]
+        hidden = layer.in_proj.weight[16:48, :16]  # type: ignore[union-attr, index]
         assert hidden.abs().max() > 1e-3
 
 
 def test_moments_follow_their_weights() -> None:
     """A step with grown moments moves old entries as the source's own step would."""
-    old = ModelConfig(16, 2, 2, 257, "nb", ffn=2.0, ngrams=30, horizon=32)
-    new = replace(old, width=40, heads=5, depth=3, layers="nnb", ngrams=60)
-    source = taught(old).train()
+    old = ModelConfig(16, 2, 2, 257, "nb", ffn_multiplier=2.0, ngram_buckets=30, max_timescale=32)
+    new = replace(old, width=40, heads=5, depth=3, layer_types="nnb", ngram_buckets=60)
+    source = random_model(old).train()
     plan = GrowthPlan(old, new)
     model = grow(source, new).train()
     x = tokens(61)
     for m in (source, model):
-        m.loss(x[:, :-1], x[:, 1:]).backward()
+        m.loss(x[:, :-1], x[:, 1:])[0].backward()
     grads = {n: p.grad for n, p in source.named_parameters()}
     as_kept = {n: {"momentum": g, "exp_avg_sq": g**2} for n, g in grads.items() if g is not None}
     grown = plan.grow_moments(model, as_kept)
@@ -213,7 +215,7 @@ def test_moments_follow_their_weights() -> None:
         p = dict(model.named_parameters())[mapping.new]
         assert p.grad is not None
         made = grown[mapping.new]
-        if mapping.new == "ngrams":  # copies share what the one row got
+        if mapping.new == "ngram_embedding":  # copies share what the one row got
             whole = p.grad.view(2, 30, -1).sum(0)[:, :16]
             want = made["momentum"][:30, :16]
         else:
@@ -236,18 +238,18 @@ def test_moments_follow_their_weights() -> None:
         ({"depth": 1}, "depth must be .* 2; got 1"),
         ({"heads": 1}, "heads must be .* 2; got 1"),
         ({"heads": 4}, "width of a head must be .* 16; got 8"),
-        ({"ffn": 1.0}, "feed-forward width must be .* 64; got 32"),
-        ({"conv": 2}, "conv must be .* 4; got 2"),
-        ({"ngrams": 0}, "ngrams must be .* 50; got 0"),
-        ({"runs": 4}, "runs must be .* 3, .*; got 4"),
-        ({"ngrams": 75}, "ngrams must be a multiple .* 50.*; got 75"),
+        ({"ffn_multiplier": 1.0}, "feed-forward width must be .* 64; got 32"),
+        ({"conv_width": 2}, "conv_width must be .* 4; got 2"),
+        ({"ngram_buckets": 0}, "ngram_buckets must be .* 50; got 0"),
+        ({"max_ngram": 4}, "max_ngram must be .* 3, .*; got 4"),
+        ({"ngram_buckets": 75}, "ngram_buckets must be a multiple .* 50.*; got 75"),
         ({"vocab_size": 300}, "vocab_size must be 257; got 300"),
-        ({"layers": "nb"}, "'sb', the grown ones 'nb'"),
-        ({"blocks": 4}, "has 2 of 16.*; got 4 of 8"),
+        ({"layer_types": "nb"}, "'sb', the grown ones 'nb'"),
+        ({"recurrent_blocks": 4}, "has 2 of 16.*; got 4 of 8"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(change: dict[str, object], message: str) -> None:
-    old = ModelConfig(32, 2, 2, 257, "sb", 2, ffn=2.0, ngrams=50)
+    old = ModelConfig(32, 2, 2, 257, "sb", 2, ffn_multiplier=2.0, ngram_buckets=50)
     with pytest.raises(InputError, match=message):
         GrowthPlan(old, replace(old, **change))  # type: ignore[arg-type]
 
@@ -261,16 +263,16 @@ def test_layers_are_interleaved() -> None:
 
 
 def test_other_ways_are_other_functions() -> None:
-    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn_multiplier=2.0, max_timescale=32)
     new = replace(old, width=32, heads=4, depth=4)
-    source = taught(old)
+    source = random_model(old)
     stacked, anew = grow(source, new, "stack"), grow(source, new, "random")
     assert distance(source, stacked) > 1e-2
     assert distance(source, anew) > 1e-2
     copied = [
         n
         for n, p in stacked.layers.named_parameters()
-        if n.endswith("merge.weight") and p[:16].any()
+        if n.endswith("out_proj.weight") and p[:16].any()
     ]
     assert len(copied) == 4
     with pytest.raises(InputError, match="method must be one of preserve, stack, random; got 'x'"):
@@ -278,9 +280,9 @@ def test_other_ways_are_other_functions() -> None:
 
 
 def test_new_tokens_are_the_mean_of_what_they_join() -> None:
-    old = ModelConfig(16, 2, 2, 257, "nl", ffn=2.0, horizon=32)
+    old = ModelConfig(16, 2, 2, 257, "nl", ffn_multiplier=2.0, max_timescale=32)
     new = replace(old, width=32, heads=4, vocab_size=259)
-    source, grown = taught(old), Model(new).eval()
+    source, grown = random_model(old), Model(new).eval()
     GrowthPlan(old, new, pieces=[[5, 7], [8, 8, 5]]).grow_weights(grown, source)
     x = tokens()
     with torch.no_grad():
