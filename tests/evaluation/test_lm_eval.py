@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrec.checkpoint.checkpoint import Loaded, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, save_checkpoint
 from mmrec.data.corpus import Corpus
-from mmrec.training.trainer import Trainer, train
+from mmrec.data.dataloader import WindowLoader
+from mmrec.model import Model
+from mmrec.optimizer import build_optimizer
+from tests.conftest import SMALL
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: mmrec[harness]")
 
@@ -40,13 +43,22 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture
-def loaded(trainer: Trainer) -> Loaded:
-    train(trainer)
-    return load_model(trainer.folder / "last.h5")
+@pytest.fixture(scope="module")
+def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model that has seen a little text, so that it writes text."""
+    torch.manual_seed(0)
+    model = Model(SMALL)
+    optimizer, loader = build_optimizer(model), WindowLoader(corpus.train.tokens, 2, 32, 0)
+    for step in range(12):
+        optimizer.zero_grad()
+        model.loss(*loader.batch_at(step))[0].backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("model") / "model.h5"
+    save_checkpoint(path, model.eval(), corpus.tokenizer, 12, {})
+    return LoadedModel(path, model, corpus.tokenizer, 12, {})
 
 
-def plain(loaded: Loaded, context: str, text: str) -> tuple[float, bool]:
+def plain(loaded: LoadedModel, context: str, text: str) -> tuple[float, bool]:
     """Log-probability of a text in float64, all of it at once."""
     ids = [256, *context.encode(), *text.encode()]
     with torch.no_grad():
@@ -63,7 +75,7 @@ def request(*args: object) -> object:
     return Instance("loglikelihood", {}, args, 0)
 
 
-def test_answers_are_plain_sums(loaded: Loaded, corpus: Corpus) -> None:
+def test_answers_are_plain_sums(loaded: LoadedModel, corpus: Corpus) -> None:
     from mmrec.evaluation.lm_eval import LmEvalModel
 
     model = LmEvalModel(loaded)
@@ -89,7 +101,7 @@ def test_answers_are_plain_sums(loaded: Loaded, corpus: Corpus) -> None:
         assert value == pytest.approx(plain(loaded, "", text)[0], rel=1e-5)
 
 
-def test_texts_end_at_the_stops_of_the_task(loaded: Loaded) -> None:
+def test_texts_end_at_the_stops_of_the_task(loaded: LoadedModel) -> None:
     from mmrec.evaluation.lm_eval import LmEvalModel
 
     model = LmEvalModel(loaded)
@@ -108,7 +120,7 @@ def test_texts_end_at_the_stops_of_the_task(loaded: Loaded) -> None:
 
 
 def test_tasks_of_a_folder(
-    loaded: Loaded,
+    loaded: LoadedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

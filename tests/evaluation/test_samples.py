@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.checkpoint.checkpoint import Loaded
+from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus
 from mmrec.evaluation.samples import (
     SPAN_LENGTHS,
@@ -97,7 +97,7 @@ def test_samples_of_a_model(corpus: Corpus) -> None:
     model = Model(replace(SMALL, dropout=0.1)).eval()
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.1
-    loaded = Loaded(Path("model.h5"), model, corpus.tokenizer, 0, {})
+    loaded = LoadedModel(Path("model.h5"), model, corpus.tokenizer, 0, {})
     training = corpus.tokenizer.decode(corpus.train.tokens).encode()
     samples = write_samples([loaded], ["def ", "im"], [0.0, 1.0], [training], 40)
     assert [(s.prompt, s.temperature) for s in samples] == [
