@@ -13,7 +13,9 @@ from mmrec.errors import InputError
 if TYPE_CHECKING:
     from mmrec.profiling.kernel_bench import Row
 
-app = typer.Typer(help="Time the kernels beside their peers; each is checked before it is timed.")
+app = typer.Typer(
+    help="Time the kernels beside other implementations; each is checked before it is timed."
+)
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]
@@ -49,18 +51,18 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
     sizes = [_parse(s, axes) for s in shapes] if shapes else None
     import torch
 
-    from mmrec.profiling.kernel_bench import BENCHES, machine, to_json
+    from mmrec.profiling.kernel_bench import BENCHMARKS, describe_machine, to_json
 
     torch.manual_seed(0)
     rows, case, ours = [], None, 1.0
     if not as_json:
-        m = machine()
+        m = describe_machine()
         typer.echo(
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, load {m['load']}; ", nl=False
         )
         typer.echo(f"torch {m['torch']}, numba {m['numba']}")
         typer.echo("%: share of the rate of torch.add or torch.mm; time: both, beside mmrec")
-    for row in BENCHES[name](sizes, repeats):
+    for row in BENCHMARKS[name](sizes, repeats):
         rows.append(row)
         if as_json:
             continue
@@ -70,7 +72,7 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
             typer.echo(
                 f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'fwd %':>8}{'both %':>8}{'time':>10}"
             )
-        if row.name.startswith("mmrec"):  # comes before its peers
+        if row.name.startswith("mmrec"):  # comes before its baselines
             ours = row.both_ms
         _print_row(row, ours)
     if as_json:
@@ -86,13 +88,13 @@ def scan(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> 
 @app.command()
 def recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
     """Gated recurrence beside torch.nn.GRU and LSTM, shapes BxTxD."""
-    _run("recurrence", 3, shape, repeats, as_json)
+    _run("gated_recurrence", 3, shape, repeats, as_json)
 
 
 @app.command()
 def memory(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
     """Associative memory beside a loop in torch, shapes BxTxHxP."""
-    _run("memory", 4, shape, repeats, as_json)
+    _run("gated_delta_rule", 4, shape, repeats, as_json)
 
 
 @app.command()
@@ -112,15 +114,15 @@ def train(
     config = preset(name)
     if vocab is not None:
         config = dataclasses.replace(config, vocab_size=vocab)
-    from mmrec.profiling.kernel_bench import machine
-    from mmrec.profiling.step import profile as measure
+    from mmrec.profiling.kernel_bench import describe_machine
+    from mmrec.profiling.step import profile_step
 
     given = {"batch": batch} | ({"seq_len": seq_len} if seq_len else {})
     plan: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
-    made = measure(config, plan)
+    made = profile_step(config, plan)
     if as_json:
-        about = {"machine": machine(), "preset": name, "vocab": config.vocab_size}
-        about |= {"share": made.share, **dataclasses.asdict(made)}
+        about = {"machine": describe_machine(), "preset": name, "vocab": config.vocab_size}
+        about |= {"peak_fraction": made.peak_fraction, **dataclasses.asdict(made)}
         typer.echo(json.dumps(about, indent=1))
         return
     typer.echo(
@@ -133,10 +135,10 @@ def train(
             line = f"{part.name:<24}{part.seconds * 1e3:8.2f}{part.seconds / made.seconds:9.0%}"
             if part.flops:
                 rate = part.flops / part.seconds
-                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{rate / made.peak:9.0%}"
+                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{rate / made.peak_flops:9.0%}"
             typer.echo(line)
     typer.echo(
         f"step {made.seconds * 1e3:.1f} ms, {made.tokens / made.seconds:,.0f} tokens/s, "
-        f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.share:.0%} of the "
-        f"{made.peak / 1e9:.0f} that a large product reaches here"
+        f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.peak_fraction:.0%} of the "
+        f"{made.peak_flops / 1e9:.0f} that a large product reaches here"
     )

@@ -32,7 +32,7 @@ def compare(
     )
     for c in sorted(curves, key=lambda c: c.best[1]):
         time = f"{c.seconds:,.0f} s" if math.isfinite(c.seconds) else "-"
-        whole = f"{c.whole:.4f}" if math.isfinite(c.whole) else "-"
+        whole = f"{c.split_bits_per_byte:.4f}" if math.isfinite(c.split_bits_per_byte) else "-"
         step, best = c.best
         tokens = f"{c.steps * c.tokens_per_step / 1e6:.2f} M"
         typer.echo(

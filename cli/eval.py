@@ -9,11 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
-    from mmrec.config import TrainConfig
-    from mmrec.data.corpus import Corpus
-
-COPIED_TOKENS = 20_000_000  # of the training text, in which copies are looked for
-
 
 Opt = typer.Option
 
@@ -57,36 +52,6 @@ def evaluate(
         _score(models[0], data, text_field, skip_bad, plot, as_json)
 
 
-def _corpus(loaded: "LoadedModel") -> "Corpus":
-    """The corpus that a model was trained on. Raises InputError if its text may not be read."""
-    from mmrec.data.corpus import Corpus
-    from mmrec.data.prepare import prepare, reading
-    from mmrec.errors import InputError
-
-    settings = _settings(loaded)
-    if not may_read(settings, loaded.path):
-        raise InputError(
-            f"{loaded.path} says it was trained on {settings.data!r}; what a file names is "
-            "not read unless the config.toml beside it names it too: give --data"
-        )
-    how = reading(settings)
-    kept = loaded.tokenizer if settings.grow_from else settings.tokenizer
-    corpus = Corpus.open(prepare(settings.data, kept, settings.vocab, how=how))
-    if corpus.info["fingerprint"] != loaded.info.get("fingerprint"):
-        raise InputError(
-            f"the text of {settings.data}, or how mmrec reads it, changed since "
-            "training; name --data"
-        )
-    return corpus
-
-
-def _settings(loaded: "LoadedModel") -> "TrainConfig":
-    from mmrec.config import TrainConfig, from_dict
-
-    made: TrainConfig = from_dict(TrainConfig, loaded.info.get("train", {}))
-    return made
-
-
 def _write_on(
     models: list["LoadedModel"],
     prompts: Path,
@@ -98,8 +63,8 @@ def _write_on(
     from tqdm import tqdm
 
     from mmrec.errors import InputError
-    from mmrec.evaluation.samples import as_html, as_markdown, read_prompts, write_samples
-    from mmrec.inference.generate import Sampling
+    from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
+    from mmrec.inference.sampling import SamplingConfig
     from mmrec.runtime.atomic import atomic_write_text
 
     if report is not None and report.suffix not in (".md", ".html"):
@@ -111,7 +76,7 @@ def _write_on(
             f"--temperatures must be numbers joined by commas; got {temperatures!r}"
         ) from None
     for x in warm:
-        Sampling(temperature=x)
+        SamplingConfig(temperature=x)
     texts = read_prompts(prompts)
     training = [_training_text(loaded) for loaded in models]
     count = len(models) * len(texts) * len(warm)
@@ -120,22 +85,22 @@ def _write_on(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(s) for s in made], ensure_ascii=False, indent=1))
     elif report is None:
-        typer.echo(as_markdown(made), nl=False)
+        typer.echo(to_markdown(made), nl=False)
     if report is not None:
-        atomic_write_text(report, as_html(made) if report.suffix == ".html" else as_markdown(made))
+        atomic_write_text(report, to_html(made) if report.suffix == ".html" else to_markdown(made))
         typer.echo(f"{count} texts: {report}", err=as_json)
 
 
 def _training_text(loaded: "LoadedModel") -> bytes:
     """What copies are looked for in; nothing, said aloud, where it cannot be read."""
     from mmrec.errors import InputError
+    from mmrec.evaluation.source import training_text
 
     try:
-        train = _corpus(loaded).train.tokens[:COPIED_TOKENS]
+        return training_text(loaded)
     except InputError as error:
         typer.echo(f"note: copies of the training text are not looked for: {error}", err=True)
         return b""
-    return b"".join(loaded.tokenizer.token_bytes(t) for t in train.tolist())
 
 
 def _run_tasks(loaded: "LoadedModel", tasks: str, folder: Path | None, as_json: bool) -> None:
@@ -164,49 +129,22 @@ def _score(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    import numpy as np
     from tqdm import tqdm
 
-    from mmrec.data.corpus import Corpus, is_prepared
-    from mmrec.data.readers import Reading
-    from mmrec.data.sources import documents
-    from mmrec.data.tokenize import encode_documents
-    from mmrec.errors import InputError
-    from mmrec.evaluation.evaluate import TokenScores, evaluate
-    from mmrec.evaluation.report import draw, make_report
+    from mmrec.evaluation.report import draw_report
+    from mmrec.evaluation.source import evaluate_source
 
-    settings = _settings(loaded)
-    if data is None:
-        what, split = f"validation split of {settings.data}", _corpus(loaded).val
-    elif is_prepared(data):
-        corpus = Corpus.open(Path(data))
-        if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
-            raise InputError(
-                f"{data} must have the tokenizer of {loaded.path}; it has another: "
-                "give its text instead"
-            )
-        what, split = f"validation split of {data}", corpus.val
-    else:
-        texts = documents(data, Reading(text_field, skip_bad))
-        what, split = f"all of {data}", encode_documents(loaded.tokenizer, texts)
-        if not split.n_tokens:
-            raise InputError(f"{data} is empty: expected text; got only white space or nothing")
-    detail = TokenScores.empty(split.n_tokens)
-    with tqdm(total=split.n_tokens, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
-        made = evaluate(
-            loaded.model,
-            split.tokens,
-            loaded.tokenizer.eot,
-            split.n_bytes,
-            resets=settings.state != "window",
-            detail=detail,
-            progress=bar.update,
+    with tqdm(unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count)
+
+        made, report, what = evaluate_source(
+            loaded, data, text_field=text_field, skip_bad=skip_bad, progress=show
         )
-    tokenizer = loaded.tokenizer
-    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    report = make_report(np.asarray(split.tokens), tokenizer.eot, sizes, detail)
     if plot is not None:
-        draw(report, plot, f"{loaded.path}, step {loaded.step:,}")
+        draw_report(report, plot, f"{loaded.path}, step {loaded.step:,}")
     if as_json:
         extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": what}
         typer.echo(
@@ -230,15 +168,3 @@ def _score(
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return f" (95 % by documents: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
-
-
-def may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
-    """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
-    from mmrec.config import load_toml
-    from mmrec.data.sources import NAMES
-
-    if settings.data in NAMES and not settings.val_file:
-        return True
-    config = checkpoint.with_name("config.toml")
-    said = load_toml(config).get("train", {}) if config.is_file() else {}
-    return (said.get("data"), said.get("val_file", "")) == (settings.data, settings.val_file)

@@ -25,11 +25,12 @@ def generate(
     """Write on from a prompt, as it comes."""
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.inference.generate import Sampling, generate
+    from mmrec.inference.generate import generate
+    from mmrec.inference.sampling import SamplingConfig
     from mmrec.runtime.malloc import return_large_blocks
 
     return_large_blocks()  # only a long prompt takes large blocks, and once
-    how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    sampling = SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p)
     loaded = load_model(find_checkpoint(model))
     piped = prompt is None and not sys.stdin.isatty()
     text = sys.stdin.read() if prompt == "-" or piped else prompt or ""
@@ -37,7 +38,7 @@ def generate(
         loaded.model,
         loaded.tokenizer,
         text,
-        how=how,
+        sampling=sampling,
         max_tokens=max_tokens,
         stop=stop or (),
         seed=seed,

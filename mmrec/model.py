@@ -567,3 +567,58 @@ def call_checkpointed(
         call_layer, *inputs, use_reentrant=False, preserve_rng_state=generator is None
     )
     return result
+
+
+PARAMETER_GROUPS = {
+    "embedding": ("embedding",),
+    "n-gram embedding": ("ngram_embedding",),
+    "projections": ("in_proj.weight", "out_proj.weight"),
+    "recurrent weights": ("recurrent_weight",),
+    "feed-forward": ("up_proj.weight", "down_proj.weight"),
+    "convolutions": ("conv_weight",),
+}
+"""Groups of parameters by the last part of their names; ``norms and biases`` are the others."""
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Count the parameters of a model without allocating it.
+
+    Returns:
+        The number of parameters in each of PARAMETER_GROUPS, in "norms and biases", and in "total".
+    """
+    with torch.device("meta"):
+        model = Model(config)
+    counts = dict.fromkeys([*PARAMETER_GROUPS, "norms and biases"], 0)
+    for name, p in model.named_parameters():
+        group = next(
+            (
+                group
+                for group, suffixes in PARAMETER_GROUPS.items()
+                if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+            ),
+            "norms and biases",
+        )
+        counts[group] += p.numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """Count the floating-point operations of the matrix products per token.
+
+    A multiply and an add are two operations: twice the parameters that a token meets in a product,
+    and 8 P² per head of the gated delta rule. Backward takes twice the operations of forward.
+
+    Returns:
+        Operations of a "forward" pass; of "training"; and of training with
+        "activation_checkpointing", which runs the layers forward once more.
+    """
+    counts = parameter_counts(config)
+    weights = counts["projections"] + counts["recurrent weights"] + counts["feed-forward"]
+    delta_layers = sum(t in "lb" for t in config.resolved_layer_types)
+    layers = 2 * weights + delta_layers * config.heads * 8 * config.head_width**2
+    forward = layers + 2 * counts["embedding"]
+    return {
+        "forward": forward,
+        "training": 3 * forward,
+        "activation_checkpointing": 3 * forward + layers,
+    }

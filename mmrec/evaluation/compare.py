@@ -1,4 +1,4 @@
-"""Several runs side by side: what each reached, and its validation curve by steps, tokens, time."""
+"""Compare runs: the scores of each, and its validation curve by steps, tokens and time."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import read_metadata
-from mmrec.config import TrainConfig, from_dict, load_toml
+from mmrec.config import TrainConfig, read_config_file
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_path
 
@@ -19,42 +19,47 @@ class Curve:
     run: str
     """The run folder."""
     fingerprint: str
-    """Of its tokens; empty if the run keeps no best model yet."""
+    """Fingerprint of the training text; empty while the run has no best model."""
     tokens_per_step: int
     steps: int
+    """Optimizer steps so far."""
     seconds: float
     """Training time; NaN while the run has no summary."""
-    checks: list[tuple[int, float]]
+    validations: list[tuple[int, float]]
     """Step, and bits per byte on the fixed validation subset."""
-    whole: float
-    """Bits per byte of the last pass over the whole validation split; NaN if there was none."""
+    split_bits_per_byte: float
+    """Bits per byte on the whole validation split, last time; NaN if there was none."""
     ended: str
-    """Why it ended: done, early or signal; ``running`` if nothing says so."""
+    """Why the run ended: done, early or signal; ``running`` without a summary."""
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and bits per byte of the best check."""
-        return min(self.checks, key=lambda check: check[1])
+        """Step and bits per byte of the best validation."""
+        return min(self.validations, key=lambda validation: validation[1])
 
 
 def read_run(folder: Path) -> Curve:
-    """Read what a run folder says. Raises InputError if it is none, or was not validated yet."""
+    """Read the curve of a run folder.
+
+    Raises:
+        InputError: the folder is not a run folder, or the run was not validated yet.
+    """
     log = folder / "metrics.jsonl"
     if not log.is_file():
         raise InputError(f"{folder} must be a run folder; it holds no metrics.jsonl")
     lines = []
     for text in log.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a run that is being written
+        with contextlib.suppress(ValueError):  # a run may be writing the last line
             lines.append(json.loads(text))
     try:
         steps = max((x["step"] for x in lines if x["kind"] == "train"), default=0)
-        checks = [(x["step"], x["bits_per_byte"]) for x in lines if x["kind"] == "val"]
-        whole = [x["bits_per_byte"] for x in lines if x["kind"] == "epoch"]
+        validations = [(x["step"], x["bits_per_byte"]) for x in lines if x["kind"] == "val"]
+        split_scores = [x["bits_per_byte"] for x in lines if x["kind"] == "epoch"]
     except (KeyError, TypeError):
         raise InputError(f"{log} is not the log of a run") from None
-    if not checks:
+    if not validations:
         raise InputError(f"{folder} was not validated yet: nothing to compare")
-    config = from_dict(TrainConfig, load_toml(folder / "config.toml").get("train", {}))
+    config = TrainConfig.from_flat(read_config_file(folder / "config.toml").train)
     summary, fingerprint = {}, ""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -63,31 +68,36 @@ def read_run(folder: Path) -> Curve:
     return Curve(
         str(folder),
         fingerprint,
-        config.batch * config.seq_len * config.accumulate,
+        config.data.batch_size * config.data.seq_len * config.optimizer.gradient_accumulation_steps,
         steps,
         float(summary.get("seconds", math.nan)),
-        checks,
-        whole[-1] if whole else math.nan,
+        validations,
+        split_scores[-1] if split_scores else math.nan,
         str(summary.get("ended", "running")),
     )
 
 
 def draw_curves(curves: list[Curve], path: Path) -> None:
-    """Write a PNG of all curves against steps, tokens and seconds.
+    """Write a PNG of all curves against steps, training tokens and seconds of training.
 
-    A log keeps no clock, so that it is the same each time; a check's second is its share of the
-    run's steps times the run's seconds. A run without summary is left out there.
+    The log of a run holds no times, so that equal runs have equal logs. The time of a validation is
+    estimated as its fraction of the steps times the seconds of the run. A run without summary has
+    no curve against seconds.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for curve in curves:
-        steps, values = zip(*curve.checks, strict=True)
-        rate = curve.seconds / max(1, curve.steps)
-        for ax, unit in zip(axes, (1, curve.tokens_per_step / 1e6, rate), strict=True):
-            if math.isfinite(unit):
-                ax.plot([s * unit for s in steps], values, "o-", markersize=3, label=curve.run)
+        steps, values = zip(*curve.validations, strict=True)
+        seconds_per_step = curve.seconds / max(1, curve.steps)
+        scales = (1, curve.tokens_per_step / 1e6, seconds_per_step)
+        for ax, scale in zip(axes, scales, strict=True):
+            if math.isfinite(scale):
+                ax.plot([s * scale for s in steps], values, "o-", markersize=3, label=curve.run)
     labels = ("step", "training tokens (millions)", "seconds of training")
     for ax, label in zip(axes, labels, strict=True):
         ax.set_xlabel(label)

@@ -1,4 +1,7 @@
-"""Evaluation: every token of a split scored once, with carried state."""
+"""Score every token of a text once, with the recurrent state carried along.
+
+Axes: n tokens of the text, D model width.
+"""
 
 import math
 import time
@@ -10,28 +13,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrec.data.dataloader import eval_lanes
+from mmrec.data.corpus import Split
+from mmrec.data.dataloader import evaluation_streams
+from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
 from mmrec.model import Model, State
+from mmrec.runtime.numeric import cdiv
 
-LANES = 8
-CHUNK = 512  # tokens of a single text that are read at once
-LANE_TOKENS = 1024  # a shorter split gets fewer lanes: a lane's start lacks context
+EVALUATION_STREAMS = 8
+"""Contiguous streams that a split is cut into; they are scored side by side."""
+CHUNK = 512  # tokens of a single text per forward pass
+MIN_STREAM_TOKENS = 1024  # a shorter split gets fewer streams: each stream starts without context
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores over a whole split."""
+    """Scores over a whole text."""
 
     loss: float
-    """Mean cross-entropy, nats a token."""
+    """Mean cross-entropy, in nats per token."""
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """All nats, in bits, over the bytes of the text: comparable between tokenizers."""
+    """Sum of the cross-entropies, in bits, over the UTF-8 bytes of the text. It can be compared
+    between tokenizers."""
     accuracy: float
-    """Share of tokens that were the likeliest."""
+    """Fraction of tokens that were the most likely one."""
     tokens: int
     bytes: int
     seconds: float
@@ -39,19 +47,53 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What each of n tokens got; ``evaluate`` fills the arrays."""
+    """Scores of each of n tokens. ``evaluate`` fills the arrays."""
 
     nats: np.ndarray
     """(n,) float32, minus the log-probability of the token."""
-    sure: np.ndarray
-    """(n,) float32, the probability of the likeliest token there."""
-    right: np.ndarray
-    """(n,) bool, whether that was the token."""
+    confidence: np.ndarray
+    """(n,) float32, the probability of the most likely token."""
+    correct: np.ndarray
+    """(n,) bool, whether the token was the most likely one."""
 
     @classmethod
     def empty(cls, count: int) -> "TokenScores":
-        """Room for the scores of so many tokens."""
+        """Allocate the scores of ``count`` tokens, without values."""
         return cls(np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool))
+
+
+def evaluate_split(
+    model: Model,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    reset_at_documents: bool,
+    token_scores: TokenScores | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Score a whole split of a corpus.
+
+    Args:
+        model: left in the mode (training or evaluation) that it is in.
+        split: tokens and bytes of the text.
+        tokenizer: the tokenizer of the split and of the model.
+        reset_at_documents: start every document from the empty state.
+        token_scores: filled with the scores of each token.
+        progress: called with the number of tokens just scored; an exception that it raises ends
+            the evaluation.
+
+    Raises:
+        InputError: the split is empty.
+    """
+    return evaluate(
+        model,
+        split.tokens,
+        tokenizer.eot,
+        split.n_bytes,
+        reset_at_documents=reset_at_documents,
+        token_scores=token_scores,
+        progress=progress,
+    )
 
 
 @torch.inference_mode()
@@ -62,54 +104,59 @@ def evaluate(
     n_bytes: int,
     *,
     chunk: int = 256,
-    resets: bool = False,
-    detail: TokenScores | None = None,
+    reset_at_documents: bool = False,
+    token_scores: TokenScores | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Score tokens (n,), n ≥ 1, in contiguous lanes whose state is carried from chunk to chunk.
+    """Score tokens in contiguous streams whose state is carried from chunk to chunk.
 
     Args:
-        model: left in the mode it came in.
-        tokens: token ids of the split, documents ended by ``eot``.
-        eot: the id given as context to the first token.
-        n_bytes: UTF-8 bytes of the text that the tokens stand for.
-        chunk: tokens of a lane at once; changes speed and memory only.
-        resets: start every document without a memory of those before it.
-        detail: is given the scores of each token.
-        progress: called with the number of tokens just scored; what it raises ends the evaluation.
+        model: left in the mode (training or evaluation) that it is in.
+        tokens: (n,) token ids of any integer dtype; every document ends with ``eot``.
+        eot: id of the end token, which is also the context of the first token.
+        n_bytes: UTF-8 bytes of the text that the tokens encode.
+        chunk: tokens of each stream per forward pass. It changes speed and memory only.
+        reset_at_documents: start every document from the empty state.
+        token_scores: filled with the scores of each token.
+        progress: called with the number of tokens just scored; an exception that it raises ends
+            the evaluation.
 
     Raises:
         InputError: there is no token to score.
     """
     if len(tokens) == 0 or n_bytes == 0:
         raise InputError("nothing to evaluate: the validation split is empty")
-    lanes = max(1, min(LANES, len(tokens) // LANE_TOKENS))
+    streams = max(1, min(EVALUATION_STREAMS, len(tokens) // MIN_STREAM_TOKENS))
     training, begin = model.training, time.perf_counter()
     model.eval()
     state: State | None = None
-    nats, right = 0.0, 0
-    places = torch.arange(lanes * -(-len(tokens) // lanes))
-    columns = places.view(lanes, -1).split(chunk, 1)  # the tokens that a chunk scores
+    nats, correct = 0.0, 0
+    positions = torch.arange(streams * cdiv(len(tokens), streams))
+    chunk_positions = positions.view(streams, -1).split(chunk, 1)
     try:
-        for (x, y, mask), column in zip(
-            eval_lanes(tokens, eot, lanes, chunk), columns, strict=True
+        for (x, y, mask), position in zip(
+            evaluation_streams(tokens, eot, streams, chunk), chunk_positions, strict=True
         ):
-            at = column[mask].split(LOSS_ROWS)
-            starts = x == eot if resets else None
-            hidden, state = model.hidden_states(x, state, document_starts=starts)
-            rows = hidden[mask].split(LOSS_ROWS)  # logits are large: few are alive at once
-            for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
+            document_starts = x == eot if reset_at_documents else None
+            hidden, state = model.hidden_states(x, state, document_starts=document_starts)
+            # logits are large, so only LOSS_ROWS rows of them exist at once
+            for h, target, index in zip(
+                hidden[mask].split(LOSS_ROWS),
+                y[mask].split(LOSS_ROWS),
+                position[mask].split(LOSS_ROWS),
+                strict=True,
+            ):
                 logits = model.lm_head(h)
-                each = F.cross_entropy(logits, target, reduction="none")
-                nats += float(each.sum(dtype=torch.float64))
-                likeliest = logits.argmax(-1)
-                hits = likeliest == target
-                right += int(hits.sum())
-                if detail is not None:
-                    sure = F.cross_entropy(logits, likeliest, reduction="none").neg().exp()
-                    index = where.numpy()
-                    detail.nats[index], detail.sure[index] = each.numpy(), sure.numpy()
-                    detail.right[index] = hits.numpy()
+                losses = F.cross_entropy(logits, target, reduction="none")
+                nats += float(losses.sum(dtype=torch.float64))
+                most_likely = logits.argmax(-1)
+                hits = most_likely == target
+                correct += int(hits.sum())
+                if token_scores is not None:
+                    confidence = F.cross_entropy(logits, most_likely, reduction="none").neg().exp()
+                    token_scores.nats[index.numpy()] = losses.numpy()
+                    token_scores.confidence[index.numpy()] = confidence.numpy()
+                    token_scores.correct[index.numpy()] = hits.numpy()
             if progress is not None:
                 progress(int(mask.sum()))
     finally:
@@ -119,40 +166,56 @@ def evaluate(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nats / math.log(2) / n_bytes,
-        accuracy=right / len(tokens),
+        accuracy=correct / len(tokens),
         tokens=len(tokens),
         bytes=n_bytes,
         seconds=time.perf_counter() - begin,
     )
 
 
-class Continuation:
-    """A model that has read a text: what does it think of what may follow?"""
+class ScoredContext:
+    """A model that has read a context, ready to score continuations of it.
 
-    def __init__(self, model: Model, last: Tensor, state: State) -> None:
-        """``last`` (1, D), the hidden state at the newest token."""
-        self._model, self._last, self._state = model, last, state
+    ``read_context`` makes one.
+    """
+
+    def __init__(self, model: Model, last_hidden: Tensor, state: State) -> None:
+        """Keep the model, the hidden state (1, D) at the newest token, and the recurrent state."""
+        self._model, self._last_hidden, self._state = model, last_hidden, state
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Minus the log-probability, in nats, of each of the next tokens (n,) given those before
-        it, float64; and whether it was the likeliest, bool."""
-        targets, state, last = torch.tensor(ids, dtype=torch.int64), self._state, self._last
-        nats, right = [np.empty(0)], [np.empty(0, bool)]
-        for piece in targets.split(CHUNK) if ids else ():
-            hidden, state = self._model.hidden_states(piece[None], state)
-            logits = self._model.lm_head(torch.cat((last, hidden[0, :-1]))).double()
-            nats.append(F.cross_entropy(logits, piece, reduction="none").numpy())
-            right.append((logits.argmax(-1) == piece).numpy())
-            last = hidden[0, -1:]
-        return np.concatenate(nats), np.concatenate(right)
+        """Score a continuation of n tokens, each given the context and the tokens before it.
+
+        Args:
+            ids: token ids of the continuation; may be empty.
+
+        Returns:
+            Minus the log-probability of each token in nats, (n,) float64; and whether the token was
+            the most likely one, (n,) bool.
+        """
+        targets = torch.tensor(ids, dtype=torch.int64)
+        state, last_hidden = self._state, self._last_hidden
+        nats, correct = [np.empty(0)], [np.empty(0, bool)]
+        for chunk in targets.split(CHUNK) if ids else ():
+            hidden, state = self._model.hidden_states(chunk[None], state)
+            logits = self._model.lm_head(torch.cat((last_hidden, hidden[0, :-1]))).double()
+            nats.append(F.cross_entropy(logits, chunk, reduction="none").numpy())
+            correct.append((logits.argmax(-1) == chunk).numpy())
+            last_hidden = hidden[0, -1:]
+        return np.concatenate(nats), np.concatenate(correct)
 
 
 @torch.inference_mode()
-def continuation(model: Model, ids: Sequence[int]) -> Continuation:
-    """Let a model read a text of at least one token, in chunks."""
+def read_context(model: Model, ids: Sequence[int]) -> ScoredContext:
+    """Let a model read a context, in chunks.
+
+    Args:
+        model: in evaluation mode.
+        ids: token ids of the context, at least one; usually the end token comes first.
+    """
     state: State | None = None
-    for piece in torch.tensor(ids, dtype=torch.int64).split(CHUNK):
-        hidden, state = model.hidden_states(piece[None], state)
+    for chunk in torch.tensor(ids, dtype=torch.int64).split(CHUNK):
+        hidden, state = model.hidden_states(chunk[None], state)
     assert state is not None
-    return Continuation(model, hidden[0, -1:], state)
+    return ScoredContext(model, hidden[0, -1:], state)

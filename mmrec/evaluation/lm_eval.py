@@ -1,7 +1,7 @@
-"""The model for EleutherAI's lm-evaluation-harness (``pip install 'mmrec[harness]'``).
+"""The adapter for EleutherAI's lm-evaluation-harness (``pip install 'mmrec[harness]'``).
 
-The harness is handed text and asks for log-likelihoods and for text. A recurrent state has no
-longest context, so nothing is cut; and what several answers share is read once.
+The harness asks for log-likelihoods of texts and for generated text. The context of a recurrent
+model has no largest length, so nothing is cut; a context that several answers share is read once.
 """
 
 from collections.abc import Sequence
@@ -16,102 +16,117 @@ from tqdm import tqdm
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.evaluation.evaluate import Continuation, continuation
-from mmrec.inference.generate import Sampling, generate
+from mmrec.errors import InputError, did_you_mean
+from mmrec.evaluation.evaluate import ScoredContext, read_context
+from mmrec.inference.generate import generate
+from mmrec.inference.sampling import SamplingConfig
 
-MAX_TOKENS = 256  # of a generation, where the task does not say
+MAX_TOKENS = 256  # of a generated text, where the task sets no limit
 
 
 @register_model("mmrec")
-class HarnessModel(LM):
-    """A checkpoint as the harness sees it."""
+class LmEvalModel(LM):
+    """A checkpoint as a model of the harness."""
 
     def __init__(self, model: str | LoadedModel = "", **ignored: Any) -> None:
-        """``model``: run folder, checkpoint, or empty for the newest run. Raises InputError."""
+        """Load the checkpoint.
+
+        Args:
+            model: run folder or checkpoint; empty for the newest run.
+            ignored: settings of the harness that do not concern mmrec, such as the batch size.
+
+        Raises:
+            InputError: the checkpoint cannot be read.
+        """
         super().__init__()
         if isinstance(model, str):
             model = load_model(find_checkpoint(Path(model) if model else None))
         self._loaded = model
-        self._known: tuple[list[int], Continuation] | None = None
+        self._last: tuple[list[int], ScoredContext] | None = None
 
-    def _after(self, context: list[int]) -> Continuation:
-        """The model when it has read the end token and a context."""
-        if self._known is None or self._known[0] != context:
-            start = [self._loaded.tokenizer.eot, *context]
-            self._known = context, continuation(self._loaded.model, start)
-        return self._known[1]
+    def _read(self, context: list[int]) -> ScoredContext:
+        """The model after the end token and a context; the last one is kept."""
+        if self._last is None or self._last[0] != context:
+            ids = [self._loaded.tokenizer.eot, *context]
+            self._last = context, read_context(self._loaded.model, ids)
+        return self._last[1]
 
-    def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context and of what follows it, made together.
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context and of its continuation, encoded as one text.
 
-        Spaces between them belong to what follows, as in the harness's own models.
+        Spaces at the end of the context count to the continuation, as in the harness's own models.
         """
-        bare = context.rstrip()
-        text, context = context[len(bare) :] + text, bare
-        ids = self._loaded.tokenizer.encode(context + text).tolist()
+        stripped = context.rstrip()
+        continuation, context = context[len(stripped) :] + continuation, stripped
+        ids = self._loaded.tokenizer.encode(context + continuation).tolist()
         count = len(self._loaded.tokenizer.encode(context))
         return ids[:count], ids[count:]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-probability in nats of each continuation of its context, and whether it is what
-        taking the likeliest token would give."""
-        made = []
+        """Return for each (context, continuation) the log-probability of the continuation in nats,
+        and whether greedy decoding would generate it."""
+        results = []
         for request in tqdm(requests, "loglikelihood", disable=disable_tqdm or None):
-            context, ids = self._split(*request.args)
-            nats, likeliest = self._after(context).score(ids)
-            made.append((-float(nats.sum()), bool(likeliest.all())))
-        return made
+            context, ids = self._encode_pair(*request.args)
+            nats, correct = self._read(context).score(ids)
+            results.append((-float(nats.sum()), bool(correct.all())))
+        return results
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability in nats of each whole text."""
-        made = []
+        """Return the log-probability of each text in nats."""
+        results = []
         for request in tqdm(requests, "rolling", disable=disable_tqdm or None):
             ids = self._loaded.tokenizer.encode(request.args[0]).tolist()
-            made.append(-float(self._after([]).score(ids)[0].sum()))
-        return made
+            results.append(-float(self._read([]).score(ids)[0].sum()))
+        return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each context, up to the first stop text of the task."""
-        made = []
+        """Return the text generated after each context, up to the first stop text of the task."""
+        results = []
         for request in tqdm(requests, "generating", disable=disable_tqdm or None):
             context, options = request.args
-            stops = options.get("until") or []
-            warm = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            how = Sampling(temperature=warm, top_p=options.get("top_p", 1.0))
+            stop = options.get("until") or []
+            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
             pieces = generate(
                 self._loaded.model,
                 self._loaded.tokenizer,
                 context,
-                how=how,
+                sampling=SamplingConfig(temperature=temperature, top_p=options.get("top_p", 1.0)),
                 seed=0,
                 max_tokens=int(options.get("max_gen_toks", MAX_TOKENS)),
-                stop=[s for s in ([stops] if isinstance(stops, str) else stops) if s],
+                stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
             )
-            made.append("".join(pieces))
-        return made
+            results.append("".join(pieces))
+        return results
 
 
 def run_tasks(loaded: LoadedModel, names: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """Run tasks of the harness, or of YAML files in a folder; returns what the harness returns.
+    """Evaluate a model on tasks of the harness.
 
-    Raises InputError if there is no such task.
+    Args:
+        loaded: the checkpoint.
+        names: names of tasks.
+        folder: folder with more tasks as YAML files, or None.
+
+    Returns:
+        The result of the harness, with scores under "results".
+
+    Raises:
+        InputError: there is no task of that name.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from mmrec.errors import InputError, did_you_mean
-
     manager = TaskManager(include_path=str(folder) if folder else None)
     for name in names:
         if name not in manager.all_tasks:
-            raise InputError(
-                f"the harness has no task {name!r}{did_you_mean(name, list(manager.all_tasks))}"
-            )
+            suggestion = did_you_mean(name, list(manager.all_tasks))
+            raise InputError(f"the harness has no task {name!r}{suggestion}")
     torch.manual_seed(0)
-    made = simple_evaluate(HarnessModel(loaded), tasks=list(names), task_manager=manager)
-    assert made is not None
-    return made
+    result = simple_evaluate(LmEvalModel(loaded), tasks=list(names), task_manager=manager)
+    assert result is not None
+    return result

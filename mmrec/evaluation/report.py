@@ -1,6 +1,6 @@
-"""What a mean hides: scores by document, by position, and how sure the model was.
+"""What the mean score hides: scores by document, by position in it, and calibration.
 
-Axes: n tokens of a split, in their order.
+Axes: n tokens of a text in their order, N documents, V vocabulary size.
 """
 
 import math
@@ -13,93 +13,132 @@ import numpy as np
 from mmrec.evaluation.evaluate import TokenScores
 from mmrec.runtime.atomic import atomic_path
 
-DRAWS = 2_000
-BINS = 10
+RESAMPLES = 2_000
+RESAMPLED_AT_ONCE = 1 << 20  # documents that are drawn in one batch of resamples, for memory
+CONFIDENCE_BINS = 10
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores of one model on one text, taken apart."""
+    """Scores of one model on one text, by document, position and confidence."""
 
     documents: int
     interval: tuple[float, float] | None
-    """95 % interval of bits per byte, documents drawn again (bootstrap); None under two of them."""
+    """95 % bootstrap interval of bits per byte over the documents; None below two documents."""
     positions: list[dict[str, float]]
-    """Mean nats a token by place in its document, bins of powers of two: from, to, tokens, loss."""
+    """Mean loss by position in the document, in bins of powers of two. Keys: from, to (inclusive),
+    tokens, loss (nats per token)."""
     calibration: list[dict[str, float]]
-    """Tokens by the probability of the likeliest one: tokens, its mean, the share that came."""
+    """Tokens in ten bins by the probability of the most likely token. Keys: tokens, confidence (the
+    mean of that probability), correct (fraction of tokens that were the most likely one)."""
     calibration_error: float
-    """Mean distance of the two, weighted by tokens (expected calibration error; Guo et al. 2017,
-    arXiv:1706.04599, eq. 3)."""
+    """Expected calibration error: the mean of abs(confidence - correct) over the bins, weighted by
+    their tokens. Source: Guo et al. 2017, arXiv:1706.04599, eq. 3."""
 
 
-def bootstrap(nats: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile interval of bits per byte from documents' nats (N,) and bytes (N,)."""
-    count = len(nats)
-    if count < 2:
-        return None
-    rng, made = np.random.default_rng(seed), np.empty(DRAWS)
-    for i in range(DRAWS):
-        drawn = rng.integers(0, count, count)
-        made[i] = nats[drawn].sum() / max(1, sizes[drawn].sum()) / math.log(2)
-    low, high = np.percentile(made, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def make_report(tokens: np.ndarray, eot: int, sizes: np.ndarray, scores: TokenScores) -> Report:
-    """Take scores apart.
+def bootstrap_interval(
+    nats: np.ndarray, sizes: np.ndarray, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of bits per byte, with documents resampled.
 
     Args:
-        tokens: (n,) ids; each document ends with ``eot``, the last one perhaps not.
-        eot: the id that ends a document.
-        sizes: (vocabulary,) bytes that each token stands for.
-        scores: of the tokens.
+        nats: (N,) float64, sum of the cross-entropies of each document in nats.
+        sizes: (N,) int64, bytes of each document.
+        seed: seed of the resampling.
+
+    Returns:
+        Low and high end (percentile method) of the ratio of sums; None below two documents.
+    """
+    if len(nats) < 2:
+        return None
+    from scipy.stats import bootstrap
+
+    def bits_per_byte(nats: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+        ratio: np.ndarray = nats.sum(axis) / np.maximum(1, sizes.sum(axis)) / math.log(2)
+        return ratio
+
+    interval = bootstrap(
+        (nats, sizes),
+        bits_per_byte,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, RESAMPLED_AT_ONCE // len(nats)),
+        confidence_level=0.95,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def make_report(
+    tokens: np.ndarray, eot: int, token_bytes: np.ndarray, scores: TokenScores
+) -> Report:
+    """Break the scores of tokens down by document, position and confidence.
+
+    Args:
+        tokens: (n,) token ids; every document ends with ``eot``, except perhaps the last.
+        eot: id of the end token.
+        token_bytes: (V,) int64, bytes that each token stands for.
+        scores: scores of the tokens.
     """
     ends = np.flatnonzero(tokens == eot) + 1
     starts = np.concatenate(([0], ends[ends < len(tokens)]))
     nats = scores.nats.astype(np.float64)
-    place = np.arange(len(tokens)) - np.repeat(starts, np.diff(starts, append=len(tokens)))
+    position = np.arange(len(tokens)) - np.repeat(starts, np.diff(starts, append=len(tokens)))
     positions: list[dict[str, float]] = []
     low, high = 0, 1
-    while low <= place.max():
-        here = (place >= low) & (place < high)
-        if here.any():
+    while low <= position.max():
+        in_bin = (position >= low) & (position < high)
+        if in_bin.any():
             positions.append(
                 {
                     "from": low,
                     "to": high - 1,
-                    "tokens": int(here.sum()),
-                    "loss": float(nats[here].mean()),
+                    "tokens": int(in_bin.sum()),
+                    "loss": float(nats[in_bin].mean()),
                 }
             )
         low, high = high, 2 * high
     calibration: list[dict[str, float]] = []
-    error, bins = 0.0, np.minimum((scores.sure * BINS).astype(int), BINS - 1)
-    for i in range(BINS):
-        here = bins == i
-        if here.any():
-            sure, right = float(scores.sure[here].mean()), float(scores.right[here].mean())
-            calibration.append({"tokens": int(here.sum()), "sure": sure, "right": right})
-            error += abs(sure - right) * here.mean()
-    sums = np.add.reduceat(nats, starts), np.add.reduceat(sizes[tokens], starts)
-    return Report(len(starts), bootstrap(*sums), positions, calibration, float(error))
+    bins = np.minimum((scores.confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    error = 0.0
+    for i in range(CONFIDENCE_BINS):
+        in_bin = bins == i
+        if in_bin.any():
+            confidence = float(scores.confidence[in_bin].mean())
+            correct = float(scores.correct[in_bin].mean())
+            calibration.append(
+                {"tokens": int(in_bin.sum()), "confidence": confidence, "correct": correct}
+            )
+            error += abs(confidence - correct) * in_bin.mean()
+    interval = bootstrap_interval(
+        np.add.reduceat(nats, starts), np.add.reduceat(token_bytes[tokens], starts)
+    )
+    return Report(len(starts), interval, positions, calibration, float(error))
 
 
-def draw(report: Report, path: Path, title: str) -> None:
-    """Write a PNG: loss against place in the document, and calibration."""
+def draw_report(report: Report, path: Path, title: str) -> None:
+    """Write a PNG with two plots: loss against position in the document, and calibration.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 4.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    middle = [math.sqrt((b["from"] + 1) * (b["to"] + 1)) for b in report.positions]
-    left.plot(middle, [b["loss"] for b in report.positions], "o-", color="tab:orange")
-    left.set(xscale="log", xlabel="token of its document", ylabel="loss (nats/token)", title=title)
+    middles = [math.sqrt((b["from"] + 1) * (b["to"] + 1)) for b in report.positions]
+    left.plot(middles, [b["loss"] for b in report.positions], "o-", color="tab:orange")
+    left.set(
+        xscale="log", xlabel="position in the document", ylabel="loss (nats/token)", title=title
+    )
     right.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="perfectly calibrated")
-    sure = [b["sure"] for b in report.calibration]
-    right.plot(sure, [b["right"] for b in report.calibration], "o-", label="the model")
+    confidence = [b["confidence"] for b in report.calibration]
+    right.plot(confidence, [b["correct"] for b in report.calibration], "o-", label="the model")
     right.set(
-        xlabel="probability of the likeliest token",
-        ylabel="share of times that it came",
+        xlabel="probability of the most likely token",
+        ylabel="fraction of tokens that were it",
         title=f"calibration error {report.calibration_error:.3f}",
     )
     right.legend()

@@ -1,7 +1,7 @@
-"""What a model writes: prompts at several temperatures, judged by numbers and side by side.
+"""Generated samples: texts from prompts at several temperatures, measured and shown side by side.
 
-The numbers say what is wrong, not what is good: text that repeats itself, says little, or copies
-its training text.
+The measures show what is wrong with a text, not what is good about it: it repeats itself, has few
+different words, or copies the training text.
 """
 
 import html
@@ -14,11 +14,13 @@ import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.errors import InputError
-from mmrec.evaluation.evaluate import continuation
-from mmrec.inference.generate import Sampling, generate
+from mmrec.evaluation.evaluate import read_context
+from mmrec.inference.generate import generate
+from mmrec.inference.sampling import SamplingConfig
 
-LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bytes looked for
-BASE = 0x9E3779B97F4A7C15 | 1  # odd, so that it has an inverse modulo 2^64
+SPAN_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Bytes of the spans that are looked for by their hash."""
+HASH_BASE = 0x9E3779B97F4A7C15 | 1  # odd, so that it has an inverse modulo 2^64
 STYLE = (
     "body{font:15px/1.5 sans-serif;margin:2em;max-width:90em}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.4em .7em;vertical-align:top;text-align:left}"
@@ -28,42 +30,49 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One text that a model wrote."""
+    """One generated text."""
 
     checkpoint: str
+    """Path of the checkpoint that generated it."""
     prompt: str
     temperature: float
     text: str
-    """What followed the prompt."""
-    nats: float
-    """Minus the log-probability of its own text, mean nats a token."""
+    """The text after the prompt."""
+    nats_per_token: float
+    """Mean cross-entropy of the text under the same model at temperature 1."""
     copied: str
-    """The longest span of it that stands in the training text."""
+    """The longest span, of 16 bytes or more, that occurs in the training text; may be empty."""
 
     @property
     def repeated(self) -> float:
-        """Share of its runs of four words that stood in it before (Welleck et al. 2020,
-        arXiv:1908.04319, section 6, seq-rep-4)."""
-        runs = ngrams(self.text, 4)
-        return 1 - len(set(runs)) / max(1, len(runs)) if runs else 0.0
+        """Fraction of its word 4-grams that occurred earlier in the text.
+
+        Source: Welleck et al. 2020, arXiv:1908.04319, section 6 (seq-rep-4).
+        """
+        found = word_ngrams(self.text, 4)
+        return 1 - len(set(found)) / max(1, len(found)) if found else 0.0
 
 
-def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """Runs of n words."""
+def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Return the n-grams of the words of a text, in order."""
     words = text.split()
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct runs of n words over all of them (Li et al. 2016, arXiv:1510.03055, section 5)."""
-    runs = [run for text in texts for run in ngrams(text, n)]
-    return len(set(runs)) / max(1, len(runs))
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Return the number of different word n-grams of all texts over the number of all of them.
+
+    Source: Li et al. 2016, arXiv:1510.03055, section 5.
+    """
+    found = [ngram for text in texts for ngram in word_ngrams(text, n)]
+    return len(set(found)) / max(1, len(found))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: a line each, or JSON lines with a field ``prompt`` if it ends in .jsonl.
+    """Read the prompts of a file: one per line, or the field ``prompt`` of JSON lines (.jsonl).
 
-    Raises InputError if it cannot be read or holds none.
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or JSON, or holds no prompt.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -72,76 +81,80 @@ def read_prompts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be UTF-8 text; byte {error.start} is not") from None
     if path.suffix != ".jsonl":
-        made = [line for line in lines if line.strip()]
+        prompts = [line for line in lines if line.strip()]
     else:
-        made = []
+        prompts = []
         for number, line in enumerate(lines, 1):
             try:
-                made.append(str(json.loads(line)["prompt"]))
+                prompts.append(str(json.loads(line)["prompt"]))
             except (ValueError, LookupError, TypeError):
                 raise InputError(
                     f"{path} line {number} must be a JSON object with a field 'prompt'"
                 ) from None
-    if not made:
-        raise InputError(f"{path} must hold prompts, one a line; it holds none")
-    return made
+    if not prompts:
+        raise InputError(f"{path} must hold prompts, one per line; it holds none")
+    return prompts
 
 
-class Copies:
-    """Finds the longest span of a text that stands in another, long one."""
+class CopyFinder:
+    """Finds the longest span of a text that occurs in another, long text."""
 
     def __init__(self, text: bytes) -> None:
-        """Index a text: 24 bytes of memory a byte of it, while texts are looked for."""
+        """Index the long text, in 24 bytes of memory per byte of it."""
         self._text = text
-        self._hashes, self._inverse = _prefixes(text)
+        self._hashes, self._inverse = _prefix_hashes(text)
 
-    def longest(self, texts: Sequence[bytes]) -> list[bytes]:
-        """The longest span, of 16 bytes or more, of each text; empty where there is none.
+    def longest_copies(self, texts: Sequence[bytes]) -> list[bytes]:
+        """Return the longest copied span, of 16 bytes or more, of each text; empty without one.
 
-        Hashes of all spans of a few lengths say where a text shares the greatest of them; there the
-        span is looked up in the text itself, and grown byte by byte.
+        Hashes of all spans of a few lengths show where a text shares the longest of these lengths
+        with the long text. There, the span is looked up in the long text itself and extended byte
+        by byte.
         """
-        hits: dict[int, tuple[int, np.ndarray]] = {}  # by number of the text: a length, and places
-        alive = list(range(len(texts)))
-        for size in LENGTHS:
-            alive = [i for i in alive if len(texts[i]) >= size]
-            if not alive or len(self._text) < size:
+        hits: dict[int, tuple[int, np.ndarray]] = {}
+        """Index of a text -> the longest shared length, and where such spans start."""
+        remaining = list(range(len(texts)))
+        for size in SPAN_LENGTHS:
+            remaining = [i for i in remaining if len(texts[i]) >= size]
+            if not remaining or len(self._text) < size:
                 break
-            spans = {i: _spans(*_prefixes(texts[i]), size) for i in alive}
-            wanted = np.unique(np.concatenate(list(spans.values())))
-            there = _spans(self._hashes, self._inverse, size)
-            at = np.searchsorted(wanted, there).clip(max=len(wanted) - 1)
-            found = np.unique(there[wanted[at] == there])
-            places = {i: np.flatnonzero(np.isin(spans[i], found)) for i in alive}
-            alive = [i for i in alive if len(places[i])]
-            hits |= {i: (size, places[i]) for i in alive}
-        best = [b""] * len(texts)
-        for i, (size, starts) in hits.items():
-            for lo in starts.tolist():
-                span = texts[i][lo : lo + max(size, len(best[i]) + 1)]
-                if len(span) > len(best[i]) and span in self._text:
-                    best[i] = self._grow(texts[i], lo, len(span))
-        return best
+            spans = {i: _span_hashes(*_prefix_hashes(texts[i]), size) for i in remaining}
+            queries = np.unique(np.concatenate(list(spans.values())))
+            known = _span_hashes(self._hashes, self._inverse, size)
+            at = np.searchsorted(queries, known).clip(max=len(queries) - 1)
+            shared = np.unique(known[queries[at] == known])
+            starts = {i: np.flatnonzero(np.isin(spans[i], shared)) for i in remaining}
+            remaining = [i for i in remaining if len(starts[i])]
+            hits |= {i: (size, starts[i]) for i in remaining}
+        longest = [b""] * len(texts)
+        for i, (size, span_starts) in hits.items():
+            for start in span_starts.tolist():
+                span = texts[i][start : start + max(size, len(longest[i]) + 1)]
+                if len(span) > len(longest[i]) and span in self._text:
+                    longest[i] = self._extend(texts[i], start, len(span))
+        return longest
 
-    def _grow(self, text: bytes, lo: int, size: int) -> bytes:
-        """The span from ``lo`` on as far as it stands in the text."""
-        high = size
-        while lo + high < len(text) and text[lo : lo + high + 1] in self._text:
-            high += 1
-        return text[lo : lo + high]
+    def _extend(self, text: bytes, start: int, size: int) -> bytes:
+        """The longest copied span from ``start`` on, given that ``size`` bytes are copied."""
+        while start + size < len(text) and text[start : start + size + 1] in self._text:
+            size += 1
+        return text[start : start + size]
 
 
-def _prefixes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Polynomial hashes modulo 2^64 of all prefixes, and the powers that bring a span to 0."""
+def _prefix_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Polynomial hashes modulo 2^64 of all prefixes, and the inverse powers of the base.
+
+    The inverse power of its start makes the hash of a span independent of where it starts.
+    """
     count = len(text)
-    powers = np.cumprod(np.full(count, BASE, np.uint64))
-    inverse = np.cumprod(np.full(count, pow(BASE, -1, 1 << 64), np.uint64))
+    powers = np.cumprod(np.full(count, HASH_BASE, np.uint64))
+    inverse = np.cumprod(np.full(count, pow(HASH_BASE, -1, 1 << 64), np.uint64))
     values = np.frombuffer(text, np.uint8).astype(np.uint64) + np.uint64(1)
     return np.concatenate(([np.uint64(0)], np.cumsum(values * powers))), inverse
 
 
-def _spans(prefixes: np.ndarray, inverse: np.ndarray, size: int) -> np.ndarray:
-    """Hashes of all spans of a size."""
+def _span_hashes(prefixes: np.ndarray, inverse: np.ndarray, size: int) -> np.ndarray:
+    """Hashes of all spans of ``size`` bytes."""
     return (prefixes[size:] - prefixes[:-size]) * inverse[: len(prefixes) - size]
 
 
@@ -149,47 +162,56 @@ def write_samples(
     models: Sequence[LoadedModel],
     prompts: Sequence[str],
     temperatures: Sequence[float],
-    training: Sequence[bytes],
+    training_texts: Sequence[bytes],
     max_tokens: int,
-    progress: Callable[[int], object],
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[Sample]:
-    """Every model writes on from every prompt at every temperature, with seed 0 and top_p 0.95.
+    """Generate a text with every model from every prompt at every temperature.
 
-    ``training`` is each model's own training text, in which copies are looked for; an empty one has
-    none.
+    The seed is 0 and top_p is 0.95.
+
+    Args:
+        models: the checkpoints.
+        prompts: texts to continue.
+        temperatures: see ``SamplingConfig``.
+        training_texts: for each model its training text, in which copies are looked for; an empty
+            one has none.
+        max_tokens: largest number of tokens per text.
+        progress: called with 1 after each text.
+
+    Raises:
+        InputError: see ``generate``.
     """
-    made: list[Sample] = []
-    for loaded, text_before in zip(models, training, strict=True):
-        drafts, bodies = [], []
+    samples: list[Sample] = []
+    for loaded, training_text in zip(models, training_texts, strict=True):
+        drafts, texts = [], []
         for prompt in prompts:
-            for warm in temperatures:
-                how = Sampling(temperature=warm)
-                text = "".join(
-                    generate(
-                        loaded.model,
-                        loaded.tokenizer,
-                        prompt,
-                        how=how,
-                        seed=0,
-                        max_tokens=max_tokens,
-                    )
+            for temperature in temperatures:
+                pieces = generate(
+                    loaded.model,
+                    loaded.tokenizer,
+                    prompt,
+                    sampling=SamplingConfig(temperature=temperature),
+                    seed=0,
+                    max_tokens=max_tokens,
                 )
-                start = [loaded.tokenizer.eot, *loaded.tokenizer.encode(prompt).tolist()]
+                text = "".join(pieces)
+                context = [loaded.tokenizer.eot, *loaded.tokenizer.encode(prompt).tolist()]
                 ids = loaded.tokenizer.encode(text).tolist()
-                nats, _ = continuation(loaded.model, start).score(ids)
+                nats, _ = read_context(loaded.model, context).score(ids)
                 mean = float(nats.mean()) if len(nats) else 0.0
-                drafts.append((str(loaded.path), prompt, warm, text, mean))
-                bodies.append(text.encode())
+                drafts.append((str(loaded.path), prompt, temperature, text, mean))
+                texts.append(text.encode())
                 progress(1)
-        copied = Copies(text_before).longest(bodies)
-        made += [
-            Sample(*draft, span.decode("utf-8", "ignore"))  # its ends may cut a character
-            for draft, span in zip(drafts, copied, strict=True)
+        copies = CopyFinder(training_text).longest_copies(texts)
+        samples += [
+            Sample(*draft, span.decode("utf-8", "ignore"))  # a span may end inside a character
+            for draft, span in zip(drafts, copies, strict=True)
         ]
-    return made
+    return samples
 
 
-HEAD = (
+COLUMNS = (
     "checkpoint",
     "temperature",
     "distinct-1",
@@ -201,73 +223,75 @@ HEAD = (
 )
 
 
-def table(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
-    """A row a checkpoint and temperature: means over prompts; of copies the mean and the most."""
+def sample_rows(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+    """Return the cells under COLUMNS, one row per checkpoint and temperature.
+
+    Cells are means over prompts; copies have their mean and their largest length.
+    """
     rows = []
-    for key in dict.fromkeys((s.checkpoint, s.temperature) for s in samples):
-        mine = [s for s in samples if (s.checkpoint, s.temperature) == key]
-        texts, copies = [s.text for s in mine], [len(s.copied) for s in mine]
+    for checkpoint, temperature in dict.fromkeys((s.checkpoint, s.temperature) for s in samples):
+        group = [s for s in samples if (s.checkpoint, s.temperature) == (checkpoint, temperature)]
+        texts, copies = [s.text for s in group], [len(s.copied) for s in group]
         rows.append(
             (
-                key[0],
-                f"{key[1]:g}",
-                *(f"{distinct(texts, n):.2f}" for n in (1, 2, 3)),
-                f"{np.mean([s.repeated for s in mine]):.1%}",
+                checkpoint,
+                f"{temperature:g}",
+                *(f"{distinct_n(texts, n):.2f}" for n in (1, 2, 3)),
+                f"{np.mean([s.repeated for s in group]):.1%}",
                 f"{np.mean(copies):.0f}, at most {max(copies)}",
-                f"{np.mean([s.nats for s in mine]):.2f}",
+                f"{np.mean([s.nats_per_token for s in group]):.2f}",
             )
         )
     return rows
 
 
-def as_markdown(samples: Sequence[Sample]) -> str:
-    """The table, then every prompt with what followed it."""
-    lines = ["# What the model writes", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in table(samples)]
+def _summary(sample: Sample) -> str:
+    return (
+        f"{sample.nats_per_token:.2f} nats/token, {sample.repeated:.0%} repeated, "
+        f"{len(sample.copied)} characters copied"
+    )
+
+
+def to_markdown(samples: Sequence[Sample]) -> str:
+    """Return a Markdown page: the table, then every prompt with the texts that continue it."""
+    lines = ["# Generated samples", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in sample_rows(samples)]
     for prompt in dict.fromkeys(s.prompt for s in samples):
         lines += ["", f"## {prompt.strip().splitlines()[0] if prompt.strip() else '(empty)'}"]
         for s in samples:
             if s.prompt == prompt:
-                lines += [
-                    "",
-                    f"{s.checkpoint}, temperature {s.temperature:g}, {s.nats:.2f} "
-                    f"nats/token, {s.repeated:.0%} repeated, {len(s.copied)} characters "
-                    "copied:",
-                    "",
-                ]
+                lines += ["", f"{s.checkpoint}, temperature {s.temperature:g}, {_summary(s)}:", ""]
                 lines += [f"    {line}" for line in (s.prompt + s.text).splitlines()]
     return "\n".join(lines) + "\n"
 
 
-def as_html(samples: Sequence[Sample]) -> str:
-    """One page without outside parts: the table, then prompts down and checkpoints across."""
-    names = list(dict.fromkeys(s.checkpoint for s in samples))
-    cells = "".join(f"<th>{h}</th>" for h in HEAD)
+def to_html(samples: Sequence[Sample]) -> str:
+    """Return one HTML page: the table, then a table per prompt with a column per checkpoint.
+
+    The page loads nothing from elsewhere, and all text is escaped.
+    """
+    checkpoints = list(dict.fromkeys(s.checkpoint for s in samples))
+    header = "".join(f"<th>{title}</th>" for title in COLUMNS)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
-        for row in table(samples)
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in sample_rows(samples)
     )
     page = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>What the model writes"
-        f"</title><style>{STYLE}</style><h1>What the model writes</h1><table><tr>{cells}</tr>"
-        f"{rows}</table>"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Generated samples</title>"
+        f"<style>{STYLE}</style><h1>Generated samples</h1><table><tr>{header}</tr>{rows}</table>"
     ]
     for prompt in dict.fromkeys(s.prompt for s in samples):
-        heads = "".join(f"<th>{html.escape(n)}</th>" for n in names)
-        page.append(f"<h2>{html.escape(prompt)}</h2><table><tr><th>temperature</th>{heads}</tr>")
-        for warm in dict.fromkeys(s.temperature for s in samples):
-            page.append(f"<tr><td>{warm:g}</td>")
+        header = "".join(f"<th>{html.escape(checkpoint)}</th>" for checkpoint in checkpoints)
+        page.append(f"<h2>{html.escape(prompt)}</h2><table><tr><th>temperature</th>{header}</tr>")
+        for temperature in dict.fromkeys(s.temperature for s in samples):
+            page.append(f"<tr><td>{temperature:g}</td>")
             for s in samples:
-                if (s.prompt, s.temperature) == (prompt, warm):
+                if (s.prompt, s.temperature) == (prompt, temperature):
                     text = html.escape(s.text)
                     if s.copied:
                         span = html.escape(s.copied)
                         text = text.replace(span, f"<mark>{span}</mark>", 1)
-                    page.append(
-                        f"<td><pre>{text}</pre><small>{s.nats:.2f} nats/token, "
-                        f"{s.repeated:.0%} repeated, {len(s.copied)} characters copied"
-                        "</small></td>"
-                    )
+                    page.append(f"<td><pre>{text}</pre><small>{_summary(s)}</small></td>")
             page.append("</tr>")
         page.append("</table>")
     return "".join(page) + "\n"

@@ -1,6 +1,8 @@
-"""Whom the kernels race: other ways to compute the same, most of them optional packages.
+"""Baselines of the kernels: other ways to compute the same, most of them optional packages.
 
-Each function gives contenders for one case, mmrec first.
+Each function returns the implementations of one op, mmrec's first.
+
+Axes: B batch, T time, D width, H heads, P head width.
 """
 
 import importlib
@@ -15,26 +17,29 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from mmrec import kernels
-from mmrec.kernels.gated_delta_rule import reference as memory_reference
+from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
 from mmrec.kernels.scan import reference as scan_reference
 
 Call = Callable[..., Tensor]
-LOOPED = 1 << 22  # elements up to which a Python loop over time is asked to run
+MAX_LOOP_ELEMENTS = 1 << 22
+MAX_LOOP_STEPS = 4096
+MIN_COMPILED_ELEMENTS = 1 << 16  # below, compilation takes longer than it saves
+REFERENCE_CHUNK = 32  # steps per chunk of the chunked reference of the delta rule
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What the machine can do at most, as a call to time."""
+class HardwareLimit:
+    """An operation that shows the most the machine can do, to be timed beside the others."""
 
     name: str
     call: Callable[[], Tensor]
     work: tuple[float, float, float]
-    """Bytes or FLOPs of the call, of the op's forward pass, and of its forward and backward."""
+    """Bytes or FLOPs of this call, of the op's forward pass, and of its forward and backward."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to compute an op: ``call(*inputs)`` gives the output tensor."""
+class Implementation:
+    """A way to compute an op: ``call(*inputs)`` returns the output tensor."""
 
     name: str
     call: Call
@@ -50,96 +55,105 @@ def _optional(module: str, attribute: str) -> Any | None:
         return None
 
 
-def loops(shape: tuple[int, ...]) -> bool:
-    """Whether a Python loop over time ends in reasonable time."""
-    return math.prod(shape) <= LOOPED and shape[1] <= 4096
+def loop_is_feasible(shape: tuple[int, ...]) -> bool:
+    """Whether a Python loop over the time axis of a shape (B, T, …) ends in reasonable time."""
+    return math.prod(shape) <= MAX_LOOP_ELEMENTS and shape[1] <= MAX_LOOP_STEPS
 
 
-def scan(shape: tuple[int, ...]) -> list[Contender]:
-    """First-order scan (B, T, D)."""
+def scan_baselines(shape: tuple[int, ...]) -> list[Implementation]:
+    """Return implementations of the first-order scan of a and b, both (B, T, D)."""
 
     def loop(a: Tensor, b: Tensor) -> Tensor:
         return scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]
 
-    found = [Contender("mmrec", lambda a, b: kernels.scan(a, b)[0])]
-    if loops(shape):
-        found.append(Contender("Python loop", loop, slow=True))
-    associative = _optional("torch._higher_order_ops", "associative_scan")
-    if associative is not None:
+    found = [Implementation("mmrec", lambda a, b: kernels.scan(a, b)[0])]
+    if loop_is_feasible(shape):
+        found.append(Implementation("Python loop", loop, slow=True))
+    associative_scan = _optional("torch._higher_order_ops", "associative_scan")
+    if associative_scan is not None:
 
         def combine(left: Any, right: Any) -> Any:
             return left[0] * right[0], right[0] * left[1] + right[1]
 
         def torch_scan(a: Tensor, b: Tensor) -> Tensor:
-            return associative(combine, (a, b), dim=1, combine_mode="generic")[1]
+            return associative_scan(combine, (a, b), dim=1, combine_mode="generic")[1]
 
-        found.append(Contender("torch associative_scan", torch_scan, slow=True))
-        if shutil.which("c++") and math.prod(shape) >= 1 << 16:  # worth the compiler it needs
+        found.append(Implementation("torch associative_scan", torch_scan, slow=True))
+        if shutil.which("c++") and math.prod(shape) >= MIN_COMPILED_ELEMENTS:
             compiled = torch.compile(torch_scan)
-            found.append(Contender("the same, compiled", compiled, slow=True))
+            found.append(Implementation("the same, compiled", compiled, slow=True))
     pscan = _optional("mambapy.pscan", "pscan")
     if pscan is not None:
 
-        def mamba(a: Tensor, b: Tensor) -> Tensor:
+        def mambapy_scan(a: Tensor, b: Tensor) -> Tensor:
             return pscan(a[..., None], b[..., None])[..., 0]
 
-        found.append(Contender("mambapy pscan", mamba, slow=True))
-    accelerated = _optional("accelerated_scan.ref", "scan")
-    if accelerated is not None:
+        found.append(Implementation("mambapy pscan", mambapy_scan, slow=True))
+    accelerated_scan = _optional("accelerated_scan.ref", "scan")
+    if accelerated_scan is not None:
 
-        def tree(a: Tensor, b: Tensor) -> Tensor:
-            turned = (x.transpose(1, 2).contiguous() for x in (a, b))
-            return accelerated(*turned).transpose(1, 2)
+        def tree_scan(a: Tensor, b: Tensor) -> Tensor:
+            time_last = (x.transpose(1, 2).contiguous() for x in (a, b))
+            return accelerated_scan(*time_last).transpose(1, 2)
 
-        found.append(Contender("accelerated-scan ref", tree, slow=True))
+        found.append(Implementation("accelerated-scan ref", tree_scan, slow=True))
     return found
 
 
-def product() -> list[Contender]:
-    """Product scan (B, T, D)."""
+def cumprod_baselines() -> list[Implementation]:
+    """Return implementations of the cumulative product over time of gamma (B, T, D)."""
     return [
-        Contender("mmrec", lambda g: kernels.cumprod(g)[0]),
-        Contender("torch.cumprod", lambda g: torch.cumprod(g, 1), slow=True),
-        Contender("exp(torch.cumsum(log))", lambda g: g.log().cumsum(1).exp(), slow=True),
+        Implementation("mmrec", lambda gamma: kernels.cumprod(gamma)[0]),
+        Implementation("torch.cumprod", lambda gamma: torch.cumprod(gamma, 1), slow=True),
+        Implementation(
+            "exp(torch.cumsum(log))", lambda gamma: gamma.log().cumsum(1).exp(), slow=True
+        ),
     ]
 
 
-def memory_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Gated delta rule step by step: the truth, and what a torch user writes first."""
+def delta_rule_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Run the gated delta rule step by step in torch: the reference.
+
+    Args:
+        q, k, v: (B, T, H, P).
+        g, beta: (B, T, H), logits of the decay and of the write strength.
+
+    Returns:
+        Outputs (B, T, H, P).
+    """
     batch, _, heads, size = q.shape
-    return memory_reference.associative_memory(
-        q, k, v, a, b, q.new_zeros(batch, heads, size, size)
-    )[0]
+    initial_state = q.new_zeros(batch, heads, size, size)
+    return delta_rule_reference.associative_memory(q, k, v, g, beta, initial_state)[0]
 
 
-def memory(shape: tuple[int, ...]) -> list[Contender]:
-    """Associative memory (B, T, H, P)."""
+def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
+    """Return implementations of the gated delta rule for q, k, v (B, T, H, P)."""
 
-    def chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         batch, _, heads, size = q.shape
-        start = q.new_zeros(batch, heads, size, size)
-        return memory_reference.chunked(q, k, v, a, b, start)[0]
+        initial_state = q.new_zeros(batch, heads, size, size)
+        return delta_rule_reference.chunked(q, k, v, g, beta, initial_state)[0]
 
-    found = [Contender("mmrec", lambda *x: kernels.associative_memory(*x)[0])]
-    if shape[1] % 32 == 0:
-        found.append(Contender("chunks of 32 in torch", chunked))
+    found = [Implementation("mmrec", lambda *x: kernels.associative_memory(*x)[0])]
+    if shape[1] % REFERENCE_CHUNK == 0:
+        found.append(Implementation(f"chunks of {REFERENCE_CHUNK} in torch", chunked))
     fused = _optional("bitsandbytes.gdn_cpu", "fused_recurrent_gated_delta_rule")
     if fused is not None:
 
-        def bitsandbytes(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        def bitsandbytes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
             q, k = normalize(q, dim=-1), normalize(k, dim=-1)
-            out: Tensor = fused(
+            output: Tensor = fused(
                 q,
                 k,
                 v,
-                b.sigmoid(),
-                logsigmoid(a),
+                beta.sigmoid(),
+                logsigmoid(g),
                 scale=1.0,
                 initial_state=None,
                 output_final_state=True,
             )[0]
-            return out
+            return output
 
-        found.append(Contender("bitsandbytes-cpu-fork", bitsandbytes))
-    found.append(Contender("Python loop", memory_loop, slow=True))
+        found.append(Implementation("bitsandbytes-cpu-fork", bitsandbytes))
+    found.append(Implementation("Python loop", delta_rule_loop, slow=True))
     return found

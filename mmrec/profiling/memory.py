@@ -1,8 +1,8 @@
-"""Memory of training and generation, counted by running the real code on tensors without numbers.
+"""Memory of training and generation, counted by running the real code on fake tensors.
 
-torch's fake tensors have shapes but no storage, so a step of the largest preset takes a second and
-allocates nothing. Every storage that an operation makes is noted from its birth to its death, so
-the count follows the code.
+torch's fake tensors have shapes but no storage: a step of the largest preset takes a second and
+allocates nothing. Every storage that an operation makes is tracked from its creation until it is
+freed, so the count follows the code.
 """
 
 import weakref
@@ -17,130 +17,156 @@ from torch.utils._pytree import tree_leaves
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.inference.generate import PROMPT_CHUNK
 from mmrec.model import Model
-from mmrec.optimizer import MuonAdamW, parameter_groups
-from mmrec.training.replicas import count_lanes
+from mmrec.optimizer import build_optimizer
+from mmrec.runtime.numeric import cdiv
+from mmrec.training.replicas import replica_count
 
-PARTS = ("weights", "moments", "gradients", "activations", "temporaries", "holes", "process")
-HOLES = 0.2
-"""Share of activations and temporaries that the heap has in holes besides, where freed blocks stay
-in it; measured 12 to 29 %, on a busy machine 24 to 36 % and once 63 %."""
-PROCESS = {"training": 580_000_000, "generation": 470_000_000}
+TRAINING_PARTS = (
+    "weights",
+    "moments",
+    "gradients",
+    "activations",
+    "temporaries",
+    "fragmentation",
+    "process",
+)
+FRAGMENTATION = 0.2
+"""Unusable heap as a share of activations and temporaries, where freed blocks stay in the heap:
+measured 0.12 to 0.29, on a busy machine 0.24 to 0.36 and once 0.63."""
+PROCESS_BYTES = {"training": 580_000_000, "generation": 470_000_000}
 """Python, torch, the kernels and the buffers of the matrix libraries, as benchmarks/memory_use.py
-found them with two threads of torch 2.13."""
+measured them with two threads of torch 2.13."""
 
 
-class Ledger(TorchDispatchMode):
-    """While it is entered, counts the bytes of every storage that comes to be, until it is gone."""
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of every tensor storage that is created while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: dict[int, int] = {}
-        """Of the storages that live, by their addresses, which are used again."""
-        self.alive: dict[int, int] = {}
-        """Their bytes by number; 0 for what was there before."""
-        self.now = 0
-        self.then: dict[int, int] = {}
-        """What was alive when it was most."""
-        self.peak = self._count = 0
+        self.ids: dict[int, int] = {}
+        """Address of a living storage -> its id. Addresses are reused, ids are not."""
+        self.living: dict[int, int] = {}
+        """Id of a living storage -> its bytes; 0 if it existed before."""
+        self.current = 0
+        """Bytes that are alive now."""
+        self.peak = 0
+        """Most bytes that were alive at once."""
+        self.living_at_peak: dict[int, int] = {}
+        """What ``living`` was at the peak."""
+        self._next_id = 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._note((args, kwargs), 0)
-        made = func(*args, **(kwargs or {}))
-        self._note(made, 1)
-        return made
+        """Run an operation and track the storages of its results."""
+        self._track((args, kwargs), created=False)
+        result = func(*args, **(kwargs or {}))
+        self._track(result, created=True)
+        return result
 
-    def _note(self, tensors: Any, new: int) -> None:
+    def _track(self, tensors: Any, *, created: bool) -> None:
         for x in tree_leaves(tensors):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.numbers:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.ids:
                 storage = x.untyped_storage()
-                number = self._count = self._count + 1
-                self.numbers[storage._cdata] = number
-                self.alive[number] = new * storage.nbytes()
-                self.now += self.alive[number]
-                weakref.finalize(storage, self._forget, storage._cdata)
-        if self.now > self.peak:
-            self.peak, self.then = self.now, self.alive.copy()
+                id_, self._next_id = self._next_id, self._next_id + 1
+                self.ids[storage._cdata] = id_
+                self.living[id_] = storage.nbytes() if created else 0
+                self.current += self.living[id_]
+                weakref.finalize(storage, self._free, storage._cdata)
+        if self.current > self.peak:
+            self.peak, self.living_at_peak = self.current, self.living.copy()
 
-    def _forget(self, key: int) -> None:
-        self.now -= self.alive.pop(self.numbers.pop(key))
-
-
-def _bytes(ledger: dict[int, int], keys: set[int]) -> int:
-    return sum(size for key, size in ledger.items() if key in keys)
+    def _free(self, address: int) -> None:
+        self.current -= self.living.pop(self.ids.pop(address))
 
 
-def training(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
-    """Bytes of a training step by part, at the moment when all together are most.
+def _sum_bytes(storages: dict[int, int], ids: set[int]) -> int:
+    return sum(size for id_, size in storages.items() if id_ in ids)
+
+
+def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
+    """Count the bytes of a training step by part, at the moment when their sum is largest.
 
     Args:
         config: the model.
-        train: batch, seq_len, precision (``auto`` counts as float32), accumulate and recompute
-            count; windows are taken to start without a state.
+        train: the settings batch_size, seq_len, precision (``auto`` counts as float32),
+            gradient_accumulation_steps and activation_checkpointing count. Windows are taken to
+            start from the empty state.
 
     Returns:
-        PARTS and their bytes: activations are what forward keeps for backward, gradients those of
-        every lane, temporaries what is alive within one operation or a few. All but the last two
-        are counted.
+        Bytes of each of TRAINING_PARTS. Gradients are those of all replicas, activations what
+        forward keeps for backward, temporaries what lives for one operation or a few. All but the
+        last two parts are counted; those are measured constants.
     """
     with FakeTensorMode():
         model = Model(config)
-        model.set_precision(train.precision)
-        model.activation_checkpointing = train.recompute
-        lanes = count_lanes(model, train.batch)
-        optimizer = MuonAdamW(
-            parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0
-        )
+        model.set_precision(train.optimizer.precision)
+        model.activation_checkpointing = train.optimizer.activation_checkpointing
+        replicas = replica_count(model, train.data.batch_size)
+        optimizer = build_optimizer(model)
         parameters = list(model.parameters())
-        tokens = torch.zeros(-(-train.batch // lanes), train.seq_len, dtype=torch.int64)
-        with Ledger() as ledger:
+        rows = cdiv(train.data.batch_size, replicas)
+        tokens = torch.zeros(rows, train.data.seq_len, dtype=torch.int64)
+        with StorageTracker() as tracker:
             loss, _ = model.loss(tokens, tokens)
-            kept = set(ledger.alive)
+            after_forward = set(tracker.living)
             gradients = torch.autograd.grad(loss, parameters)
-        made = {ledger.numbers[g.untyped_storage()._cdata] for g in gradients}
-        learning = {
-            "gradients": lanes * _bytes(ledger.then, made),
-            "activations": lanes * _bytes(ledger.then, kept - made),
-            "temporaries": lanes * _bytes(ledger.then, ledger.then.keys() - kept - made),
+        at_peak = tracker.living_at_peak
+        gradient_ids = {tracker.ids[g.untyped_storage()._cdata] for g in gradients}
+        activation_ids = after_forward - gradient_ids
+        backward = {
+            "gradients": replicas * _sum_bytes(at_peak, gradient_ids),
+            "activations": replicas * _sum_bytes(at_peak, activation_ids),
+            "temporaries": replicas
+            * _sum_bytes(at_peak, at_peak.keys() - after_forward - gradient_ids),
         }
-        size = sum(4 * p.numel() for p in parameters)
-        if train.accumulate > 1:
-            learning["gradients"] += size
+        weights = sum(4 * p.numel() for p in parameters)
+        if train.optimizer.gradient_accumulation_steps > 1:
+            backward["gradients"] += weights
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
-        with Ledger() as first:
+        with StorageTracker() as first_step:  # makes the moments
             optimizer.step()
-        with Ledger() as second:
+        with StorageTracker() as second_step:
             optimizer.step()
-        update = {"gradients": size, "activations": 0, "temporaries": lanes * second.peak}
-    most = max(learning, update, key=lambda parts: sum(parts.values()))
-    holes = 0 if train.recompute else round(HOLES * (most["activations"] + most["temporaries"]))
+        update = {
+            "gradients": weights,
+            "activations": 0,
+            "temporaries": replicas * second_step.peak,
+        }
+    largest = max(backward, update, key=lambda parts: sum(parts.values()))
+    fragmented = largest["activations"] + largest["temporaries"]
+    if model.activation_checkpointing:
+        fragmented = 0  # a run with it returns freed blocks to the system
     return {
-        "weights": size,
-        "moments": first.now,
-        **most,
-        "holes": holes,
-        "process": PROCESS["training"],
+        "weights": weights,
+        "moments": first_step.current,
+        **largest,
+        "fragmentation": round(FRAGMENTATION * fragmented),
+        "process": PROCESS_BYTES["training"],
     }
 
 
-def generation(config: ModelConfig) -> dict[str, int]:
-    """Bytes of generation by part: weights, the state, temporaries while a prompt of 1,024 tokens
-    and more is read, the process."""
+def generation_memory(config: ModelConfig) -> dict[str, int]:
+    """Count the bytes of generation by part.
+
+    Returns:
+        Bytes of the weights, of the recurrent state, of temporaries while a prompt of at least
+        1,024 tokens is read, and of the process (a measured constant).
+    """
     with FakeTensorMode(), torch.inference_mode():
         model = Model(config).eval()
-        piece = torch.zeros(1, PROMPT_CHUNK, dtype=torch.int64)
-        with Ledger() as ledger:
-            x, state = model.hidden_states(piece)
-            model.lm_head(x[0, -1])
-            del x
-            held = ledger.now
+        tokens = torch.zeros(1, PROMPT_CHUNK, dtype=torch.int64)
+        with StorageTracker() as tracker:
+            hidden, state = model.hidden_states(tokens)
+            model.lm_head(hidden[0, -1])
+            del hidden
+            state_bytes = tracker.current
         del state
-        size = sum(4 * p.numel() for p in model.parameters())
+        weights = sum(4 * p.numel() for p in model.parameters())
     return {
-        "weights": size,
-        "state": held,
-        "temporaries": ledger.peak - held,
-        "process": PROCESS["generation"],
+        "weights": weights,
+        "state": state_bytes,
+        "temporaries": tracker.peak - state_bytes,
+        "process": PROCESS_BYTES["generation"],
     }

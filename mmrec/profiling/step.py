@@ -1,8 +1,11 @@
-"""Where the time of a training step goes: every part run alone at a preset's sizes, and the whole.
+"""Where the time of a training step goes: each part run alone at its real size, and the whole step.
 
-FLOPs count a multiply and an add as two. A part's time is that of its forward and backward pass for
-all layers, in every lane at once, each with its share of the batch; what the parts do not explain
-(residual sums, casts, autograd, Python, gradients of lanes added up) is the rest.
+A multiply and an add are two floating-point operations. The time of a part is that of its forward
+and backward pass for all layers, in all replicas at once, each with its share of the batch. What
+the parts do not explain (residual sums, casts, autograd, Python, summing the gradients of replicas)
+is the part "other".
+
+Axes: B sequences, T tokens per sequence, D width.
 """
 
 import time
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmrec.config import ModelConfig, TrainConfig
-from mmrec.data.dataloader import Batches
+from mmrec.data.dataloader import WindowLoader
 from mmrec.kernels import (
     associative_memory,
     gated_recurrence,
@@ -25,15 +28,17 @@ from mmrec.kernels import (
 )
 from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.model import Layer, Model
-from mmrec.optimizer import MuonAdamW, parameter_groups
+from mmrec.optimizer import build_optimizer
 from mmrec.runtime.hardware import bfloat16_is_faster, matrix_product_rate
-from mmrec.training.replicas import gradients, lanes_for
+from mmrec.runtime.numeric import cdiv
+from mmrec.training.replicas import Replicas, forward_backward, replica_count
 
 REPEATS = 9
+PEAK_SHAPE = (2048, 2048, 2048)  # of the matrix product that sets the peak rate
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """A part of a training step."""
 
     name: str
@@ -43,27 +48,30 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Profile:
+class StepProfile:
     """A training step and its parts."""
 
-    parts: list[Part]
+    parts: list[StepPart]
     seconds: float
-    """The whole step."""
+    """Duration of the whole step."""
     tokens: int
+    """Tokens per step."""
     flops: float
-    """Of the matrix products of the whole step, without the optimizer's."""
-    peak: float
-    """FLOP/s of a large matrix product on this machine, in the dtype of the model's products."""
+    """Operations of the matrix products of the step, without those of the optimizer."""
+    peak_flops: float
+    """Operations per second of a large matrix product on this machine, in the precision of the
+    step."""
     precision: str
+    """``float32`` or ``bfloat16``."""
 
     @property
-    def share(self) -> float:
-        """Share of the peak rate that the step reaches."""
-        return self.flops / self.seconds / self.peak
+    def peak_fraction(self) -> float:
+        """The step's operations per second as a fraction of ``peak_flops``."""
+        return self.flops / self.seconds / self.peak_flops
 
 
 def median_seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median duration of a call, after two that are not counted."""
+    """Return the median duration of a call, after two calls that do not count."""
     times = []
     for i in range(repeats + 2):
         begin = time.perf_counter()
@@ -73,35 +81,35 @@ def median_seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _both(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
-    """Forward and backward of a function, its leaves' gradients thrown away."""
+def _forward_backward(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """A function that runs forward and backward of a call and drops the gradients."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    gradient: list[Tensor] = []
+    upstream: list[Tensor] = []
 
     def run() -> None:
-        out = call(*leaves)
-        if not gradient:
-            gradient.append(torch.randn_like(out))
-        out.backward(gradient[0])
+        output = call(*leaves)
+        if not upstream:
+            upstream.append(torch.randn_like(output))
+        output.backward(upstream[0])
         for x in leaves:
             x.grad = None
 
     return run
 
 
-def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
-    """The parts of one layer for x (B, T, D)."""
-    dtype = torch.bfloat16 if half else torch.float32
+def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
+    """Time the parts of one layer for x (B, T, D) float32."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
     batch, length, width = x.shape
     parts = []
 
     def add(name: str, call: Callable[..., Tensor], *inputs: Tensor, flops: float = 0.0) -> None:
-        parts.append(Part(name, median_seconds(_both(call, *inputs)), flops))
+        parts.append(StepPart(name, median_seconds(_forward_backward(call, *inputs)), flops))
 
     for linear in (layer.in_proj, layer.out_proj, layer.up_proj, layer.down_proj):
         rows = torch.randn(batch, length, linear.weight.shape[1]).to(dtype)
         flops = 6.0 * batch * length * linear.weight.numel()
-        # the cast of the weight and the gradient of it belong to the product
+        # the product includes the cast of the weight and of its gradient
         add(
             "projections",
             lambda u, w: torch.nn.functional.linear(u, w.to(u.dtype)),
@@ -109,102 +117,123 @@ def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
             linear.weight,
             flops=flops,
         )
-    add("norm and convolution", lambda x, w: norm_conv(x, w, half=half)[0], x, layer.conv_weight)
+    add("norm and convolution", lambda x, w: norm_conv(x, w, half=bf16)[0], x, layer.conv_weight)
     add(
         "norm and convolution",
-        lambda x, w: norm_conv(x, w[None], half=half)[0],
+        lambda x, w: norm_conv(x, w[None], half=bf16)[0],
         x,
         layer.ffn_norm.weight,
     )
     hidden = torch.randn(batch, length, layer.up_proj.weight.shape[0]).to(dtype)
     add("activation", squared_relu, hidden)
     if layer.layer_type == "n":
-        p = torch.randn(batch, length, 4 * width).to(dtype)
-        add("recurrence", lambda p, b: gated_scan(p, b)[0], p, layer.forget_bias)
+        projected = torch.randn(batch, length, 4 * width).to(dtype)
+        add("recurrence", lambda p, b: gated_scan(p, b)[0], projected, layer.forget_bias)
         return parts
-    p = torch.randn(batch, length, sum(layer.projection_sizes))
+    projected = torch.randn(batch, length, sum(layer.projection_sizes))
     if layer.has_recurrence:
-        z, f, g = (p[..., i * width : (i + 1) * width] for i in range(3))
+        z, forget, gate = (projected[..., i * width : (i + 1) * width] for i in range(3))
         weight = [] if layer.recurrent_weight is None else [layer.recurrent_weight]
         flops = 6.0 * batch * length * sum(w.numel() for w in weight)
-        add("recurrence", lambda *t: gated_recurrence(*t)[0], z, g, f, *weight, flops=flops)
+        add(
+            "recurrence",
+            lambda *t: gated_recurrence(*t)[0],
+            z,
+            gate,
+            forget,
+            *weight,
+            flops=flops,
+        )
     if layer.has_delta_rule:
         q, k, v = torch.randn(3, batch, length, layer.heads, width // layer.heads).unbind()
-        a, b = torch.randn(2, batch, length, layer.heads).unbind()
-        add("memory", lambda *t: associative_memory(*t)[0], q, k, v, a, b)
+        g, beta = torch.randn(2, batch, length, layer.heads).unbind()
+        add("delta rule", lambda *t: associative_memory(*t)[0], q, k, v, g, beta)
 
-    whole = _both(lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], p.to(dtype))
-    inside = sum(x.seconds for x in parts if x.name in ("recurrence", "memory"))
-    parts.append(Part("norms and gates", max(0.0, median_seconds(whole) - inside)))
+    mixer = _forward_backward(
+        lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], projected.to(dtype)
+    )
+    memories = sum(part.seconds for part in parts if part.name in ("recurrence", "delta rule"))
+    parts.append(StepPart("norms and gates", max(0.0, median_seconds(mixer) - memories)))
     return parts
 
 
-def profile(config: ModelConfig, train: TrainConfig) -> Profile:
-    """Measure a training step of a model of that shape on random tokens, and its parts."""
-    batch, length = train.batch, train.seq_len
-    model = Model(config)
-    half = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16_is_faster())
-    model.set_precision("bfloat16" if half else "float32")
-    lanes = lanes_for(model, batch)
-    optimizer = MuonAdamW(
-        parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), matrix_lr=1e-4, lanes=lanes
+def _time_model(
+    model: Model, config: ModelConfig, tokens: Tensor, targets: Tensor, bf16: bool
+) -> list[StepPart]:
+    """Time the parts of the model for the tokens and targets (B, T) int64 of one replica."""
+    parts: list[StepPart] = []
+    x = torch.randn(*tokens.shape, config.width)
+    by_type: dict[str, list[StepPart]] = {}
+    for layer, layer_type in zip(model.layers, config.resolved_layer_types, strict=True):
+        assert isinstance(layer, Layer)
+        if layer_type not in by_type:
+            by_type[layer_type] = _time_layer(layer, x, bf16)
+        parts += by_type[layer_type]
+    norm = median_seconds(_forward_backward(model.norm, x))
+    parts.append(StepPart("norm and convolution", norm))
+    tables = [model.embedding] + ([model.ngram_embedding] if config.ngram_buckets else [])
+    recent = model.initial_state(len(tokens)).recent_tokens
+    embedding = median_seconds(
+        lambda: torch.autograd.grad(model.embed(tokens, recent).sum(), tables)
     )
+    parts.append(StepPart("embedding", embedding))
+    loss = _forward_backward(
+        lambda x, e: HeadLoss.apply(x, e, targets.flatten(), bf16),
+        x.flatten(0, 1),
+        model.embedding,
+    )
+    flops = 6.0 * tokens.numel() * model.embedding.numel()
+    parts.append(StepPart("loss", median_seconds(loss), flops))
+    return parts
+
+
+def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
+    """Measure a training step on random tokens, and its parts.
+
+    Args:
+        config: the model.
+        train: batch_size, seq_len and precision count.
+    """
+    batch, length, precision = train.data.batch_size, train.data.seq_len, train.optimizer.precision
+    model = Model(config)
+    bf16 = precision == "bfloat16" or (precision == "auto" and bfloat16_is_faster())
+    precision = "bfloat16" if bf16 else "float32"
+    model.set_precision(precision)
+    replicas = Replicas(replica_count(model, batch))
+    optimizer = build_optimizer(model, run_tasks=replicas.run)
+    optimizer.scale_lr(0.01)  # random tokens teach nothing: keep the weights where they are
     rng = np.random.default_rng(0)
-    batches = Batches(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
+    loader = WindowLoader(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
 
     def update() -> None:
-        lanes.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
+        replicas.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
         optimizer.step()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        gradients(model, lanes, *batches.get(0))
+        forward_backward(model, replicas, *loader.batch_at(0))
         update()
 
-    whole = median_seconds(step)
-    parts = [Part("optimizer", median_seconds(update))]
-    parts.append(Part("data", median_seconds(lambda: batches.get(0))))
-    tokens, targets = (t[: -(-batch // lanes.count)] for t in batches.get(0))
-    measure = partial(_model_parts, model, config, tokens, targets, half)
-    parts += lanes.run([measure] * lanes.count)[0]
+    step_seconds = median_seconds(step)
+    parts = [StepPart("optimizer", median_seconds(update))]
+    parts.append(StepPart("data", median_seconds(lambda: loader.batch_at(0))))
+    tokens, targets = (t[: cdiv(batch, replicas.count)] for t in loader.batch_at(0))
+    time_model = partial(_time_model, model, config, tokens, targets, bf16)
+    parts += replicas.run([time_model] * replicas.count)[0]
     sums: dict[str, list[float]] = {}
-    for p in parts:
-        total = sums.setdefault(p.name, [0.0, 0.0])
-        total[0] += p.seconds
-        total[1] += p.flops * lanes.count  # only what the model does has any
-    made = [Part(name, *total) for name, total in sums.items()]
-    made.sort(key=lambda p: -p.seconds)
-    made.append(Part("rest", max(0.0, whole - sum(p.seconds for p in made))))
-    flops = sum(p.flops for p in made)
-    dtype = torch.bfloat16 if half else torch.float32
-    peak = matrix_product_rate(dtype, (2048, 2048, 2048))
-    name = "bfloat16" if half else "float32"
-    return Profile(made, whole, batch * length, flops, peak, name)
-
-
-def _model_parts(
-    model: Model, config: ModelConfig, tokens: Tensor, targets: Tensor, half: bool
-) -> list[Part]:
-    """The parts of the model for the tokens (B, T) of one lane."""
-    parts: list[Part] = []
-    x = torch.randn(*tokens.shape, config.width)
-    known: dict[str, list[Part]] = {}
-    for layer, kind in zip(model.layers, config.resolved_layer_types, strict=True):
-        assert isinstance(layer, Layer)
-        if kind not in known:
-            known[kind] = _layer_parts(layer, x, half)
-        parts += known[kind]
-    parts.append(Part("norm and convolution", median_seconds(_both(model.norm, x))))
-    tables = [model.embedding] + ([model.ngram_embedding] if config.ngram_buckets else [])
-    before = model.initial_state(len(tokens)).recent
-    parts.append(
-        Part(
-            "embedding",
-            median_seconds(lambda: torch.autograd.grad(model.embed(tokens, before).sum(), tables)),
-        )
+    for part in parts:
+        total = sums.setdefault(part.name, [0.0, 0.0])
+        total[0] += part.seconds
+        total[1] += part.flops * replicas.count  # parts outside the model have none
+    parts = [StepPart(name, *total) for name, total in sums.items()]
+    parts.sort(key=lambda part: -part.seconds)
+    explained = sum(part.seconds for part in parts)
+    parts.append(StepPart("other", max(0.0, step_seconds - explained)))
+    return StepProfile(
+        parts,
+        step_seconds,
+        tokens=batch * length,
+        flops=sum(part.flops for part in parts),
+        peak_flops=matrix_product_rate(torch.bfloat16 if bf16 else torch.float32, PEAK_SHAPE),
+        precision=precision,
     )
-    flat = x.flatten(0, 1)
-    head = _both(lambda x, e: HeadLoss.apply(x, e, targets.flatten(), half), flat, model.embedding)
-    flops = 6.0 * tokens.numel() * model.embedding.numel()
-    parts.append(Part("loss", median_seconds(head), flops))
-    return parts

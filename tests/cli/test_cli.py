@@ -217,7 +217,7 @@ def test_commands_that_work(
     assert call(monkeypatch, "compare runs/one --json") == 0
     [curve] = json.loads(capsys.readouterr().out)
     logged = [json.loads(x) for x in Path("runs/one/metrics.jsonl").read_text().splitlines()]
-    assert curve["checks"] == [
+    assert curve["validations"] == [
         [x["step"], x["bits_per_byte"]] for x in logged if x["kind"] == "val"
     ]
     assert curve["ended"] == "done"

@@ -1,4 +1,4 @@
-"""The harness's questions, answered through it on a task of local data, against plain sums."""
+"""The adapter for lm-evaluation-harness, on tasks of local data, against plain sums."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, save_checkpoint
 from mmrec.data.corpus import Corpus
-from mmrec.training.trainer import Trainer, train
+from mmrec.data.dataloader import WindowLoader
+from mmrec.model import Model
+from mmrec.optimizer import build_optimizer
+from tests.conftest import SMALL
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: mmrec[harness]")
 
@@ -40,10 +43,19 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture
-def loaded(trainer: Trainer) -> LoadedModel:
-    train(trainer)
-    return load_model(trainer.folder / "last.h5")
+@pytest.fixture(scope="module")
+def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model that has seen a little text, so that it writes text."""
+    torch.manual_seed(0)
+    model = Model(SMALL)
+    optimizer, loader = build_optimizer(model), WindowLoader(corpus.train.tokens, 2, 32, 0)
+    for step in range(12):
+        optimizer.zero_grad()
+        model.loss(*loader.batch_at(step))[0].backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("model") / "model.h5"
+    save_checkpoint(path, model.eval(), corpus.tokenizer, 12, {})
+    return LoadedModel(path, model, corpus.tokenizer, 12, {})
 
 
 def plain(loaded: LoadedModel, context: str, text: str) -> tuple[float, bool]:
@@ -64,9 +76,9 @@ def request(*args: object) -> object:
 
 
 def test_answers_are_plain_sums(loaded: LoadedModel, corpus: Corpus) -> None:
-    from mmrec.evaluation.lm_eval import HarnessModel
+    from mmrec.evaluation.lm_eval import LmEvalModel
 
-    model = HarnessModel(loaded)
+    model = LmEvalModel(loaded)
     long = corpus.tokenizer.decode(corpus.val.tokens[:1500])  # more than one chunk
     pairs = [
         ("def ", "f(x)"),
@@ -90,9 +102,9 @@ def test_answers_are_plain_sums(loaded: LoadedModel, corpus: Corpus) -> None:
 
 
 def test_texts_end_at_the_stops_of_the_task(loaded: LoadedModel) -> None:
-    from mmrec.evaluation.lm_eval import HarnessModel
+    from mmrec.evaluation.lm_eval import LmEvalModel
 
-    model = HarnessModel(loaded)
+    model = LmEvalModel(loaded)
     options = [
         {"until": [], "max_gen_toks": 30},
         {"until": "e", "max_gen_toks": 30},

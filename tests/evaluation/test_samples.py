@@ -1,6 +1,7 @@
-"""What is said of the texts that a model writes, against plain computations."""
+"""Samples: their measures against plain computations, and their pages."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,26 +9,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.checkpoint.checkpoint import load_model
+from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus
 from mmrec.evaluation.samples import (
-    LENGTHS,
-    Copies,
+    SPAN_LENGTHS,
+    CopyFinder,
     Sample,
-    as_html,
-    as_markdown,
-    distinct,
+    distinct_n,
     read_prompts,
-    table,
+    sample_rows,
+    to_html,
+    to_markdown,
     write_samples,
 )
-from mmrec.training.trainer import Trainer, train
+from mmrec.model import Model
+from tests.conftest import SMALL
 
 
 @given(st.text("ab", max_size=300), st.text("ab", max_size=60), st.integers(0, 300))
 def test_the_longest_copied_span(training: str, own: str, at: int) -> None:
     text = own + training[at : at + 40] + own[::-1]
-    [found] = Copies(training.encode()).longest([text.encode()])
+    [found] = CopyFinder(training.encode()).longest_copies([text.encode()])
     spans = (text[lo:hi] for lo in range(len(text)) for hi in range(lo + 16, len(text) + 1))
     longest = max((len(s) for s in spans if s in training), default=0)
     assert len(found) == longest
@@ -37,10 +39,10 @@ def test_the_longest_copied_span(training: str, own: str, at: int) -> None:
 
 def test_long_copies_are_found_whole(corpus: Corpus) -> None:
     training = corpus.tokenizer.decode(corpus.train.tokens)
-    for size in (15, 16, 40, LENGTHS[-1] + 500):
+    for size in (15, 16, 40, SPAN_LENGTHS[-1] + 500):
         taken = training[3000 : 3000 + size]
         texts = [f"☃{taken}☃".encode(), "☃☃☃☃☃☃".encode()]
-        span, none = Copies(training.encode()).longest(texts)
+        span, none = CopyFinder(training.encode()).longest_copies(texts)
         assert span.decode() == (taken if size >= 16 else "")
         assert none == b""
 
@@ -52,7 +54,7 @@ def sample(text: str, **other: object) -> Sample:
             "prompt": "p",
             "temperature": 1.0,
             "text": text,
-            "nats": 2.0,
+            "nats_per_token": 2.0,
             "copied": "",
             **other,
         }
@@ -63,24 +65,24 @@ def test_repetition_and_variety() -> None:
     assert sample("a b c d " * 5).repeated == pytest.approx(1 - 4 / 17)
     assert sample("one two three four five").repeated == 0
     assert sample("short").repeated == 0
-    assert distinct(["a b a", "a b"], 1) == 2 / 5
-    assert distinct(["a b a", "a b"], 2) == 2 / 3
-    rows = table([sample("a b", copied="xyz"), sample("c d"), sample("e", temperature=0.0)])
+    assert distinct_n(["a b a", "a b"], 1) == 2 / 5
+    assert distinct_n(["a b a", "a b"], 2) == 2 / 3
+    rows = sample_rows([sample("a b", copied="xyz"), sample("c d"), sample("e", temperature=0.0)])
     assert [row[1] for row in rows] == ["1", "0"]
     assert rows[0][2:5] == ("1.00", "1.00", "0.00")
     assert rows[0][6] == "2, at most 3"
 
 
 def test_reports_escape_what_was_written() -> None:
-    made = [
+    samples = [
         sample("<script>alert(1)</script> copied words here", copied="copied words"),
         sample("other", checkpoint="b"),
     ]
-    page = as_html(made)
+    page = to_html(samples)
     assert "<script>" not in page
     assert "<mark>copied words</mark>" in page
     assert page.count("<th>a</th>") == page.count("<th>b</th>") == 1  # side by side
-    text = as_markdown(made)
+    text = to_markdown(samples)
     assert "    p<script>" in text  # as code, so that nothing of it is taken for Markdown
 
 
@@ -91,25 +93,26 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.jsonl") == ["two\nlines"]
 
 
-def test_samples_of_a_trained_model(trainer: Trainer, corpus: Corpus) -> None:
-    train(trainer)
-    loaded = load_model(trainer.folder / "last.h5")
+def test_samples_of_a_model(corpus: Corpus) -> None:
+    model = Model(replace(SMALL, dropout=0.1)).eval()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    loaded = LoadedModel(Path("model.h5"), model, corpus.tokenizer, 0, {})
     training = corpus.tokenizer.decode(corpus.train.tokens).encode()
-    made = write_samples([loaded], ["def ", "im"], [0.0, 1.0], [training], 40, lambda n: None)
-    assert [(s.prompt, s.temperature) for s in made] == [
+    samples = write_samples([loaded], ["def ", "im"], [0.0, 1.0], [training], 40)
+    assert [(s.prompt, s.temperature) for s in samples] == [
         ("def ", 0),
         ("def ", 1),
         ("im", 0),
         ("im", 1),
     ]
-    assert all(s.copied.encode() in training for s in made)
-    [other] = write_samples([loaded], ["im"], [0.0], [b""], 40, lambda n: None)
-    assert (other.text, other.copied) == (made[2].text, "")
-    for s in made:  # its log-probability, token by token in float64
-        ids = [256, *s.prompt.encode(), *s.text.encode()]
+    assert all(s.copied.encode() in training for s in samples)
+    [again] = write_samples([loaded], ["im"], [0.0], [b""], 40)
+    assert (again.text, again.copied) == (samples[2].text, "")
+    for s in samples:  # its log-probability, token by token in float64
+        ids = [256, *s.prompt.encode(), *corpus.tokenizer.encode(s.text).tolist()]
         with torch.no_grad():
-            logits, _ = loaded.model.double()(torch.tensor([ids[:-1]]))
-        loaded.model.float()
+            logits, _ = model.double()(torch.tensor([ids[:-1]]))
+        model.float()
         logp = torch.log_softmax(logits[0], -1).gather(1, torch.tensor(ids[1:])[:, None])
-        own = logp[len(s.prompt) :]
-        assert s.nats == pytest.approx(-own.mean().item(), rel=1e-4)
+        assert s.nats_per_token == pytest.approx(-logp[len(s.prompt) :].mean().item(), rel=1e-4)

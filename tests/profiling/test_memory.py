@@ -1,4 +1,4 @@
-"""What checkpoints, long texts and whole commands take in memory, as the system counts it."""
+"""Memory of checkpoints, long texts and training steps, as the system counts it."""
 
 import json
 import subprocess
@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mmrec.config import PRESETS, TrainConfig
-from mmrec.profiling.memory import training
+from mmrec.config import PRESETS, ModelConfig, TrainConfig
+from mmrec.profiling.memory import training_memory
 from tests.conftest import ROOT
 
-MARK = Path("/proc/self/clear_refs")
-pytestmark = pytest.mark.skipif(not MARK.exists(), reason="Linux keeps the mark")
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+pytestmark = pytest.mark.skipif(
+    not CLEAR_PEAK.exists(), reason="only Linux resets the peak of a process"
+)
 
-TOOLS = """
+MEASURE = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import torch
@@ -23,30 +25,45 @@ import torch
 def resident(name):
     return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
-def begin():
+def reset_peak():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
-def rise(call):
-    before = begin()
-    made = call()
-    return resident("VmHWM") - before, made
+def peak_rise(call):
+    before = reset_peak()
+    result = call()
+    return resident("VmHWM") - before, result
 """
 
+
+def measure(code: str, *arguments: str) -> dict[str, float]:
+    """Run code after MEASURE in a process of its own; return the JSON that it prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE + code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    found: dict[str, float] = json.loads(process.stdout)
+    return found
+
+
 CHECKPOINTS = """
-from mmrec.checkpoint.checkpoint import load_model, restore, save
+import dataclasses
+from mmrec.checkpoint.checkpoint import load_model, restore_training_state, save_checkpoint
 from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import train_tokenizer
+from mmrec.finetune.grow import grow_checkpoint
 from mmrec.model import Model
-from mmrec.optimizer import MuonAdamW, parameter_groups
-from mmrec.finetune.start import grow_checkpoint
-import dataclasses
+from mmrec.optimizer import build_optimizer
 
-def build(shape, value):
-    model = Model(shape)
-    optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.95), matrix_lr=1.0)
+def build(config, value):
+    model = Model(config)
+    optimizer = build_optimizer(model)
     for group in optimizer.param_groups:
         for p in group["params"]:
             names = ["momentum"] if group["use_muon"] else ["exp_avg", "exp_avg_sq"]
@@ -57,122 +74,124 @@ def build(shape, value):
 folder = Path(sys.argv[1])
 tokenizer = train_tokenizer("byte", [])
 small = ModelConfig(32, 2, 2, tokenizer.vocab_size, "n", ngram_buckets=64)
-large = ModelConfig(512, 8, 4, tokenizer.vocab_size, "n", ffn_multiplier=3.5, ngram_buckets=4096)
+large = ModelConfig(
+    512, 4, 4, tokenizer.vocab_size, "n", ffn_multiplier=3.5, ngram_buckets=4096
+)
 found = {}
-for shape in (small, large):  # the first loads what is loaded once
+for config in (small, large):  # the first one loads what is loaded once per process
     path, grown = folder / "a.h5", folder / "b.h5"
-    model, optimizer = build(shape, 1.0)
+    model, optimizer = build(config, 1.0)
     found["model"] = sum(4 * p.numel() for p in model.parameters())
     found["moments"] = sum(4 * x.numel() for s in optimizer.state.values() for x in s.values())
     found["largest"] = max(4 * p.numel() for p in model.parameters())
-    found["save"], _ = rise(
-        lambda: save(path, model, tokenizer, 1, {}, optimizer, {"seconds": 1.0})
+    found["save"], _ = peak_rise(
+        lambda: save_checkpoint(
+            path, model, tokenizer, 1, {}, optimizer=optimizer, progress={"seconds": 1.0}
+        )
     )
-    found["restore"], _ = rise(lambda: restore(path, model, optimizer))
+    found["restore"], _ = peak_rise(lambda: restore_training_state(path, model, optimizer))
     del model, optimizer
-    found["load"], loaded = rise(lambda: load_model(path))
-    deeper = dataclasses.replace(shape, depth=shape.depth + 1)
-    found["grow"], _ = rise(lambda: grow_checkpoint(
-        loaded, deeper, grown, name="x", how="preserve", seed=0))
+    found["load"], loaded = peak_rise(lambda: load_model(path))
+    deeper = dataclasses.replace(config, depth=config.depth + 1)
+    found["grow"], _ = peak_rise(
+        lambda: grow_checkpoint(loaded, deeper, grown, preset="tiny", seed=0)
+    )
     del loaded
 print(json.dumps(found))
 """
 
 
-def run(code: str, *arguments: str) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-c", TOOLS + code, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
 def test_a_checkpoint_takes_the_model_and_one_parameter(tmp_path: Path) -> None:
-    """A model of 95 MB, its largest parameter 8 MB: a second copy of either would be seen."""
-    found = run(CHECKPOINTS, str(tmp_path))
-    print(found)
-    spare = found["largest"] + 16e6
-    assert found["model"] > 90e6
-    assert found["save"] < spare
-    assert found["restore"] < spare
-    assert found["load"] < found["model"] + spare
-    assert found["grow"] < 1.13 * (found["model"] + found["moments"]) + spare  # one layer in eight
+    """A model of 54 MB, its largest parameter 8 MB: a second copy of the model would show."""
+    found = measure(CHECKPOINTS, str(tmp_path))
+    margin = found["largest"] + 16e6
+    assert found["model"] > 1.8 * margin
+    assert found["save"] < margin
+    assert found["restore"] < margin
+    assert found["load"] < found["model"] + margin
+    # one new layer beside four old ones
+    assert found["grow"] < 1.25 * (found["model"] + found["moments"]) + margin
 
 
 CARRY = """
 from mmrec.config import ModelConfig
-from mmrec.training.replicas import Lanes, gradients
 from mmrec.model import Model
+from mmrec.training.replicas import Replicas, forward_backward
 
-model, lanes = Model(ModelConfig(64, 2, 2, 64, "nl", ngram_buckets=64)), Lanes(1)
+model, replicas = Model(ModelConfig(64, 2, 2, 64, "nl", ngram_buckets=64)), Replicas(1)
 text = torch.randint(64, (1, 16385))
 
 def learn(length, chunk):
     state = None
     for lo in range(0, length, chunk):
-        piece = text[:, lo : lo + chunk + 1]
-        _, state = gradients(model, lanes, piece[:, :-1], piece[:, 1:], state=state, eot=0)
+        window = text[:, lo : lo + chunk + 1]
+        _, state = forward_backward(
+            model, replicas, window[:, :-1], window[:, 1:], state=state, end_of_text=0
+        )
         for p in model.parameters():
             p.grad = None
 
 learn(256, 256)
-lengths = {"short": (1024, 256), "long": (16384, 256), "whole": (16384, 16384)}
-print(json.dumps({name: rise(lambda: learn(*how))[0] for name, how in lengths.items()}))
+cases = {"short": (1024, 256), "long": (16384, 256), "whole": (16384, 16384)}
+print(json.dumps({name: peak_rise(lambda: learn(*case))[0] for name, case in cases.items()}))
 """
 
 
 def test_a_carried_state_bounds_the_memory_of_a_long_document() -> None:
     """16,384 tokens in chunks take what 1,024 take; in one window they take many times that."""
-    found = run(CARRY)
+    found = measure(CARRY)
     assert found["long"] < found["short"] + 8e6
     assert found["whole"] > found["long"] + 100e6
 
 
-# A process begins with the mark of the one that started it, which here holds gigabytes: a small one
-# stands between.
-BETWEEN = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(1024 * usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
+STEPS = """
+from mmrec.config import ModelConfig
+from mmrec.model import Model
+from mmrec.optimizer import build_optimizer
+from mmrec.runtime import malloc
+from mmrec.training.replicas import Replicas, forward_backward, replica_count
+
+config = ModelConfig(**json.loads(sys.argv[1]))
+found = {}
+for name, (batch_size, seq_len, checkpointed) in json.loads(sys.argv[2]).items():
+    if checkpointed:
+        malloc.return_large_blocks()  # as the trainer does
+    model = Model(config)
+    model.activation_checkpointing = checkpointed
+    replicas = Replicas(replica_count(model, batch_size))
+    optimizer = build_optimizer(model, run_tasks=replicas.run)
+    tokens = torch.randint(config.vocab_size, (batch_size, seq_len))
+
+    def train():
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            forward_backward(model, replicas, tokens, tokens)
+            optimizer.step()
+
+    if not found:  # loads the kernels
+        train()
+    found[name], _ = peak_rise(train)
+    del train, optimizer, model, replicas
+print(json.dumps(found))
 """
 
 
-def peak(tmp_path: Path, text: Path, *options: str) -> int:
-    """Bytes that two steps of training have resident at most."""
-    size = ["mini", "--vocab", "600", "--precision", "float32", "--steps", "2"]
-    where = ["--data", str(text), "--out", str(tmp_path), "--force"]
-    command = [sys.executable, "-m", "mmrec", "train", *size, *where, *options]
-    done = subprocess.run(
-        [sys.executable, "-c", BETWEEN, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_info_tells_what_the_command_takes(tmp_path: Path, text_file: Path) -> None:
-    """The process itself depends on the machine and its torch; what larger batches and layers that
-    are run again change about it does not."""
-    config = replace(PRESETS["mini"], vocab_size=600)
-    peak(tmp_path, text_file)  # compiles what is not compiled yet
-    cases = {"small": (4, False), "large": (20, False), "again": (20, True)}
-    found, told = {}, {}
-    for name, (batch, recompute) in cases.items():
-        options = ["--batch", str(batch), *["--recompute"] * recompute]
-        found[name] = peak(tmp_path, text_file, *options)
-        settings = TrainConfig(batch=batch, precision="float32", recompute=recompute)
-        told[name] = sum(training(config, settings).values())
-    print(found, told)
-    for one in ("small", "again"):
-        rise = found["large"] - found[one]
-        assert told["large"] - told[one] == pytest.approx(rise, rel=0.2), one
+def test_the_memory_of_a_step_is_as_counted() -> None:
+    """What more rows, and activation checkpointing, change about real training steps."""
+    config = replace(PRESETS["mini"], vocab_size=600, ngram_buckets=512)
+    cases = {"small": (4, 128, False), "large": (20, 128, False), "checkpointed": (20, 128, True)}
+    values = {name: getattr(config, name) for name in ModelConfig.settings()}
+    found = measure(STEPS, json.dumps(values), json.dumps(cases))
+    counted = {}
+    for name, (batch_size, seq_len, checkpointed) in cases.items():
+        settings = {
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "precision": "float32",
+            "activation_checkpointing": checkpointed,
+        }
+        counted[name] = sum(training_memory(config, TrainConfig.from_flat(settings)).values())
+    print(found, counted)
+    for name in ("small", "checkpointed"):
+        difference = found["large"] - found[name]
+        assert counted["large"] - counted[name] == pytest.approx(difference, rel=0.2), name

@@ -1,0 +1,107 @@
+"""Evaluate a loaded model on its validation split or on any other text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mmrec.checkpoint.checkpoint import LoadedModel
+from mmrec.data.corpus import Corpus, Split, is_prepared
+from mmrec.data.readers import ReadOptions
+from mmrec.data.sources import documents
+from mmrec.data.tokenize import encode_documents
+from mmrec.errors import InputError
+from mmrec.evaluation.evaluate import Evaluation, TokenScores, evaluate_split
+from mmrec.evaluation.provenance import training_config, training_corpus
+from mmrec.evaluation.report import Report, make_report
+
+COPY_SEARCH_TOKENS = 20_000_000  # tokens of the training text that are searched for copies
+
+
+def open_split(
+    loaded: LoadedModel, data: str | None = None, *, text_field: str = "", skip_bad: bool = False
+) -> tuple[Split, str]:
+    """Tokenise the text to evaluate a model on.
+
+    Args:
+        loaded: the checkpoint.
+        data: None for the validation split of the text that the model was trained on; a prepared
+            corpus file for the validation split of that; any other source for all of its text.
+        text_field: field or column of ``data`` that holds the text; empty is ``text``.
+        skip_bad: skip broken records and files that are not UTF-8.
+
+    Returns:
+        The split, and its description, such as "validation split of stdlib".
+
+    Raises:
+        InputError: the text cannot be read, may not be read (see ``provenance``), is empty, or was
+            prepared with another tokenizer.
+    """
+    if data is None:
+        corpus = training_corpus(loaded)
+        return corpus.val, f"validation split of {training_config(loaded).data.source}"
+    if is_prepared(data):
+        corpus = Corpus.open(Path(data))
+        if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
+            raise InputError(
+                f"{data} must have the tokenizer of {loaded.path}; it has another: "
+                "give its text instead"
+            )
+        return corpus.val, f"validation split of {data}"
+    texts = documents(data, ReadOptions(text_field, skip_bad))
+    split = encode_documents(loaded.tokenizer, texts)
+    if not split.n_tokens:
+        raise InputError(f"{data} is empty: expected text; got only white space or nothing")
+    return split, f"all of {data}"
+
+
+def evaluate_source(
+    loaded: LoadedModel,
+    data: str | None = None,
+    *,
+    text_field: str = "",
+    skip_bad: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[Evaluation, Report, str]:
+    """Score a loaded model on a text.
+
+    Args:
+        loaded: the checkpoint.
+        data: the text; see ``open_split``.
+        text_field: field or column of ``data`` that holds the text; empty is ``text``.
+        skip_bad: skip broken records and files that are not UTF-8.
+        progress: called with the number of tokens just scored and the number of all tokens.
+
+    Returns:
+        The scores, the scores broken down, and the description of the text.
+
+    Raises:
+        InputError: see ``open_split``.
+    """
+    split, description = open_split(loaded, data, text_field=text_field, skip_bad=skip_bad)
+    tokenizer, scores = loaded.tokenizer, TokenScores.empty(split.n_tokens)
+    evaluation = evaluate_split(
+        loaded.model,
+        split,
+        tokenizer,
+        reset_at_documents=training_config(loaded).data.state != "window",
+        token_scores=scores,
+        progress=None if progress is None else lambda count: progress(count, split.n_tokens),
+    )
+    token_bytes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    tokens = np.asarray(split.tokens)
+    report = make_report(tokens, tokenizer.eot, np.array(token_bytes), scores)
+    return evaluation, report, description
+
+
+def training_text(loaded: LoadedModel) -> bytes:
+    """Return the training text of a checkpoint in which copies are looked for.
+
+    Returns:
+        UTF-8 bytes of the first 20 million tokens of its training split.
+
+    Raises:
+        InputError: the text may not or cannot be read; see ``provenance.training_corpus``.
+    """
+    tokens = training_corpus(loaded).train.tokens[:COPY_SEARCH_TOKENS]
+    return b"".join(loaded.tokenizer.token_bytes(t) for t in tokens.tolist())
