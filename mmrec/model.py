@@ -12,8 +12,8 @@ One layer, with σ the sigmoid and u the input after norm and a short causal con
     x ← x + relu²(rms_norm(x) W_1) W_2
 
 A layer of the kind ``n`` has the short-term memory with W_g = 0, a linear scan, and no other: all
-between its products is one op, ``gated_scan``. x starts as the sum of the embeddings of a token and
-of the runs of two and three tokens (of characters four, too) that it ends.
+between its products is one op, ``min_gru_mixer``. x starts as the sum of the embeddings of a token
+and of the runs of two and three tokens (of characters four, too) that it ends.
 
 The state of a layer does not grow with the text, and a text may be run whole, in chunks with
 carried state, or token by token: the numbers are the same.
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from mmrec.config import ModelConfig
 from mmrec.kernels import (
-    associative_memory,
+    fused_linear_cross_entropy,
+    gated_delta_rule,
     gated_recurrence,
-    gated_scan,
-    norm_conv,
-    squared_relu,
+    min_gru_mixer,
+    relu_squared,
+    rmsnorm_conv1d,
 )
-from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.packing import Packing, newest, previous
 from mmrec.recompute import recompute
 
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, *, half: bool = False) -> Tensor:
-        return norm_conv(x, self.weight[None], half=half)[0]
+        return rmsnorm_conv1d(x, self.weight[None], output_bf16=half)[0]
 
 
 class Dropout(nn.Module):
@@ -179,7 +179,7 @@ class Layer(nn.Module):
             q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in parts[-5:-2])
             a, b = parts[-2:]
             a = a + self.memory_bias
-            o, s_last = associative_memory(q, k, v, a, b, state.s, cu_seqlens=cu)
+            o, s_last = gated_delta_rule(q, k, v, a, b, state.s, cu_seqlens=cu)
             mixed.append(self.long_norm(o.flatten(-2)))
         y = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
         return (y * F.silu(r)).to(p.dtype), LayerState(state.taps, h_last, s_last)
@@ -197,15 +197,15 @@ class Layer(nn.Module):
 
         ``cu`` (N + 1,) packs N sequences in one row; the state is then that of each of them.
         """
-        u, taps = norm_conv(x, self.taps, state.taps, half=half, cu_seqlens=cu)
+        u, taps = rmsnorm_conv1d(x, self.taps, state.taps, output_bf16=half, cu_seqlens=cu)
         p = self.project(u)
         if self.kind == "n":
-            y, h = gated_scan(p, self.decay_bias, state.h, cu_seqlens=cu)
+            y, h = min_gru_mixer(p, self.decay_bias, state.h, cu_seqlens=cu)
             state = state._replace(h=h)
         else:
             y, state = self.remember(p, state, cu)
         x = x + self.dropout(self.merge(y), dice)
-        hidden = squared_relu(self.ffn_in(self.ffn_norm(x, half=half)))
+        hidden = relu_squared(self.ffn_in(self.ffn_norm(x, half=half)))
         x = x + self.dropout(self.ffn_out(hidden), dice)
         return x, state._replace(taps=taps)
 
@@ -345,5 +345,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State]:
         """The loss, and the state to go on from."""
         x, after = self.hidden_states(tokens, state, dice, starts)
-        loss = HeadLoss.apply(x.flatten(0, 1), self.embedding, targets.flatten(), self.reduced)
+        loss = fused_linear_cross_entropy(
+            x.flatten(0, 1), self.embedding, targets.flatten(), bf16=self.reduced
+        )
         return loss, after

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmrec.data.dataloader import eval_lanes
 from mmrec.errors import InputError
-from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
+from mmrec.kernels.fused_linear_cross_entropy.op import LOGITS_CHUNK
 from mmrec.model import Model, State
 
 LANES = 8
@@ -94,11 +94,11 @@ def evaluate(
         for (x, y, mask), column in zip(
             eval_lanes(tokens, eot, lanes, chunk), columns, strict=True
         ):
-            at = column[mask].split(LOSS_ROWS)
+            at = column[mask].split(LOGITS_CHUNK)
             starts = x == eot if resets else None
             hidden, state = model.hidden_states(x, state, starts=starts)
-            rows = hidden[mask].split(LOSS_ROWS)  # logits are large: few are alive at once
-            for h, target, where in zip(rows, y[mask].split(LOSS_ROWS), at, strict=True):
+            rows = hidden[mask].split(LOGITS_CHUNK)  # logits are large: few are alive at once
+            for h, target, where in zip(rows, y[mask].split(LOGITS_CHUNK), at, strict=True):
                 logits = model.head(h)
                 each = F.cross_entropy(logits, target, reduction="none")
                 nats += float(each.sum(dtype=torch.float64))

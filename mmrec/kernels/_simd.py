@@ -285,9 +285,9 @@ _overload_operator(operator.sub, _subtract)
 # is one sum in the order of depth, by fused multiply-adds where the processor has them. How rows
 # and columns are grouped therefore never shows in the results.
 #
-# Arguments throughout: x (rows, depth), w (depth, columns) and out (rows, columns) are parts of flat
-# arrays. A matrix begins at x_at, w_at, out_at; its rows are x_row, w_row, out_row numbers apart.
-# Numbers in a row of x are x_step apart; those in a row of w or out are neighbours.
+# Arguments throughout: x (rows, depth), w (depth, columns) and out (rows, columns) are parts of
+# flat arrays. A matrix begins at x_at, w_at, out_at; its rows are x_row, w_row, out_row numbers
+# apart. Numbers in a row of x are x_step apart; those in a row of w or out are neighbours.
 
 _AVX512 = binding.get_host_cpu_features().get("avx512f", False)
 _REGISTER_BYTES, _REGISTERS = (64, 32) if _AVX512 else (32, 16)

@@ -107,9 +107,9 @@ def product() -> list[Contender]:
 def memory_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Gated delta rule step by step: the truth, and what a torch user writes first."""
     batch, _, heads, size = q.shape
-    return memory_reference.associative_memory(
-        q, k, v, a, b, q.new_zeros(batch, heads, size, size)
-    )[0]
+    return memory_reference.gated_delta_rule(q, k, v, a, b, q.new_zeros(batch, heads, size, size))[
+        0
+    ]
 
 
 def memory(shape: tuple[int, ...]) -> list[Contender]:
@@ -120,7 +120,7 @@ def memory(shape: tuple[int, ...]) -> list[Contender]:
         start = q.new_zeros(batch, heads, size, size)
         return memory_reference.chunked(q, k, v, a, b, start)[0]
 
-    found = [Contender("mmrec", lambda *x: kernels.associative_memory(*x)[0])]
+    found = [Contender("mmrec", lambda *x: kernels.gated_delta_rule(*x)[0])]
     if shape[1] % 32 == 0:
         found.append(Contender("chunks of 32 in torch", chunked))
     fused = _optional("bitsandbytes.gdn_cpu", "fused_recurrent_gated_delta_rule")

@@ -17,13 +17,13 @@ from torch import Tensor
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.dataloader import Batches
 from mmrec.kernels import (
-    associative_memory,
+    fused_linear_cross_entropy,
+    gated_delta_rule,
     gated_recurrence,
-    gated_scan,
-    norm_conv,
-    squared_relu,
+    min_gru_mixer,
+    relu_squared,
+    rmsnorm_conv1d,
 )
-from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.model import Layer, Model
 from mmrec.optimizer import Muon
 from mmrec.runtime.hardware import probe_bfloat16
@@ -115,18 +115,23 @@ def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
             linear.weight,
             flops=flops,
         )
-    add("norm and convolution", lambda x, w: norm_conv(x, w, half=half)[0], x, layer.taps)
     add(
         "norm and convolution",
-        lambda x, w: norm_conv(x, w[None], half=half)[0],
+        lambda x, w: rmsnorm_conv1d(x, w, output_bf16=half)[0],
+        x,
+        layer.taps,
+    )
+    add(
+        "norm and convolution",
+        lambda x, w: rmsnorm_conv1d(x, w[None], output_bf16=half)[0],
         x,
         layer.ffn_norm.weight,
     )
     hidden = torch.randn(batch, length, layer.ffn_in.weight.shape[0]).to(dtype)
-    add("activation", squared_relu, hidden)
+    add("activation", relu_squared, hidden)
     if layer.kind == "n":
         p = torch.randn(batch, length, 4 * width).to(dtype)
-        add("recurrence", lambda p, b: gated_scan(p, b)[0], p, layer.decay_bias)
+        add("recurrence", lambda p, b: min_gru_mixer(p, b)[0], p, layer.decay_bias)
         return parts
     p = torch.randn(batch, length, sum(layer.parts))
     if layer.short:
@@ -137,7 +142,7 @@ def _layer_parts(layer: Layer, x: Tensor, half: bool) -> list[Part]:
     if layer.long:
         q, k, v = torch.randn(3, batch, length, layer.heads, width // layer.heads).unbind()
         a, b = torch.randn(2, batch, length, layer.heads).unbind()
-        add("memory", lambda *t: associative_memory(*t)[0], q, k, v, a, b)
+        add("memory", lambda *t: gated_delta_rule(*t)[0], q, k, v, a, b)
 
     whole = _both(lambda p: layer.remember(p, layer.start(batch))[0], p.to(dtype))
     inside = sum(x.seconds for x in parts if x.name in ("recurrence", "memory"))
@@ -209,7 +214,11 @@ def _model_parts(
         )
     )
     flat = x.flatten(0, 1)
-    head = _both(lambda x, e: HeadLoss.apply(x, e, targets.flatten(), half), flat, model.embedding)
+    head = _both(
+        lambda x, e: fused_linear_cross_entropy(x, e, targets.flatten(), bf16=half),
+        flat,
+        model.embedding,
+    )
     flops = 6.0 * tokens.numel() * model.embedding.numel()
     parts.append(Part("loss", median_seconds(head), flops))
     return parts

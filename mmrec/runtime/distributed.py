@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmrec.errors import InputError, ProcessLostError
-from mmrec.kernels import _tensors as arrays
+from mmrec.kernels._tensors import use_dlpack
 
 KINDS = ["ddp", "fsdp"]
 BUCKET = 1 << 23  # gradients that are added up in one message
@@ -109,7 +109,7 @@ class Ranks(World):
             # must be; one that was lent by DLPack can
             if not np.from_dlpack(torch.zeros(1)).flags.writeable:
                 raise InputError("--parallel fsdp needs NumPy 2.1 or newer: upgrade it, or use ddp")
-            arrays.as_array = np.from_dlpack
+            use_dlpack()
 
     def __enter__(self) -> "Ranks":
         return self

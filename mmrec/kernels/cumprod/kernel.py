@@ -59,7 +59,9 @@ def _split_exponent(m, e, top):
 
 
 @parallel_kernel
-def cumprod_fwd(task, gamma, g_sb, g_st, initial, y, final, sequence_bounds, every, limit, top, block):
+def cumprod_fwd(
+    task, gamma, g_sb, g_st, initial, y, final, sequence_bounds, every, limit, top, block
+):
     """Fill y (B, T, D) and final (N, D); a task has ``block`` channels of one sequence."""
     width = y.shape[2]
     blocks = (width + block - 1) // block
@@ -126,7 +128,7 @@ def _four_products(g, i, g_step, y, k, y_step, c, m, e, steps, every, limit, top
 
 @parallel_kernel
 def cumprod_narrow_fwd(s, gamma, g_sb, g_st, initial, y, final, sequence_bounds, every, limit, top):
-    """``cumprod_fwd`` for few channels: four at a time. Past the last channel it repeats that one."""
+    """``cumprod_fwd`` for few channels, four at a time. The last channel may be repeated."""
     time, width = y.shape[1:]
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
     out, m, e = y.reshape(-1), initial[s].astype(np.float64), np.zeros(width, np.int64)
@@ -151,8 +153,23 @@ def cumprod_narrow_fwd(s, gamma, g_sb, g_st, initial, y, final, sequence_bounds,
 
 
 @parallel_kernel
-def cumprod_bwd(task, gamma, g_sb, g_st, initial, y, dy, dy_sb, dy_st, dfinal, dgamma, dinitial, sequence_bounds, block):
-    """Fill dgamma (B, T, D) and dinitial (N, D). It does not divide, so it is exact at gamma = 0."""
+def cumprod_bwd(
+    task,
+    gamma,
+    g_sb,
+    g_st,
+    initial,
+    y,
+    dy,
+    dy_sb,
+    dy_st,
+    dfinal,
+    dgamma,
+    dinitial,
+    sequence_bounds,
+    block,
+):
+    """Fill dgamma (B, T, D) and dinitial (N, D), without a division: exact at gamma = 0."""
     width = y.shape[2]
     blocks = (width + block - 1) // block
     s, left = task // blocks, task % blocks * block
@@ -191,7 +208,9 @@ def log_cumprod_fwd(task, gamma, g_sb, g_st, initial, out, final, sequence_bound
 
 
 @parallel_kernel
-def log_cumprod_bwd(task, gamma, g_sb, g_st, out, dout, d_sb, d_st, dfinal, dgamma, dinitial, sequence_bounds, block):
+def log_cumprod_bwd(
+    task, gamma, g_sb, g_st, out, dout, d_sb, d_st, dfinal, dgamma, dinitial, sequence_bounds, block
+):
     """Fill dgamma (B, T, D) and dinitial (N, D). Where out is -inf it is constant: no gradient."""
     width = out.shape[2]
     blocks = (width + block - 1) // block

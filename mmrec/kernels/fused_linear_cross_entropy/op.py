@@ -2,7 +2,7 @@
 
 Axes: R rows (tokens), D width of the model, V vocabulary.
 
-With logits x_r = E h_r for the hidden states h (R, D) and the embedding E (V, D), p_r = softmax(x_r):
+With logits x_r = E h_r for hidden states h (R, D) and an embedding E (V, D), p_r = softmax(x_r):
 
     loss = (1 / R) Σ_r -log p_r,target
     dh_r = (1 / R) Eᵀ (p_r - onehot_r)        dE = (1 / R) Σ_r (p_r - onehot_r) h_rᵀ

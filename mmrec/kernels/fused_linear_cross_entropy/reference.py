@@ -10,7 +10,7 @@ def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
 
 
 def softmax_parts(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(x - max x) (R, V), its sum over the last axis (R,), and the cross-entropy (R,) in nats."""
+    """exp(x - max x) (R, V), its sums over the last axis (R,), and cross-entropy (R,) in nats."""
     numerators = (logits - logits.amax(-1, keepdim=True)).exp()
     denominators = numerators.sum(-1)
     losses = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]

@@ -81,7 +81,22 @@ def min_gru_mixer_fwd(n, projected, p_sb, p_st, bias, initial, sequence_bounds, 
 
 @parallel_kernel
 def min_gru_mixer_bwd(
-    n, projected, p_sb, p_st, dy, dy_sb, dy_st, bias, initial, h, dfinal, sequence_bounds, time, dprojected, dbias, dinitial
+    n,
+    projected,
+    p_sb,
+    p_st,
+    dy,
+    dy_sb,
+    dy_st,
+    bias,
+    initial,
+    h,
+    dfinal,
+    sequence_bounds,
+    time,
+    dprojected,
+    dbias,
+    dinitial,
 ):
     """Fill dprojected (B, T, 4 D), dinitial (N, D) and dbias (N, D), one row per sequence.
 

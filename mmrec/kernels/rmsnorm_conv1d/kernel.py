@@ -49,8 +49,10 @@ def _normalise(rows, at, sums, width):
 
 
 @parallel_kernel
-def rmsnorm_conv1d_fwd(n, x, x_sb, x_st, weight, kernel_size, initial, sequence_bounds, time, u, final):
-    """Fill u (B, T, D) and final (N, K - 1, D) from x (B, T, D), weight (K, D) and initial, as final.
+def rmsnorm_conv1d_fwd(
+    n, x, x_sb, x_st, weight, kernel_size, initial, sequence_bounds, time, u, final
+):
+    """Fill u (B, T, D) and final (N, K - 1, D) from x, weight (K, D), initial (N, K - 1, D).
 
     u may hold bfloat16.
     """
@@ -69,7 +71,9 @@ def rmsnorm_conv1d_fwd(n, x, x_sb, x_st, weight, kernel_size, initial, sequence_
         _normalise(ring, newest, sums, width)
         out[:] = 0
         for k in range(kernel_size):
-            _add_product(weight, k * width, ring, _wrap(oldest + k, kernel_size) * width, out, 0, width)
+            _add_product(
+                weight, k * width, ring, _wrap(oldest + k, kernel_size) * width, out, 0, width
+            )
         write(out, 0, u, (row * time + begin + t) * width, width)
     for k in range(kernel_size - 1):
         write(ring, (steps + k) % kernel_size * width, final, state_at + k * width, width)
@@ -91,15 +95,33 @@ def _load_row(x, x_at, x_st, initial, state_at, t, kernel_size, rows, scales, su
 
 @parallel_kernel
 def rmsnorm_conv1d_bwd(
-    n, x, x_sb, x_st, du, du_sb, du_st, weight, kernel_size, initial, dfinal, sequence_bounds, time, dx, dweight, dinitial
+    n,
+    x,
+    x_sb,
+    x_st,
+    du,
+    du_sb,
+    du_st,
+    weight,
+    kernel_size,
+    initial,
+    dfinal,
+    sequence_bounds,
+    time,
+    dx,
+    dweight,
+    dinitial,
 ):
     """Fill dx (B, T, D), dinitial (N, K - 1, D) and dweight (N, K, D), one matrix per sequence.
 
-    Backwards in time, ``ring`` holds the gradients of K rows of n, to which earlier steps still add,
-    and ``rows`` holds these rows.
+    Backwards in time, ``rows`` holds K rows of n, and ``ring`` holds their gradients, to which
+    earlier steps still add.
     """
     width = weight.size // kernel_size
-    ring, rows = np.zeros(kernel_size * width, weight.dtype), np.empty(kernel_size * width, weight.dtype)
+    ring, rows = (
+        np.zeros(kernel_size * width, weight.dtype),
+        np.empty(kernel_size * width, weight.dtype),
+    )
     weight_grad, grad = np.zeros(kernel_size * width, weight.dtype), np.empty(width, weight.dtype)
     scales, sums = np.empty(kernel_size, weight.dtype), np.empty(DOT_SUMS, weight.dtype)
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
@@ -114,7 +136,19 @@ def rmsnorm_conv1d_bwd(
         oldest = t % kernel_size
         newest = _wrap(oldest + kernel_size - 1, kernel_size)
         ring[oldest * width : (oldest + 1) * width] = 0
-        _load_row(x, x_at, x_st, initial, state_at, t - kernel_size + 1, kernel_size, rows, scales, sums, width)
+        _load_row(
+            x,
+            x_at,
+            x_st,
+            initial,
+            state_at,
+            t - kernel_size + 1,
+            kernel_size,
+            rows,
+            scales,
+            sums,
+            width,
+        )
         read(du, row * du_sb + (begin + t) * du_st, grad, 0, width)
         for k in range(kernel_size):
             at = _wrap(oldest + k, kernel_size) * width

@@ -23,7 +23,7 @@ from mmrec.kernels._launch import inline_jit, parallel_kernel
 MAX_NARROW = 32
 """Channels up to which four at a time are scanned with their state in registers."""
 TILE = 512
-"""Steps that four channels are scanned over before the next four, so that the rows stay in cache."""
+"""Steps that four channels are scanned over before the next four: the rows stay in cache."""
 
 
 @parallel_kernel
@@ -52,7 +52,24 @@ def scan_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, sequence_
 
 
 @parallel_kernel
-def scan_bwd(s, a, a_sb, a_st, a_sd, initial, h, dh, dh_sb, dh_st, dfinal, da, db, dinitial, sequence_bounds, reverse):
+def scan_bwd(
+    s,
+    a,
+    a_sb,
+    a_st,
+    a_sd,
+    initial,
+    h,
+    dh,
+    dh_sb,
+    dh_st,
+    dfinal,
+    da,
+    db,
+    dinitial,
+    sequence_bounds,
+    reverse,
+):
     """Fill da, db (B, T, D) and dinitial (N, D); da has D channels also if ``a_sd`` is 0."""
     n = h.shape[2]
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
@@ -119,18 +136,20 @@ def _four_bwd(a, i, a_step, sd, u, j, u_step, before, m, da, db, k, h_step, g, s
 
 
 @parallel_kernel
-def scan_narrow_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, sequence_bounds, reverse):
+def scan_narrow_fwd(
+    s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, sequence_bounds, reverse
+):
     """``scan_fwd`` for 4 to MAX_NARROW channels."""
     time, width = h.shape[1:]
     sign = -1 if reverse else 1
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
-    out, ends = h.reshape(-1), initial[s].copy()
+    out, states = h.reshape(-1), initial[s].copy()
     for i in range(0, last - first, TILE):
         t, steps = last - 1 - i if reverse else first + i, min(TILE, last - first - i)
-        later = grad.copy()
+        begin = states.copy()
         for c in range(0, width, 4):
-            d = min(c, width - 4)  # the last four may do some again, to the a_row numbers
-            state = starts[d : d + 4].copy()
+            d = min(c, width - 4)  # the last four may overlap those before, with equal results
+            four = begin[d : d + 4].copy()
             _four_fwd(
                 a,
                 np.uint64(row * a_sb + t * a_st + d * a_sd),
@@ -145,25 +164,42 @@ def scan_narrow_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, se
                 four,
                 steps,
             )
-            state[d : d + 4] = four
-    final[s] = state
+            states[d : d + 4] = four
+    final[s] = states
 
 
 @parallel_kernel
-def scan_narrow_bwd(s, a, a_sb, a_st, a_sd, initial, h, dh, dh_sb, dh_st, dfinal, da, db, dinitial, sequence_bounds, reverse):
+def scan_narrow_bwd(
+    s,
+    a,
+    a_sb,
+    a_st,
+    a_sd,
+    initial,
+    h,
+    dh,
+    dh_sb,
+    dh_st,
+    dfinal,
+    da,
+    db,
+    dinitial,
+    sequence_bounds,
+    reverse,
+):
     """``scan_bwd`` for 4 to MAX_NARROW channels."""
     time, width = h.shape[1:]
     sign = 1 if reverse else -1  # the adjoint runs against the scan
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
-    flat, da_flat, db_flat = h.reshape(-1), da.reshape(-1), db.reshape(-1)
-    grad = dfinal[s].copy()
+    h_flat, da_flat, db_flat = h.reshape(-1), da.reshape(-1), db.reshape(-1)
+    grads = dfinal[s].copy()
     for i in range(0, last - first, TILE):
         t, steps = first + i if reverse else last - 1 - i, min(TILE, last - first - i)
         at_edge = i + steps == last - first  # the last of these steps reads initial, not h
-        later = grad.copy()
+        begin = grads.copy()
         for c in range(0, width, 4):
-            d = min(c, width - 4)  # the last four may do some again, to the a_row numbers
-            g = later[d : d + 4].copy()
+            d = min(c, width - 4)  # the last four may overlap those before, with equal results
+            four = begin[d : d + 4].copy()
             for phase in range(2 if at_edge else 1):  # phase 1 is the step at the edge
                 count = 1 if phase == 1 else steps - at_edge
                 at = t + sign * (steps - 1) if phase == 1 else t
@@ -171,7 +207,7 @@ def scan_narrow_bwd(s, a, a_sb, a_st, a_sd, initial, h, dh, dh_sb, dh_st, dfinal
                 if phase == 1:
                     before, m = initial[s], np.uint64(d)
                 else:
-                    before, m = flat, here + _wrapped(sign * width)
+                    before, m = h_flat, here + _wrapped(sign * width)
                 _four_bwd(
                     a,
                     np.uint64(row * a_sb + at * a_st + d * a_sd),
@@ -186,8 +222,8 @@ def scan_narrow_bwd(s, a, a_sb, a_st, a_sd, initial, h, dh, dh_sb, dh_st, dfinal
                     db_flat,
                     here,
                     _wrapped(sign * width),
-                    g,
+                    four,
                     count,
                 )
-            grad[d : d + 4] = g
-    dinitial[s] = grad
+            grads[d : d + 4] = four
+    dinitial[s] = grads

@@ -32,7 +32,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 
 def _coefficients(a: Tensor) -> tuple[np.ndarray, int, int, int]:
-    """``flat_with_strides(a)`` and the stride over D: 0 if a step has one value for all channels."""
+    """``flat_with_strides(a)``, and the stride over D: 0 for one value per step."""
     if a.shape[2] > 1 and a.stride(2) == 0:
         return *flat_with_strides(a[:, :, :1]), 0
     return *flat_with_strides(a), 1
@@ -135,9 +135,7 @@ def _shift(x: Tensor, edge: Tensor, cu_seqlens: Tensor | None, reverse: bool) ->
     return x.roll(-1 if reverse else 1, 1).index_copy(1, at, edge[full][None])
 
 
-def _setup_backward_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a, initial_state, h, _, _, cu_seqlens, ctx.reverse = inputs
     ctx.save_for_backward(a, initial_state, h, output[1], cu_seqlens)
 
@@ -258,7 +256,7 @@ def scan(
         cu_seqlens: (N + 1,) int32 or int64, 0 = c_0 ≤ … ≤ c_N = T. Packs N sequences in one row,
             B = 1: sequence n has the steps from c_n up to c_{n+1}. No state and no gradient passes
             between sequences. None: each batch row is one sequence.
-        check_finite: also raise ValueError for NaN and infinity, which costs a pass over the inputs.
+        check_finite: also raise ValueError for NaN and infinity; costs a pass over the inputs.
 
     Returns:
         output: h (B, T, D), all states, of the dtype of b.
