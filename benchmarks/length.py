@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmrec.kernels import associative_memory, gated_recurrence, scan
+from mmrec.kernels import gated_delta_rule, gated_recurrence, scan
 from mmrec.profiling.kernel_bench import machine
 
 BATCH, WIDTH, HEADS = 4, 128, 4
@@ -45,7 +45,7 @@ def ours_recurrence(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 def ours_memory(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
     x = inputs(time, 3, HEADS, WIDTH // HEADS) + inputs(time, 2, HEADS)
-    return lambda: associative_memory(*x)[0], x
+    return lambda: gated_delta_rule(*x)[0], x
 
 
 def attention(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:

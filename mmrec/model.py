@@ -45,13 +45,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrec.config import ModelConfig
 from mmrec.kernels import (
-    associative_memory,
+    fused_linear_cross_entropy,
+    gated_delta_rule,
     gated_recurrence,
-    gated_scan,
-    norm_conv,
-    squared_relu,
+    min_gru_mixer,
+    relu_squared,
+    rmsnorm_conv1d,
 )
-from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 
 Result = TypeVar("Result")
 
@@ -114,7 +114,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, *, bf16: bool = False) -> Tensor:
         """Normalise x (B, T, D); the output is bfloat16 if ``bf16``, else of x's dtype."""
-        return norm_conv(x, self.weight[None], half=bf16)[0]
+        return rmsnorm_conv1d(x, self.weight[None], output_bf16=bf16)[0]
 
 
 class Dropout(nn.Module):
@@ -231,7 +231,7 @@ class Layer(nn.Module):
         if self.has_delta_rule:
             q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in parts[-5:-2])
             decay, beta = parts[-2:]
-            o, delta_state = associative_memory(
+            o, delta_state = gated_delta_rule(
                 q,
                 k,
                 v,
@@ -266,19 +266,19 @@ class Layer(nn.Module):
         Returns:
             The new residual stream (B, T, D) and the new state.
         """
-        u, conv_state = norm_conv(
-            x, self.conv_weight, state.conv_state, half=bf16, cu_seqlens=cu_seqlens
+        u, conv_state = rmsnorm_conv1d(
+            x, self.conv_weight, state.conv_state, output_bf16=bf16, cu_seqlens=cu_seqlens
         )
         projected = self.in_proj(u)
         if self.layer_type == "n":
-            y, hidden_state = gated_scan(
+            y, hidden_state = min_gru_mixer(
                 projected, self.forget_bias, state.hidden_state, cu_seqlens=cu_seqlens
             )
             state = state._replace(hidden_state=hidden_state)
         else:
             y, state = self.mix_tokens(projected, state, cu_seqlens)
         x = x + self.dropout(self.out_proj(y), generator)
-        activations = squared_relu(self.up_proj(self.ffn_norm(x, bf16=bf16)))
+        activations = relu_squared(self.up_proj(self.ffn_norm(x, bf16=bf16)))
         x = x + self.dropout(self.down_proj(activations), generator)
         return x, state._replace(conv_state=conv_state)
 
@@ -446,7 +446,9 @@ class Model(nn.Module):
         hidden, state = self.hidden_states(
             tokens, state, document_starts=document_starts, generator=generator
         )
-        loss = HeadLoss.apply(hidden.flatten(0, 1), self.embedding, targets.flatten(), self.bf16)
+        loss = fused_linear_cross_entropy(
+            hidden.flatten(0, 1), self.embedding, targets.flatten(), bf16=self.bf16
+        )
         return loss, state
 
 

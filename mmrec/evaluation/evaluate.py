@@ -17,7 +17,7 @@ from mmrec.data.corpus import Split
 from mmrec.data.dataloader import evaluation_streams
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
-from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
+from mmrec.kernels.fused_linear_cross_entropy.op import LOGITS_CHUNK
 from mmrec.model import Model, State
 from mmrec.runtime.numeric import cdiv
 
@@ -139,11 +139,11 @@ def evaluate(
         ):
             document_starts = x == eot if reset_at_documents else None
             hidden, state = model.hidden_states(x, state, document_starts=document_starts)
-            # logits are large, so only LOSS_ROWS rows of them exist at once
+            # logits are large, so only LOGITS_CHUNK rows of them exist at once
             for h, target, index in zip(
-                hidden[mask].split(LOSS_ROWS),
-                y[mask].split(LOSS_ROWS),
-                position[mask].split(LOSS_ROWS),
+                hidden[mask].split(LOGITS_CHUNK),
+                y[mask].split(LOGITS_CHUNK),
+                position[mask].split(LOGITS_CHUNK),
                 strict=True,
             ):
                 logits = model.lm_head(h)

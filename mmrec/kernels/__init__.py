@@ -1,29 +1,38 @@
-"""CPU recurrences that torch does not have, compiled by Numba and differentiable in torch.
+"""CPU kernels that torch does not have, compiled by Numba and differentiable in torch.
 
 >>> import torch
 >>> from mmrec.kernels import scan
->>> h, h_last = scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1))
->>> h.flatten().tolist()
+>>> output, final_state = scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1))
+>>> output.flatten().tolist()
 [1.0, 1.5, 1.75]
+>>> final_state.tolist()
+[[1.75]]
+
+Each op is one folder: ``reference.py`` defines it in plain torch, ``kernel.py`` computes it and
+states its adjoint, ``op.py`` checks the arguments and registers it with torch.
+
+The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
+fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". scan, cumprod and
+log_cumprod serve no model here.
 """
 
 from mmrec.kernels.cumprod.op import cumprod, log_cumprod
-from mmrec.kernels.fused_linear_cross_entropy.op import softmax_parts
-from mmrec.kernels.gated_delta_rule.op import associative_memory
+from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
+from mmrec.kernels.gated_delta_rule.op import gated_delta_rule
 from mmrec.kernels.gated_recurrence.op import gated_recurrence
-from mmrec.kernels.min_gru_mixer.op import gated_scan
-from mmrec.kernels.relu_squared.op import squared_relu
-from mmrec.kernels.rmsnorm_conv1d.op import norm_conv
+from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
+from mmrec.kernels.relu_squared.op import relu_squared
+from mmrec.kernels.rmsnorm_conv1d.op import rmsnorm_conv1d
 from mmrec.kernels.scan.op import scan
 
 __all__ = [
-    "associative_memory",
     "cumprod",
+    "fused_linear_cross_entropy",
+    "gated_delta_rule",
     "gated_recurrence",
-    "gated_scan",
     "log_cumprod",
-    "norm_conv",
+    "min_gru_mixer",
+    "relu_squared",
+    "rmsnorm_conv1d",
     "scan",
-    "softmax_parts",
-    "squared_relu",
 ]

@@ -1,111 +1,102 @@
-"""bfloat16 inside kernels. Numba has no such type, so its bits come as uint16 and leave as uint16.
+"""bfloat16 inside kernels, and short loops over rows that may be stored in it.
 
-A bfloat16 is the upper half of a float32. Every function takes float32 and float64 as they are.
+Numba has no bfloat16, so kernels see its bits as uint16. A bfloat16 is the upper 16 bits of a
+float32. Every function here takes float32 and float64 as well and leaves their values unchanged.
 """
 
 import numpy as np
-import torch
 from numba import types
 from numba.extending import overload
-from torch import Tensor
 
-from mmrec.kernels import _tensors as arrays
-from mmrec.kernels._launch import helper
-from mmrec.kernels._tensors import DTYPES, flat
+from mmrec.kernels._launch import inline_jit
 
 _ROUND, _ONE = np.uint32(0x7FFF), np.uint32(1)
-_HALF, _NAN = np.uint32(16), np.uint16(0x7FC0)
+_SHIFT, _NAN = np.uint32(16), np.uint16(0x7FC0)
+DOT_SUMS = 16  # running sums of ``dot``
 
 
-TYPES = (*DTYPES, torch.bfloat16)  # what these kernels take
+def _from_bits(x):
+    return np.uint32(np.uint32(x) << _SHIFT).view(np.float32)
 
 
-def bits(x: Tensor) -> Tensor:
-    """A bfloat16 tensor as its bits, any other as it is."""
-    return x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
-
-
-def flat_bits(x: Tensor) -> tuple[np.ndarray, int, int]:
-    """``arrays.flat`` of a tensor that may be bfloat16."""
-    return flat(bits(x.detach()))
-
-
-def line(x: Tensor) -> np.ndarray:
-    """A tensor as a 1-D array, copied only if it is not contiguous."""
-    return arrays.as_array(bits(x.detach().contiguous()).view(-1))
-
-
-def _wide_bits(x):
-    return np.uint32(np.uint32(x) << _HALF).view(np.float32)
-
-
-def _wide_same(x):
+def _unchanged(x):
     return x
 
 
-def wide(x):
-    """The number that an element read from an array stands for."""
-    return _wide_bits(x) if isinstance(x, np.uint16) else x
+def from_bf16(x):
+    """The number that an element of an array stands for: bfloat16 bits as float32."""
+    return _from_bits(x) if isinstance(x, np.uint16) else x
 
 
-@overload(wide)
-def _wide(x):
-    return _wide_bits if x == types.uint16 else _wide_same
+@overload(from_bf16)
+def _from_bf16_compiled(x):
+    return _from_bits if x == types.uint16 else _unchanged
 
 
-def _narrow_bits(x, like):
-    whole = np.float32(x).view(np.uint32)
-    near = np.uint16(np.uint32(whole + _ROUND + ((whole >> _HALF) & _ONE)) >> _HALF)
-    return near if x == x else _NAN
+def _to_bits(x, like):
+    bits = np.float32(x).view(np.uint32)
+    rounded = np.uint16(np.uint32(bits + _ROUND + ((bits >> _SHIFT) & _ONE)) >> _SHIFT)
+    return rounded if x == x else _NAN
 
 
-def _narrow_same(x, like):
+def _unchanged_like(x, like):
     return x
 
 
-def narrow(x, like):
-    """What to write into the array ``like`` for a number: rounded to nearest, ties to even."""
+def to_bf16(x, like):
+    """The element to store in the array ``like`` for a number.
+
+    If ``like`` holds bfloat16 bits, the number is rounded to nearest, ties to even.
+    """
     if like.dtype != np.uint16:
         return x
-    with np.errstate(over="ignore"):  # uint32 arithmetic wraps for NaN
-        return _narrow_bits(x, like)
+    with np.errstate(over="ignore"):  # for NaN the uint32 sum wraps
+        return _to_bits(x, like)
 
 
-@overload(narrow)
-def _narrow(x, like):
-    return _narrow_bits if like.dtype == types.uint16 else _narrow_same
+@overload(to_bf16)
+def _to_bf16_compiled(x, like):
+    return _to_bits if like.dtype == types.uint16 else _unchanged_like
 
 
-@helper
-def read(source, at, out, to, width):
-    """Copy ``width`` numbers of source from ``at`` on to ``to`` on in out."""
-    at, to = np.uint64(at), np.uint64(to)
+# Indices are unsigned in the loops of kernels: Numba lets a signed one count from the end, and the
+# test for that keeps LLVM from vectorising a loop.
+
+
+@inline_jit
+def read(source, source_at, out, out_at, width):
+    """out[out_at:][:width] = source[source_at:][:width], where source may hold bfloat16."""
+    source_at, out_at = np.uint64(source_at), np.uint64(out_at)
     for d in range(np.uint64(width)):
-        out[to + d] = wide(source[at + d])
+        out[out_at + d] = from_bf16(source[source_at + d])
 
 
-@helper
-def write(values, at, target, to, width):
-    """Copy ``width`` numbers from ``at`` on into target, which may hold bfloat16."""
-    at, to = np.uint64(at), np.uint64(to)
+@inline_jit
+def write(values, values_at, target, target_at, width):
+    """target[target_at:][:width] = values[values_at:][:width]; target may hold bfloat16."""
+    values_at, target_at = np.uint64(values_at), np.uint64(target_at)
     for d in range(np.uint64(width)):
-        target[to + d] = narrow(values[at + d], target)
+        target[target_at + d] = to_bf16(values[values_at + d], target)
 
 
-@helper
-def dot(x, x_at, y, y_at, lanes, width):
-    """Σ_d x_d y_d, in 16 running sums that are added in one order: that makes vectors of it."""
+@inline_jit
+def dot(x, x_at, y, y_at, sums, width):
+    """Σ_d x[x_at + d] y[y_at + d] for d < width.
+
+    The scratch array ``sums`` holds DOT_SUMS running sums, which LLVM turns into vectors. They are
+    added up in one fixed order.
+    """
     x_at, y_at = np.uint64(x_at), np.uint64(y_at)
-    whole = np.uint64(width // 16 * 16)
+    aligned = np.uint64(width // 16 * 16)
     for j in range(np.uint64(16)):
-        lanes[j] = 0
-    for at in range(np.uint64(0), whole, np.uint64(16)):
+        sums[j] = 0
+    for at in range(np.uint64(0), aligned, np.uint64(16)):
         for j in range(np.uint64(16)):
-            lanes[j] += x[x_at + at + j] * y[y_at + at + j]
-    for j in range(np.uint64(width) - whole):
-        lanes[j] += x[x_at + whole + j] * y[y_at + whole + j]
+            sums[j] += x[x_at + at + j] * y[y_at + at + j]
+    for j in range(np.uint64(width) - aligned):
+        sums[j] += x[x_at + aligned + j] * y[y_at + aligned + j]
     for j in range(8):
-        lanes[j] += lanes[j + 8]
+        sums[j] += sums[j + 8]
     for j in range(4):
-        lanes[j] += lanes[j + 4]
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+        sums[j] += sums[j + 4]
+    return (sums[0] + sums[2]) + (sums[1] + sums[3])

@@ -1,11 +1,13 @@
-"""The one place that decides how kernels are compiled, kept, and spread over threads.
+"""How kernels are compiled, cached on disk and run on threads. All of that is decided here.
 
 ``torch.set_num_threads`` does not reach Numba, and Numba's own setting holds for one Python thread
-only, so every launch follows torch. With torch's wheels for Linux, Numba's OpenMP layer binds to
-the library that torch loaded before it (both ask for GOMP_parallel), and there is one pool of
-threads. Where there are two, idle threads of one would spin while the other has no core to work on,
-so Numba's are asked to sleep. A library reads that wish when it is loaded; the environment is
-changed for that moment only, and torch's pool stays as it comes.
+only. Every launch therefore sets Numba's thread count to torch's.
+
+With torch's wheels for Linux, Numba's OpenMP layer binds to the OpenMP library that torch loaded
+before it (both ask for the symbol GOMP_parallel), so both share one pool of threads. Where there
+are two pools, idle threads of one would spin on the core that the other needs. Numba's pool is
+therefore asked to sleep while idle (OMP_WAIT_POLICY). An OpenMP library reads that variable once,
+when it is loaded, so the environment is changed only for that moment and torch's pool is untouched.
 """
 
 import contextlib
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 import platformdirs
 import torch
 from numba import prange
@@ -28,7 +29,8 @@ from numba.core import event
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def _default_environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable, unless it is set already, while the context is entered."""
     before = os.environ.get(name)
     os.environ[name] = before or value
     try:
@@ -38,20 +40,23 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-with _environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
-    importlib.import_module("numba.np.ufunc.omppool")  # not there: Numba has other layers
+with _default_environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
+    importlib.import_module("numba.np.ufunc.omppool")  # absent where Numba has other layers only
 
-# Exact but for fused multiply-adds: every sum keeps its order.
+# The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
+# reorder a sum.
 _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-SMALL_WORK = 60_000  # nanoseconds: below this, waking a second thread costs more than it saves
+PARALLEL_THRESHOLD = 60_000
+"""Nanoseconds of work below which waking a second thread costs more than it saves."""
 
 
-def _cache_folder() -> Path | None:
-    """Where compiled kernels are kept: one folder for each state of the sources and each Numba.
+def _find_cache_folder() -> Path | None:
+    """The folder for compiled kernels, or None if no folder can be written.
 
-    Numba itself keys the files in it on the processor and the argument types, but it does not see
-    a change in a helper of another file, hence the digest. None if no folder can be written.
+    Numba keys the files in it on the processor and on the argument types. It does not see a change
+    in a helper function of another file, so the folder's name has a digest of all kernel sources
+    and of Numba's version.
     """
     digest = hashlib.sha256(numba.__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -65,48 +70,83 @@ def _cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-CACHE = _cache_folder()
+CACHE_FOLDER = _find_cache_folder()
 
 
-def _every_task(tasks: int, *args: Any) -> None:
-    """The loop of every kernel; ``body`` is put in its place."""
+def _task_loop(tasks: int, *args: Any) -> None:
+    """The loop of every kernel; ``_compile`` replaces the global ``body``."""
     for task in prange(tasks):  # tasks are independent
         body(task, *args)  # type: ignore[name-defined]  # noqa: F821
 
 
 def _compile(body: Callable[..., Any], form: str) -> Callable[..., Any]:
-    """Compile the loop over the tasks of a body, under a name of its own: Numba's cache tells
-    functions apart by name."""
-    scope = {"prange": prange, "body": helper(body)}
-    copy = types.FunctionType(_every_task.__code__, scope, body.__name__)
-    copy.__qualname__ = f"{body.__qualname__}_{form}"
-    copy.__module__, copy.__doc__ = body.__module__, body.__doc__
+    """Compile the task loop around a body, as ``form`` "serial" or "parallel".
+
+    Numba's cache tells functions apart by their qualified names, so each loop gets its own.
+    """
+    scope = {"prange": prange, "body": inline_jit(body)}
+    loop = types.FunctionType(_task_loop.__code__, scope, body.__name__)
+    loop.__qualname__ = f"{body.__qualname__}_{form}"
+    loop.__module__, loop.__doc__ = body.__module__, body.__doc__
     before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    numba.config.CACHE_DIR = str(CACHE or "")  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
     try:
-        options = {**_EXACT, "nogil": True, "cache": CACHE is not None}
-        made: Callable[..., Any] = numba.njit(parallel=form == "parallel", **options)(copy)
+        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
+        compiled: Callable[..., Any] = numba.njit(parallel=form == "parallel", **options)(loop)
     finally:
         numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
-    return made
+    return compiled
 
 
-def helper(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function that kernels call; its sums keep their order."""
-    made: Callable[..., Any] = numba.njit(**_EXACT)(body)
-    return made
+def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a function that kernels call. The order of its sums is kept."""
+    compiled: Callable[..., Any] = numba.njit(**_EXACT)(function)
+    return compiled
 
 
-class Kernel:
+class _ParallelGate:
+    """Lets one Python thread at a time run in parallel, and none in a forked child.
+
+    OpenMP's pool does not survive a fork, so a child of a process whose pool has started
+    (``pool_started``) runs serial forms only (``forked``).
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pool_started = self.forked = False
+        self.threshold: float = PARALLEL_THRESHOLD
+
+    def after_fork(self) -> None:
+        self.lock = threading.Lock()  # the thread that held it may not exist in the child
+        self.forked = self.pool_started
+
+
+_gate = _ParallelGate()
+if hasattr(os, "register_at_fork"):  # POSIX only
+    os.register_at_fork(after_in_child=_gate.after_fork)
+
+
+@contextlib.contextmanager
+def parallel_threshold(nanoseconds: float) -> Iterator[None]:
+    """Replace PARALLEL_THRESHOLD while the context is entered; 0 runs all work in parallel."""
+    before, _gate.threshold = _gate.threshold, nanoseconds
+    try:
+        yield
+    finally:
+        _gate.threshold = before
+
+
+class ParallelKernel:
     """A loop over independent tasks, compiled in two forms that give the same bits.
 
-    The body is given the number of its task, then the arguments. It is a function of its own, so
-    that what it allocates is the task's: out of the body of a ``prange`` Numba moves allocations,
-    and once moved one whose size depended on the task.
+    The decorated body takes the number of its task, then the arguments. It is a function of its
+    own so that what it allocates belongs to the task: Numba moves allocations out of the body of a
+    ``prange``, which once broke one whose size depended on the task.
 
-    The parallel form runs over as many threads as torch uses. The serial form serves small work, a
-    machine of one thread, a forked child (OpenMP does not survive a fork) and a Python thread that
-    finds another one inside a parallel kernel (not every threading layer lets two in).
+    The parallel form uses as many threads as torch does. The serial form runs small work, and
+    replaces the parallel form on one thread, in a forked child (OpenMP does not survive a fork),
+    and in a Python thread that finds another one inside a parallel kernel (not every threading
+    layer of Numba can be entered twice).
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
@@ -114,13 +154,19 @@ class Kernel:
         self.__doc__ = body.__doc__
 
     def __call__(self, *args: Any, tasks: int, work: float) -> None:
-        """Run so many tasks on the arguments; one thread would take about ``work`` nanoseconds."""
+        """Run the tasks.
+
+        Args:
+            *args: arguments of the body after the task's number.
+            tasks: number of tasks.
+            work: estimate of the nanoseconds that all tasks take on one thread.
+        """
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        if threads == 1 or work < SMALL_WORK or _gate.forked:
+        if threads == 1 or work < _gate.threshold or _gate.forked:
             self.serial(tasks, *args)
         elif _gate.lock.acquire(blocking=False):
             try:
-                _gate.opened = True
+                _gate.pool_started = True
                 if numba.get_num_threads() != threads:
                     numba.set_num_threads(threads)
                 self.parallel(tasks, *args)
@@ -130,61 +176,30 @@ class Kernel:
             self.serial(tasks, *args)
 
 
-kernel = Kernel  # as a decorator
+parallel_kernel = ParallelKernel  # as a decorator
 
 
-class _Gate:
-    """One Python thread at a time runs in parallel, and none in a child forked after that."""
+class _CompileNotice(event.Listener):
+    """Prints once, on standard error, that kernels are being compiled: it takes seconds each."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.opened = self.forked = False
-
-    def after_fork(self) -> None:
-        self.lock = threading.Lock()  # its owner may not exist in the child
-        self.forked = self.opened
-
-
-_gate = _Gate()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_gate.after_fork)
-
-
-class _Announce(event.Listener):
-    """Says once, on standard error, that kernels are being compiled, which takes seconds each."""
-
-    said = False
+    printed = False
 
     def on_start(self, event: Any) -> None:
         ours = str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
-        if ours and not self.said:
-            self.said = True
-            kept = f"; kept in {CACHE}" if CACHE else "; no cache folder can be written"
-            line = f"mmrec: compiling kernels for this processor, once, up to a minute{kept}"
-            print(line, file=sys.stderr, flush=True)
+        if ours and not self.printed:
+            self.printed = True
+            cache = (
+                f"cached in {CACHE_FOLDER}" if CACHE_FOLDER else "no cache folder can be written"
+            )
+            print(
+                f"mmrec: compiling kernels for this processor, once, up to a minute; {cache}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def on_end(self, event: Any) -> None:
-        """Nothing is said at the end."""
+        """Required by Numba; prints nothing."""
 
 
 if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-    event.register("numba:compile", _Announce())
-
-
-def sequences(batch: int, time: int, cu_seqlens: torch.Tensor | None) -> np.ndarray:
-    """The sequences that a kernel walks: (N, 3) int64 of batch row, first step, end.
-
-    Without ``cu_seqlens`` they are the batch rows; with it, the pieces of the one packed row.
-    """
-    if cu_seqlens is None:
-        made = np.empty((batch, 3), np.int64)
-        made[:, 0], made[:, 1], made[:, 2] = np.arange(batch), 0, time
-        return made
-    edges = cu_seqlens.numpy().astype(np.int64)
-    if edges[0] != 0 or edges[-1] != time or (np.diff(edges) < 0).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to T = {time} without falling; got {edges.tolist()[:8]}"
-        )
-    made = np.zeros((len(edges) - 1, 3), np.int64)
-    made[:, 1], made[:, 2] = edges[:-1], edges[1:]
-    return made
+    event.register("numba:compile", _CompileNotice())

@@ -1,6 +1,7 @@
-"""Activations of scalars for kernels.
+"""Scalar functions for kernels: sigmoid, exp, relu, and ceiling division.
 
-Sigmoid and exp: float32 by a polynomial that vectorises, float64 by the library's exp.
+Sigmoid and exp use a polynomial for float32, which LLVM vectorises, and the C library's exp for
+float64. Every function also runs as plain Python (``NUMBA_DISABLE_JIT=1``).
 """
 
 import math
@@ -10,29 +11,39 @@ from numba import types
 from numba.extending import overload, register_jitable
 
 _LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)  # ln 2 in two parts, so that n ln 2 is subtracted exactly
+_LN2_HIGH = np.float32(0.693359375)  # ln 2 as a sum of two, so that n ln 2 is subtracted exactly
 _LN2_LOW = np.float32(-2.12194440e-4)
 _C2, _C3, _C4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
 _C5, _C6, _ONE = np.float32(1 / 120), np.float32(1 / 720), np.float32(1)
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to nearest
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to nearest
 _ROUND_BITS, _BIAS, _MANTISSA = np.int32(0x4B400000), np.int32(127), np.int32(23)
 _LIMIT = np.float32(87.0)
 _ZERO = np.float32(0)
 
 
+@register_jitable(error_model="numpy")
+def cdiv(a, b):  # type: ignore[no-untyped-def]
+    """Ceiling division of integers, or of an array of integers by one."""
+    return -(-a // b)
+
+
 @register_jitable(fastmath={"contract"})
 def _exp32(x):  # type: ignore[no-untyped-def]
-    """exp(x), |x| <= 87, to 2 units in the last place; NaN stays. Cody-Waite reduction, Taylor."""
+    """exp(x) for |x| <= 87, within 2 units in the last place; NaN gives NaN.
+
+    With n = round(x / ln 2) and r = x - n ln 2 (Cody and Waite's reduction), exp(x) is
+    2^n exp(r), and exp(r) is a Taylor polynomial of degree 6.
+    """
     shifted = np.float32(x * _LOG2E + _ROUND)
     n = shifted - _ROUND
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     p = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
-    exponent = np.int32(shifted.view(np.int32) - _ROUND_BITS)  # n, which stands in the last bits
+    exponent = np.int32(shifted.view(np.int32) - _ROUND_BITS)  # n, from the low mantissa bits
     return p * np.int32(np.int32(exponent + _BIAS) << _MANTISSA).view(np.float32)
 
 
 def _sigmoid32(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + exp(-x)) to 2 units in the last place."""
+    """1 / (1 + exp(-x)), within 2 units in the last place."""
     return _ONE / (_ONE + _exp32(min(max(-x, -_LIMIT), _LIMIT)))
 
 
@@ -50,22 +61,25 @@ def _sigmoid_compiled(x):  # type: ignore[no-untyped-def]
     return _sigmoid32 if x == types.float32 else _sigmoid64
 
 
-def _exp_below32(x):  # type: ignore[no-untyped-def]
+def _exp_nonpositive32(x):  # type: ignore[no-untyped-def]
     return _exp32(-_LIMIT if x < -_LIMIT else x)
 
 
-def _exp_below64(x):  # type: ignore[no-untyped-def]
+def _exp_nonpositive64(x):  # type: ignore[no-untyped-def]
     return math.exp(x)
 
 
-def exp_below(x):  # type: ignore[no-untyped-def]
-    """exp of one float32 or float64 scalar x <= 0; float32 ends at exp(-87) = 2e-38, NaN stays."""
-    return _exp_below32(x) if isinstance(x, np.float32) else _exp_below64(x)
+def exp_nonpositive(x):  # type: ignore[no-untyped-def]
+    """exp of one float32 or float64 scalar x <= 0.
+
+    In float32 the smallest result is exp(-87) = 2e-38. NaN gives NaN.
+    """
+    return _exp_nonpositive32(x) if isinstance(x, np.float32) else _exp_nonpositive64(x)
 
 
-@overload(exp_below, jit_options={"fastmath": {"contract"}})
-def _exp_below_compiled(x):  # type: ignore[no-untyped-def]
-    return _exp_below32 if x == types.float32 else _exp_below64
+@overload(exp_nonpositive, jit_options={"fastmath": {"contract"}})
+def _exp_nonpositive_compiled(x):  # type: ignore[no-untyped-def]
+    return _exp_nonpositive32 if x == types.float32 else _exp_nonpositive64
 
 
 def _relu32(x):  # type: ignore[no-untyped-def]
@@ -77,7 +91,7 @@ def _relu64(x):  # type: ignore[no-untyped-def]
 
 
 def relu(x):  # type: ignore[no-untyped-def]
-    """The larger of 0 and one float32 or float64 scalar, in its own type; NaN stays."""
+    """max(x, 0) of one float32 or float64 scalar, in its own type; NaN gives NaN."""
     return _relu32(x) if isinstance(x, np.float32) else _relu64(x)
 
 

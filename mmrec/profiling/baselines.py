@@ -123,7 +123,7 @@ def delta_rule_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) ->
     """
     batch, _, heads, size = q.shape
     initial_state = q.new_zeros(batch, heads, size, size)
-    return delta_rule_reference.associative_memory(q, k, v, g, beta, initial_state)[0]
+    return delta_rule_reference.gated_delta_rule(q, k, v, g, beta, initial_state)[0]
 
 
 def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
@@ -134,7 +134,7 @@ def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
         initial_state = q.new_zeros(batch, heads, size, size)
         return delta_rule_reference.chunked(q, k, v, g, beta, initial_state)[0]
 
-    found = [Implementation("mmrec", lambda *x: kernels.associative_memory(*x)[0])]
+    found = [Implementation("mmrec", lambda *x: kernels.gated_delta_rule(*x)[0])]
     if shape[1] % REFERENCE_CHUNK == 0:
         found.append(Implementation(f"chunks of {REFERENCE_CHUNK} in torch", chunked))
     fused = _optional("bitsandbytes.gdn_cpu", "fused_recurrent_gated_delta_rule")

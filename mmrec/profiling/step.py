@@ -20,13 +20,13 @@ from torch import Tensor
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.dataloader import WindowLoader
 from mmrec.kernels import (
-    associative_memory,
+    fused_linear_cross_entropy,
+    gated_delta_rule,
     gated_recurrence,
-    gated_scan,
-    norm_conv,
-    squared_relu,
+    min_gru_mixer,
+    rmsnorm_conv1d,
+    relu_squared,
 )
-from mmrec.kernels.fused_linear_cross_entropy.loss import HeadLoss
 from mmrec.model import Layer, Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.hardware import bfloat16_is_faster, matrix_product_rate
@@ -117,18 +117,18 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
             linear.weight,
             flops=flops,
         )
-    add("norm and convolution", lambda x, w: norm_conv(x, w, half=bf16)[0], x, layer.conv_weight)
+    add("norm and convolution", lambda x, w: rmsnorm_conv1d(x, w, output_bf16=bf16)[0], x, layer.conv_weight)
     add(
         "norm and convolution",
-        lambda x, w: norm_conv(x, w[None], half=bf16)[0],
+        lambda x, w: rmsnorm_conv1d(x, w[None], output_bf16=bf16)[0],
         x,
         layer.ffn_norm.weight,
     )
     hidden = torch.randn(batch, length, layer.up_proj.weight.shape[0]).to(dtype)
-    add("activation", squared_relu, hidden)
+    add("activation", relu_squared, hidden)
     if layer.layer_type == "n":
         projected = torch.randn(batch, length, 4 * width).to(dtype)
-        add("recurrence", lambda p, b: gated_scan(p, b)[0], projected, layer.forget_bias)
+        add("recurrence", lambda p, b: min_gru_mixer(p, b)[0], projected, layer.forget_bias)
         return parts
     projected = torch.randn(batch, length, sum(layer.projection_sizes))
     if layer.has_recurrence:
@@ -147,7 +147,7 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
     if layer.has_delta_rule:
         q, k, v = torch.randn(3, batch, length, layer.heads, width // layer.heads).unbind()
         g, beta = torch.randn(2, batch, length, layer.heads).unbind()
-        add("delta rule", lambda *t: associative_memory(*t)[0], q, k, v, g, beta)
+        add("delta rule", lambda *t: gated_delta_rule(*t)[0], q, k, v, g, beta)
 
     mixer = _forward_backward(
         lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], projected.to(dtype)
@@ -178,7 +178,7 @@ def _time_model(
     )
     parts.append(StepPart("embedding", embedding))
     loss = _forward_backward(
-        lambda x, e: HeadLoss.apply(x, e, targets.flatten(), bf16),
+        lambda x, e: fused_linear_cross_entropy(x, e, targets.flatten(), bf16=bf16),
         x.flatten(0, 1),
         model.embedding,
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmrec.errors import InputError, ProcessLostError
-from mmrec.kernels import _tensors as arrays
+from mmrec.kernels._tensors import use_dlpack
 from mmrec.runtime.numeric import cdiv
 
 STRATEGIES = ["ddp", "fsdp"]
@@ -150,7 +150,7 @@ class TorchrunGroup(ProcessGroup):
             # that was shared by Tensor.numpy(), but not for one that was shared by DLPack.
             if not np.from_dlpack(torch.zeros(1)).flags.writeable:
                 raise InputError("--parallel fsdp needs NumPy 2.1 or newer: upgrade it, or use ddp")
-            arrays.as_array = np.from_dlpack
+            use_dlpack()
 
     def __enter__(self) -> "TorchrunGroup":
         return self

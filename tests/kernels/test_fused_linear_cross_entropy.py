@@ -1,4 +1,4 @@
-"""The softmax in parts, and the exp that it stands on."""
+"""Fused linear cross-entropy, its softmax kernel, and the exp in that kernel."""
 
 import math
 
@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.kernels import softmax_parts
-from mmrec.kernels._math import exp_below
+from mmrec.kernels import fused_linear_cross_entropy
+from mmrec.kernels._math import exp_nonpositive
 from mmrec.kernels.fused_linear_cross_entropy import kernel, reference
-from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS, HeadLoss
+from mmrec.kernels.fused_linear_cross_entropy.op import LOGITS_CHUNK, softmax_parts
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SIZES = [1, 5, kernel.LANES, 2 * kernel.LANES + 1, 5000]
@@ -24,50 +24,63 @@ def test_agrees_with_reference(columns: int, dtype: torch.dtype, scale: float) -
     logits = (scale * torch.randn(9, columns)).to(dtype)
     targets = torch.randint(columns, (9,))
     got = softmax_parts(logits, targets)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert [x.dtype for x in got] == [dtype, wide, wide]
-    for mine, true in zip(got, reference.softmax_parts(logits.double(), targets), strict=True):
-        torch.testing.assert_close(mine, true.to(mine.dtype))
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in got] == [dtype, sum_dtype, sum_dtype]
+    for actual, expected in zip(
+        got, reference.softmax_parts(logits.double(), targets), strict=True
+    ):
+        torch.testing.assert_close(actual, expected.to(actual.dtype))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, kernel.LANES, -1])
-def test_a_row_that_is_not_finite_shows(bad: float, at: int) -> None:
+def test_a_row_that_is_not_finite_gives_nan(bad: float, at: int) -> None:
     logits = torch.randn(2, kernel.LANES + 3)
     logits[0, at] = bad
-    _, sums, nats = softmax_parts(logits, torch.ones(2, dtype=torch.int64))
-    assert sums.isnan().tolist() == nats.isnan().tolist() == [True, False]
+    _, denominators, losses = softmax_parts(logits, torch.ones(2, dtype=torch.int64))
+    assert denominators.isnan().tolist() == losses.isnan().tolist() == [True, False]
 
 
-def test_a_logit_of_minus_infinity_has_no_share() -> None:
+def test_a_logit_of_minus_infinity_has_probability_zero() -> None:
     logits = torch.tensor([[0.0, -math.inf, 0.0]])
-    powers, sums, nats = softmax_parts(logits, torch.tensor([0]))
-    assert powers[0, 1] < 1e-37
-    assert sums.item() == 2
-    assert nats.item() == pytest.approx(math.log(2))
+    numerators, denominators, losses = softmax_parts(logits, torch.tensor([0]))
+    assert numerators[0, 1] < 1e-37
+    assert denominators.item() == 2
+    assert losses.item() == pytest.approx(math.log(2))
 
 
 @given(st.floats(-200, 0, width=32))
 def test_exp(x: float) -> None:
-    got, want = exp_below(np.float32(x)), math.exp(max(x, -87.0))
+    got, want = exp_nonpositive(np.float32(x)), math.exp(max(x, -87.0))
     assert abs(float(got) - want) <= 2.5e-7 * want
-    assert exp_below(x) == math.exp(x)
+    assert exp_nonpositive(x) == math.exp(x)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_the_loss_is_cross_entropy(half: bool) -> None:
-    """Two chunks and a bit, against torch on all logits at once."""
-    rows = 2 * LOSS_ROWS + 7
-    x = torch.randn(rows, 24, requires_grad=True)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_loss_is_cross_entropy(bf16: bool) -> None:
+    """Two chunks and a remainder, against torch on all logits at once."""
+    rows = 2 * LOGITS_CHUNK + 7
+    hidden = torch.randn(rows, 24, requires_grad=True)
     weight = (0.3 * torch.randn(50, 24)).requires_grad_()
     targets = torch.randint(50, (rows,))
-    got = HeadLoss.apply(x, weight, targets, half)
-    want = torch.nn.functional.cross_entropy((x @ weight.T).double(), targets)
-    torch.testing.assert_close(got.double(), want, rtol=2e-3 if half else 1e-6, atol=0)
-    for mine, true in zip(
-        torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight)), strict=True
+    got = fused_linear_cross_entropy(hidden, weight, targets, bf16=bf16)
+    want = reference.fused_linear_cross_entropy(hidden.double(), weight.double(), targets)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3 if bf16 else 1e-6, atol=0)
+    for actual, expected in zip(
+        torch.autograd.grad(got, (hidden, weight)),
+        torch.autograd.grad(want, (hidden, weight)),
+        strict=True,
     ):
-        assert (mine - true).norm() < (1e-2 if half else 1e-5) * true.norm()
+        assert (actual - expected).norm() < (1e-2 if bf16 else 1e-5) * expected.norm()
+
+
+def test_gradcheck() -> None:
+    hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(7, (5,))
+    assert torch.autograd.gradcheck(
+        lambda h, w: fused_linear_cross_entropy(h, w, targets), [hidden, weight]
+    )
 
 
 def test_op() -> None:
@@ -79,7 +92,7 @@ def test_op() -> None:
 
 
 @pytest.mark.parametrize(
-    ("logits", "targets", "said"),
+    ("logits", "targets", "message"),
     [
         (
             torch.ones(2, 3, dtype=torch.float16),
@@ -97,6 +110,24 @@ def test_op() -> None:
         (torch.ones(2, 3), torch.zeros(2), "targets must have dtype int64"),
     ],
 )
-def test_bad_input_is_named(logits: torch.Tensor, targets: torch.Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_input_is_named(logits: torch.Tensor, targets: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         softmax_parts(logits, targets)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "targets", "message"),
+    [
+        ((3,), (5, 4), (3,), r"hidden must have axes \(R, D\)"),
+        ((0, 4), (5, 4), (0,), "R >= 1"),
+        ((3, 4), (5, 3), (3,), r"weight must have shape \(V, D\) = \(5, 4\); got \(5, 3\)"),
+        ((3, 4), (4,), (3,), "weight must have shape"),
+        ((3, 4), (5, 4), (2,), r"targets must have shape \(R\) = \(3,\)"),
+    ],
+)
+def test_bad_shape_is_named(
+    hidden: tuple[int, ...], weight: tuple[int, ...], targets: tuple[int, ...], message: str
+) -> None:
+    labels = torch.zeros(targets, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(torch.ones(hidden), torch.ones(weight), labels)

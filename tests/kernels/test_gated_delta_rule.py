@@ -1,8 +1,6 @@
-"""Associative memory: against its reference, gradcheck, the laws, and recall itself."""
+"""Gated delta rule: against its reference, gradcheck, the laws, and recall itself."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmrec.kernels.gated_delta_rule import op as autograd
-from mmrec.kernels.gated_delta_rule import reference, tile
-from mmrec.kernels.gated_delta_rule.op import associative_memory
+from mmrec.kernels import gated_delta_rule
+from mmrec.kernels.gated_delta_rule import kernel, reference
 from tests.kernels import laws
 
-OP = torch.ops.mmrec.associative_memory.default
+OP = torch.ops.mmrec.gated_delta_rule.default
 SINGLE = torch.float32
 
 
@@ -31,22 +28,22 @@ def inputs(
     st.integers(1, 2), st.sampled_from([0, 1, 5, 32, 33, 70]), st.integers(1, 2), st.integers(1, 6)
 )
 def test_agrees_with_reference(b: int, t: int, h: int, p: int) -> None:
-    laws.agrees(associative_memory, reference.associative_memory, inputs(b, t, h, p), 1e-10)
+    laws.agrees(gated_delta_rule, reference.gated_delta_rule, inputs(b, t, h, p), 1e-10)
     single = inputs(b, t, h, p, SINGLE)
-    laws.agrees(associative_memory, reference.associative_memory, single, 2e-5)
+    laws.agrees(gated_delta_rule, reference.gated_delta_rule, single, 2e-5)
 
 
 @pytest.mark.parametrize("p", [16, 17, 32, 48, 64, 128])
 def test_agrees_at_every_width(p: int) -> None:
     for t in (1, 35):
-        laws.agrees(associative_memory, reference.associative_memory, inputs(1, t, 2, p), 1e-10)
+        laws.agrees(gated_delta_rule, reference.gated_delta_rule, inputs(1, t, 2, p), 1e-10)
 
 
 def test_long_sequences_stay_exact() -> None:
     """Rounding in the gradient of the decay does not grow along many chunks."""
     single = inputs(1, 2000, 1, 16, SINGLE)
     single[3] += 4  # slow decay, long memory
-    laws.agrees(associative_memory, reference.associative_memory, single, 2e-5)
+    laws.agrees(gated_delta_rule, reference.gated_delta_rule, single, 2e-5)
 
 
 @pytest.mark.parametrize("shift", [-200.0, -30.0, 30.0, 200.0])
@@ -54,62 +51,62 @@ def test_extreme_gates(shift: float) -> None:
     for at in (3, 4):
         args = inputs(1, 40, 1, 4)
         args[at] += shift
-        laws.agrees(associative_memory, reference.associative_memory, args, 1e-9)
+        laws.agrees(gated_delta_rule, reference.gated_delta_rule, args, 1e-9)
 
 
 def test_chunked_form_agrees_with_reference() -> None:
     for size in (16, 32):
-        chunked = partial(reference.chunked, size=size)
-        laws.agrees(chunked, reference.associative_memory, inputs(2, 64, 2, 5), 1e-9)
+        chunked = partial(reference.chunked, chunk_size=size)
+        laws.agrees(chunked, reference.gated_delta_rule, inputs(2, 64, 2, 5), 1e-9)
 
 
 def test_constants_agree() -> None:
-    assert tile.EPSILON == reference.EPSILON
+    assert kernel.EPSILON == reference.EPSILON
 
 
 def test_gradcheck() -> None:
     ready = [x.requires_grad_() for x in inputs(2, 4, 2, 3)]
-    assert torch.autograd.gradcheck(associative_memory, ready, fast_mode=True)
+    assert torch.autograd.gradcheck(gated_delta_rule, ready, fast_mode=True)
     cu = torch.tensor([0, 2, 2, 5])
     ready = [x.requires_grad_() for x in inputs(1, 5, 2, 3, n=3)]
-    packed = partial(associative_memory, cu_seqlens=cu)
+    packed = partial(gated_delta_rule, cu_seqlens=cu)
     assert torch.autograd.gradcheck(packed, ready, fast_mode=True)
 
 
 @given(st.lists(st.integers(0, 40), max_size=3), st.integers(1, 39))
 def test_laws(cuts: list[int], at: int) -> None:
-    *sequences, s0 = inputs(2, 40, 2, 4, SINGLE)
-    laws.splits(associative_memory, sequences, [], s0, cuts)
-    laws.is_causal(associative_memory, sequences, [], s0, at)
-    laws.reads_strides(associative_memory, sequences, [], s0)
+    *sequences, initial = inputs(2, 40, 2, 4, SINGLE)
+    laws.splits(gated_delta_rule, sequences, [], initial, cuts)
+    laws.is_causal(gated_delta_rule, sequences, [], initial, at)
+    laws.reads_strides(gated_delta_rule, sequences, [], initial)
 
 
 @given(st.lists(st.integers(0, 60), max_size=4))
 def test_packed_sequences_do_not_meet(cuts: list[int]) -> None:
     *sequences, states = inputs(1, 60, 2, 3, n=len(cuts) + 1)
-    laws.packs(associative_memory, sequences, [], states, cuts)
+    laws.packs(gated_delta_rule, sequences, [], states, cuts)
 
 
 @pytest.mark.parametrize("p", [8, 32])
 def test_threads_do_not_change_bits(p: int) -> None:
-    laws.ignores_threads(associative_memory, inputs(2, 40, 3, p, SINGLE))
-    packed = partial(associative_memory, cu_seqlens=torch.tensor([0, 3, 3, 40]))
+    laws.ignores_threads(gated_delta_rule, inputs(2, 40, 3, p, SINGLE))
+    packed = partial(gated_delta_rule, cu_seqlens=torch.tensor([0, 3, 3, 40]))
     laws.ignores_threads(packed, inputs(1, 40, 3, p, SINGLE, n=3))
 
 
-def test_half_precision_and_modes() -> None:
-    *sequences, s0 = inputs(2, 20, 2, 4, SINGLE)
-    laws.halves(associative_memory, sequences, [], s0)
-    laws.works_without_gradients(associative_memory, [*sequences, s0])
-    laws.survives_checkpointing(associative_memory, [*sequences, s0])
+def test_low_precision_and_modes() -> None:
+    *sequences, initial = inputs(2, 20, 2, 4, SINGLE)
+    laws.low_precision(gated_delta_rule, sequences, [], initial)
+    laws.works_without_gradients(gated_delta_rule, [*sequences, initial])
+    laws.survives_checkpointing(gated_delta_rule, [*sequences, initial])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside inductor
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles(backend: str) -> None:
-    laws.compiles(associative_memory, inputs(2, 20, 2, 4, SINGLE), backend)
+    laws.compiles(gated_delta_rule, inputs(2, 20, 2, 4, SINGLE), backend)
     cu = torch.tensor([0, 7, 20])
-    laws.compiles(associative_memory, inputs(1, 20, 2, 4, SINGLE, n=2), backend, cu_seqlens=cu)
+    laws.compiles(gated_delta_rule, inputs(1, 20, 2, 4, SINGLE, n=2), backend, cu_seqlens=cu)
 
 
 def test_opcheck() -> None:
@@ -120,17 +117,17 @@ def test_opcheck() -> None:
 
 
 def test_gates_broadcast() -> None:
-    q, k, v, a, b, s0 = inputs(2, 20, 3, 4)
+    q, k, v, a, b, initial = inputs(2, 20, 3, 4)
 
-    def wide(*args: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, a, b, s0 = args
+    def expanded(*args: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, a, b, initial = args
         shape = q.shape[:3]
-        return associative_memory(q, k, v, a.expand(shape).clone(), b.expand(shape).clone(), s0)
+        return gated_delta_rule(q, k, v, a.expand(shape).clone(), b.expand(shape).clone(), initial)
 
     for gates in ((a[0, 0], b[:, :, :1]), (a[:, :, :1], b[0, 0]), (a[0, 0, 0], b)):
-        args = [q, k, v, *gates, s0]
+        args = [q, k, v, *gates, initial]
         pairs = zip(
-            laws.gradients(associative_memory, args), laws.gradients(wide, args), strict=True
+            laws.gradients(gated_delta_rule, args), laws.gradients(expanded, args), strict=True
         )
         for got, want in pairs:
             assert got.shape == want.shape
@@ -141,7 +138,7 @@ def test_transforms_work_or_are_refused() -> None:
     q, *rest = inputs(1, 3, 1, 2)
 
     def loss(q: Tensor) -> Tensor:
-        return associative_memory(q, *rest)[0].square().sum()
+        return gated_delta_rule(q, *rest)[0].square().sum()
 
     leaf = q.clone().requires_grad_()
     (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
@@ -155,29 +152,10 @@ def test_transforms_work_or_are_refused() -> None:
     torch.testing.assert_close(each[1], loss(q / 2))
 
 
-def test_chunk_states_are_few_and_only_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most an eighth of all states; none where no gradient can be asked for."""
-    sizes = []
-
-    def spy(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            results = call(*args)
-            sizes.append(results[2].numel())
-            return results
-
-        return run
-
-    monkeypatch.setattr(autograd, "_memory", spy(autograd._memory))
-    plain = inputs(2, 200, 2, 4)
-    ready = [x.clone().requires_grad_() for x in plain]
-    associative_memory(*plain)
-    with torch.no_grad():
-        associative_memory(*ready)
-    with torch.inference_mode():
-        associative_memory(*ready)
-    assert sizes == [0, 0, 0]
-    associative_memory(*ready)
-    assert 0 < sizes[-1] <= 2 * 200 * 2 * 4 * 4 / 8
+def test_chunk_states_are_few_and_only_for_gradients() -> None:
+    """At most an eighth of all states is saved; none where no gradient can be asked for."""
+    size = laws.saves_only_for_gradients(gated_delta_rule, OP, inputs(2, 200, 2, 4))
+    assert 0 < size <= 2 * 200 * 2 * 4 * 4 / 8
 
 
 def test_recalls_what_was_written() -> None:
@@ -185,17 +163,15 @@ def test_recalls_what_was_written() -> None:
     keys = torch.eye(4).repeat(2, 1)[None, :, None]  # each of four keys written twice
     values = torch.randn(1, 8, 1, 4)
     on = torch.full((1, 8, 1), 30.0)
-    _, state = associative_memory(keys, keys, values, on, on)
-    out, _ = associative_memory(
-        keys[:, :4], keys[:, :4], values[:, :4], on[:, :4], -on[:, :4], state
-    )
+    _, state = gated_delta_rule(keys, keys, values, on, on)
+    out, _ = gated_delta_rule(keys[:, :4], keys[:, :4], values[:, :4], on[:, :4], -on[:, :4], state)
     torch.testing.assert_close(out, values[:, 4:], rtol=1e-4, atol=1e-4)
 
 
 def test_zero_keys_have_finite_gradients() -> None:
-    q, k, v, a, b, s0 = inputs(1, 3, 1, 4, SINGLE)
+    q, k, v, a, b, initial = inputs(1, 3, 1, 4, SINGLE)
     k = torch.zeros_like(k).requires_grad_()
-    associative_memory(q, k, v, a, b, s0)[0].sum().backward()
+    gated_delta_rule(q, k, v, a, b, initial)[0].sum().backward()
     assert torch.isfinite(k.grad).all()
 
 
@@ -206,27 +182,31 @@ def test_zero_keys_have_finite_gradients() -> None:
         (0, (2, 3, 2, 0), r"q must have a head width P of at least 1"),
         (1, (2, 3, 2, 5), r"k must have shape \(B, T, H, P\) = \(2, 3, 2, 4\); got \(2, 3, 2, 5\)"),
         (2, (2, 3, 4), r"v must have shape"),
-        (3, (2, 3, 5), r"decay must broadcast to \(B, T, H\) = \(2, 3, 2\); got \(2, 3, 5\)"),
-        (4, (2, 3), r"write must broadcast to"),
-        (5, (2, 2, 4), r"s0 must have shape \(B, H, P, P\) = \(2, 2, 4, 4\); got \(2, 2, 4\)"),
+        (3, (2, 3, 5), r"g_logits must broadcast to \(B, T, H\) = \(2, 3, 2\); got \(2, 3, 5\)"),
+        (4, (2, 3), r"beta_logits must broadcast to"),
+        (
+            5,
+            (2, 2, 4),
+            r"initial_state must have shape \(B, H, P, P\) = \(2, 2, 4, 4\); got \(2, 2, 4\)",
+        ),
     ],
 )
 def test_bad_shape(at: int, shape: tuple[int, ...], message: str) -> None:
     args = inputs(2, 3, 2, 4)
     args[at] = torch.ones(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
-        associative_memory(*args)
+        gated_delta_rule(*args)
 
 
 def test_bad_values_types_and_edges() -> None:
     args = inputs(1, 6, 2, 4)
     with pytest.raises(ValueError, match=r"v must have dtype float64; got float32"):
-        associative_memory(*args[:2], args[2].float(), *args[3:])
+        gated_delta_rule(*args[:2], args[2].float(), *args[3:])
     for edges, message in (([0, 7], "cu_seqlens must rise from 0 to T = 6"), ([0], "N >= 1")):
         with pytest.raises(ValueError, match=message):
-            associative_memory(*args, cu_seqlens=torch.tensor(edges))
+            gated_delta_rule(*args, cu_seqlens=torch.tensor(edges))
     with pytest.raises(ValueError, match=r"\(N, H, P, P\) = \(2, 2, 4, 4\)"):
-        associative_memory(*args, cu_seqlens=torch.tensor([0, 3, 6]))
+        gated_delta_rule(*args, cu_seqlens=torch.tensor([0, 3, 6]))
     args[4][0, 2, 1] = torch.nan
-    with pytest.raises(ValueError, match="write must be finite"):
-        associative_memory(*args, check=True)
+    with pytest.raises(ValueError, match="beta_logits must be finite"):
+        gated_delta_rule(*args, check_finite=True)

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmrec.kernels.gated_recurrence import op as autograd
+from mmrec.kernels import gated_recurrence
 from mmrec.kernels.gated_recurrence import reference
-from mmrec.kernels.gated_recurrence.op import gated_recurrence
 from tests.kernels import laws
 
 # Widths with blocks of W below, at, and off whole vectors: scalars, one vector, overlapping ones.
@@ -28,12 +27,12 @@ def single(b: int, t: int, d: int, g: int) -> list[Tensor]:
 
 
 @given(st.integers(1, 19), st.integers(0, 6), st.sampled_from(SHAPES), st.booleans())
-def test_agrees_with_reference(b: int, t: int, shape: tuple[int, int], mixed: bool) -> None:
+def test_agrees_with_reference(b: int, t: int, shape: tuple[int, int], scale_input: bool) -> None:
     def op(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_recurrence(*x, mixed=mixed)
+        return gated_recurrence(*x, scale_input=scale_input)
 
     def truth(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.gated_recurrence(*x, mixed=mixed)
+        return reference.gated_recurrence(*x, scale_input=scale_input)
 
     laws.agrees(op, truth, inputs(b, t, *shape), 1e-12)
     laws.agrees(op, truth, single(b, t, *shape), 1e-5)
@@ -44,10 +43,10 @@ def test_agrees_over_a_long_sequence() -> None:
 
 
 def test_gradcheck() -> None:
-    *rest, h0 = (x.requires_grad_() for x in inputs(1, 6, 4, 2))
+    *rest, initial = (x.requires_grad_() for x in inputs(1, 6, 4, 2))
     states = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     cu = torch.tensor([0, 1, 1, 4, 6])
-    assert torch.autograd.gradcheck(gated_recurrence, [*rest, h0])
+    assert torch.autograd.gradcheck(gated_recurrence, [*rest, initial])
     assert torch.autograd.gradcheck(lambda *x: gated_recurrence(*x, cu_seqlens=cu), [*rest, states])
 
 
@@ -56,10 +55,10 @@ CUTS = st.lists(st.integers(0, 9), max_size=3)
 
 @given(CUTS, st.integers(1, 8), st.sampled_from([1, 2, 3, 9]), st.sampled_from(SHAPES))
 def test_laws(cuts: list[int], at: int, batch: int, shape: tuple[int, int]) -> None:
-    *sequences, weight, h0 = single(batch, 9, *shape)
-    laws.splits(gated_recurrence, sequences, [weight], h0, cuts)
-    laws.is_causal(gated_recurrence, sequences, [weight], h0, at)
-    laws.reads_strides(gated_recurrence, sequences, [weight], h0)
+    *sequences, weight, initial = single(batch, 9, *shape)
+    laws.splits(gated_recurrence, sequences, [weight], initial, cuts)
+    laws.is_causal(gated_recurrence, sequences, [weight], initial, at)
+    laws.reads_strides(gated_recurrence, sequences, [weight], initial)
 
 
 @given(st.lists(st.integers(0, 40), max_size=21), st.sampled_from(SHAPES))
@@ -89,9 +88,9 @@ def test_threads_do_not_change_bits(batch: int) -> None:
     laws.ignores_threads(lambda *x: gated_recurrence(*x, cu_seqlens=cu), packed)
 
 
-def test_half_precision() -> None:
-    *sequences, weight, h0 = single(3, 5, 36, 2)
-    laws.halves(gated_recurrence, sequences, [weight], h0)
+def test_low_precision() -> None:
+    *sequences, weight, initial = single(3, 5, 36, 2)
+    laws.low_precision(gated_recurrence, sequences, [weight], initial)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
@@ -103,13 +102,13 @@ def test_compiles(backend: str) -> None:
     laws.compiles(gated_recurrence, [*rest, torch.randn(2, 6)], backend, cu_seqlens=cu)
 
 
-def test_is_an_op_as_torch_wants_them() -> None:
-    *rest, weight, h0 = (x.requires_grad_() for x in single(1, 5, 6, 2))
+def test_is_a_valid_torch_op() -> None:
+    *rest, weight, initial = (x.requires_grad_() for x in single(1, 5, 6, 2))
     cu, states = torch.tensor([0, 2, 5]), torch.randn(2, 6, requires_grad=True)
     op = torch.ops.mmrec.gated_recurrence.default
-    torch.library.opcheck(op, (*rest, weight, h0, None, True, True))
+    torch.library.opcheck(op, (*rest, weight, initial, None, True, True))
     torch.library.opcheck(op, (*rest, weight, states, cu, False, True))
-    torch.library.opcheck(op, (*rest, weight.detach()[:0], h0, None, True, True))
+    torch.library.opcheck(op, (*rest, weight.detach()[:0], initial, None, True, True))
 
 
 def test_checkpointing_and_no_gradients() -> None:
@@ -117,23 +116,9 @@ def test_checkpointing_and_no_gradients() -> None:
     laws.works_without_gradients(gated_recurrence, single(2, 5, 6, 2))
 
 
-def test_gates_are_kept_only_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, op = [], autograd._op
-
-    def spy(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-        sizes.append(op(*args)[2].numel())
-        return op(*args)
-
-    monkeypatch.setattr(autograd, "_op", spy)
-    x = single(2, 5, 6, 2)
-    ready = [v.clone().requires_grad_() for v in x]
-    gated_recurrence(*x)
-    with torch.no_grad():
-        gated_recurrence(*ready)
-    with torch.inference_mode():
-        gated_recurrence(*ready)
-    gated_recurrence(*ready)
-    assert sizes == [0, 0, 0, 60]
+def test_gates_are_saved_only_for_gradients() -> None:
+    op = torch.ops.mmrec.gated_recurrence.default
+    assert laws.saves_only_for_gradients(gated_recurrence, op, single(2, 5, 6, 2)) == 60
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops, and torch says so
@@ -156,7 +141,7 @@ def test_function_transforms() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
-def test_what_is_not_there_says_so() -> None:
+def test_missing_derivatives_raise() -> None:
     z, *rest = single(2, 5, 6, 2)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda z: gated_recurrence(z, *rest)[0], (z,), (z,))
@@ -167,8 +152,8 @@ def test_what_is_not_there_says_so() -> None:
 
 
 def test_gate_and_decay_broadcast() -> None:
-    z, gate, decay, weight, h0 = inputs(2, 5, 6, 2)
-    small = [z, gate[:, :, :1].clone(), decay[0, 0].clone(), weight, h0]
+    z, gate, decay, weight, initial = inputs(2, 5, 6, 2)
+    small = [z, gate[:, :, :1].clone(), decay[0, 0].clone(), weight, initial]
 
     def truth(z: Tensor, gate: Tensor, decay: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         return reference.gated_recurrence(z, gate.expand_as(z), decay.expand_as(z), *rest)
@@ -177,30 +162,30 @@ def test_gate_and_decay_broadcast() -> None:
 
 
 def test_weight_and_state_may_be_absent() -> None:
-    z, gate, decay, weight, h0 = inputs(2, 7, 5, 1)
+    z, gate, decay, weight, initial = inputs(2, 7, 5, 1)
     got, last = gated_recurrence(z, gate, decay)
-    want, _ = reference.gated_recurrence(z, gate, decay, None, torch.zeros_like(h0))
+    want, _ = reference.gated_recurrence(z, gate, decay, None, torch.zeros_like(initial))
     torch.testing.assert_close(got, want)
     assert torch.equal(last, got[:, -1])
-    got, _ = gated_recurrence(z, gate, decay, weight[0], h0)
-    assert torch.equal(got, gated_recurrence(z, gate, decay, weight, h0)[0])
+    got, _ = gated_recurrence(z, gate, decay, weight[0], initial)
+    assert torch.equal(got, gated_recurrence(z, gate, decay, weight, initial)[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 1, 4)])
 def test_empty_and_single(shape: tuple[int, int, int]) -> None:
-    z, gate, decay, weight, h0 = (x.requires_grad_() for x in single(*shape, 1))
-    h, last = gated_recurrence(z, gate, decay, weight, h0)
+    z, gate, decay, weight, initial = (x.requires_grad_() for x in single(*shape, 1))
+    h, last = gated_recurrence(z, gate, decay, weight, initial)
     (h.sum() + last.sum()).backward()
     assert h.shape == shape
-    assert last.shape == h0.shape
-    assert all(x.grad is not None for x in (z, gate, decay, weight, h0))
+    assert last.shape == initial.shape
+    assert all(x.grad is not None for x in (z, gate, decay, weight, initial))
 
 
 def test_saturated_logits_stay_finite() -> None:
-    z, gate, decay, weight, h0 = single(2, 5, 4, 1)
+    z, gate, decay, weight, initial = single(2, 5, 4, 1)
     for big in (-1e4, 1e4):
         leaf = (decay * big).requires_grad_()
-        h, _ = gated_recurrence(z, gate * big, leaf, weight, h0)
+        h, _ = gated_recurrence(z, gate * big, leaf, weight, initial)
         h.sum().backward()
         assert torch.isfinite(h).all()
         assert leaf.grad is not None
@@ -213,22 +198,38 @@ CU = torch.tensor([0, 2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gate": torch.ones(2, 2)}, "gate must broadcast to (B, T, D) = (2, 3, 4); got (2, 2)"),
-        ({"decay": torch.ones(5)}, "decay must broadcast to (B, T, D) = (2, 3, 4); got (5,)"),
-        ({"decay": torch.ones(4).double()}, "decay must have dtype float32; got float64"),
+        (
+            {"gate_logits": torch.ones(2, 2)},
+            "gate_logits must broadcast to (B, T, D) = (2, 3, 4); got (2, 2)",
+        ),
+        (
+            {"decay_logits": torch.ones(5)},
+            "decay_logits must broadcast to (B, T, D) = (2, 3, 4); got (5,)",
+        ),
+        (
+            {"decay_logits": torch.ones(4).double()},
+            "decay_logits must have dtype float32; got float64",
+        ),
         ({"weight": torch.ones(4, 5)}, "weight must have shape (D, D) = (4, 4); got (4, 5)"),
         ({"weight": torch.ones(2, 3, 2)}, "weight must have shape (G, D/G, D/G) = (2, 2, 2)"),
         ({"weight": torch.ones(3, 1, 1)}, "weight must have shape (D, D) = (4, 4); got (3, 1, 1)"),
-        ({"h0": torch.ones(2, 5)}, "h0 must have shape (B, D) = (2, 4); got (2, 5)"),
+        (
+            {"initial_state": torch.ones(2, 5)},
+            "initial_state must have shape (B, D) = (2, 4); got (2, 5)",
+        ),
         ({"z": torch.ones(2, 4)}, "z must have axes (B, T, D); got shape (2, 4)"),
         ({"z": [1.0]}, "z must be a tensor of shape (B, T, D); got list"),
         ({"cu_seqlens": CU}, "B of z must be 1; got 2"),
         ({"cu_seqlens": CU, "z": torch.ones(1, 3, 4)}, "cu_seqlens must rise from 0 to T = 3"),
         ({"cu_seqlens": CU.float()}, "cu_seqlens must be a tensor of dtype int32 or int64"),
-        ({"check": True, "z": torch.full((2, 3, 4), torch.nan)}, "z must be finite"),
+        ({"check_finite": True, "z": torch.full((2, 3, 4), torch.nan)}, "z must be finite"),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:
-    args = {"z": torch.ones(2, 3, 4), "gate": torch.ones(4), "decay": torch.ones(4)}
+    args = {
+        "z": torch.ones(2, 3, 4),
+        "gate_logits": torch.ones(4),
+        "decay_logits": torch.ones(4),
+    }
     with pytest.raises(ValueError, match=re.escape(message)):
         gated_recurrence(**(args | change))  # type: ignore[arg-type]

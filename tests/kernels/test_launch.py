@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmrec.kernels import _launch as threads
-from mmrec.kernels import scan
+from mmrec.kernels import _launch, scan
 
 BIG = (4, 512, 256)  # enough work for the parallel form
 
@@ -42,7 +41,7 @@ class Forms:
         return call
 
 
-@threads.kernel
+@_launch.parallel_kernel
 def _fill(task, sizes, out):  # type: ignore[no-untyped-def]
     scratch, other = np.empty(sizes[task]), np.empty(sizes[task])
     for i in range(sizes[task]):
@@ -91,7 +90,7 @@ def test_python_threads_at_once_agree_with_one_after_another() -> None:
 
 def test_a_second_thread_takes_the_serial_form(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = Forms(monkeypatch)
-    with threads._gate.lock:  # as if another Python thread were inside a parallel kernel
+    with _launch._gate.lock:  # as if another Python thread were inside a parallel kernel
         big_scan()
     assert forms.seen == ["serial"]
 
@@ -99,12 +98,12 @@ def test_a_second_thread_takes_the_serial_form(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX")
 def test_a_forked_child_computes_the_same(tmp_path: Path) -> None:
     want = big_scan()  # the pool exists before the fork
-    assert threads._gate.opened
+    assert _launch._gate.pool_started
     child = os.fork()
     if child == 0:  # nothing of the test framework may run here
         code = 1
         try:
-            with threads._gate.lock:  # the parent's lock was left behind
+            with _launch._gate.lock:  # the parent's lock was left behind
                 pass
             # compared by numpy: torch's own parallel ops, torch.equal too, hang in a forked child
             code = 0 if (big_scan().numpy() == want.numpy()).all() else 2

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmrec.kernels import cumprod, log_cumprod, scan
+from mmrec.kernels.cumprod import reference as product_reference
 from mmrec.kernels.scan import reference
 from tests.kernels import laws
 
 sizes = st.tuples(st.integers(1, 3), st.integers(0, 9), st.sampled_from([1, 3, 4, 6, 33]))
 cuts = st.lists(st.integers(0, 9), max_size=3)
-PRODUCTS = [(cumprod, reference.cumprod), (log_cumprod, reference.log_cumprod)]
+PRODUCTS = [(cumprod, product_reference.cumprod), (log_cumprod, product_reference.log_cumprod)]
 
 
 def scan_inputs(b: int, t: int, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -44,29 +45,37 @@ def test_products_agree_with_reference(op: laws.Op, truth: laws.Op, size: tuple)
 
 
 def test_long_sequences_of_few_channels() -> None:
-    """More steps than are walked at a time, in both directions, and channels not in fours."""
+    """More steps than fit a tile, in both directions, and channels that four does not divide."""
     for width in (2, 6):
         gamma = 1 + 0.1 * (torch.rand(2, 1100, width, dtype=torch.float64) - 0.5)
-        laws.agrees(cumprod, reference.cumprod, [gamma, torch.rand(2, width).double()], 1e-11)
+        laws.agrees(
+            cumprod, product_reference.cumprod, [gamma, torch.rand(2, width).double()], 1e-11
+        )
     inputs = scan_inputs(2, 1100, 6)
     for reverse in (False, True):
         op = partial(scan, reverse=reverse)
         laws.agrees(
-            op, partial(turned, reference.scan) if reverse else reference.scan, inputs, 1e-11
+            op,
+            partial(reversed_in_time, reference.scan) if reverse else reference.scan,
+            inputs,
+            1e-11,
         )
 
 
-def turned(op: laws.Op, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """An op on the sequences turned round, which is what ``reverse`` means."""
+def reversed_in_time(op: laws.Op, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """An op on the sequences reversed in time, which is what ``reverse`` means."""
     *long, state = inputs
     h, last = op(*(x.flip(1) for x in long), state)
     return h.flip(1), last
 
 
 @given(sizes)
-def test_reverse_is_the_scan_of_the_sequence_turned_round(size: tuple[int, int, int]) -> None:
+def test_reverse_is_the_scan_of_the_sequence_reversed_in_time(size: tuple[int, int, int]) -> None:
     laws.agrees(
-        partial(scan, reverse=True), partial(turned, reference.scan), scan_inputs(*size), 1e-12
+        partial(scan, reverse=True),
+        partial(reversed_in_time, reference.scan),
+        scan_inputs(*size),
+        1e-12,
     )
 
 
@@ -74,12 +83,12 @@ def test_reverse_is_the_scan_of_the_sequence_turned_round(size: tuple[int, int, 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives_of_both_orders_and_modes(width: int, reverse: bool, packed: bool) -> None:
-    a, b, h0 = (x.requires_grad_() for x in scan_inputs(1 if packed else 2, 6, width))
+    a, b, initial = (x.requires_grad_() for x in scan_inputs(1 if packed else 2, 6, width))
     options = {"reverse": reverse}
     if packed:  # the second sequence is empty
-        options["cu_seqlens"], h0 = torch.tensor([0, 2, 2, 6]), torch.randn(3, width).double()
+        options["cu_seqlens"], initial = torch.tensor([0, 2, 2, 6]), torch.randn(3, width).double()
     op = partial(scan, **options)
-    ready = [a, b, h0.requires_grad_()]
+    ready = [a, b, initial.requires_grad_()]
     assert torch.autograd.gradcheck(op, ready, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(op, ready)
 
@@ -99,9 +108,9 @@ def test_gradcheck_of_products_and_of_complex_numbers() -> None:
 @given(cuts, st.integers(1, 8))
 def test_splits_and_causality(cuts: list[int], at: int) -> None:
     for width in (3, 5):
-        a, b, h0 = scan_inputs(2, 9, width, torch.float32)
-        laws.splits(scan, [a, b], [], h0, cuts)
-        laws.is_causal(scan, [a, b], [], h0, at)
+        a, b, initial = scan_inputs(2, 9, width, torch.float32)
+        laws.splits(scan, [a, b], [], initial, cuts)
+        laws.is_causal(scan, [a, b], [], initial, at)
     for op, _ in PRODUCTS:
         gamma, start = gamma_inputs(2, 9, 5)
         laws.is_causal(op, [gamma], [], start, at)
@@ -124,23 +133,23 @@ def test_cumprod_splits(cuts: list[int]) -> None:
 
 
 def test_strides_and_broadcasts() -> None:
-    a, b, h0 = scan_inputs(3, 6, 4)
-    laws.reads_strides(scan, [a, b], [], h0)
-    turned = a.transpose(0, 2).contiguous().transpose(0, 2)  # last stride not 1: copied
-    assert torch.equal(scan(turned, b, h0)[0], scan(a, b, h0)[0])
+    a, b, initial = scan_inputs(3, 6, 4)
+    laws.reads_strides(scan, [a, b], [], initial)
+    strided = a.transpose(0, 2).contiguous().transpose(0, 2)  # last stride not 1: copied
+    assert torch.equal(scan(strided, b, initial)[0], scan(a, b, initial)[0])
     swapped = b.transpose(0, 1).contiguous().transpose(0, 1)  # time first in memory: read in place
-    assert torch.equal(scan(a, swapped, h0)[0], scan(a, b, h0)[0])
+    assert torch.equal(scan(a, swapped, initial)[0], scan(a, b, initial)[0])
 
 
 @pytest.mark.parametrize("width", [3, 4, 40])
 def test_gates_of_a_channel_or_a_token(width: int) -> None:
-    a, b, h0 = scan_inputs(2, 6, width)
+    a, b, initial = scan_inputs(2, 6, width)
     for gate in (a[0, 0], a[:, :, :1], a[:1, :1, :1]):
 
-        def plain(gate: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.scan(gate.expand_as(b), b, h0)
+        def plain(gate: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.scan(gate.expand_as(b), b, initial)
 
-        laws.agrees(scan, plain, [gate, b, h0], 1e-12)
+        laws.agrees(scan, plain, [gate, b, initial], 1e-12)
 
 
 def test_threads_do_not_change_bits() -> None:
@@ -151,11 +160,11 @@ def test_threads_do_not_change_bits() -> None:
 
 
 def test_half_precision_in_and_out() -> None:
-    a, b, h0 = scan_inputs(2, 9, 5, torch.float32)
-    laws.halves(scan, [a, b], [], h0)
+    a, b, initial = scan_inputs(2, 9, 5, torch.float32)
+    laws.low_precision(scan, [a, b], [], initial)
     for op, _ in PRODUCTS:
         gamma, start = gamma_inputs(2, 9, 5, torch.float32)
-        laws.halves(op, [gamma], [], start)
+        laws.low_precision(op, [gamma], [], start)
 
 
 def test_torch_takes_the_ops_whole() -> None:
@@ -164,8 +173,8 @@ def test_torch_takes_the_ops_whole() -> None:
     ops = torch.ops.mmrec
     torch.library.opcheck(ops.scan.default, (*inputs, None, False))
     torch.library.opcheck(ops.scan.default, (inputs[0][:1], inputs[1][:1], inputs[2], cu, True))
-    a, b, h0 = inputs
-    torch.library.opcheck(ops.scan_bwd.default, (a, h0, b, b, h0, None, False))
+    a, b, initial = inputs
+    torch.library.opcheck(ops.scan_bwd.default, (a, initial, b, b, initial, None, False))
     for op in (ops.cumprod.default, ops.log_cumprod.default):
         torch.library.opcheck(op, (*(x.requires_grad_() for x in gamma_inputs(2, 5, 3)), None))
     laws.compiles(scan, inputs)
@@ -298,7 +307,10 @@ CU = torch.tensor
             lambda x: scan(x, x[:, :1]),
             r"a must broadcast to \(B, T, D\) = \(2, 1, 4\); got \(2, 3, 4\)",
         ),
-        (lambda x: scan(x, x, x), r"h0 must have shape \(N, D\) = \(2, 4\); got \(2, 3, 4\)"),
+        (
+            lambda x: scan(x, x, x),
+            r"initial_state must have shape \(N, D\) = \(2, 4\); got \(2, 3, 4\)",
+        ),
         (lambda x: scan(x.double(), x), "a must have dtype float32; got float64"),
         (lambda x: scan(x, x.int()), "b must have one of the dtypes float32, .*; got int32"),
         (lambda x: cumprod(x.cfloat()), "gamma must have one of the dtypes .*; got complex64"),
@@ -312,8 +324,8 @@ CU = torch.tensor
         (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0])), r"shape \(N \+ 1,\).*; got \(1,\)"),
         (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0, 2])), r"rise from 0 to T = 3.*\[0, 2\]"),
         (lambda x: scan(x[:1], x[:1], cu_seqlens=CU([0, 2, 1, 3])), r"without falling; got \[0, 2"),
-        (lambda x: scan(x, x / 0, check=True), "b must be finite; it holds NaN or infinity"),
-        (lambda x: log_cumprod(-x, check=True), "gamma must be >= 0; got -1"),
+        (lambda x: scan(x, x / 0, check_finite=True), "b must be finite; it holds NaN or infinity"),
+        (lambda x: log_cumprod(-x, check_finite=True), "gamma must be >= 0; got -1"),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:

@@ -1,6 +1,10 @@
-"""Public gated recurrence: checked once, then compiled kernels behind an op of torch's.
+"""The gated recurrence as a torch op.
 
-Axes: B batch, T time, D channels, N sequences, G blocks of W, P = D / G.
+The presets do not use it; layer types "s" and "b" of the model do. A reader of the presets may skip
+this folder.
+
+Axes: B batch, T time, D channels, N sequences (B, or the packed sequences of one row), G diagonal
+blocks of W with P = D / G channels each.
 """
 
 from typing import Any
@@ -9,211 +13,221 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.kernels._bf16 import line
-from mmrec.kernels._launch import sequences
+from mmrec.kernels._math import cdiv
 from mmrec.kernels._register import register
 from mmrec.kernels._tensors import (
-    HALF,
-    check_lead,
-    check_values,
-    count,
+    broadcast_to,
+    cast,
+    check_input,
+    check_tensor,
     empty,
-    expand,
     flat,
-    narrowed,
-    start,
+    flat_with_strides,
+    make_sequence_bounds,
+    require_finite,
+    resolve_initial_state,
+    sequence_count,
+    to_compute_dtype,
 )
-from mmrec.kernels._tensors import check as check_shape
 from mmrec.kernels.gated_recurrence import kernel
 
-ROWS = 8  # sequences in a tile, at most: their sums still fit the registers
-STRIPE = 128  # rows of dW in a task, at most; the more, the less often dg is read
+MAX_TILE_ROWS = 8
+"""Sequences in a tile at most, so that their sums fit the vector registers."""
+MAX_STRIPE = 128
+"""Rows of dW in a task at most; the more rows, the less often dg is read."""
 
 
-def _walk(like: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the sequences lie, and who walks with whom: (N, 3) and (tiles, R), -1 for nobody.
+def _make_tiles(z: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """``sequence_bounds`` (N, 3), and ``tiles`` (M, R): the sequences of each task, -1 for none.
 
-    Tiles are as wide as leaves one for every thread; that does not show in the results, because no
-    sum depends on who shares a tile. Similar lengths share one, longest first, and the tiles are
-    dealt out to the threads in turn.
+    Tiles are as large as leaves one for every thread. Tiling never shows in the results, because no
+    sum depends on which sequences share a tile. Packed sequences are sorted by length, longest
+    first, so that similar lengths share a tile, and tiles go to the threads in turn.
     """
-    spans = sequences(like.shape[0], like.shape[1], cu_seqlens)
-    number, threads = len(spans), torch.get_num_threads()
-    rounds = -(-number // (ROWS * threads))
-    rows = -(-number // max(1, rounds * threads)) or 1
-    tiles = np.full((-(-number // rows), rows), -1)
-    order = tiles.reshape(-1)[:number]
+    sequence_bounds = make_sequence_bounds(z.shape[0], z.shape[1], cu_seqlens)
+    sequences, threads = len(sequence_bounds), torch.get_num_threads()
+    tiles_per_thread = cdiv(sequences, MAX_TILE_ROWS * threads)
+    rows = cdiv(sequences, max(1, tiles_per_thread * threads)) or 1
+    tiles = np.full((cdiv(sequences, rows), rows), -1)
+    order = tiles.reshape(-1)[:sequences]
     if cu_seqlens is None:
-        order[:] = np.arange(number)
-        return spans, tiles
-    order[:] = np.argsort(spans[:, 1] - spans[:, 2], kind="stable")
-    return spans, np.concatenate([tiles[first::threads] for first in range(threads)])
+        order[:] = np.arange(sequences)
+        return sequence_bounds, tiles
+    order[:] = np.argsort(sequence_bounds[:, 1] - sequence_bounds[:, 2], kind="stable")
+    return sequence_bounds, np.concatenate([tiles[first::threads] for first in range(threads)])
 
 
-def _work(like: Tensor, weight: Tensor) -> float:
-    """About how many nanoseconds one thread takes for one pass."""
-    return like.numel() * (1.5 + 0.02 * weight.shape[-1] * bool(weight.shape[0]))
+def _work(z: Tensor, weight: Tensor) -> float:
+    """Estimate of the nanoseconds that one pass takes on one thread."""
+    return z.numel() * (1.5 + 0.02 * weight.shape[-1] * bool(weight.shape[0]))
 
 
-def _run(
+def _forward(
     z: Tensor,
-    gate: Tensor,
-    decay: Tensor,
+    gate_logits: Tensor,
+    decay_logits: Tensor,
     weight: Tensor,
-    h0: Tensor,
+    initial_state: Tensor,
     cu_seqlens: Tensor | None,
-    mixed: bool,
-    keep: bool,
+    scale_input: bool,
+    save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h, s = empty(z), empty(z, None if keep else (0,))
-    h_last = empty(h0)
-    spans, tiles = _walk(z, cu_seqlens)
-    kernel.recurrence_fwd(
-        *flat(z),
-        *flat(gate),
-        *flat(decay),
-        line(weight),
+    h, gates = empty(z), empty(z, None if save_gates else (0,))
+    final_state = empty(initial_state)
+    sequence_bounds, tiles = _make_tiles(z, cu_seqlens)
+    kernel.gated_recurrence_fwd(
+        *flat_with_strides(z),
+        *flat_with_strides(gate_logits),
+        *flat_with_strides(decay_logits),
+        flat(weight),
         weight.shape[-1],
-        line(h0),
-        spans,
+        flat(initial_state),
+        sequence_bounds,
         tiles,
         z.shape[1],
-        line(h),
-        line(h_last),
-        line(s),
-        mixed,
+        flat(h),
+        flat(final_state),
+        flat(gates),
+        scale_input,
         tasks=len(tiles),
         work=_work(z, weight),
     )
-    return h, h_last, s
+    return h, final_state, gates
 
 
-def _run_fake(
+def _forward_fake(
     z: Tensor,
-    gate: Tensor,
-    decay: Tensor,
+    gate_logits: Tensor,
+    decay_logits: Tensor,
     weight: Tensor,
-    h0: Tensor,
+    initial_state: Tensor,
     cu_seqlens: Tensor | None,
-    mixed: bool,
-    keep: bool,
+    scale_input: bool,
+    save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return z.new_empty(z.shape), h0.new_empty(h0.shape), z.new_empty(z.shape if keep else (0,))
-
-
-def _run_bwd(
-    dh: Tensor,
-    dh_last: Tensor,
-    z: Tensor,
-    decay: Tensor,
-    weight: Tensor,
-    h0: Tensor,
-    h: Tensor,
-    s: Tensor,
-    cu_seqlens: Tensor | None,
-    mixed: bool,
-    learn: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dz, dg, df = (empty(z) for _ in range(3))
-    dw, dh0 = weight.new_zeros(weight.shape if learn else (0,)), empty(h0)
-    spans, tiles = _walk(z, cu_seqlens)
-    kernel.recurrence_bwd(
-        *flat(z),
-        *flat(decay),
-        *flat(dh),
-        line(weight.transpose(1, 2)),
-        weight.shape[-1],
-        line(h0),
-        spans,
-        tiles,
-        z.shape[1],
-        line(h),
-        line(s),
-        line(dh_last),
-        line(dz),
-        line(dg),
-        line(df),
-        line(dh0),
-        mixed,
-        tasks=len(tiles),
-        work=_work(z, weight),
-    )
-    if dw.numel():
-        share = -(-z.shape[2] // torch.get_num_threads())
-        stripe = min(STRIPE, -(-share // ROWS) * ROWS)
-        kernel.weight_gradient(
-            line(h),
-            line(h0),
-            line(dg),
-            spans,
-            z.shape[1],
-            weight.shape[-1],
-            stripe,
-            line(dw),
-            tasks=weight.shape[0] * -(-weight.shape[-1] // stripe),
-            work=_work(z, weight),
-        )
-    return dz, dg, df, dw, dh0
-
-
-def _run_bwd_fake(
-    dh: Tensor,
-    dh_last: Tensor,
-    z: Tensor,
-    decay: Tensor,
-    weight: Tensor,
-    h0: Tensor,
-    h: Tensor,
-    s: Tensor,
-    cu_seqlens: Tensor | None,
-    mixed: bool,
-    learn: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dz, dg, df = (z.new_empty(z.shape) for _ in range(3))
-    dw = weight.new_empty(weight.shape if learn else (0,))
-    return dz, dg, df, dw, h0.new_empty(h0.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, _, decay, weight, h0, cu_seqlens, mixed, _ = inputs
-    h, _, s = output
-    ctx.save_for_backward(z, decay, weight, h0, h, s, cu_seqlens)
-    ctx.mixed = mixed
-    ctx.set_materialize_grads(False)  # zeros for s would cost as much as a pass
+    gates = z.new_empty(z.shape if save_gates else (0,))
+    return z.new_empty(z.shape), initial_state.new_empty(initial_state.shape), gates
 
 
 def _backward(
-    ctx: Any, dh: Tensor | None, dh_last: Tensor | None, _: Tensor | None
+    dh: Tensor,
+    dfinal: Tensor,
+    z: Tensor,
+    decay_logits: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    h: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor | None,
+    scale_input: bool,
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dz, dgate, ddecay = (empty(z) for _ in range(3))
+    dweight = weight.new_zeros(weight.shape if weight_needs_grad else (0,))
+    dinitial = empty(initial_state)
+    sequence_bounds, tiles = _make_tiles(z, cu_seqlens)
+    kernel.gated_recurrence_bwd(
+        *flat_with_strides(z),
+        *flat_with_strides(decay_logits),
+        *flat_with_strides(dh),
+        flat(weight.transpose(1, 2)),
+        weight.shape[-1],
+        flat(initial_state),
+        sequence_bounds,
+        tiles,
+        z.shape[1],
+        flat(h),
+        flat(gates),
+        flat(dfinal),
+        flat(dz),
+        flat(dgate),
+        flat(ddecay),
+        flat(dinitial),
+        scale_input,
+        tasks=len(tiles),
+        work=_work(z, weight),
+    )
+    if dweight.numel():
+        rows_per_thread = cdiv(z.shape[2], torch.get_num_threads())
+        stripe = min(MAX_STRIPE, cdiv(rows_per_thread, MAX_TILE_ROWS) * MAX_TILE_ROWS)
+        kernel.gated_recurrence_weight_gradient(
+            flat(h),
+            flat(initial_state),
+            flat(dgate),
+            sequence_bounds,
+            z.shape[1],
+            weight.shape[-1],
+            stripe,
+            flat(dweight),
+            tasks=weight.shape[0] * cdiv(weight.shape[-1], stripe),
+            work=_work(z, weight),
+        )
+    return dz, dgate, ddecay, dweight, dinitial
+
+
+def _backward_fake(
+    dh: Tensor,
+    dfinal: Tensor,
+    z: Tensor,
+    decay_logits: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    h: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor | None,
+    scale_input: bool,
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dz, dgate, ddecay = (z.new_empty(z.shape) for _ in range(3))
+    dweight = weight.new_empty(weight.shape if weight_needs_grad else (0,))
+    return dz, dgate, ddecay, dweight, initial_state.new_empty(initial_state.shape)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z, _, decay_logits, weight, initial_state, cu_seqlens, scale_input, _ = inputs
+    h, _, gates = output
+    ctx.save_for_backward(z, decay_logits, weight, initial_state, h, gates, cu_seqlens)
+    ctx.scale_input = scale_input
+    # a gradient of zeros for ``gates`` would cost as much as a pass
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, dh: Tensor | None, dfinal: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    h0, h = saved[3:5]
+    initial_state, h = saved[3:5]
     dh = h.new_zeros(()).expand(h.shape) if dh is None else dh
-    dh_last = torch.zeros_like(h0) if dh_last is None else dh_last
-    learn = ctx.needs_input_grad[3]
-    dz, dg, df, dw, dh0 = _op_bwd(dh, dh_last, *saved, ctx.mixed, learn)
-    return dz, dg, df, dw if learn else None, dh0, None, None, None
+    dfinal = torch.zeros_like(initial_state) if dfinal is None else dfinal
+    weight_needs_grad = ctx.needs_input_grad[3]
+    dz, dgate, ddecay, dweight, dinitial = _backward_op(
+        dh, dfinal, *saved, ctx.scale_input, weight_needs_grad
+    )
+    return dz, dgate, ddecay, dweight if weight_needs_grad else None, dinitial, None, None, None
 
 
-_op_bwd = register(
+_backward_op = register(
     "gated_recurrence_bwd",
-    "(Tensor dh, Tensor dh_last, Tensor z, Tensor decay, Tensor weight, Tensor h0, Tensor h, "
-    "Tensor s, Tensor? cu_seqlens, bool mixed, bool learn) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_bwd,
-    _run_bwd_fake,
+    "(Tensor dh, Tensor dfinal, Tensor z, Tensor decay_logits, Tensor weight, "
+    "Tensor initial_state, Tensor h, Tensor gates, Tensor? cu_seqlens, bool scale_input, "
+    "bool weight_needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 _op = register(
     "gated_recurrence",
-    "(Tensor z, Tensor gate, Tensor decay, Tensor weight, Tensor h0, Tensor? cu_seqlens, "
-    "bool mixed, bool keep) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _run_fake,
-    setup=_setup,
-    backward=_backward,
+    "(Tensor z, Tensor gate_logits, Tensor decay_logits, Tensor weight, Tensor initial_state, "
+    "Tensor? cu_seqlens, bool scale_input, bool save_gates) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
 )
 
 
-def _blocks(weight: Tensor | None, z: Tensor) -> Tensor:
+def _diagonal_blocks(weight: Tensor | None, z: Tensor) -> Tensor:
     """The diagonal blocks of W, (G, P, P); G = 0 if there is no W."""
     width = z.shape[2]
     if weight is None:
@@ -221,63 +235,76 @@ def _blocks(weight: Tensor | None, z: Tensor) -> Tensor:
     if isinstance(weight, Tensor) and weight.ndim == 3:
         size = width // max(1, weight.shape[0])
         if weight.shape[0] * size == width:
-            check_shape("weight", weight, (weight.shape[0], size, size), "G, D/G, D/G", z.dtype)
+            check_tensor("weight", weight, (weight.shape[0], size, size), "G, D/G, D/G", z.dtype)
             return weight
-    check_shape("weight", weight, (width, width), "D, D", z.dtype)
+    check_tensor("weight", weight, (width, width), "D, D", z.dtype)
     return weight[None]
 
 
 def gated_recurrence(
     z: Tensor,
-    gate: Tensor,
-    decay: Tensor,
+    gate_logits: Tensor,
+    decay_logits: Tensor,
     weight: Tensor | None = None,
-    h0: Tensor | None = None,
+    initial_state: Tensor | None = None,
     *,
-    mixed: bool = True,
+    scale_input: bool = True,
     cu_seqlens: Tensor | None = None,
-    check: bool = False,
+    check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gated nonlinear recurrence, the short-term memory of MM-Rec.
+    """Gated nonlinear recurrence.
 
-    ``h_t = (1 - γ_t) ⊙ z_t ⊙ σ(h_{t-1} W + gate_t) + γ_t ⊙ h_{t-1}`` with ``γ_t = σ(decay_t)``;
-    with ``mixed=False`` the factor ``1 - γ_t`` is left out; with ``gate = 0`` that is the published
-    formula ``h_t = z_t ⊙ σ(W h_{t-1}) + γ ⊙ h_{t-1}``. The activations run inside the kernel.
+    ``h_t = (1 - γ_t) ⊙ z_t ⊙ σ(h_{t-1} W + g_t) + γ_t ⊙ h_{t-1}`` with ``γ_t = σ(f_t)`` for the
+    gate logits g and the decay logits f. The activations run inside the kernel. With
+    ``scale_input=False`` and g = 0 this is MM-Rec's first published formula,
+    ``h_t = z_t ⊙ σ(h_{t-1} W) + γ_t ⊙ h_{t-1}``.
 
     Args:
         z: (B, T, D) float32, float64, bfloat16 or float16, candidate values.
-        gate: logits added to the recurrent product; broadcasts to (B, T, D), as decay does.
-        decay: logits of γ, such as (D,) for a channel or (B, T, 1) for a token.
-        weight: (D, D), or (G, D/G, D/G) for a block-diagonal W; None for W = 0.
-        h0: (B, D), the state before the first step; zero if None.
-        cu_seqlens: (N + 1,) int32 or int64. Packs N sequences in one row, B = 1: number n is
-            steps cu_seqlens[n] to cu_seqlens[n + 1]. States are then (N, D).
-        check: also refuse NaN and infinity, which costs a pass over the inputs.
+        gate_logits: g, (B, T, D) or a shape that broadcasts to it, of the dtype of z.
+        decay_logits: f, like gate_logits; (D,) gives one per channel, (B, T, 1) one per step.
+        weight: W, (D, D), or (G, D/G, D/G) for the blocks of a block-diagonal W, of the dtype of z;
+            None for W = 0.
+        initial_state: (N, D), h before the first step; zero if None. N is B, or the number of
+            packed sequences. float32 if z is bfloat16 or float16, else of the dtype of z.
+        scale_input: multiply the input term by 1 - γ_t.
+        cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1, as in ``scan``.
+        check_finite: also raise ValueError for NaN and infinity; costs a pass over the inputs.
 
     Returns:
-        h (B, T, D), all states, of z's dtype, and h_T (B or N, D), the state to go on from.
-        Both differentiable, once, in reverse mode. Half precision is computed in float32, and
-        states are float32 then.
+        output: h (B, T, D), all states, of the dtype of z.
+        final_state: (N, D), the last state of each sequence.
+
+        Both are differentiable once, in reverse mode. bfloat16 and float16 are computed in float32,
+        and the final state is float32 then.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above, or cu_seqlens does not rise from
-            0 to T, or ``check`` finds a value that is not finite.
-        RuntimeError: a second derivative or one in forward mode is asked for.
+        ValueError: a shape, dtype, device or cu_seqlens is not as above.
+        RuntimeError: a second derivative, or one in forward mode, is asked for.
 
-    Source: design of MM-Rec, section 2; the gate on the recurrent product follows the minimal
+    Source: the design of MM-Rec, section 2; the gate on the recurrent product follows the minimal
     gated unit (Zhou et al. 2016, arXiv:1603.09420, eq. 5).
     """
-    check_lead("z", z, "B, T, D", cu_seqlens)
-    shape, kind = tuple(z.shape), z.dtype
-    gate = expand("gate", gate, shape, "B, T, D", kind)
-    decay = expand("decay", decay, shape, "B, T, D", kind)
-    weight = _blocks(weight, z)
-    z, gate, decay, weight = (x.float() if x.dtype in HALF else x for x in (z, gate, decay, weight))
-    rows = count(shape[0], cu_seqlens)
-    h0 = start("h0", h0, z, (rows, shape[2]), "B, D" if cu_seqlens is None else "N, D")
-    if check:
-        check_values(z=z, gate=gate, decay=decay, weight=weight, h0=h0)
-    inputs = (z, gate, decay, weight, h0)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    h, h_last, _ = _op(*inputs, cu_seqlens, mixed, keep)
-    return narrowed(h, kind), h_last
+    check_input("z", z, "B, T, D", cu_seqlens)
+    shape, dtype = tuple(z.shape), z.dtype
+    gate_logits = broadcast_to("gate_logits", gate_logits, shape, "B, T, D", dtype)
+    decay_logits = broadcast_to("decay_logits", decay_logits, shape, "B, T, D", dtype)
+    weight = _diagonal_blocks(weight, z)
+    z, gate_logits, decay_logits, weight = map(
+        to_compute_dtype, (z, gate_logits, decay_logits, weight)
+    )
+    state_shape = (sequence_count(shape[0], cu_seqlens), shape[2])
+    axes = "B, D" if cu_seqlens is None else "N, D"
+    initial_state = resolve_initial_state(initial_state, z, state_shape, axes)
+    if check_finite:
+        require_finite(
+            z=z,
+            gate_logits=gate_logits,
+            decay_logits=decay_logits,
+            weight=weight,
+            initial_state=initial_state,
+        )
+    inputs = (z, gate_logits, decay_logits, weight, initial_state)
+    save_gates = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    h, final_state, _ = _op(*inputs, cu_seqlens, scale_input, save_gates)
+    return cast(h, dtype), final_state

@@ -1,22 +1,29 @@
-"""The truth the gated recurrence is held against: a plain differentiable loop."""
+"""Reference for ``gated_recurrence``: a plain differentiable loop."""
 
 import torch
 from torch import Tensor
 
 
 def gated_recurrence(
-    z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor | None, h0: Tensor, *, mixed: bool = True
+    z: Tensor,
+    gate_logits: Tensor,
+    decay_logits: Tensor,
+    weight: Tensor | None,
+    initial_state: Tensor,
+    *,
+    scale_input: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``h_t = c_t z_t σ(h_{t-1} W + gate_t) + γ_t h_{t-1}``, γ = σ(decay), c = 1 - γ or 1.
+    """``h_t = c_t z_t σ(h_{t-1} W + g_t) + γ_t h_{t-1}``, γ = σ(decay_logits), c = 1 - γ or 1.
 
-    z, gate, decay (B, T, D); weight (G, D/G, D/G), the diagonal blocks of W; h0 (B, D).
+    z, gate_logits g, decay_logits (B, T, D); weight (G, D/G, D/G), the diagonal blocks of W;
+    initial_state (B, D).
     """
     dense = None if weight is None else torch.block_diag(*weight)
-    h, out = h0, []
+    h, states = initial_state, []
     for t in range(z.shape[1]):
-        gamma = torch.sigmoid(decay[:, t])
-        pre = gate[:, t] if dense is None else h @ dense + gate[:, t]
-        scale = 1 - gamma if mixed else 1.0
-        h = scale * z[:, t] * torch.sigmoid(pre) + gamma * h
-        out.append(h)
-    return (torch.stack(out, 1) if out else torch.empty_like(z)), h
+        gamma = torch.sigmoid(decay_logits[:, t])
+        logits = gate_logits[:, t] if dense is None else h @ dense + gate_logits[:, t]
+        scale = 1 - gamma if scale_input else 1.0
+        h = scale * z[:, t] * torch.sigmoid(logits) + gamma * h
+        states.append(h)
+    return (torch.stack(states, 1) if states else torch.empty_like(z)), h

@@ -1,6 +1,6 @@
-"""Public gated scan: checked once, then compiled kernels behind an op of torch's.
+"""The minGRU mixer as a torch op: scan, gates, RMS norm and output gate in one pass.
 
-Axes: B batch, T time, D channels, N sequences.
+Axes: B batch, T time, D channels, N sequences (B, or the packed sequences of one row).
 """
 
 from typing import Any
@@ -8,146 +8,185 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.kernels._bf16 import TYPES, flat_bits, line
-from mmrec.kernels._launch import sequences
 from mmrec.kernels._register import register
-from mmrec.kernels._tensors import check, check_lead, count, empty, start
+from mmrec.kernels._tensors import (
+    KERNEL_DTYPES,
+    check_input,
+    check_tensor,
+    empty,
+    flat,
+    flat_with_strides,
+    make_sequence_bounds,
+    resolve_initial_state,
+    sequence_count,
+)
 from mmrec.kernels.min_gru_mixer import kernel
 
 
-def _run(
-    p: Tensor, bias: Tensor, h0: Tensor, cu_seqlens: Tensor | None, keep: bool
+def _forward(
+    projected: Tensor,
+    forget_bias: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, h_last = _run_fake(p, bias, h0, cu_seqlens, keep)
-    spans = sequences(p.shape[0], p.shape[1], cu_seqlens)
-    kernel.gated_scan_fwd(
-        *flat_bits(p),
-        line(bias),
-        line(h0),
-        spans,
-        p.shape[1],
-        line(y),
-        line(h),
-        line(h_last),
-        tasks=len(spans),
+    y, h, final_state = _forward_fake(
+        projected, forget_bias, initial_state, cu_seqlens, save_states
+    )
+    batch, time = projected.shape[:2]
+    sequence_bounds = make_sequence_bounds(batch, time, cu_seqlens)
+    kernel.min_gru_mixer_fwd(
+        *flat_with_strides(projected),
+        flat(forget_bias),
+        flat(initial_state),
+        sequence_bounds,
+        time,
+        flat(y),
+        flat(h),
+        flat(final_state),
+        tasks=len(sequence_bounds),
         work=2.0 * y.numel(),
     )
-    return y, h, h_last
+    return y, h, final_state
 
 
-def _run_fake(
-    p: Tensor, bias: Tensor, h0: Tensor, cu_seqlens: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*p.shape[:2], bias.shape[0])
-    h = empty(bias, shape if keep else (0,))
-    return empty(p, shape), h, empty(h0)
-
-
-def _run_bwd(
-    dy: Tensor,
-    dh_last: Tensor,
-    p: Tensor,
-    bias: Tensor,
-    h0: Tensor,
-    h: Tensor,
+def _forward_fake(
+    projected: Tensor,
+    forget_bias: Tensor,
+    initial_state: Tensor,
     cu_seqlens: Tensor | None,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dp, dbias, dh0 = empty(p), empty(h0), empty(h0)
-    spans = sequences(p.shape[0], p.shape[1], cu_seqlens)
-    kernel.gated_scan_bwd(
-        *flat_bits(p),
-        *flat_bits(dy),
-        line(bias),
-        line(h0),
-        line(h),
-        line(dh_last),
-        spans,
-        p.shape[1],
-        line(dp),
-        line(dbias),
-        line(dh0),
-        tasks=len(spans),
-        work=3.0 * dy.numel(),
-    )
-    return dp, torch.from_numpy(dbias.numpy().sum(0)), dh0  # rows are added in their order
-
-
-def _run_bwd_fake(
-    dy: Tensor,
-    dh_last: Tensor,
-    p: Tensor,
-    bias: Tensor,
-    h0: Tensor,
-    h: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return p.new_empty(p.shape), torch.empty_like(bias), h0.new_empty(h0.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    p, bias, h0, cu_seqlens, _ = inputs
-    ctx.save_for_backward(p, bias, h0, output[1], cu_seqlens)
-    ctx.set_materialize_grads(False)
+    shape = (*projected.shape[:2], forget_bias.shape[0])
+    h = empty(forget_bias, shape if save_states else (0,))
+    return empty(projected, shape), h, empty(initial_state)
 
 
 def _backward(
-    ctx: Any, dy: Tensor | None, _: Tensor | None, dh_last: Tensor | None
+    dy: Tensor,
+    dfinal: Tensor,
+    projected: Tensor,
+    forget_bias: Tensor,
+    initial_state: Tensor,
+    h: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dprojected, dbias, dinitial = empty(projected), empty(initial_state), empty(initial_state)
+    batch, time = projected.shape[:2]
+    sequence_bounds = make_sequence_bounds(batch, time, cu_seqlens)
+    kernel.min_gru_mixer_bwd(
+        *flat_with_strides(projected),
+        *flat_with_strides(dy),
+        flat(forget_bias),
+        flat(initial_state),
+        flat(h),
+        flat(dfinal),
+        sequence_bounds,
+        time,
+        flat(dprojected),
+        flat(dbias),
+        flat(dinitial),
+        tasks=len(sequence_bounds),
+        work=3.0 * dy.numel(),
+    )
+    # dbias has a row per sequence; NumPy adds the rows in their order
+    return dprojected, torch.from_numpy(dbias.numpy().sum(0)), dinitial
+
+
+def _backward_fake(
+    dy: Tensor,
+    dfinal: Tensor,
+    projected: Tensor,
+    forget_bias: Tensor,
+    initial_state: Tensor,
+    h: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dinitial = initial_state.new_empty(initial_state.shape)
+    return projected.new_empty(projected.shape), torch.empty_like(forget_bias), dinitial
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    projected, forget_bias, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(projected, forget_bias, initial_state, output[1], cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, dy: Tensor | None, _: Tensor | None, dfinal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    p, bias, h0, h, cu_seqlens = ctx.saved_tensors
-    dy = p.new_zeros(()).expand(h.shape).contiguous() if dy is None else dy
-    dh_last = torch.zeros_like(h0) if dh_last is None else dh_last
-    dp, dbias, dh0 = _op_bwd(dy, dh_last, p, bias, h0, h, cu_seqlens)
-    return dp, dbias, dh0, None, None
+    projected, forget_bias, initial_state, h, cu_seqlens = ctx.saved_tensors
+    dy = projected.new_zeros(()).expand(h.shape).contiguous() if dy is None else dy
+    dfinal = torch.zeros_like(initial_state) if dfinal is None else dfinal
+    gradients = _backward_op(dy, dfinal, projected, forget_bias, initial_state, h, cu_seqlens)
+    return *gradients, None, None
 
 
-_op_bwd = register(
-    "gated_scan_bwd",
-    "(Tensor dy, Tensor dh_last, Tensor p, Tensor bias, Tensor h0, Tensor h, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
-    _run_bwd,
-    _run_bwd_fake,
+_backward_op = register(
+    "min_gru_mixer_bwd",
+    "(Tensor dy, Tensor dfinal, Tensor projected, Tensor forget_bias, Tensor initial_state, "
+    "Tensor h, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 _op = register(
-    "gated_scan",
-    "(Tensor p, Tensor bias, Tensor h0, Tensor? cu_seqlens, bool keep) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _run_fake,
-    setup=_setup,
-    backward=_backward,
+    "min_gru_mixer",
+    "(Tensor projected, Tensor forget_bias, Tensor initial_state, Tensor? cu_seqlens, "
+    "bool save_states) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
 )
 
 
-def gated_scan(
-    p: Tensor, bias: Tensor, h0: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+def min_gru_mixer(
+    projected: Tensor,
+    forget_bias: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Linear scan with its gates, norm and output gate in one pass: a whole mixer without weights.
+    """minGRU with an RMS norm and an output gate: a sequence mixer between two projections.
 
-    ``h_t = (1 - γ_t) z_t σ(g_t) + γ_t h_{t-1}`` with ``γ_t = σ(f_t + bias)``, and
-    ``y_t = rms_norm(h_t) silu(r_t)``: what ``gated_recurrence`` without a weight computes, then a
-    norm and a gate, for a quarter of the memory traffic and less.
+    ``h_t = (1 - γ_t) z_t σ(g_t) + γ_t h_{t-1}`` with ``γ_t = σ(f_t + forget_bias)``, and
+    ``y_t = rms_norm(h_t) silu(r_t)``. This is ``gated_recurrence`` without a weight, then a norm
+    and a gate, for at most a quarter of the memory traffic.
 
     Args:
-        p: (B, T, 4 D) float32, float64 or bfloat16, one projection whose rows are [z, f, g, r].
-        bias: (D,) float32 (float64 with p), added to f.
-        h0: (B, D) of bias's dtype, the state before the first step; zero if None.
-        cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1; states are (N, D).
+        projected: (B, T, 4 D) float32, float64 or bfloat16: z, f, g and r, each (B, T, D), side by
+            side along the last axis, as one projection of the input gives them.
+        forget_bias: (D,), added to the forget logits f. float64 if projected is, else float32.
+        initial_state: (N, D) of the dtype of forget_bias, h before the first step; zero if None. N
+            is B, or the number of packed sequences.
+        cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1, as in ``scan``.
 
     Returns:
-        y (B, T, D) of p's dtype and h_T (B or N, D). Both differentiable, once, in reverse mode.
+        output: y (B, T, D) of the dtype of projected.
+        final_state: (N, D), the last h of each sequence, of the dtype of forget_bias.
+
+        Both are differentiable once, in reverse mode.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above.
+        ValueError: a shape, dtype, device or cu_seqlens is not as above.
 
-    Source: design of MM-Rec, section 2, with W_g = 0; minGRU (Feng et al. 2024, arXiv:2410.01201).
+    Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1; the input
+    gate g, the norm and the output gate are MM-Rec's.
     """
-    check_lead("p", p, "B, T, 4 D", cu_seqlens, TYPES)
-    if p.shape[2] % 4:
-        raise ValueError(f"p must have axes (B, T, 4 D); got shape {tuple(p.shape)}")
-    width = p.shape[2] // 4
-    inner = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
-    check("bias", bias, (width,), "D", inner)
-    rows = count(p.shape[0], cu_seqlens)
-    h0 = start("h0", h0, bias, (rows, width), "B, D" if cu_seqlens is None else "N, D")
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (p, bias, h0))
-    y, _, h_last = _op(p, bias, h0, cu_seqlens, keep)
-    return y, h_last
+    check_input("projected", projected, "B, T, 4 D", cu_seqlens, KERNEL_DTYPES)
+    if projected.shape[2] % 4:
+        raise ValueError(
+            f"projected must have axes (B, T, 4 D); got shape {tuple(projected.shape)}"
+        )
+    width = projected.shape[2] // 4
+    dtype = torch.float32 if projected.dtype == torch.bfloat16 else projected.dtype
+    check_tensor("forget_bias", forget_bias, (width,), "D", dtype)
+    shape = (sequence_count(projected.shape[0], cu_seqlens), width)
+    axes = "B, D" if cu_seqlens is None else "N, D"
+    initial_state = resolve_initial_state(initial_state, forget_bias, shape, axes)
+    inputs = (projected, forget_bias, initial_state)
+    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, _, final_state = _op(*inputs, cu_seqlens, save_states)
+    return y, final_state

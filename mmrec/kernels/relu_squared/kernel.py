@@ -1,31 +1,32 @@
-"""Numba kernels of relu(x)². Arrays in, arrays out, no checks. A task is a stretch of elements."""
+"""Numba kernels of squared ReLU. Arrays in, arrays out, no checks.
 
-from mmrec.kernels._bf16 import narrow, wide
-from mmrec.kernels._launch import kernel
+    y = max(x, 0)²        adjoint: dx = 2 max(x, 0) dy
+
+A task is a block of BLOCK elements. Arrays are flat and may hold bfloat16.
+"""
+
+from mmrec.kernels._bf16 import from_bf16, to_bf16
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import relu
 
-STRETCH = 1 << 14
+BLOCK = 1 << 14  # elements in a task
 
 
-def tasks(elements: int) -> int:
-    """Number of stretches."""
-    return -(-elements // STRETCH)
+@parallel_kernel
+def relu_squared_fwd(task, x, y):
+    """Fill y (n,) from x (n,)."""
+    block = slice(task * BLOCK, (task + 1) * BLOCK)
+    x_block, y_block = x[block], y[block]
+    for i in range(x_block.size):
+        positive = relu(from_bf16(x_block[i]))
+        y_block[i] = to_bf16(positive * positive, y_block)
 
 
-@kernel
-def squared_relu_fwd(task, x, y):
-    """Fill y (n,) for x (n,)."""
-    xs, ys = x[task * STRETCH : (task + 1) * STRETCH], y[task * STRETCH : (task + 1) * STRETCH]
-    for i in range(xs.size):
-        v = relu(wide(xs[i]))
-        ys[i] = narrow(v * v, ys)
-
-
-@kernel
-def squared_relu_bwd(task, x, dy, dx):
-    """Fill dx (n,): 2 relu(x) dy."""
-    part = slice(task * STRETCH, (task + 1) * STRETCH)
-    xs, dys, dxs = x[part], dy[part], dx[part]
-    for i in range(xs.size):
-        v = relu(wide(xs[i])) * wide(dys[i])
-        dxs[i] = narrow(v + v, dxs)
+@parallel_kernel
+def relu_squared_bwd(task, x, dy, dx):
+    """Fill dx (n,) from x and dy (n,)."""
+    block = slice(task * BLOCK, (task + 1) * BLOCK)
+    x_block, dy_block, dx_block = x[block], dy[block], dx[block]
+    for i in range(x_block.size):
+        half = relu(from_bf16(x_block[i])) * from_bf16(dy_block[i])
+        dx_block[i] = to_bf16(half + half, dx_block)

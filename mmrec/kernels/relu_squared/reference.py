@@ -1,8 +1,8 @@
-"""The truth that the squared relu is held against."""
+"""Reference for ``relu_squared``: plain differentiable torch."""
 
 from torch import Tensor
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)²."""
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)², elementwise."""
     return x.relu().square()

@@ -1,6 +1,6 @@
-"""Public norm with convolution: checked once, then compiled kernels behind an op of torch's.
+"""RMS norm and causal depthwise convolution as one torch op.
 
-Axes: B batch, T time, D channels, K taps, N sequences.
+Axes: B batch, T time, D channels, K kernel size, N sequences (B, or the packed ones of one row).
 """
 
 from typing import Any
@@ -8,132 +8,156 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.kernels._bf16 import flat_bits, line
-from mmrec.kernels._launch import sequences
 from mmrec.kernels._register import register
-from mmrec.kernels._tensors import DTYPES, check, check_lead, count, empty, start
+from mmrec.kernels._tensors import (
+    FULL_PRECISION,
+    check_input,
+    check_tensor,
+    empty,
+    flat,
+    flat_with_strides,
+    make_sequence_bounds,
+    resolve_initial_state,
+    sequence_count,
+)
 from mmrec.kernels.rmsnorm_conv1d import kernel
 
 
-def _run(
-    x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None, half: bool
+def _forward(
+    x: Tensor, weight: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None, output_bf16: bool
 ) -> tuple[Tensor, Tensor]:
-    u, after = _run_fake(x, taps, before, cu_seqlens, half)
-    spans = sequences(x.shape[0], x.shape[1], cu_seqlens)
-    kernel.norm_conv_fwd(
-        *flat_bits(x),
-        line(taps),
-        taps.shape[0],
-        line(before),
-        spans,
+    u, final_state = _forward_fake(x, weight, initial_state, cu_seqlens, output_bf16)
+    sequence_bounds = make_sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
+    kernel.rmsnorm_conv1d_fwd(
+        *flat_with_strides(x),
+        flat(weight),
+        weight.shape[0],
+        flat(initial_state),
+        sequence_bounds,
         x.shape[1],
-        line(u),
-        line(after),
-        tasks=len(spans),
-        work=0.3 * x.numel() * (1 + taps.shape[0] / 2),
+        flat(u),
+        flat(final_state),
+        tasks=len(sequence_bounds),
+        work=0.3 * x.numel() * (1 + weight.shape[0] / 2),
     )
-    return u, after
+    return u, final_state
 
 
-def _run_fake(
-    x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None, half: bool
+def _forward_fake(
+    x: Tensor, weight: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None, output_bf16: bool
 ) -> tuple[Tensor, Tensor]:
-    u = x.new_empty(x.shape, dtype=torch.bfloat16) if half else empty(x)
-    return u, before.new_empty(before.shape)
+    u = x.new_empty(x.shape, dtype=torch.bfloat16) if output_bf16 else empty(x)
+    return u, initial_state.new_empty(initial_state.shape)
 
 
-def _run_bwd(
-    du: Tensor, dafter: Tensor, x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None
+def _backward(
+    du: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dbefore = empty(x), empty(before)
-    dtaps = taps.new_empty((before.shape[0], *taps.shape))
-    spans = sequences(x.shape[0], x.shape[1], cu_seqlens)
-    kernel.norm_conv_bwd(
-        *flat_bits(x),
-        *flat_bits(du),
-        line(taps),
-        taps.shape[0],
-        line(before),
-        line(dafter),
-        spans,
+    dx, dinitial = empty(x), empty(initial_state)
+    dweight = weight.new_empty((initial_state.shape[0], *weight.shape))
+    sequence_bounds = make_sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
+    kernel.rmsnorm_conv1d_bwd(
+        *flat_with_strides(x),
+        *flat_with_strides(du),
+        flat(weight),
+        weight.shape[0],
+        flat(initial_state),
+        flat(dfinal),
+        sequence_bounds,
         x.shape[1],
-        line(dx),
-        line(dtaps),
-        line(dbefore),
-        tasks=len(spans),
-        work=0.5 * x.numel() * (1 + taps.shape[0] / 2),
+        flat(dx),
+        flat(dweight),
+        flat(dinitial),
+        tasks=len(sequence_bounds),
+        work=0.5 * x.numel() * (1 + weight.shape[0] / 2),
     )
-    return dx, torch.from_numpy(dtaps.numpy().sum(0)), dbefore  # rows are added in their order
+    # dweight has a matrix per sequence; NumPy adds them in their order
+    return dx, torch.from_numpy(dweight.numpy().sum(0)), dinitial
 
 
-def _run_bwd_fake(
-    du: Tensor, dafter: Tensor, x: Tensor, taps: Tensor, before: Tensor, cu_seqlens: Tensor | None
+def _backward_fake(
+    du: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(taps), before.new_empty(before.shape)
+    dinitial = initial_state.new_empty(initial_state.shape)
+    return x.new_empty(x.shape), torch.empty_like(weight), dinitial
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, taps, before, cu_seqlens, _ = inputs
-    ctx.save_for_backward(x, taps, before, cu_seqlens)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(x, weight, initial_state, cu_seqlens)
 
 
-def _backward(ctx: Any, du: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
-    x, taps, before, cu_seqlens = ctx.saved_tensors
-    dx, dtaps, dbefore = _op_bwd(du, dafter, x, taps, before, cu_seqlens)
-    return dx, dtaps, dbefore, None, None
+def _gradient(ctx: Any, du: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(du, dfinal, *ctx.saved_tensors), None, None
 
 
-_op_bwd = register(
-    "norm_conv_bwd",
-    "(Tensor du, Tensor dafter, Tensor x, Tensor taps, Tensor before, Tensor? cu_seqlens) "
-    "-> (Tensor, Tensor, Tensor)",
-    _run_bwd,
-    _run_bwd_fake,
+_backward_op = register(
+    "rmsnorm_conv1d_bwd",
+    "(Tensor du, Tensor dfinal, Tensor x, Tensor weight, Tensor initial_state, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 _op = register(
-    "norm_conv",
-    "(Tensor x, Tensor taps, Tensor before, Tensor? cu_seqlens, bool half) -> (Tensor, Tensor)",
-    _run,
-    _run_fake,
-    setup=_setup,
-    backward=_backward,
+    "rmsnorm_conv1d",
+    "(Tensor x, Tensor weight, Tensor initial_state, Tensor? cu_seqlens, bool output_bf16) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
 )
 
 
-def norm_conv(
+def rmsnorm_conv1d(
     x: Tensor,
-    taps: Tensor,
-    before: Tensor | None = None,
+    weight: Tensor,
+    initial_state: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
-    half: bool = False,
+    output_bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """RMS norm, then a causal depthwise convolution over time, in one pass.
 
-    ``u_t = Σ_k taps_k n_{t-K+1+k}`` with ``n = x / rms(x)``. With one tap it is ``rms_norm`` with a
-    weight.
+    ``u_t = Σ_k weight_k n_{t-K+1+k}`` with ``n_t = x_t / rms(x_t)``. With K = 1 it is
+    ``torch.nn.functional.rms_norm`` with a weight.
 
     Args:
         x: (B, T, D) float32 or float64.
-        taps: (K, D), K ≥ 1, of x's dtype; the last one weighs the newest step.
-        before: (B, K - 1, D), rows of n before the first step; zero if None.
-        cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1; states are then
-            (N, K - 1, D).
-        half: give u in bfloat16, for a matrix product that takes it so.
+        weight: (K, D), K >= 1, of the dtype of x; its last row weighs the newest step.
+        initial_state: (N, K - 1, D) of the dtype of x, the rows of n before the first step; zero if
+            None. N is B, or the number of packed sequences.
+        cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1, as in ``scan``.
+        output_bf16: round the output to bfloat16, for a matrix product that takes it so.
 
     Returns:
-        u (B, T, D) and the last K - 1 rows of n. Both differentiable, once, in reverse mode.
+        output: u (B, T, D), of the dtype of x, or bfloat16.
+        final_state: (N, K - 1, D), the last rows of n of each sequence, of the dtype of x.
+
+        Both are differentiable once, in reverse mode.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above.
+        ValueError: a shape, dtype, device or cu_seqlens is not as above.
 
-    Source: RMS norm of Zhang & Sennrich 2019 (arXiv:1910.07467, eq. 4), no weight of its own.
+    Source: the norm is that of Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"
+    (arXiv:1910.07467, eq. 4), without a weight of its own.
     """
-    check_lead("x", x, "B, T, D", cu_seqlens, DTYPES)
-    taken = taps.shape[0] if isinstance(taps, Tensor) and taps.ndim == 2 else 1
-    check("taps", taps, (max(1, taken), x.shape[2]), "K, D", x.dtype)
-    rows = count(x.shape[0], cu_seqlens)
+    check_input("x", x, "B, T, D", cu_seqlens, FULL_PRECISION)
+    kernel_size = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 1
+    width = x.shape[2]
+    check_tensor("weight", weight, (max(1, kernel_size), width), "K, D", x.dtype)
+    shape = (sequence_count(x.shape[0], cu_seqlens), kernel_size - 1, width)
     axes = "B, K - 1, D" if cu_seqlens is None else "N, K - 1, D"
-    before = start("before", before, x, (rows, taken - 1, x.shape[2]), axes)
-    out: tuple[Tensor, Tensor] = _op(x, taps, before, cu_seqlens, half)
-    return out
+    initial_state = resolve_initial_state(initial_state, x, shape, axes)
+    results: tuple[Tensor, Tensor] = _op(x, weight, initial_state, cu_seqlens, output_bf16)
+    return results

@@ -1,60 +1,88 @@
 """Numba kernels of the first-order scan. Arrays in, arrays out, no checks.
 
-Axes: N sequences, T time, D channels. Inputs are flat with strides over batch row and time (see
-``arrays.flat``); outputs are (B, T, D), contiguous; states (N, D). ``seqs`` (N, 3) holds the batch
-row, first step and end of each sequence, so packed sequences and plain batches are one case. A task
-is one sequence: tasks share nothing they write, and no result depends on the number of threads. (A
-second thread on the other half of each row only makes both wait longer for memory.)
+No preset of the model uses the scan: a reader of the model may skip this folder.
 
-Adjoint of ``h_t = a_t h_{t-1} + b_t`` (conjugates matter to complex numbers only):
+Axes: N sequences, T time, D channels. Inputs are flat; ``x_sb`` and ``x_st`` are the strides of an
+input x over batch row and time. Outputs are (B, T, D), contiguous; states are (N, D). A row n of
+``sequence_bounds`` (N, 3) holds the batch row, first step and end of sequence n.
 
-    g_t = dh_t + a*_{t+1} g_{t+1},  da_t = g_t h*_{t-1},  db_t = g_t,  dh0 = a*_1 g_1
+    h_t = a_t h_{t-1} + b_t
+
+Adjoint, with g_t the gradient of h_t (the conjugates matter to complex numbers only):
+
+    g_t = dh_t + a*_{t+1} g_{t+1},  da_t = g_t h*_{t-1},  db_t = g_t,  dh_0 = a*_1 g_1
+
+A task is one sequence. Tasks share nothing that they write, so no result depends on the number of
+threads. (Splitting the channels of a sequence over threads gains nothing: memory is the limit.)
 """
 
 import numpy as np
 
-from mmrec.kernels._launch import helper, kernel
+from mmrec.kernels._launch import inline_jit, parallel_kernel
 
-NARROW = 32  # channels up to which four at a time are walked with their state in registers
-TILE = 512  # steps that four channels are walked before the next four: the rows stay in cache
+MAX_NARROW = 32
+"""Channels up to which four at a time are scanned with their state in registers."""
+TILE = 512
+"""Steps that four channels are scanned over before the next four: the rows stay in cache."""
 
 
-@kernel
-def scan_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
-    """Fill h and ht. ``a_sd`` is 1, or 0 for one coefficient a step. ``reverse`` walks from T."""
+@parallel_kernel
+def scan_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, sequence_bounds, reverse):
+    """Fill h and final (N, D).
+
+    ``a_sd`` is 1, or 0 if a step has one coefficient for all channels. ``reverse`` scans from the
+    last step to the first.
+    """
     n = h.shape[2]
-    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-    same = np.empty(n if a_sd == 0 else 0, h.dtype)
-    state = h0[s]
+    row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
+    a_row = np.empty(n if a_sd == 0 else 0, h.dtype)
+    state = initial[s]
     t, step = (last - 1, -1) if reverse else (first, 1)
     at, bt = row * a_sb + t * a_st, row * b_sb + t * b_st
     for _ in range(last - first):
         if a_sd == 0:
-            same[:] = a[at]
-        a_t = same if a_sd == 0 else a[at : at + n]
+            a_row[:] = a[at]
+        a_t = a_row if a_sd == 0 else a[at : at + n]
         b_t, h_t = b[bt : bt + n], h[row, t]
         for d in range(n):
             h_t[d] = a_t[d] * state[d] + b_t[d]
-        state = h_t  # the newest row is the state: nothing is written twice
+        state = h_t  # a view: the state is not written a second time
         t, at, bt = t + step, at + step * a_st, bt + step * b_st
-    ht[s] = state
+    final[s] = state
 
 
-@kernel
-def scan_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse):
-    """Fill da, db and dh0; da is (B, T, D) also where the step has one coefficient."""
+@parallel_kernel
+def scan_bwd(
+    s,
+    a,
+    a_sb,
+    a_st,
+    a_sd,
+    initial,
+    h,
+    dh,
+    dh_sb,
+    dh_st,
+    dfinal,
+    da,
+    db,
+    dinitial,
+    sequence_bounds,
+    reverse,
+):
+    """Fill da, db (B, T, D) and dinitial (N, D); da has D channels also if ``a_sd`` is 0."""
     n = h.shape[2]
-    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-    same = np.empty(n if a_sd == 0 else 0, h.dtype)
-    g = dht[s].copy()
-    t, step = (first, 1) if reverse else (last - 1, -1)  # the way in which the adjoint walks
+    row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
+    a_row = np.empty(n if a_sd == 0 else 0, h.dtype)
+    g = dfinal[s].copy()
+    t, step = (first, 1) if reverse else (last - 1, -1)  # the adjoint runs against the scan
     at, ut = row * a_sb + t * a_st, row * dh_sb + t * dh_st
     for i in range(last - first - 1, -1, -1):
         if a_sd == 0:
-            same[:] = a[at]
-        a_t = same if a_sd == 0 else a[at : at + n]
+            a_row[:] = a[at]
+        a_t = a_row if a_sd == 0 else a[at : at + n]
         u_t = dh[ut : ut + n]
-        before = h[row, t + step] if i > 0 else h0[s]
+        before = h[row, t + step] if i > 0 else initial[s]
         da_t, db_t = da[row, t], db[row, t]
         for d in range(n):
             x = g[d] + u_t[d]
@@ -62,22 +90,22 @@ def scan_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, 
             da_t[d] = x * np.conj(before[d])
             g[d] = x * np.conj(a_t[d])
         t, at, ut = t + step, at + step * a_st, ut + step * dh_st
-    dh0[s] = g
+    dinitial[s] = g
 
 
-# Rows of few channels: four channels at a time keep their state in registers over many steps, where
-# the row kernels above would spend their time on starting loops of a few elements.
+# For rows of few channels, the kernels above would spend their time on starting short loops. The
+# kernels below keep the state of four channels in registers over many steps.
 
 
-@helper
+@inline_jit
 def _wrapped(step):
-    """A step that may be negative as an unsigned number: added to an index, it wraps round."""
+    """A step that may be negative as uint64. Added to an index it wraps around to the right sum."""
     return np.int64(step).view(np.uint64)
 
 
-@helper
+@inline_jit
 def _four_fwd(a, i, a_step, sd, b, j, b_step, h, k, h_step, state, steps):
-    """Walk four channels."""
+    """Scan four channels over some steps; the indices i, j, k move by a_step, b_step, h_step."""
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     s0, s1, s2, s3 = state[0], state[1], state[2], state[3]
     for _ in range(steps):
@@ -90,9 +118,9 @@ def _four_fwd(a, i, a_step, sd, b, j, b_step, h, k, h_step, state, steps):
     state[0], state[1], state[2], state[3] = s0, s1, s2, s3
 
 
-@helper
+@inline_jit
 def _four_bwd(a, i, a_step, sd, u, j, u_step, before, m, da, db, k, h_step, g, steps):
-    """Adjoint of _four_fwd, with ``before`` at m the state ahead of the step at k."""
+    """Adjoint of _four_fwd. before[m] is the state before the step at k."""
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     g0, g1, g2, g3 = g[0], g[1], g[2], g[3]
     for _ in range(steps):
@@ -107,19 +135,21 @@ def _four_bwd(a, i, a_step, sd, u, j, u_step, before, m, da, db, k, h_step, g, s
     g[0], g[1], g[2], g[3] = g0, g1, g2, g3
 
 
-@kernel
-def narrow_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
-    """``scan_fwd`` for 4 to NARROW channels."""
+@parallel_kernel
+def scan_narrow_fwd(
+    s, a, a_sb, a_st, a_sd, b, b_sb, b_st, initial, h, final, sequence_bounds, reverse
+):
+    """``scan_fwd`` for 4 to MAX_NARROW channels."""
     time, width = h.shape[1:]
     sign = -1 if reverse else 1
-    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-    out, ends = h.reshape(-1), h0[s].copy()
+    row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
+    out, states = h.reshape(-1), initial[s].copy()
     for i in range(0, last - first, TILE):
         t, steps = last - 1 - i if reverse else first + i, min(TILE, last - first - i)
-        starts = ends.copy()
+        begin = states.copy()
         for c in range(0, width, 4):
-            d = min(c, width - 4)  # the last four may do some again, to the same numbers
-            state = starts[d : d + 4].copy()
+            d = min(c, width - 4)  # the last four may overlap those before, with equal results
+            four = begin[d : d + 4].copy()
             _four_fwd(
                 a,
                 np.uint64(row * a_sb + t * a_st + d * a_sd),
@@ -131,36 +161,53 @@ def narrow_fwd(s, a, a_sb, a_st, a_sd, b, b_sb, b_st, h0, h, ht, seqs, reverse):
                 out,
                 np.uint64((row * time + t) * width + d),
                 _wrapped(sign * width),
-                state,
+                four,
                 steps,
             )
-            ends[d : d + 4] = state
-    ht[s] = ends
+            states[d : d + 4] = four
+    final[s] = states
 
 
-@kernel
-def narrow_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0, seqs, reverse):
-    """``scan_bwd`` for 4 to NARROW channels."""
+@parallel_kernel
+def scan_narrow_bwd(
+    s,
+    a,
+    a_sb,
+    a_st,
+    a_sd,
+    initial,
+    h,
+    dh,
+    dh_sb,
+    dh_st,
+    dfinal,
+    da,
+    db,
+    dinitial,
+    sequence_bounds,
+    reverse,
+):
+    """``scan_bwd`` for 4 to MAX_NARROW channels."""
     time, width = h.shape[1:]
-    sign = 1 if reverse else -1  # the way in which the adjoint walks
-    row, first, last = seqs[s, 0], seqs[s, 1], seqs[s, 2]
-    flat, da_flat, db_flat = h.reshape(-1), da.reshape(-1), db.reshape(-1)
-    ends = dht[s].copy()
+    sign = 1 if reverse else -1  # the adjoint runs against the scan
+    row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
+    h_flat, da_flat, db_flat = h.reshape(-1), da.reshape(-1), db.reshape(-1)
+    grads = dfinal[s].copy()
     for i in range(0, last - first, TILE):
         t, steps = first + i if reverse else last - 1 - i, min(TILE, last - first - i)
-        rest = i + steps == last - first  # its last step looks at h0, not at h
-        starts = ends.copy()
+        at_edge = i + steps == last - first  # the last of these steps reads initial, not h
+        begin = grads.copy()
         for c in range(0, width, 4):
-            d = min(c, width - 4)  # the last four may do some again, to the same numbers
-            g = starts[d : d + 4].copy()
-            for part in range(2 if rest else 1):
-                many = 1 if part == 1 else steps - rest
-                at = t + sign * (steps - 1) if part == 1 else t
+            d = min(c, width - 4)  # the last four may overlap those before, with equal results
+            four = begin[d : d + 4].copy()
+            for phase in range(2 if at_edge else 1):  # phase 1 is the step at the edge
+                count = 1 if phase == 1 else steps - at_edge
+                at = t + sign * (steps - 1) if phase == 1 else t
                 here = np.uint64((row * time + at) * width + d)
-                if part == 1:
-                    before, m = h0[s], np.uint64(d)
+                if phase == 1:
+                    before, m = initial[s], np.uint64(d)
                 else:
-                    before, m = flat, here + _wrapped(sign * width)
+                    before, m = h_flat, here + _wrapped(sign * width)
                 _four_bwd(
                     a,
                     np.uint64(row * a_sb + at * a_st + d * a_sd),
@@ -175,8 +222,8 @@ def narrow_bwd(s, a, a_sb, a_st, a_sd, h0, h, dh, dh_sb, dh_st, dht, da, db, dh0
                     db_flat,
                     here,
                     _wrapped(sign * width),
-                    g,
-                    many,
+                    four,
+                    count,
                 )
-            ends[d : d + 4] = g
-    dh0[s] = ends
+            grads[d : d + 4] = four
+    dinitial[s] = grads
