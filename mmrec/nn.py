@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrec.kernels import gated_delta_rule, gated_recurrence
-from mmrec.model import spread_decays
+from mmrec.model import log_spaced_decay_logits
 
 MAX_TIMESCALE = 256
 """Longest time constant of a decay at initialisation, in steps."""
@@ -81,7 +81,7 @@ class GatedRecurrence(_RecurrentModule):
         self.weight = nn.ParameterList(weights.unbind())
         for layer in self.in_proj:
             bias: Tensor = layer.bias  # type: ignore[assignment]
-            bias.data[2 * hidden_size :] = spread_decays(hidden_size, MAX_TIMESCALE)
+            bias.data[2 * hidden_size :] = log_spaced_decay_logits(hidden_size, MAX_TIMESCALE)
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, cu_seqlens: Tensor | None = None
@@ -145,7 +145,7 @@ class GatedDeltaRule(_RecurrentModule):
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.batch_first = batch_first
         self.in_proj = nn.Linear(input_size, 3 * hidden_size + 2 * num_heads)
-        decay_logits = spread_decays(num_heads, MAX_TIMESCALE)
+        decay_logits = log_spaced_decay_logits(num_heads, MAX_TIMESCALE)
         self.in_proj.bias.data[-2 * num_heads : -num_heads] = decay_logits
 
     def forward(

@@ -24,8 +24,8 @@ from mmrec.kernels import (
     gated_delta_rule,
     gated_recurrence,
     min_gru_mixer,
-    rmsnorm_conv1d,
     relu_squared,
+    rmsnorm_conv1d,
 )
 from mmrec.model import Layer, Model
 from mmrec.optimizer import build_optimizer
