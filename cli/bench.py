@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.config import TrainConfig, from_dict, preset, train_settings
+from mmrec.cli.options import settings_options
+from mmrec.config import TrainConfig, preset_train_settings
+from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,60 +87,58 @@ def scan(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> 
     _run("scan", 3, shape, repeats, as_json)
 
 
-@app.command()
-def recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+@app.command("gated-recurrence")
+def gated_recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
     """Gated recurrence beside torch.nn.GRU and LSTM, shapes BxTxD."""
     _run("gated_recurrence", 3, shape, repeats, as_json)
 
 
-@app.command()
-def memory(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
-    """Associative memory beside a loop in torch, shapes BxTxHxP."""
+@app.command("gated-delta-rule")
+def gated_delta_rule(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+    """Gated delta rule beside other implementations, shapes BxTxHxP."""
     _run("gated_delta_rule", 4, shape, repeats, as_json)
 
 
 @app.command()
+@settings_options(("batch_size", "seq_len"))
 def train(
-    name: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = "tiny",
-    vocab: Annotated[
-        int | None, typer.Option(min=2, max=1 << 32, help="Tokens of the vocabulary.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1 << 32, help="Windows in a batch.")] = 16,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, max=1 << 32, help="Tokens a window.")
-    ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Show the time by part.")] = False,
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = "tiny",
+    vocab: Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the time of each part of a step.")
+    ] = False,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
-    """A training step of a preset on random tokens: tokens/s, and with --profile where they go."""
-    config = preset(name)
+    """Time a training step of a preset on random tokens."""
+    model = preset_config(preset)
     if vocab is not None:
-        config = dataclasses.replace(config, vocab_size=vocab)
+        model = dataclasses.replace(model, vocab_size=vocab)
+    config = TrainConfig.from_flat(preset_train_settings(preset) | settings)
     from mmrec.profiling.kernel_bench import describe_machine
     from mmrec.profiling.step import profile_step
 
-    given = {"batch": batch} | ({"seq_len": seq_len} if seq_len else {})
-    plan: TrainConfig = from_dict(TrainConfig, train_settings(name) | given)
-    made = profile_step(config, plan)
+    result = profile_step(model, config)
     if as_json:
-        about = {"machine": describe_machine(), "preset": name, "vocab": config.vocab_size}
-        about |= {"peak_fraction": made.peak_fraction, **dataclasses.asdict(made)}
+        about = {"machine": describe_machine(), "preset": preset, "vocab": model.vocab_size}
+        about |= {"share": result.share, **dataclasses.asdict(result)}
         typer.echo(json.dumps(about, indent=1))
         return
     typer.echo(
-        f"{name}, vocabulary {config.vocab_size:,}, {batch} x {plan.seq_len} tokens a step, "
-        f"products in {made.precision}"
+        f"{preset}, vocabulary {model.vocab_size:,}, {config.data.batch_size} x "
+        f"{config.data.seq_len} tokens per step, products in {result.precision}"
     )
     if profile:
         typer.echo(f"{'part':<24}{'ms':>8}{'of step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'of peak':>9}")
-        for part in made.parts:
-            line = f"{part.name:<24}{part.seconds * 1e3:8.2f}{part.seconds / made.seconds:9.0%}"
+        for part in result.parts:
+            line = f"{part.name:<24}{part.seconds * 1e3:8.2f}{part.seconds / result.seconds:9.0%}"
             if part.flops:
                 rate = part.flops / part.seconds
-                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{rate / made.peak_flops:9.0%}"
+                share = rate / result.peak_flops
+                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{share:9.0%}"
             typer.echo(line)
     typer.echo(
-        f"step {made.seconds * 1e3:.1f} ms, {made.tokens / made.seconds:,.0f} tokens/s, "
-        f"{made.flops / made.seconds / 1e9:.0f} GFLOP/s = {made.peak_fraction:.0%} of the "
-        f"{made.peak_flops / 1e9:.0f} that a large product reaches here"
+        f"step {result.seconds * 1e3:.1f} ms, {result.tokens / result.seconds:,.0f} tokens/s, "
+        f"{result.flops / result.seconds / 1e9:.0f} GFLOP/s = {result.share:.0%} of the "
+        f"{result.peak_flops / 1e9:.0f} that a large product reaches here"
     )

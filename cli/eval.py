@@ -62,9 +62,9 @@ def _write_on(
 ) -> None:
     from tqdm import tqdm
 
+    from mmrec.config import SamplingConfig
     from mmrec.errors import InputError
     from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
-    from mmrec.inference.sampling import SamplingConfig
     from mmrec.runtime.atomic import atomic_write_text
 
     if report is not None and report.suffix not in (".md", ".html"):

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +23,10 @@ def literal(text: str) -> str:
 
 
 def settings_options(
-    names: Iterable[str] = ALL_SETTINGS, *, required: Iterable[str] = ()
+    names: Iterable[str] = ALL_SETTINGS,
+    *,
+    required: Iterable[str] = (),
+    declared: Mapping[str, Setting] = ALL_SETTINGS,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of some settings.
 
@@ -33,8 +36,9 @@ def settings_options(
     Args:
         names: flat names.
         required: those that the user must give.
+        declared: the declarations by flat name.
     """
-    chosen = [ALL_SETTINGS[name] for name in names]
+    chosen = [declared[name] for name in names]
     must = set(required)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -59,7 +63,7 @@ def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
     option = typer.Option(
         s.flag,
         help=literal(s.help),
-        rich_help_panel=PANELS[s.section],
+        rich_help_panel=PANELS.get(s.section, s.section.capitalize()),
         metavar=s.metavar or ("|".join(s.choices) if s.choices else None),
         show_default=_shown_default(s),
     )

@@ -479,6 +479,46 @@ class OutputConfig(Section):
 
 
 @dataclass(frozen=True)
+class SamplingConfig(Section):
+    """How the next token is drawn. The settings apply in the order of the fields.
+
+    Raises:
+        InputError: a setting lies outside its range.
+    """
+
+    section: ClassVar[str] = "sampling"
+    title: ClassVar[str] = "Sampling"
+
+    repetition_penalty: float = setting(
+        1.0,
+        "Divide the positive logits, and multiply the negative logits, of the tokens among the "
+        "last 256; 1 is off.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    """Source: Keskar et al. 2019 (arXiv:1909.05858, section 4.1)."""
+    temperature: float = setting(
+        0.8, "Divide the logits; 0 always takes the most likely token.", minimum=0
+    )
+    top_k: int = count(0, "Keep the k most likely tokens; 0 is off.", minimum=0)
+    top_p: float = setting(
+        0.95,
+        "Keep the fewest most likely tokens whose probabilities reach this sum; 1 is off.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+    """Source: Holtzman et al. 2020 (arXiv:1904.09751), nucleus sampling."""
+    min_p: float = setting(
+        0.0,
+        "Drop tokens whose probability is below this share of the largest one; 0 is off.",
+        minimum=0,
+        maximum=1,
+    )
+    """Source: Nguyen et al. 2024 (arXiv:2407.01082)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained, in sections."""
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
+from mmrec.config import SamplingConfig
 from mmrec.errors import InputError, did_you_mean
 from mmrec.evaluation.evaluate import ScoredContext, read_context
 from mmrec.inference.generate import generate
-from mmrec.inference.sampling import SamplingConfig
 
 MAX_TOKENS = 256  # of a generated text, where the task sets no limit
 

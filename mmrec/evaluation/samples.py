@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
+from mmrec.config import SamplingConfig
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import read_context
 from mmrec.inference.generate import generate
-from mmrec.inference.sampling import SamplingConfig
 
 SPAN_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Bytes of the spans that are looked for by their hash."""

@@ -117,7 +117,12 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
             linear.weight,
             flops=flops,
         )
-    add("norm and convolution", lambda x, w: rmsnorm_conv1d(x, w, output_bf16=bf16)[0], x, layer.conv_weight)
+    add(
+        "norm and convolution",
+        lambda x, w: rmsnorm_conv1d(x, w, output_bf16=bf16)[0],
+        x,
+        layer.conv_weight,
+    )
     add(
         "norm and convolution",
         lambda x, w: rmsnorm_conv1d(x, w[None], output_bf16=bf16)[0],

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmrec.config import SamplingConfig
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
 from mmrec.inference.generate import generate, stop_at
-from mmrec.inference.sampling import SamplingConfig
 from mmrec.model import Model
 from tests.conftest import SMALL
 

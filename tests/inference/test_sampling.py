@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmrec.config import SamplingConfig
 from mmrec.errors import InputError
-from mmrec.inference.sampling import SamplingConfig, next_token_probabilities
+from mmrec.inference.sampling import next_token_probabilities
 
 
 @given(

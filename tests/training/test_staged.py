@@ -180,7 +180,10 @@ def test_all_stages_learn_from_the_same_text(folder: Path) -> None:
             STAGE + STAGE.replace("tiny", "small") + STAGE.replace("tiny", "mini"),
             "stage 3: growth never shrinks: the width must be at least the source's 512; got 256",
         ),
-        (STAGE + STAGE + "model = { layer_types = 'l' }", "stage 2: .* must hold the source's in their"),
+        (
+            STAGE + STAGE + "model = { layer_types = 'l' }",
+            "stage 2: .* must hold the source's in their",
+        ),
         ("out = 3\n" + STAGE, "out must be the folder of all stages; got 3"),
     ],
 )
