@@ -3,33 +3,49 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mmrec.cli.options import settings_options
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
 
-Opt = typer.Option
+EVAL_SETTINGS = ("text_field", "skip_bad")
 
 
+@settings_options(EVAL_SETTINGS)
 def evaluate(
-    where: Annotated[list[Path] | None, typer.Argument(metavar="[RUN|CHECKPOINT]...")] = None,
-    data: Annotated[str | None, Opt(help="Other text to score, all of it.")] = None,
-    text_field: Annotated[str, Opt(help="Field of --data that holds the text.")] = "",
-    skip_bad: Annotated[bool, Opt("--skip-bad", help="Pass over broken records.")] = False,
-    plot: Annotated[
-        Path | None, Opt(help="Draw loss by position and calibration as a PNG.")
+    where: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|CHECKPOINT]...", help="By default the newest run."),
     ] = None,
-    prompts: Annotated[Path | None, Opt(help="Write on from the prompts of a file.")] = None,
-    temperatures: Annotated[str, Opt(help="Of --prompts, joined by commas.")] = "0,0.8,1",
-    max_tokens: Annotated[int, Opt(help="Most tokens after a prompt.", min=1)] = 120,
-    report: Annotated[Path | None, Opt(help="Write what came of --prompts: .md or .html.")] = None,
-    tasks: Annotated[str, Opt(help="Tasks of lm-evaluation-harness, joined by commas.")] = "",
-    include_path: Annotated[Path | None, Opt(help="Folder with more tasks, as YAML.")] = None,
-    as_json: Annotated[bool, Opt("--json", help="Print JSON.")] = False,
+    data: Annotated[str | None, typer.Option(help="Another text to score in full.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw loss by position in the document and calibration as a PNG."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts to continue, one per line, or .jsonl.")
+    ] = None,
+    temperatures: Annotated[
+        str, typer.Option(help="Temperatures for --prompts, joined by commas.")
+    ] = "0,0.8,1",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.", min=1)] = 120,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the continuations of --prompts: .md or .html.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-evaluation-harness, joined by commas.")
+    ] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with more tasks, as YAML.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **settings: Any,
 ) -> None:
-    """Score a model on its whole validation split, on all of --data, by --prompts or --tasks."""
+    """Score a model on its validation split, on --data, by --prompts, or by --tasks."""
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.errors import InputError
@@ -45,14 +61,14 @@ def evaluate(
     paths: list[Path | None] = [*where] if where else [None]
     models = [load_model(find_checkpoint(path)) for path in paths]
     if prompts:
-        _write_on(models, prompts, temperatures, max_tokens, report, as_json)
+        _write_samples(models, prompts, temperatures, max_tokens, report, as_json)
     elif tasks:
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
-        _score(models[0], data, text_field, skip_bad, plot, as_json)
+        _score(models[0], data, settings, plot, as_json)
 
 
-def _write_on(
+def _write_samples(
     models: list["LoadedModel"],
     prompts: Path,
     temperatures: str,
@@ -70,36 +86,40 @@ def _write_on(
     if report is not None and report.suffix not in (".md", ".html"):
         raise InputError(f"--report must end in .md or .html; got {report}")
     try:
-        warm = [float(x) for x in temperatures.split(",")]
+        values = [float(x) for x in temperatures.split(",")]
     except ValueError:
         raise InputError(
             f"--temperatures must be numbers joined by commas; got {temperatures!r}"
         ) from None
-    for x in warm:
+    for x in values:
         SamplingConfig(temperature=x)
     texts = read_prompts(prompts)
     training = [_training_text(loaded) for loaded in models]
-    count = len(models) * len(texts) * len(warm)
+    count = len(models) * len(texts) * len(values)
     with tqdm(total=count, unit="text", leave=False, disable=None) as bar:
-        made = write_samples(models, texts, warm, training, max_tokens, bar.update)
+        samples = write_samples(models, texts, values, training, max_tokens, bar.update)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(s) for s in made], ensure_ascii=False, indent=1))
+        typer.echo(
+            json.dumps([dataclasses.asdict(s) for s in samples], ensure_ascii=False, indent=1)
+        )
     elif report is None:
-        typer.echo(to_markdown(made), nl=False)
+        typer.echo(to_markdown(samples), nl=False)
     if report is not None:
-        atomic_write_text(report, to_html(made) if report.suffix == ".html" else to_markdown(made))
+        atomic_write_text(
+            report, to_html(samples) if report.suffix == ".html" else to_markdown(samples)
+        )
         typer.echo(f"{count} texts: {report}", err=as_json)
 
 
 def _training_text(loaded: "LoadedModel") -> bytes:
-    """What copies are looked for in; nothing, said aloud, where it cannot be read."""
+    """The text in which copies are searched; empty, with a note, if it cannot be read."""
     from mmrec.errors import InputError
     from mmrec.evaluation.source import training_text
 
     try:
         return training_text(loaded)
     except InputError as error:
-        typer.echo(f"note: copies of the training text are not looked for: {error}", err=True)
+        typer.echo(f"note    copies of the training text are not searched for: {error}", err=True)
         return b""
 
 
@@ -114,18 +134,17 @@ def _run_tasks(loaded: "LoadedModel", tasks: str, folder: Path | None, as_json: 
         from mmrec.evaluation.lm_eval import run_tasks
     except ImportError:
         raise InputError("--tasks needs a package: pip install 'mmrec[harness]'") from None
-    made = run_tasks(loaded, [t for t in tasks.split(",") if t], folder)
+    results = run_tasks(loaded, [t for t in tasks.split(",") if t], folder)
     if as_json:
-        typer.echo(json.dumps(made["results"], indent=1, default=str))
+        typer.echo(json.dumps(results["results"], indent=1, default=str))
     else:
-        typer.echo(make_table(made))
+        typer.echo(make_table(results))
 
 
 def _score(
     loaded: "LoadedModel",
     data: str | None,
-    text_field: str,
-    skip_bad: bool,
+    settings: dict[str, Any],
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -140,26 +159,24 @@ def _score(
             bar.total = total
             bar.update(count)
 
-        made, report, what = evaluate_source(
-            loaded, data, text_field=text_field, skip_bad=skip_bad, progress=show
-        )
+        scores, report, description = evaluate_source(loaded, data, progress=show, **settings)
     if plot is not None:
         draw_report(report, plot, f"{loaded.path}, step {loaded.step:,}")
     if as_json:
-        extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": what}
+        extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": description}
         typer.echo(
-            json.dumps(extra | dataclasses.asdict(made) | dataclasses.asdict(report), indent=1)
+            json.dumps(extra | dataclasses.asdict(scores) | dataclasses.asdict(report), indent=1)
         )
         return
-    typer.echo(f"{loaded.path}, step {loaded.step:,}, on the {what}\n")
-    typer.echo(f"  loss            {made.loss:.4f} nats/token")
-    typer.echo(f"  perplexity      {made.perplexity:.2f}")
-    typer.echo(f"  bits per byte   {made.bits_per_byte:.4f}{_interval(report.interval)}")
-    typer.echo(f"  accuracy        {made.accuracy:.2%} of next tokens")
+    typer.echo(f"{loaded.path}, step {loaded.step:,}, on the {description}\n")
+    typer.echo(f"  loss            {scores.loss:.4f} nats per token")
+    typer.echo(f"  perplexity      {scores.perplexity:.2f}")
+    typer.echo(f"  bits per byte   {scores.bits_per_byte:.4f}{_interval(report.interval)}")
+    typer.echo(f"  accuracy        {scores.accuracy:.2%} of next tokens")
     typer.echo(f"  calibration     {report.calibration_error:.3f} between probability and accuracy")
-    rate = made.tokens / made.seconds
+    rate = scores.tokens / scores.seconds
     typer.echo(
-        f"  scored          {made.tokens:,} tokens, {made.bytes:,} bytes, {report.documents:,} "
+        f"  scored          {scores.tokens:,} tokens, {scores.bytes:,} bytes, {report.documents:,} "
         f"documents, {rate:,.0f} tokens/s"
     )
     if plot is not None:

@@ -6,7 +6,7 @@ docs/formats.md describes the layout. A file contains no code, and nothing is un
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,10 @@ from mmrec.checkpoint.hdf5 import (
     write_array,
     write_json,
 )
-from mmrec.config import ModelConfig, TrainConfig
+from mmrec.config import ModelConfig, SamplingConfig, TrainConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
+from mmrec.inference.generate import generate
 from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -49,6 +50,45 @@ class LoadedModel:
     """Optimizer steps taken."""
     info: dict[str, Any]
     """preset, train (the training configuration), val (loss and bits per byte), fingerprint …"""
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Iterator[str]:
+        """Continue a prompt.
+
+        Args:
+            prompt: Text to continue; may be empty.
+            max_tokens: Largest number of tokens to generate.
+            stop: Texts that end the generation. They are not part of the output.
+            seed: Equal seeds give equal text on the same machine; None differs at every call.
+            stream: Return an iterator of pieces of text that appear as they are written.
+            sampling: Settings of ``mmrec.config.SamplingConfig``: temperature, top_k, top_p,
+                min_p, repetition_penalty.
+
+        Returns:
+            The text that follows the prompt, or an iterator of its pieces.
+
+        Raises:
+            InputError: A setting is unknown or out of range, or the prompt holds a character that
+                the tokenizer does not know.
+        """
+        pieces = generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            sampling=SamplingConfig.from_dict(sampling),
+            max_tokens=max_tokens,
+            stop=stop,
+            seed=seed,
+        )
+        return pieces if stream else "".join(pieces)
 
 
 class CheckpointHeader(NamedTuple):

@@ -9,12 +9,13 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.config import LENGTHS, MODEL_SETTINGS, TrainConfig
+from mmrec.config import LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import open_corpus
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
+from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.training.setup import RunPlan, begin_run
@@ -102,12 +103,12 @@ def begin_finetuning(
         InputError: the model, a text or a setting is not usable.
     """
     source = load_model(find_checkpoint(Path(where)))
-    config, model = _resolve(source, given, echo)
-    earlier = _earlier_corpus(source, old_data, config, echo)
-    if earlier is not None and config.pop("replay_wanted"):
-        config["replay_data"] = str(earlier.path.resolve())
-    config.pop("replay_wanted", None)
-    train = TrainConfig.from_flat(config | {"initialize_from": str(source.path)})
+    settings, model = _resolve(source, given, echo)
+    wants_replay = bool(given.get("replay_fraction"))
+    earlier = _earlier_corpus(source, old_data, echo, required=wants_replay)
+    if wants_replay and earlier is not None:
+        settings["replay_data"] = str(earlier.path.resolve())
+    train = TrainConfig.from_flat(settings)
     plan = RunPlan(str(source.info.get("preset", "model")), model, train, source)
     lock, trainer = begin_run(plan, force=force, echo=echo, **options)
     corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
@@ -118,8 +119,12 @@ def begin_finetuning(
 
 def _resolve(
     source: LoadedModel, given: dict[str, Any], echo: Callable[[str], None]
-) -> tuple[dict[str, Any], Any]:
-    """Settings by flat name, and the model's shape, from the source's and the given ones."""
+) -> tuple[dict[str, Any], ModelConfig]:
+    """Settings by flat name, and the model's shape, from the source's and the given ones.
+
+    Raises:
+        InputError: a setting is not usable. Only ``replay_data`` may still be missing.
+    """
     inherited = TrainConfig.from_dict(source.info.get("train", {})).flat()
     settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
     model_changes = {n: v for n, v in given.items() if n in MODEL_SETTINGS}
@@ -134,15 +139,14 @@ def _resolve(
     if lora_rank and "matrix_lr" in given:
         rate = given["matrix_lr"]
         raise InputError(f"--matrix-lr has no effect with --lora-rank: set --lr; got {rate}")
-    settings["replay_wanted"] = bool(given.get("replay_fraction"))
-    if settings["replay_wanted"] and settings.get("state") == "carry":
+    if given.get("replay_fraction") and settings["state"] == "carry":
         settings["state"] = "document"
         echo("note    with --replay-fraction the state is reset at each window, too")
     if not any(name in given for name in LENGTHS):
         settings["epochs"] = DEFAULT_EPOCHS
+    settings["initialize_from"] = str(source.path)
     # mistakes are found before any text is read; the replayed text is not known yet
-    checked = {n: v for n, v in settings.items() if n not in ("replay_wanted", "replay_fraction")}
-    TrainConfig.from_flat(checked | {"initialize_from": str(source.path)})
+    TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
     model = dataclasses.replace(source.model.config, **model_changes)
     return settings, model
 
@@ -150,22 +154,23 @@ def _resolve(
 def _earlier_corpus(
     source: LoadedModel,
     old_data: str | None,
-    settings: dict[str, Any],
     echo: Callable[[str], None],
+    *,
+    required: bool,
 ) -> Corpus | None:
     """The text that the source was trained on; None, with a note, if it cannot be read."""
     try:
         if old_data is not None:
             return open_corpus(old_data, source.tokenizer, echo)
-        return training_corpus(source, echo=echo, option="--old-data")
+        return training_corpus(source, option="--old-data", progress=echo)
     except InputError as error:
-        if old_data is not None or settings["replay_wanted"]:
+        if old_data is not None or required:
             raise
         echo(f"note    forgetting of the earlier text is not measured: {error}")
         return None
 
 
-def _bits_per_byte(model: Any, corpus: Corpus, trainer: Trainer) -> float:
+def _bits_per_byte(model: Model, corpus: Corpus, trainer: Trainer) -> float:
     scores = evaluate_split(
         model, corpus.val, corpus.tokenizer, reset_at_documents=trainer.resets_at_documents
     )

@@ -341,7 +341,7 @@ def write_report(
                 "flops": tokens * flops_per_token(model)["training"],
                 "start": start,
                 "end": curve.validations[-1][1],
-                "whole_split": curve.whole_split,
+                "whole_split": curve.split_bits_per_byte,
                 "ended": curve.ended,
             }
         )
