@@ -31,7 +31,7 @@ TOKENS = 1 << 14  # of all rows that are read side by side
 
 def validation(loaded: LoadedModel) -> Corpus:
     """The corpus that a model was trained on."""
-    settings: TrainConfig = from_dict(TrainConfig, loaded.info["train"])
+    settings: TrainConfig = from_dict(TrainConfig, loaded.metadata["train"])
     return open_corpus(settings.data, loaded.tokenizer, None, reading(settings))
 
 

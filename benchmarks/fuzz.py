@@ -137,7 +137,7 @@ def read(kind: str, path: Path) -> str:
         if m != "step"
     ]
     return digest(
-        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.info, progress]
+        [*weights, *moments, loaded.tokenizer.to_json(), loaded.step, loaded.metadata, progress]
     )
 
 

@@ -48,7 +48,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int
     """Optimizer steps taken."""
-    info: dict[str, Any]
+    metadata: dict[str, Any]
     """preset, train (the training configuration), val (loss and bits per byte), fingerprint …"""
 
     def generate(
@@ -96,7 +96,7 @@ class CheckpointHeader(NamedTuple):
 
     step: int
     """Optimizer steps taken."""
-    info: dict[str, Any]
+    metadata: dict[str, Any]
     """As in LoadedModel."""
     model_config: ModelConfig
 
@@ -109,7 +109,7 @@ def save_checkpoint(
     model: Model,
     tokenizer: Tokenizer,
     step: int,
-    info: dict[str, Any],
+    metadata: dict[str, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
@@ -126,7 +126,7 @@ def save_checkpoint(
         model: Its parameters are stored by name in float32.
         tokenizer: Stored in full, so that the checkpoint can be used alone.
         step: Optimizer steps taken.
-        info: Facts for a reader, as JSON values (see LoadedModel).
+        metadata: Facts for a reader, as JSON values (see LoadedModel).
         optimizer: Its moments are stored in float32.
         progress: Position in the data, clock and history of the run, as JSON values.
         recurrent_state: The state from which the rows of the next batch continue, of all ranks.
@@ -143,7 +143,7 @@ def save_checkpoint(
                 file.attrs["step"] = step
                 write_json(file, "config", asdict(model.config))
                 write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
-                write_json(file, "info", info)
+                write_json(file, "metadata", metadata)
                 for name, values in tensors:
                     write_array(file, name, values, compress=True)
                 if optimizer is not None:
@@ -205,16 +205,16 @@ def load_model(path: Path) -> LoadedModel:
         InputError: There is no complete checkpoint of this version at ``path``.
     """
     with _open(path) as file:
-        step, info = _read_header(file)
+        step, metadata = _read_header(file)
         model = _read_model(file)
         tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError("the tokenizer and the model have vocabularies of different sizes")
-        return LoadedModel(path, model.eval(), tokenizer, step, info)
+        return LoadedModel(path, model.eval(), tokenizer, step, metadata)
 
 
 def read_metadata(path: Path) -> CheckpointHeader:
-    """Read step, info and model configuration of a checkpoint, without its weights.
+    """Read step, metadata and model configuration of a checkpoint, without its weights.
 
     Raises:
         InputError: There is no complete checkpoint of this version at ``path``.
@@ -224,14 +224,14 @@ def read_metadata(path: Path) -> CheckpointHeader:
 
 
 def _read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
-    step, info = read_attribute(file, "step", int), read_json(file, "info")
+    step, metadata = read_attribute(file, "step", int), read_json(file, "metadata")
     if step < 0:
         raise ValueError(f"step must be >= 0; it is {step}")
-    TrainConfig.from_dict(info.get("train", {}))  # raises if a setting is not valid
+    TrainConfig.from_dict(metadata.get("train", {}))  # raises if a setting is not valid
     for key in ("preset", "source", "fingerprint"):
-        if not isinstance(info.get(key, ""), str):
-            raise ValueError(f"{key} in info must be text")
-    return step, info
+        if not isinstance(metadata.get(key, ""), str):
+            raise ValueError(f"{key} in metadata must be text")
+    return step, metadata
 
 
 def _read_config(file: h5py.File) -> ModelConfig:

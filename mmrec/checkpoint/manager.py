@@ -27,7 +27,7 @@ def load_latest(
 
     Args:
         run: The run folder.
-        load: Reads a checkpoint and returns its info.
+        load: Reads a checkpoint and returns its metadata.
         log: Receives a line for each damaged checkpoint.
 
     Returns:
@@ -42,7 +42,7 @@ def load_latest(
         raise InputError(f"{run} holds no checkpoint to resume from (last.h5 or step-N.h5)")
     for path in reversed(checkpoints):
         try:
-            info = load(path)
+            metadata = load(path)
         except DamagedError as error:
             log(f"{error}; going back to the checkpoint before it")
             damaged.append(path)
@@ -50,7 +50,7 @@ def load_latest(
         for bad in damaged:
             with contextlib.suppress(OSError):
                 bad.replace(bad.with_name(f"{bad.name}.damaged"))
-        return path, info
+        return path, metadata
     raise InputError(f"no checkpoint of {run} is whole: {', '.join(p.name for p in checkpoints)}")
 
 

@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Curve:
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     with contextlib.suppress(InputError):
-        fingerprint = read_metadata(folder / "best.h5").info.get("fingerprint", "")
+        fingerprint = read_metadata(folder / "best.h5").metadata.get("fingerprint", "")
     return Curve(
         str(folder),
         fingerprint,

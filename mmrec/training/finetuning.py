@@ -109,7 +109,7 @@ def begin_finetuning(
     if wants_replay and earlier is not None:
         settings["replay_data"] = str(earlier.path.resolve())
     train = TrainConfig.from_flat(settings)
-    plan = RunPlan(str(source.info.get("preset", "model")), model, train, source)
+    plan = RunPlan(str(source.metadata.get("preset", "model")), model, train, source)
     lock, trainer = begin_run(plan, force=force, echo=echo, **options)
     corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
     echo("scoring the validation text before training")
@@ -125,7 +125,7 @@ def _resolve(
     Raises:
         InputError: a setting is not usable. Only ``replay_data`` may still be missing.
     """
-    inherited = TrainConfig.from_dict(source.info.get("train", {})).flat()
+    inherited = TrainConfig.from_dict(source.metadata.get("train", {})).flat()
     settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
     model_changes = {n: v for n, v in given.items() if n in MODEL_SETTINGS}
     given = {n: v for n, v in given.items() if n not in MODEL_SETTINGS}

@@ -197,7 +197,7 @@ def plan_run(preset: str | None, config_path: str | Path | None, given: dict[str
         config = TrainConfig.from_flat(preset_train_settings(name, kind) | settings)
     else:
         assert source is not None
-        shape, name = source.model.config, str(source.info.get("preset", "model"))
+        shape, name = source.model.config, str(source.metadata.get("preset", "model"))
     model = ModelConfig.from_dict(dataclasses.asdict(shape) | model_settings)
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)

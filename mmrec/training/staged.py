@@ -298,7 +298,7 @@ def begin_stage(
     plan = RunPlan(stage.preset, stage.model, train, source, method=stage.method)
     lock, trainer = begin_run(plan, force=True, echo=echo, **options)
     try:
-        if trainer.corpus.info["fingerprint"] != source.info.get("fingerprint"):
+        if trainer.corpus.info["fingerprint"] != source.metadata.get("fingerprint"):
             raise InputError(
                 f"the text of {train.data.source} changed since stage {index} was trained on it: "
                 "put it back, or start over with --force"

@@ -133,7 +133,7 @@ def test_a_model_alone_has_no_training_state(tmp_path: Path) -> None:
     path, model = tmp_path / "best.h5", Model(SMALL)
     save_checkpoint(path, model, train_tokenizer("byte", []), 3, INFO)
     loaded, header = load_model(path), read_metadata(path)
-    assert (loaded.step, loaded.info) == (header.step, header.info) == (3, INFO)
+    assert (loaded.step, loaded.metadata) == (header.step, header.metadata) == (3, INFO)
     assert header.model_config == loaded.model.config == SMALL
     assert not loaded.model.training
     assert all(p.requires_grad for p in loaded.model.parameters())

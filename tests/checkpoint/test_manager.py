@@ -71,7 +71,7 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(run: Path) -> None:
     flip_a_bit(run / "last.h5")
     (run / "step-999.h5").write_bytes((run / "last.h5").read_bytes()[:1000])
     lines: list[str] = []
-    path, info = manager.load_latest(run, lambda path: load_model(path).info, lines.append)
+    path, info = manager.load_latest(run, lambda path: load_model(path).metadata, lines.append)
     assert (path.name, info) == ("step-10.h5", {})
     assert ["last.h5" in lines[0], "step-999.h5" in lines[1], len(lines)] == [True, True, 2]
     assert sorted(p.name for p in run.iterdir()) == [
@@ -87,14 +87,14 @@ def test_no_checkpoint_is_intact(run: Path) -> None:
     for path in run.glob("*.h5"):
         flip_a_bit(path)
     with pytest.raises(InputError, match="step-5.h5, step-10.h5, last.h5"):
-        manager.load_latest(run, lambda path: load_model(path).info, lambda line: None)
+        manager.load_latest(run, lambda path: load_model(path).metadata, lambda line: None)
     assert len(list(run.glob("*.h5"))) == 3  # nothing was set aside
     with pytest.raises(InputError):
         manager.run_tokenizer(run)
     for path in run.glob("*.h5"):
         path.unlink()
     with pytest.raises(InputError):
-        manager.load_latest(run, lambda path: load_model(path).info, lambda line: None)
+        manager.load_latest(run, lambda path: load_model(path).metadata, lambda line: None)
 
 
 def test_an_intact_checkpoint_of_another_version_is_not_passed_over(run: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_intact_checkpoint_of_another_version_is_not_passed_over(run: Path) -
         file.attrs["schema"] = 99
     seal(run / "last.h5")
     with pytest.raises(InputError, match="newer mmrec") as caught:
-        manager.load_latest(run, lambda path: load_model(path).info, lambda line: None)
+        manager.load_latest(run, lambda path: load_model(path).metadata, lambda line: None)
     assert not isinstance(caught.value, DamagedError)
 
 

@@ -95,7 +95,7 @@ def test_a_grown_file_can_be_grown_again(source: Path, tmp_path: Path) -> None:
     grow_checkpoint(load_model(source), between, middle, preset="m", seed=1)
     grow_checkpoint(load_model(middle), LARGE, end, preset="e", seed=2)
     first, last = load_model(source), load_model(end)
-    assert last.info["preset"] == "e"
+    assert last.metadata["preset"] == "e"
     x = torch.arange(100)[None]
     with torch.no_grad():
         assert (first.model(x)[0] - last.model(x)[0]).abs().max() < 1e-4

@@ -98,7 +98,7 @@ def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
         assert row["end"] == curve.validations[-1][1]
         corpus = Corpus.open(prepare(str(folder / "book.txt"), "byte"))
         val = corpus.val
-        last.model.set_precision(last.info["precision"])  # bfloat16 where the processor has it
+        last.model.set_precision(last.metadata["precision"])  # bfloat16 where the processor has it
         scores = evaluate(last.model, val.tokens, corpus.tokenizer.eot, val.n_bytes)
         assert row["whole_split"] == pytest.approx(scores.bits_per_byte, abs=1e-5)
         assert f"\n{row['stage']} " in out

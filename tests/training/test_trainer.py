@@ -56,7 +56,7 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
     assert "12 steps of 64 tokens" in text
     best = load_model(trainer.run_dir / "best.h5")
     assert best.step == made["best_step"]
-    assert best.info["val"]["loss"] == pytest.approx(made["best_val_loss"])
+    assert best.metadata["val"]["loss"] == pytest.approx(made["best_val_loss"])
     tokens = torch.tensor([[1, 2, 3]])
     last = load_model(trainer.run_dir / "last.h5").model
     trainer.model.eval()
