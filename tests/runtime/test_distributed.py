@@ -16,7 +16,7 @@ import pytest
 
 from mmrec.checkpoint.checkpoint import load_model, open_moments, read_metadata
 from mmrec.checkpoint.manager import list_checkpoints
-from mmrec.cli import ranks
+from mmrec.cli.torchrun import check_launch
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
 from mmrec.runtime.distributed import STRATEGIES, ProcessGroup
@@ -318,12 +318,12 @@ def test_what_cannot_be_sharded_is_refused(corpus: Corpus, tmp_path: Path) -> No
 
 
 def test_how_a_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.check_launch(None)
+    check_launch(None)
     for name, value in (("RANK", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-        with pytest.raises(InputError, match="--parallel needs the processes that torchrun starts"):
-            ranks.check_launch("ddp")
+        with pytest.raises(InputError, match="--parallel needs"):
+            check_launch("ddp")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ranks.check_launch("fsdp")
-    with pytest.raises(InputError, match="torchrun started 2 processes, .*: train takes --p"):
-        ranks.check_launch(None)
+    check_launch("fsdp")
+    with pytest.raises(InputError, match="torchrun started 2 processes"):
+        check_launch(None)
