@@ -2,11 +2,11 @@
 
     python benchmarks/fuzz.py --files 10000 --seed 0 [--json benchmarks/results/fuzz.json]
 
-Small real files are mutated in every way in which disks, programs and attackers change files. Worker
-processes with a limit on memory and time read them as ``mmrec eval``, ``--resume`` and ``--data``
-do. Half of the mutations of bytes, and all mutations through HDF5, are sealed again, as a forger
-would, so that they reach HDF5 and the checks behind the seal. The counts of crash, hang, wrong
-content, other exception and memory must be zero.
+Small real files are mutated in every way in which disks, programs and attackers change files.
+Worker processes with a limit on memory and time read them as ``mmrec eval``, ``--resume`` and
+``--data`` do. Half of the mutations of bytes, and all mutations through HDF5, are sealed again, as
+a forger would, so that they reach HDF5 and the checks behind the seal. The counts of crash, hang,
+wrong content, other exception and memory must be zero.
 """
 
 import argparse

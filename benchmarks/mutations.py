@@ -174,7 +174,7 @@ def store(file: h5py.File, name: str, data: np.ndarray, **options: Any) -> None:
 
 
 def change_array(file: h5py.File, rng: random.Random) -> None:
-    """Replace an array by one of another type, shape, layout or filter, by a group, or remove it."""
+    """Change type, shape, layout or filter of an array, replace it by a group, or remove it."""
     name = rng.choice(arrays(file))
     data = file[name][()]
     del file[name]

@@ -174,7 +174,7 @@ def test_a_run_changes_factors_only_and_its_model_grows(
                 tuned,
                 replace(SMALL, width=48),
                 tmp_path / "grown.h5",
-                name="g",
+                preset="g",
                 method="preserve",
                 seed=0,
             )

@@ -137,9 +137,14 @@ class _TolerantStream:
 @contextlib.contextmanager
 def tolerate_closed_output() -> Iterator[None]:
     """Let the block finish even if nobody reads standard output and error any more."""
-    out: Any = _TolerantStream(sys.stdout)
-    err: Any = _TolerantStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        streams: list[Any] = []
+        if sys.stdout is not None:  # a program without a console has no streams
+            streams.append(_TolerantStream(sys.stdout))
+            stack.enter_context(contextlib.redirect_stdout(streams[-1]))
+        if sys.stderr is not None:
+            streams.append(_TolerantStream(sys.stderr))
+            stack.enter_context(contextlib.redirect_stderr(streams[-1]))
         yield
-        out.flush()
-        err.flush()
+        for stream in streams:
+            stream.flush()

@@ -1,10 +1,10 @@
-"""Several processes, real ones under torchrun: the losses of one, checkpoints that all of them can
-go on from, and ends that all of them agree on."""
+"""Distributed training in real processes: the results of one process, and a common end."""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,44 +14,129 @@ from typing import Any
 
 import pytest
 
-from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint import manager as saved
-from mmrec.cli import ranks, startup
+from mmrec.checkpoint.checkpoint import load_model, open_moments, read_metadata
+from mmrec.checkpoint.manager import list_checkpoints
+from mmrec.cli.torchrun import check_launch
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
-from mmrec.runtime.distributed import ProcessGroup
-from mmrec.training.run_dir import Lock
+from mmrec.runtime.distributed import STRATEGIES, ProcessGroup
+from mmrec.runtime.locking import FolderLock
 from tests.conftest import make_trainer
 
-SETTINGS = """preset = "tiny"
+CONFIG = """preset = "tiny"
 [model]
 width = 32
 depth = 2
 heads = 2
-ngrams = 64
-layers = "nb"
-[train]
+ngram_buckets = 64
+layer_types = "nb"
+[data]
 tokenizer = "byte"
-batch = 4
+batch_size = 4
 seq_len = 32
-eval_every = 10
-eval_tokens = 500
-save_every = 10
+[optimizer]
+lr = 1e-3
+matrix_lr = 1e-3
 precision = "float32"
 schedule = "constant"
 warmup = 0.0
-lr = 1e-3
-muon_lr = 1e-3
+[evaluation]
+eval_every = 6
+eval_tokens = 300
+save_every = 6
 """
 TRAIN = ["-m", "mmrec", "train"]
-NEW = ["--config", "small.toml", "--data", "book.txt"]
+NEW_RUN = ["--config", "small.toml", "--data", "book.txt"]
+
+OPERATIONS = """
+import os, sys
+import torch
+from torch import nn
+from mmrec.runtime.distributed import SINGLE_PROCESS, TorchrunGroup
+
+class Net(nn.Module):
+    # 7 rows do not divide by 3 processes; of 2 rows the last process holds none
+    def __init__(self, group):
+        super().__init__()
+        sizes = ((4, 7), (7, 4))
+        self.layers = nn.ModuleList(
+            group.shard_layer(nn.Linear(*size, bias=False)) for size in sizes
+        )
+        self.embedding = nn.Parameter(torch.ones(2, 4))
+        group.shard_model(self)
+
+    def hidden_states(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x @ self.embedding.mT
+
+torch.manual_seed(0)
+single = Net(SINGLE_PROCESS)
+x = torch.randn(3, 5, 4)
+single_loss = single.hidden_states(x).square().sum()
+single_loss.backward()
+torch.manual_seed(1)
+with TorchrunGroup(sys.argv[1]) as group:
+    rank = int(os.environ["RANK"])
+    assert (group.rank, group.size, group.sharded) == (rank, 3, sys.argv[1] == "fsdp")
+    assert group.broadcast_object(rank + 5) == 5
+    assert group.all_gather_object(str(rank)) == ["0", "1", "2"]
+    assert group.all_reduce_max(-1.0 - rank) == -1.0
+    assert group.local_rank_zero_first(lambda: rank + 1) == rank + 1
+    net = Net(group)
+    pairs = list(zip(net.parameters(), single.parameters(), strict=True))
+    for p, q in pairs:
+        group.scatter_tensor_(p.data, q.detach() if rank == 0 else None)
+        assert torch.equal(group.full_tensor(p.detach()), q)
+    with torch.no_grad():
+        net.hidden_states(x)
+    group.reshard(net)
+    loss = net.hidden_states(x[rank : rank + 1]).square().sum()
+    loss.backward()
+    total = group.all_reduce_gradients(loss.item(), [p.grad for p in net.parameters()])
+    torch.testing.assert_close(total, single_loss.item())
+    for p, q in pairs:
+        torch.testing.assert_close(group.full_tensor(p.grad), q.grad)
+        q.grad.copy_(torch.arange(q.numel()).view_as(q))  # exact in bfloat16
+        group.scatter_tensor_(p.grad, q.grad if rank == 0 else None)
+    calls = []
+    def double(tensors):
+        calls.append([t.shape for t in tensors])
+        return [2 * t for t in tensors]
+    shards = [group.local_shard(p.grad) for p, _ in pairs]
+    results = group.map_sharded(double, shards, [q.shape for _, q in pairs])
+    for (p, q), result in zip(pairs, results, strict=True):
+        assert result.dtype == torch.float32
+        group.local_shard(p.grad).copy_(result)
+        assert torch.equal(group.full_tensor(p.grad), 2 * q.grad)
+    assert calls == [[pairs[rank][1].shape]]  # each process computed one full tensor
+"""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_operations_give_what_one_process_computes(strategy: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPERATIONS, strategy],
+            env=os.environ | address | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
-    """Where processes run. They start with the signals' usual meaning, whatever the tests' is."""
-    (tmp_path / "small.toml").write_text(SETTINGS)
-    (tmp_path / "book.txt").write_text(text_file.read_text()[:20_000])
+    """A folder with a text and settings. Processes start with the default signal handlers."""
+    (tmp_path / "small.toml").write_text(CONFIG)
+    (tmp_path / "book.txt").write_text(text_file.read_text()[:12_000])
     before = {s: signal.signal(s, lambda number, frame: None) for s in (2, 15)}
     yield tmp_path
     for s, handler in before.items():
@@ -59,7 +144,7 @@ def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, count: int, *arguments: str) -> subprocess.Popen[str]:
-    """So many processes that train together; a single one without torchrun."""
+    """Start processes that train together, or a single one without torchrun."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), f"--nproc-per-node={count}"]
     command = [sys.executable] if count == 1 else torchrun
     return subprocess.Popen(
@@ -72,7 +157,7 @@ def start(folder: Path, count: int, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, count: int, *arguments: str, code: int = 0) -> tuple[str, str]:
-    """Standard output and errors of a job that must end with that code."""
+    """Return standard output and errors of a job that must end with a certain code."""
     process = start(folder, count, *arguments)
     try:
         out, errors = process.communicate(timeout=120)
@@ -83,8 +168,8 @@ def run(folder: Path, count: int, *arguments: str, code: int = 0) -> tuple[str, 
     return out, errors
 
 
-def said(errors: str) -> list[str]:
-    """What mmrec said, without torchrun's own report and the bar."""
+def messages(errors: str) -> list[str]:
+    """Return the lines of mmrec itself, without torchrun's report and the progress bar."""
     return [x for x in errors.splitlines() if x.startswith(("error: ", "stopped "))]
 
 
@@ -94,103 +179,101 @@ def losses(run: Path) -> list[float]:
 
 
 def children(process: subprocess.Popen[Any]) -> list[int]:
-    """The processes that torchrun started."""
+    """Return the processes that torchrun started."""
     text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(x) for x in text.split() if b"mmrec" in Path(f"/proc/{x}/cmdline").read_bytes()]
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
     end = time.monotonic() + 120
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.02)
 
 
-def test_two_four_and_one_go_on_from_each_other(folder: Path) -> None:
-    """Rows carried on, two batches a step: each takes the steps that one process takes alone."""
-    way = ["--state", "carry", "--accumulate", "2"]
-    run(folder, 1, *NEW, *way, "--keep", "9", "--steps", "30", "--out", "whole")
+def test_runs_continue_with_another_number_of_processes(folder: Path) -> None:
+    """With carried states and accumulated gradients, they take the steps of one process."""
+    options = ["--state", "carry", "--gradient-accumulation-steps", "2", "--keep-checkpoints", "9"]
+    run(folder, 1, *NEW_RUN, *options, "--steps", "18", "--out", "single")
     (folder / "r").mkdir()
-    for name in ("step-10.h5", "config.toml", "metrics.jsonl"):
-        shutil.copy(folder / "whole" / name, folder / "r")
-    out, _ = run(folder, 2, "--resume", "--out", "r", "--steps", "20", "--parallel", "ddp")
-    assert "resume  r/step-10.h5, step 10\n" in out
+    for name in ("step-6.h5", "config.toml", "metrics.jsonl"):
+        shutil.copy(folder / "single" / name, folder / "r")
+    out, _ = run(folder, 2, "--resume", "--out", "r", "--steps", "12", "--parallel", "ddp")
+    assert "r/step-6.h5, step 6\n" in out
     assert "processes 1, now 2" in out
-    out, _ = run(folder, 4, "--resume", "--out", "r", "--steps", "30", "--parallel", "fsdp")
+    out, _ = run(folder, 4, "--resume", "--out", "r", "--steps", "18", "--parallel", "fsdp")
     assert "processes 2, now 4" in out
-    assert out.count("\ntrained ") == 1  # one process speaks for all
-    assert losses(folder / "r") == pytest.approx(losses(folder / "whole"), abs=1e-4)
-    a, b = (checkpoint.load_model(folder / x / "last.h5") for x in ("whole", "r"))
-    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+    assert out.count("\ntrained ") == 1  # one process prints for all
+    assert losses(folder / "r") == pytest.approx(losses(folder / "single"), abs=1e-4)
+    single, distributed = (load_model(folder / x / "last.h5") for x in ("single", "r"))
+    parameters = distributed.model.parameters()
+    for (name, p), q in zip(single.model.named_parameters(), parameters, strict=True):
         assert float((p - q).detach().abs().max()) < 2e-3, name
-    grown = ["--grow-from", "whole/last.h5", "--data", "book.txt", "--steps", "3", "--out", "more"]
-    out, _ = run(folder, 2, *grown, "--batch", "4", "--seq-len", "32", "--parallel", "ddp")
-    assert "start   whole/last.h5, step 30, with its moments" in out
-    assert losses(folder / "more")[0] < losses(folder / "whole")[-1] + 0.3
-    with checkpoint.open_moments(folder / "more/last.h5", a.model) as (_, age):
-        assert age == 33
-    kept = []
-    for x in (a, b):
-        with checkpoint.open_moments(x.path, x.model) as (moments, age):
-            assert age == 30
-            kept.append({n: set(m) for n, m in moments.items()})
-    assert kept[0] == kept[1]
+    moment_names = []
+    for loaded in (single, distributed):
+        with open_moments(loaded.path, loaded.model) as (moments, steps):
+            assert steps == 18
+            moment_names.append({name: set(x) for name, x in moments.items()})
+    assert moment_names[0] == moment_names[1]
+    options = ["--initialize-from", "single/last.h5", "--data", "book.txt", "--steps", "3"]
+    options += ["--batch-size", "4", "--seq-len", "32", "--parallel", "ddp", "--out", "more"]
+    run(folder, 2, *options)
+    assert losses(folder / "more")[0] < losses(folder / "single")[-1] + 0.3
+    with open_moments(folder / "more/last.h5", single.model) as (_, steps):
+        assert steps == 21
 
 
 @pytest.mark.parametrize(
-    ("kind", "whom", "number"), [("fsdp", 1, signal.SIGTERM), ("ddp", None, signal.SIGINT)]
+    ("strategy", "rank", "number"), [("fsdp", 1, signal.SIGTERM), ("ddp", None, signal.SIGINT)]
 )
 def test_a_signal_stops_all_of_them(
-    folder: Path, kind: str, whom: int | None, number: signal.Signals
+    folder: Path, strategy: str, rank: int | None, number: signal.Signals
 ) -> None:
-    """To one of them, or to torchrun, which hands it on."""
-    process = start(folder, 2, *NEW, "--steps", "1000000", "--out", "r", "--parallel", kind)
+    """It goes to one process, or to torchrun, which forwards it."""
+    process = start(folder, 2, *NEW_RUN, "--steps", "1000000", "--out", "r", "--parallel", strategy)
     r = folder / "r"
     wait_for(lambda: (r / "metrics.jsonl").exists() and len(losses(r)) > 3, process)
     both = children(process)
     assert len(both) == 2
-    os.kill(process.pid if whom is None else both[whom], number)
+    os.kill(process.pid if rank is None else both[rank], number)
     _, errors = process.communicate(timeout=60)
-    step = checkpoint.read_metadata(r / "last.h5")[0]
-    assert said(errors) == [
-        f"stopped at step {step:,} and saved; continue with: torchrun --nproc-per-node 2 -m mmrec "
-        f"train --resume --out r --parallel {kind}"
-    ]
+    step = read_metadata(r / "last.h5").step
+    [line] = messages(errors)
+    assert line.startswith(f"stopped at step {step:,} ")
+    assert line.endswith(f"train --resume --out r --parallel {strategy}")
     assert len(losses(r)) == step > 3
     assert json.loads((r / "summary.json").read_text())["ended"] == "signal"
-    if whom is not None:
+    if rank is not None:
         assert f"exitcode  : {128 + number}" in errors
     assert not any(Path(f"/proc/{x}").exists() for x in both)
-    with Lock(r):
+    with FolderLock(r):
         pass
 
 
-@pytest.mark.parametrize(("kind", "whom"), [("ddp", 0), ("fsdp", 1)])
-def test_a_killed_process_ends_the_job(folder: Path, kind: str, whom: int) -> None:
-    process = start(folder, 2, *NEW, "--steps", "1000000", "--out", "r", "--parallel", kind)
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("fsdp", 1)])
+def test_a_killed_process_ends_the_job(folder: Path, strategy: str, rank: int) -> None:
+    process = start(folder, 2, *NEW_RUN, "--steps", "1000000", "--out", "r", "--parallel", strategy)
     r = folder / "r"
     wait_for(lambda: list(r.glob("step-*.h5")), process)
     both = children(process)
-    os.kill(both[whom], signal.SIGKILL)
+    os.kill(both[rank], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said(errors) == [
-        "error: a process of this job has ended; the checkpoints are whole: go "
-        "on from them with --resume"
-    ]
+    [line] = messages(errors)
+    assert "a process of this job has ended" in line
     assert not any(Path(f"/proc/{x}").exists() for x in both)
-    step = checkpoint.read_metadata(saved.list_checkpoints(r)[-1])[0]
+    step = read_metadata(list_checkpoints(r)[-1]).step
     out, _ = run(folder, 1, "--resume", "--out", "r", "--steps", str(step + 2))
     assert f"step {step:,}\n" in out
-    assert checkpoint.read_metadata(r / "last.h5")[0] == step + 2
+    assert read_metadata(r / "last.h5").step == step + 2
 
 
-def test_they_diverge_and_roll_back_together(folder: Path) -> None:
+def test_all_processes_diverge_and_roll_back_together(folder: Path) -> None:
     out, errors = run(
         folder,
         2,
-        *NEW,
+        *NEW_RUN,
         "--steps",
         "40",
         "--out",
@@ -204,59 +287,43 @@ def test_they_diverge_and_roll_back_together(folder: Path) -> None:
         code=1,
     )
     assert out.count("rollback: ") == 3
-    [line] = said(errors)
+    [line] = messages(errors)
     assert "after 3 rollbacks" in line
-    assert saved.list_checkpoints(folder / "r")
+    assert list_checkpoints(folder / "r")
 
 
-def test_a_mistake_is_said_once(folder: Path) -> None:
-    wish = [*NEW, "--steps", "3", "--out", "r", "--batch", "3"]
-    _, errors = run(folder, 2, *wish, "--parallel", "ddp", code=1)  # torchrun's own
-    assert said(errors) == [
-        "error: batch must be a multiple of the 2 processes that share its rows; got 3"
-    ]
+def test_a_mistake_is_reported_once(folder: Path) -> None:
+    options = [*NEW_RUN, "--steps", "3", "--out", "r", "--batch-size", "3", "--parallel", "ddp"]
+    _, errors = run(folder, 2, *options, code=1)  # torchrun's own code
+    [line] = messages(errors)
+    assert line.startswith("error: batch_size must be a multiple of the 2 processes")
     assert errors.count("exitcode  : 2 ") >= 1
     assert not (folder / "r").exists()
-    _, errors = run(folder, 2, *wish, code=1)
-    [line] = said(errors)
-    assert line.startswith("error: torchrun started 2 processes, which would all write the same")
 
 
 def test_what_cannot_be_sharded_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    class Sharded(ProcessGroup):
+    class ShardedGroup(ProcessGroup):
         sharded = True
 
-    made = make_trainer(corpus, tmp_path, grow_from="x")
-    with pytest.raises(InputError, match="--grow-from begins with --parallel ddp or in one"):
-        type(made)(tmp_path, corpus, made.model.config, made.config, "tiny", world=Sharded())
+    trainer = make_trainer(corpus, tmp_path, initialize_from="x")
+    with pytest.raises(InputError, match="--initialize-from"):
+        type(trainer)(
+            tmp_path,
+            corpus,
+            trainer.model.config,
+            trainer.config,
+            "tiny",
+            process_group=ShardedGroup(),
+        )
 
 
 def test_how_a_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.check_launch(None)
+    check_launch(None)
     for name, value in (("RANK", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-        with pytest.raises(InputError, match="--parallel needs the processes that torchrun starts"):
-            ranks.check_launch("ddp")
+        with pytest.raises(InputError, match="--parallel needs"):
+            check_launch("ddp")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ranks.check_launch("fsdp")
-    with pytest.raises(InputError, match="torchrun started 2 processes, .*: train takes --p"):
-        ranks.check_launch(None)
-
-
-@pytest.mark.parametrize("given", [None, "1"])
-def test_the_cores_are_shared_unless_the_user_said_otherwise(
-    given: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What torchrun was started with tells its own choice from the user's."""
-    said = {} if given is None else {"OMP_NUM_THREADS": given}
-    parent = subprocess.Popen([str(shutil.which("sleep")), "60"], env=said)
-    try:
-        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(12)))
-        monkeypatch.setattr(os, "environ", {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"})
-        wait_for(lambda: Path(f"/proc/{parent.pid}/comm").read_text() == "sleep\n", parent)
-        startup.share_cores()
-        assert os.environ["OMP_NUM_THREADS"] == ("3" if given is None else given)
-    finally:
-        parent.kill()
-        parent.wait()
+    check_launch("fsdp")
+    with pytest.raises(InputError, match="torchrun started 2 processes"):
+        check_launch(None)

@@ -1,11 +1,12 @@
-"""Real processes and signals: stopped, hung up, killed, two at once; none loses what it learnt."""
+"""Real processes and signals: stopped, hung up, killed, two at once. None loses what it learnt."""
 
+import contextlib
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,45 +14,134 @@ from typing import Any
 
 import pytest
 
-from mmrec.checkpoint import checkpoint
-from mmrec.checkpoint import manager as saved
-from mmrec.errors import RunLockedError
-from mmrec.training.run_dir import Lock
+from mmrec.checkpoint.checkpoint import load_model, read_metadata
+from mmrec.checkpoint.manager import find_checkpoint
+from mmrec.errors import InterruptedTrainingError, RunLockedError
+from mmrec.runtime.interrupts import (
+    STOP_SIGNALS,
+    StopSignal,
+    exit_on_signal,
+    tolerate_closed_output,
+)
+from mmrec.runtime.locking import FolderLock
 from tests.conftest import ROOT
 
-SETTINGS = """preset = "tiny"
+CONFIG = """preset = "tiny"
 [model]
 width = 32
 depth = 2
 heads = 2
-ngrams = 64
-[train]
+ngram_buckets = 64
+[data]
 tokenizer = "byte"
-batch = 2
+batch_size = 2
 seq_len = 32
+[evaluation]
 eval_every = 50
 eval_tokens = 500
 save_every = 50
 """
 TRAIN = [sys.executable, "-m", "mmrec", "train"]
-PLAN = ["--config", "small.toml", "--data", "book.txt", "--steps"]
+NEW_RUN = ["--config", "small.toml", "--data", "book.txt", "--steps"]
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
+
+
+@posix_only
+def test_the_first_signal_is_recorded_and_the_second_is_the_systems() -> None:
+    stop = StopSignal()
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    with stop:
+        assert not stop.is_set()
+        stop.raise_if_set("any", "arguments")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.is_set(), stop.signal_number) == (True, signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        with pytest.raises(InterruptedTrainingError):
+            stop.raise_if_set()
+    assert {s: signal.getsignal(s) for s in STOP_SIGNALS} == before
+
+
+@posix_only
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop, exit_on_signal("not printed"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@posix_only
+def test_several_processes_stop_for_the_largest_signal() -> None:
+    """The handlers stay after the block, since torchrun may send more signals."""
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    try:
+        with StopSignal(agree=lambda number: max(number, 2.0)) as stop:
+            assert (stop.is_set(), stop.signal_number) == (True, 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == 2
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_other_threads_leave_the_handlers_alone() -> None:
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    results: list[bool] = []
+
+    def work() -> None:
+        with StopSignal() as stop, exit_on_signal(""):
+            results.append(stop.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [False]
+    assert {s: signal.getsignal(s) for s in STOP_SIGNALS} == before
+
+
+@posix_only
+def test_a_signal_before_there_is_anything_to_save(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_signal("nothing to save"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "nothing to save\n"
+
+
+@posix_only
+def test_output_that_nobody_reads_is_dropped() -> None:
+    code = (
+        "import sys; from mmrec.runtime.interrupts import tolerate_closed_output\n"
+        "sys.stdin.readline()\n"
+        "with tolerate_closed_output():\n"
+        "    for _ in range(3): print('x' * 100_000, flush=True)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.close()
+        _, errors = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, errors) == (0, b"")
+    with contextlib.redirect_stdout(None), tolerate_closed_output():
+        pass  # a program without a console has no streams
 
 
 @pytest.fixture
 def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
-    """Where processes run. They start with the signals' usual meaning, whatever the tests' is."""
-    (tmp_path / "small.toml").write_text(SETTINGS)
+    """A folder with a text and settings. Processes start with the default signal handlers."""
+    (tmp_path / "small.toml").write_text(CONFIG)
     (tmp_path / "book.txt").write_text(text_file.read_text()[:20_000])
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {s: signal.signal(s, lambda number, frame: None) for s in numbers}
+    before = {s: signal.signal(s, lambda number, frame: None) for s in STOP_SIGNALS}
     yield tmp_path
     for s, handler in before.items():
         signal.signal(s, handler)
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
     end = time.monotonic() + 120
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.02)
@@ -63,23 +153,24 @@ def lines(run: Path) -> int:
 
 
 def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> None:
-    master, slave = pty.openpty()
+    pty = pytest.importorskip("pty")
+    terminal, child_terminal = pty.openpty()
     process = subprocess.Popen(
-        [*TRAIN, *PLAN, "1000000", "--out", "r"],
+        [*TRAIN, *NEW_RUN, "1000000", "--out", "r"],
         cwd=folder,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
+        stdin=child_terminal,
+        stdout=child_terminal,
+        stderr=child_terminal,
         start_new_session=True,
     )
-    os.close(slave)
+    os.close(child_terminal)
     run = folder / "r"
     wait_for(lambda: lines(run) > 3, process)
-    with pytest.raises(RunLockedError, match=f"is being written by process {process.pid} on "):
-        Lock(run)
-    for wish in (["--resume"], [*PLAN, "9", "--force"]):
+    with pytest.raises(RunLockedError, match=f"process {process.pid} on "):
+        FolderLock(run)
+    for options in (["--resume"], [*NEW_RUN, "9", "--force"]):
         second = subprocess.run(
-            [*TRAIN, *wish, "--out", "r"],
+            [*TRAIN, *options, "--out", "r"],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -87,15 +178,13 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
             check=False,
         )
         assert second.returncode == 2
-        assert second.stderr.splitlines()[-1].startswith(
-            f"error: r is being written by process {process.pid} on "
-        )
+        assert f"process {process.pid} on " in second.stderr.splitlines()[-1]
     wait_for(lambda: list(run.glob("step-*.h5")), process)
-    assert checkpoint.load_model(saved.find_checkpoint(run)).step >= 50  # readers ask nobody
-    os.close(master)  # from now on writing to the terminal is an error
+    assert load_model(find_checkpoint(run)).step >= 50  # readers need no lock
+    os.close(terminal)  # from now on writing to the terminal is an error
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 129
-    step = checkpoint.read_metadata(run / "last.h5")[0]
+    step = read_metadata(run / "last.h5").step
     assert lines(run) >= step > 50
     assert not [p.name for p in run.glob(".*")]
 
@@ -103,7 +192,7 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
 def test_two_at_once_find_two_folders_and_nobody_has_to_listen(folder: Path) -> None:
     both = [
         subprocess.Popen(
-            [*TRAIN, *PLAN, "60"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*TRAIN, *NEW_RUN, "60"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for _ in range(2)
     ]
@@ -114,13 +203,13 @@ def test_two_at_once_find_two_folders_and_nobody_has_to_listen(folder: Path) -> 
         process.stderr.close()
     assert [process.wait(120) for process in both] == [0, 0]
     for name in ("tiny-book", "tiny-book-2"):
-        made = json.loads((folder / "runs" / name / "summary.json").read_text())
-        assert (made["ended"], made["steps"]) == ("done", 60)
+        summary = json.loads((folder / "runs" / name / "summary.json").read_text())
+        assert (summary["ended"], summary["steps"]) == ("done", 60)
 
 
 def test_a_second_signal_does_not_wait(folder: Path) -> None:
     process = subprocess.Popen(
-        [*TRAIN, *PLAN, "1000000", "--out", "r"],
+        [*TRAIN, *NEW_RUN, "1000000", "--out", "r"],
         cwd=folder,
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -132,12 +221,13 @@ def test_a_second_signal_does_not_wait(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) in (-signal.SIGINT, 130)  # 130: it was quicker
     for path in run.glob("*.h5"):
-        checkpoint.load_model(path)
-    with Lock(run):  # a dead process holds nothing, and what it was writing is cleared away
-        assert [p.name for p in run.glob(".*")] == [".lock"]
+        load_model(path)
+    with FolderLock(run):  # that of a dead process is free, and its temporaries are removed
+        assert not list(run.glob(".*.tmp"))
+    assert not list(run.glob(".*"))
 
 
-def test_a_signal_before_there_is_anything_to_save(folder: Path) -> None:
+def test_a_signal_while_the_text_is_read(folder: Path) -> None:
     process = subprocess.Popen(
         [*TRAIN, "tiny", "--data", "stdlib", "--out", "r"],
         cwd=folder,
@@ -157,16 +247,16 @@ def test_a_signal_before_there_is_anything_to_save(folder: Path) -> None:
 
 
 def test_kills_while_it_trains_and_while_it_writes(tmp_path: Path) -> None:
-    """The stress script itself: SIGKILL, resume, and equal bits in the end."""
-    made = tmp_path / "made.json"
+    """The stress script itself: SIGKILL, resume, and equal bits at the end."""
+    report = tmp_path / "report.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py")]
     subprocess.run(
-        [*script, "--kills", "3", "--steps", "50", "--out", str(made)],
+        [*script, "--kills", "3", "--steps", "50", "--out", str(report)],
         check=True,
         timeout=400,
         stdout=subprocess.DEVNULL,
     )
-    result = json.loads(made.read_text())
+    result = json.loads(report.read_text())
     assert result["kills"] == 3
     assert result["aimed"]["writing"] == 2
     assert result["arrays_equal"]["last.h5"] > 40
