@@ -51,7 +51,7 @@ def prepare(
     if out is not None and out.is_dir():
         raise InputError(f"--out must be a file to write; {out} is a folder")
     echo = functools.partial(typer.echo, err=True)
-    typer.echo(_prepare(source, settings, out=out, echo=echo, compress=compress))
+    typer.echo(_prepare(source, settings, out=out, progress=echo, compress=compress))
 
 
 @app.command()

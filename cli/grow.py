@@ -92,13 +92,13 @@ def _extend_vocabulary(
     source: "LoadedModel", vocab: int, data: str | None
 ) -> tuple["Tokenizer", list[list[int]]]:
     """The model's tokenizer with new tokens of a text, and the old tokens that each one joins."""
-    from mmrec.data.prepare import iter_training_texts, read_options
+    from mmrec.data.prepare import training_texts, read_options
     from mmrec.data.tokenizer import extend_tokenizer
     from mmrec.evaluation.provenance import check_provenance
 
     if data is not None:
-        texts = iter_training_texts(data)
+        texts = training_texts(data)
     else:
         settings = check_provenance(source, option="--data")
-        texts = iter_training_texts(settings.source, read_options(settings))
+        texts = training_texts(settings.source, read_options(settings))
     return extend_tokenizer(source.tokenizer, texts, vocab)

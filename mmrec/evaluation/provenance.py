@@ -11,7 +11,7 @@ from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import DataConfig, TrainConfig, read_config_file
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import open_corpus, prepare, read_options
-from mmrec.data.sources import NAMES
+from mmrec.data.sources import CORPUS_NAMES
 from mmrec.errors import InputError
 
 
@@ -30,7 +30,7 @@ def may_read(data: DataConfig, checkpoint: Path) -> bool:
     Raises:
         InputError: the config.toml beside the checkpoint cannot be read.
     """
-    if data.source in NAMES and not data.val_file:
+    if data.source in CORPUS_NAMES and not data.val_file:
         return True
     beside = checkpoint.with_name("config.toml")
     train = read_config_file(beside).train if beside.is_file() else {}

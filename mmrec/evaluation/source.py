@@ -8,7 +8,7 @@ import numpy as np
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus, Split, is_prepared
 from mmrec.data.readers import ReadOptions
-from mmrec.data.sources import documents
+from mmrec.data.sources import iter_documents
 from mmrec.data.tokenize import encode_documents
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation, TokenScores, evaluate_split
@@ -48,7 +48,7 @@ def open_split(
                 "give its text instead"
             )
         return corpus.val, f"validation split of {data}"
-    texts = documents(data, ReadOptions(text_field, skip_bad))
+    texts = iter_documents(data, ReadOptions(text_field, skip_bad))
     split = encode_documents(loaded.tokenizer, texts)
     if not split.n_tokens:
         raise InputError(f"{data} is empty: expected text; got only white space or nothing")
