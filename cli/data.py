@@ -92,7 +92,7 @@ def _print(corpus: "Corpus", splits: dict[str, Any]) -> None:
         rate = split["bytes"] / max(1, split["tokens"])
         counts = f"{split['documents']:>12,}{split['bytes']:>14,}{split['tokens']:>14,}"
         typer.echo(f"{name:12}{counts}{rate:>13.2f}")
-    for (weight, begin, end), part in zip(corpus.parts, info["mixture"], strict=True):
+    for (weight, begin, end), part in zip(corpus.mixture_streams, info["mixture"], strict=True):
         if len(info["mixture"]) > 1:
             name = _printable(part["source"])
             typer.echo(f"{weight:>12g} of the windows from {end - begin:,} tokens of {name}")
