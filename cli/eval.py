@@ -168,8 +168,8 @@ def _score(
     from tqdm import tqdm
 
     from mmrec.data.corpus import Corpus, is_prepared
-    from mmrec.data.readers import Reading
-    from mmrec.data.sources import documents
+    from mmrec.data.readers import ReadOptions
+    from mmrec.data.sources import iter_documents
     from mmrec.data.tokenize import encode_documents
     from mmrec.errors import InputError
     from mmrec.evaluation.evaluate import TokenScores, evaluate
@@ -187,7 +187,7 @@ def _score(
             )
         what, split = f"validation split of {data}", corpus.val
     else:
-        texts = documents(data, Reading(text_field, skip_bad))
+        texts = iter_documents(data, ReadOptions(text_field, skip_bad))
         what, split = f"all of {data}", encode_documents(loaded.tokenizer, texts)
         if not split.n_tokens:
             raise InputError(f"{data} is empty: expected text; got only white space or nothing")
@@ -235,9 +235,9 @@ def _interval(interval: tuple[float, float] | None) -> str:
 def may_read(settings: "TrainConfig", checkpoint: Path) -> bool:
     """Whether the text that a checkpoint names is a built-in corpus or that of its run's config."""
     from mmrec.config import load_toml
-    from mmrec.data.sources import NAMES
+    from mmrec.data.sources import CORPUS_NAMES
 
-    if settings.data in NAMES and not settings.val_file:
+    if settings.data in CORPUS_NAMES and not settings.val_file:
         return True
     config = checkpoint.with_name("config.toml")
     said = load_toml(config).get("train", {}) if config.is_file() else {}

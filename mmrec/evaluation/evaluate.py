@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrec.data.dataloader import eval_lanes
+from mmrec.data.dataloader import evaluation_streams
 from mmrec.errors import InputError
 from mmrec.kernels.fused_linear_cross_entropy.loss import LOSS_ROWS
 from mmrec.model import Model, State
@@ -92,7 +92,7 @@ def evaluate(
     columns = places.view(lanes, -1).split(chunk, 1)  # the tokens that a chunk scores
     try:
         for (x, y, mask), column in zip(
-            eval_lanes(tokens, eot, lanes, chunk), columns, strict=True
+            evaluation_streams(tokens, eot, lanes, chunk), columns, strict=True
         ):
             at = column[mask].split(LOSS_ROWS)
             starts = x == eot if resets else None

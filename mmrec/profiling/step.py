@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmrec.config import ModelConfig, TrainConfig
-from mmrec.data.dataloader import Batches
+from mmrec.data.dataloader import WindowLoader
 from mmrec.kernels import (
     associative_memory,
     gated_recurrence,
@@ -156,7 +156,7 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
         parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), matrix_lr=1e-4, lanes=lanes
     )
     rng = np.random.default_rng(0)
-    batches = Batches(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
+    batches = WindowLoader(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
 
     def update() -> None:
         lanes.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
@@ -164,13 +164,13 @@ def profile(config: ModelConfig, train: TrainConfig) -> Profile:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        gradients(model, lanes, *batches.get(0))
+        gradients(model, lanes, *batches.batch_at(0))
         update()
 
     whole = median_seconds(step)
     parts = [Part("optimizer", median_seconds(update))]
-    parts.append(Part("data", median_seconds(lambda: batches.get(0))))
-    tokens, targets = (t[: -(-batch // lanes.count)] for t in batches.get(0))
+    parts.append(Part("data", median_seconds(lambda: batches.batch_at(0))))
+    tokens, targets = (t[: -(-batch // lanes.count)] for t in batches.batch_at(0))
     measure = partial(_model_parts, model, config, tokens, targets, half)
     parts += lanes.run([measure] * lanes.count)[0]
     sums: dict[str, list[float]] = {}

@@ -149,7 +149,7 @@ class Trainer:
         freeze_parameters(self.model, finetune.freeze)
         self.loader = make_loader(
             corpus.train.tokens,
-            corpus.parts,
+            corpus.mixture_streams,
             data.batch_size,
             data.seq_len,
             training.seed,

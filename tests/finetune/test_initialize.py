@@ -12,7 +12,7 @@ from mmrec.checkpoint import manager as saved
 from mmrec.checkpoint.checkpoint import load_model, open_moments
 from mmrec.config import TrainConfig
 from mmrec.data.corpus import Corpus
-from mmrec.data.dataloader import Batches, Mixed
+from mmrec.data.dataloader import ReplayLoader, WindowLoader
 from mmrec.errors import InputError
 from mmrec.finetune.grow import Growth
 from mmrec.finetune.start import freeze, grow_checkpoint
@@ -181,15 +181,15 @@ def test_lower_layers_learn_at_lower_rates(corpus: Corpus, tmp_path: Path) -> No
 
 
 def test_a_share_of_the_windows_is_old() -> None:
-    new = Batches(np.zeros(4000, np.uint16), 8, 10, seed=0)
-    old = Batches(np.ones(900, np.uint16), 8, 10, seed=0)
-    mixed = Mixed(new, old, 0.2)
+    new = WindowLoader(np.zeros(4000, np.uint16), 8, 10, seed=0)
+    old = WindowLoader(np.ones(900, np.uint16), 8, 10, seed=0)
+    mixed = ReplayLoader(new, old, 0.2)
     shares = []
     for step in range(mixed.steps_per_epoch):
-        x, y = mixed.get(step)
+        x, y = mixed.batch_at(step)
         assert x.shape == y.shape == (8, 10)
         assert torch.equal(x[:, 0], y[:, 0])
-        assert torch.equal(x, mixed.get(step)[0])
+        assert torch.equal(x, mixed.batch_at(step)[0])
         shares.append(float(x.float().mean()))
     assert sum(shares) / len(shares) == pytest.approx(0.2, abs=0.02)
     assert {round(8 * share) for share in shares} == {1, 2}
