@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmrec.config import ModelConfig
 from mmrec.data.corpus import Corpus
-from mmrec.data.dataloader import Batches
+from mmrec.data.dataloader import WindowLoader
 from mmrec.data.prepare import prepare
 from mmrec.training.lr_schedule import lr_factor
 
@@ -265,11 +265,11 @@ def train_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str,
         optimizer = torch.optim.AdamW(
             groups, lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["decay"], fused=True
         )
-    batches = Batches(corpus.train.tokens, s["batch"], s["seq_len"], args.seed)
+    batches = WindowLoader(corpus.train.tokens, s["batch"], s["seq_len"], args.seed)
     run: Any = torch.compile(model) if s["compile"] else model
 
     def gradients(step: int) -> float:
-        x, y = batches.get(step)
+        x, y = batches.batch_at(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=s["bf16"]):
             if name.startswith("nanogpt"):
                 loss = run(x, y)[1]

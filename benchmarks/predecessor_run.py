@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from mmrec.config import TrainConfig, preset  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
-from mmrec.data.dataloader import Batches  # noqa: E402
+from mmrec.data.dataloader import WindowLoader  # noqa: E402
 from mmrec.data.prepare import prepare  # noqa: E402
 from mmrec.evaluation.evaluate import evaluate  # noqa: E402
 from mmrec.model import Model  # noqa: E402
@@ -54,9 +54,9 @@ def main() -> None:
         matrix_lr=plan.muon_lr,
         lanes=lanes,
     )
-    batches = Batches(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
+    batches = WindowLoader(corpus.train.tokens, BATCH, SEQ_LEN, args.seed)
     begin = time.perf_counter()
-    gradients(model, lanes, *batches.get(0))
+    gradients(model, lanes, *batches.batch_at(0))
     compiled = time.perf_counter() - begin
 
     losses, rows, trained = [], [], 0.0
@@ -70,7 +70,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_factor(progress, 0.05, "linear", 0.0)
             optimizer.zero_grad(set_to_none=True)
-            loss, _ = gradients(model, lanes, *batches.get(step))
+            loss, _ = gradients(model, lanes, *batches.batch_at(step))
             lanes.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
             optimizer.step()
             losses.append(loss)

@@ -92,7 +92,7 @@ def _extend_vocabulary(
     source: "LoadedModel", vocab: int, data: str | None
 ) -> tuple["Tokenizer", list[list[int]]]:
     """The model's tokenizer with new tokens of a text, and the old tokens that each one joins."""
-    from mmrec.data.prepare import training_texts, read_options
+    from mmrec.data.prepare import read_options, training_texts
     from mmrec.data.tokenizer import extend_tokenizer
     from mmrec.evaluation.provenance import check_provenance
 

@@ -1,6 +1,6 @@
-"""Tokenised corpora: one HDF5 file each, made once and reused while its source is unchanged.
+"""Tokenised corpora: one HDF5 file each, prepared once and reused while its source is unchanged.
 
-The layout is described in docs/formats.md.
+The layout of the file is described in docs/formats.md.
 """
 
 import json
@@ -13,24 +13,29 @@ import h5py
 import numpy as np
 import platformdirs
 
-from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
-from mmrec.data.sources import NAMES
+from mmrec.checkpoint.hdf5 import map_array, read_array, read_json
+from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
+from mmrec.data.sources import CORPUS_NAMES
 from mmrec.data.tokenizer import Tokenizer
 
-KIND, SCHEMA = "corpus", 3
-SIDES = ("train", "val")
+KIND, SCHEMA = "corpus", 4
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Split:
-    """One side of a corpus: every document followed by the end token."""
+    """The training or the validation text of a corpus; every document ends with the end token.
+
+    Attributes:
+        tokens: (n,) uint16 or uint32. A long array is read from the disk as it is used.
+        doc_offsets: (documents + 1,) int64, index in ``tokens`` where each document begins; the
+            last is n.
+        doc_bytes: (documents,) int64, UTF-8 bytes of each document.
+    """
 
     tokens: np.ndarray
-    """(n,) uint16 or uint32; where there are many, they stay in the file until they are read."""
     doc_offsets: np.ndarray
-    """(documents + 1,) int64, where each document starts in tokens; the last is n."""
     doc_bytes: np.ndarray
-    """(documents,) int64, UTF-8 bytes of each document."""
 
     @property
     def n_tokens(self) -> int:
@@ -45,44 +50,59 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, its tokens in memory."""
+    """A prepared corpus.
+
+    Attributes:
+        path: its file.
+        train: the training text.
+        val: the validation text.
+        tokenizer: what the text was tokenised with.
+        info: JSON: ``source``, ``fingerprint`` (SHA-256 of names and texts), ``duplicates``,
+            ``near_duplicates`` and ``skipped`` (counts), ``longest`` and ``random``
+            (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``.
+    """
 
     path: Path
     train: Split
     val: Split
     tokenizer: Tokenizer
     info: dict[str, Any]
-    """source, fingerprint (SHA-256 of the texts), how many were left out, longest and random
-    documents …"""
 
     @property
-    def parts(self) -> list[tuple[float, int, int]]:
-        """Weight of each source of a mixture, and where its training tokens begin and end."""
-        mixed, begin = self.info["mixture"], 0
-        made = []
-        for part in mixed:
-            made.append((part["weight"], begin, part["end"]))
-            begin = part["end"]
-        return made
+    def mixture_streams(self) -> list[tuple[float, int, int]]:
+        """Weight of each component of a mixture, and where its training tokens begin and end."""
+        streams, begin = [], 0
+        for component in self.info["mixture"]:
+            streams.append((component["weight"], begin, component["end"]))
+            begin = component["end"]
+        return streams
 
     @classmethod
     def open(cls, path: Path) -> "Corpus":
-        """Read a corpus file. Raises InputError if it is missing, damaged or of another kind."""
+        """Open a corpus file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            DamagedError: it is damaged.
+            InputError: it is missing, not a corpus, or was written by another version of mmrec.
+        """
         with open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
             info = read_json(file, "info")
             _check_info(info)
             tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-            train, val = (_read_split(file, path, side, tokenizer) for side in SIDES)
-            ends = [0, *(part["end"] for part in info["mixture"])]
-            weights = [part["weight"] for part in info["mixture"]]
+            train, val = (_read_split(file, path, name, tokenizer) for name in SPLITS)
+            ends = [0, *(component["end"] for component in info["mixture"])]
+            weights = [component["weight"] for component in info["mixture"]]
             if sorted(ends) != ends or ends[-1] != train.n_tokens or not min(weights) > 0:
                 raise ValueError("its mixture does not add up to the training tokens")
         return cls(path, train, val, tokenizer, info)
 
 
 def _check_info(info: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError unless it holds what is read of it."""
-    kinds = {
+    """Raise KeyError or ValueError unless every entry that is used has its type."""
+    types = {
         "source": str,
         "fingerprint": str,
         "duplicates": int,
@@ -92,43 +112,41 @@ def _check_info(info: dict[str, Any]) -> None:
         "random": list,
         "mixture": list,
     }
-    shown = {"name": str, "bytes": int, "text": str}
-    part = {"source": str, "weight": float, "end": int}
-    for key, kind in kinds.items():
-        wanted = part if key == "mixture" else shown
+    excerpt = {"name": str, "bytes": int, "text": str}
+    component = {"source": str, "weight": float, "end": int}
+    for key, kind in types.items():
+        fields = component if key == "mixture" else excerpt
         good = isinstance(info[key], kind) and all(
-            isinstance(entry, dict) and all(isinstance(entry.get(k), v) for k, v in wanted.items())
+            isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
             for entry in (info[key] if kind is list else [])
         )
         if not good:
-            raise ValueError(f"{key} in info is not of its kind")
+            raise ValueError(f"{key} in info has the wrong type")
 
 
-def _read_split(file: h5py.File, path: Path, side: str, tokenizer: Tokenizer) -> Split:
-    dtype = token_dtype(tokenizer)
-    starts, sizes = (
-        read_array(file, f"{side}/{name}", np.int64) for name in ("doc_offsets", "doc_bytes")
-    )
-    made = Split(map_array(file, path, f"{side}/tokens", dtype), starts, sizes)
-    if made.n_tokens and int(made.tokens.max()) >= tokenizer.vocab_size:
+def _read_split(file: h5py.File, path: Path, name: str, tokenizer: Tokenizer) -> Split:
+    offsets = read_array(file, f"{name}/doc_offsets", np.int64)
+    doc_bytes = read_array(file, f"{name}/doc_bytes", np.int64)
+    tokens = map_array(file, path, f"{name}/tokens", token_dtype(tokenizer))
+    if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
         raise ValueError("a token id lies outside the vocabulary")
-    fits = len(starts) == len(made.doc_bytes) + 1 and starts[0] == 0 and starts[-1] == made.n_tokens
-    if not (fits and (np.diff(starts) > 0).all() and (made.doc_bytes >= 0).all()):
-        raise ValueError(f"the documents of {side} do not add up to its tokens")
-    return made
+    fits = len(offsets) == len(doc_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
+    if not fits or (np.diff(offsets) <= 0).any() or (doc_bytes < 0).any():
+        raise ValueError(f"the documents of {name} do not add up to its tokens")
+    return Split(tokens, offsets, doc_bytes)
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
-    """The smaller of uint16 and uint32 that holds every id."""
+    """The smaller of uint16 and uint32 that holds every token id."""
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 def cache_folder() -> Path:
-    """Where prepared corpora are kept: ``$MMREC_CACHE``, else the user's cache folder."""
+    """Where prepared corpora are kept: under ``$MMREC_CACHE``, else in the user's cache folder."""
     root = os.environ.get("MMREC_CACHE") or platformdirs.user_cache_dir("mmrec")
     return Path(root) / "corpora"
 
 
-def is_prepared(source: str) -> bool:
+def is_prepared(source: str | Path) -> bool:
     """Whether a source names a prepared corpus file rather than text."""
-    return source.endswith((".h5", ".hdf5")) and source not in NAMES
+    return str(source).endswith((".h5", ".hdf5")) and str(source) not in CORPUS_NAMES

@@ -1,6 +1,6 @@
-"""Batches: windows for training, and lanes that score a whole split exactly once.
+"""Batches of training windows, and parallel streams that score a whole split exactly once.
 
-Axes: B windows of a batch, T tokens of a window.
+Axes: B windows per batch, T tokens per window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,186 +10,289 @@ import torch
 from torch import Tensor
 
 from mmrec.errors import InputError
+from mmrec.runtime.numeric import cdiv
 
-BLOCK = 256  # windows in which a mixture keeps its shares
+MIXTURE_BLOCK = 256
+"""Windows in which a mixture keeps the shares of its components exactly."""
 
 
-class Batches:
-    """Training windows, a pure function of the position, so a position is all that a resume needs.
+class WindowLoader:
+    """Batches of training windows. A batch depends only on the seed and its number.
 
-    Each epoch cuts the stream at a fresh random offset into windows of ``seq_len`` inputs and as
-    many targets, one token on, and deals them out in a fresh order; both come from (seed, epoch).
-    With ``carry`` a row of one batch goes on where that row of the batch before it ended.
+    Each epoch cuts the tokens at a new random offset into windows of ``seq_len`` inputs and as many
+    targets, one token later, and visits them in a new random order. Both come from (seed, epoch).
+    With ``carry`` each row of a batch continues where that row of the batch before ended.
+
+    Attributes:
+        batch_size, seq_len, seed: as given.
+        steps_per_epoch: batches per epoch.
     """
 
     def __init__(
-        self, tokens: np.ndarray, batch: int, seq_len: int, seed: int, *, carry: bool = False
+        self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int, *, carry: bool = False
     ) -> None:
-        """``tokens`` (n,) ids. Raises InputError if they do not fill one batch."""
-        self._tokens, self.batch, self.seq_len, self.seed = tokens, batch, seq_len, seed
-        self._carry = carry
-        self._windows = (len(tokens) - 1) // seq_len
-        self.steps_per_epoch = self._windows // batch
+        """Make the loader.
+
+        Args:
+            tokens: (n,) token ids.
+            batch_size: B.
+            seq_len: T.
+            seed: seed of offsets and orders.
+            carry: whether rows continue from batch to batch.
+
+        Raises:
+            InputError: the tokens do not fill one batch.
+        """
+        self._tokens, self._carry = tokens, carry
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.steps_per_epoch = (len(tokens) - 1) // seq_len // batch_size
         if self.steps_per_epoch == 0:
             raise InputError(
-                f"one batch needs {batch} windows of {seq_len} tokens = {batch * seq_len + 1:,}; "
-                f"the training split has {len(tokens):,}: use more text, a smaller batch or seq_len"
+                f"one batch needs {batch_size} windows of {seq_len} tokens = "
+                f"{batch_size * seq_len + 1:,}; the training split has {len(tokens):,}: use more "
+                "text, a smaller batch or seq_len"
             )
         self._epoch = -1
         self._starts = np.empty(0, np.int64)
 
-    def _deal(self, epoch: int) -> None:
+    def _begin_epoch(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
-        slack = len(self._tokens) - 1 - self.steps_per_epoch * self.batch * self.seq_len
+        windows = self.steps_per_epoch * self.batch_size
+        slack = len(self._tokens) - 1 - windows * self.seq_len
         offset = rng.integers(0, slack + 1)
-        count = self.steps_per_epoch * self.batch
-        order = rng.permutation(count)
+        order = rng.permutation(windows)
         if self._carry:
-            order = np.arange(count).reshape(self.batch, -1).T.ravel()
+            order = np.arange(windows).reshape(self.batch_size, -1).T.ravel()
         self._starts, self._epoch = offset + order * self.seq_len, epoch
 
-    def begins(self, step: int) -> bool:
-        """Whether an epoch begins: there, no row goes on where another ended."""
-        return step % self.steps_per_epoch == 0
+    def starts_epoch(self, number: int) -> bool:
+        """Whether a batch is the first of an epoch, where no row continues another."""
+        return number % self.steps_per_epoch == 0
 
-    def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64, of a micro-step counted from 0 over all epochs."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+    def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of a batch.
+
+        Args:
+            number: number of the batch, from 0, counted over all epochs.
+
+        Returns:
+            Inputs (B, T) int64 and targets (B, T) int64.
+        """
+        epoch, position = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._deal(epoch)
-        starts = self._starts[at * self.batch : (at + 1) * self.batch]
+            self._begin_epoch(epoch)
+        starts = self._starts[position * self.batch_size : (position + 1) * self.batch_size]
         windows = self._tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
-        both = torch.from_numpy(windows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        windows_tensor = torch.from_numpy(windows)
+        return windows_tensor[:, :-1].contiguous(), windows_tensor[:, 1:].contiguous()
 
 
-class Mixture:
-    """Windows of several streams, each stream with its share of them, in batches.
+class MixtureLoader:
+    """Batches of windows from several streams, each with its share of the windows.
 
-    Every 256 windows hold each stream's share, in a fresh order from (seed, number of the 256); the
-    windows of one stream come as from Batches. A pure function of the position, too.
+    Every 256 windows hold each stream's share, in a new random order from (seed, number of the
+    256). The windows of one stream come as from a WindowLoader. A batch depends only on the seed
+    and its number.
+
+    Attributes:
+        batch_size, seq_len, seed: as given.
+        steps_per_epoch: batches that hold as many windows as all streams together.
     """
 
     def __init__(
         self,
         streams: Sequence[np.ndarray],
         weights: Sequence[float],
-        batch: int,
+        batch_size: int,
         seq_len: int,
         seed: int,
     ) -> None:
-        """Streams (n,) of ids. Raises InputError if one does not fill a window, or never comes."""
-        self._streams = [Batches(s, 1, seq_len, seed + i) for i, s in enumerate(streams)]
-        self.batch, self.seq_len, self.seed = batch, seq_len, seed
-        self.steps_per_epoch = sum(s.steps_per_epoch for s in self._streams) // batch
+        """Make the loader.
+
+        Args:
+            streams: token ids (n,) of each component.
+            weights: of each component, > 0.
+            batch_size: B.
+            seq_len: T.
+            seed: seed of offsets and orders.
+
+        Raises:
+            InputError: a stream does not fill a window, the streams do not fill one batch, or a
+                weight is too small for a window in 256.
+        """
+        self._loaders = [WindowLoader(s, 1, seq_len, seed + i) for i, s in enumerate(streams)]
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        windows = sum(loader.steps_per_epoch for loader in self._loaders)
+        self.steps_per_epoch = windows // batch_size
         if self.steps_per_epoch == 0:
             raise InputError(
-                f"one batch needs {batch} windows of {seq_len} tokens; the training "
-                "text has fewer: use more text or a smaller batch"
+                f"one batch needs {batch_size} windows of {seq_len} tokens; the training "
+                f"text has {windows}: use more text or a smaller batch"
             )
-        exact = np.asarray(weights) / sum(weights) * BLOCK
+        exact = np.asarray(weights) / sum(weights) * MIXTURE_BLOCK
         self._counts = exact.astype(np.int64)
-        left = np.argsort(self._counts - exact, kind="stable")[: BLOCK - self._counts.sum()]
-        self._counts[left] += 1
+        missing = MIXTURE_BLOCK - self._counts.sum()
+        self._counts[np.argsort(self._counts - exact, kind="stable")[:missing]] += 1
         if not self._counts.all():
             raise InputError(
-                f"the weights of a mixture must be at least 1/{BLOCK} of their sum; "
+                f"the weights of a mixture must be at least 1/{MIXTURE_BLOCK} of their sum; "
                 f"got {', '.join(f'{w:g}' for w in weights)}"
             )
         self._block, self._order = -1, np.empty(0, np.int64)
 
-    def begins(self, step: int) -> bool:
-        """Whether an epoch begins: as many windows as all streams hold."""
-        return step % self.steps_per_epoch == 0
+    def starts_epoch(self, number: int) -> bool:
+        """Whether a batch is the first of an epoch."""
+        return number % self.steps_per_epoch == 0
 
-    def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64, of a micro-step counted from 0."""
-        rows = [self._row(k) for k in range(step * self.batch, (step + 1) * self.batch)]
-        x, y = zip(*rows, strict=True)
-        return torch.cat(x), torch.cat(y)
+    def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of a batch.
 
-    def _row(self, number: int) -> tuple[Tensor, Tensor]:
-        block, at = divmod(number, BLOCK)
+        Args:
+            number: number of the batch, from 0.
+
+        Returns:
+            Inputs (B, T) int64 and targets (B, T) int64.
+        """
+        first = number * self.batch_size
+        rows = [self._window_at(window) for window in range(first, first + self.batch_size)]
+        inputs, targets = zip(*rows, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+    def _window_at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs (1, T) and targets (1, T) of a window."""
+        block, position = divmod(number, MIXTURE_BLOCK)
         if block != self._block:
             order = np.repeat(np.arange(len(self._counts)), self._counts)
             self._order = np.random.default_rng([self.seed, block]).permutation(order)
             self._block = block
-        stream = self._order[at]
-        before = int((self._order[:at] == stream).sum())
-        return self._streams[stream].get(block * int(self._counts[stream]) + before)
+        stream = self._order[position]
+        earlier = int((self._order[:position] == stream).sum())
+        return self._loaders[stream].batch_at(block * int(self._counts[stream]) + earlier)
 
 
-def deal(
+def make_loader(
     tokens: np.ndarray,
-    parts: Sequence[tuple[float, int, int]],
-    batch: int,
+    streams: Sequence[tuple[float, int, int]],
+    batch_size: int,
     seq_len: int,
     seed: int,
     *,
     carry: bool,
-) -> Batches | Mixture:
-    """Training batches of a corpus: of its stream, or of a mixture's (weight, begin, end).
+) -> WindowLoader | MixtureLoader:
+    """Make the loader of a corpus's training batches.
 
-    Raises InputError if the text is too short, or a mixture is to be carried on.
+    Args:
+        tokens: (n,) token ids of the training text.
+        streams: weight of each component of a mixture, and where its tokens begin and end.
+        batch_size: B.
+        seq_len: T.
+        seed: seed of offsets and orders.
+        carry: whether rows continue from batch to batch.
+
+    Raises:
+        InputError: the text is too short, or rows of a mixture are to continue.
     """
-    if len(parts) == 1:
-        return Batches(tokens, batch, seq_len, seed, carry=carry)
+    if len(streams) == 1:
+        return WindowLoader(tokens, batch_size, seq_len, seed, carry=carry)
     if carry:
-        raise InputError("state carry must have one source to go on in; this corpus is a mixture")
-    streams, weights = [tokens[lo:hi] for _, lo, hi in parts], [weight for weight, _, _ in parts]
-    return Mixture(streams, weights, batch, seq_len, seed)
+        raise InputError("state carry needs a single source to continue in; got a mixture")
+    components = [tokens[begin:end] for _, begin, end in streams]
+    weights = [weight for weight, _, _ in streams]
+    return MixtureLoader(components, weights, batch_size, seq_len, seed)
 
 
-class Mixed:
-    """Batches in which a share of the windows is of another text; of both, a position is all that a
-    resume needs.
+class ReplayLoader:
+    """Batches in which a share of the windows comes from earlier text, against forgetting.
 
-    What is still seen is not forgotten: rehearsal, in Robins 1995, "Catastrophic forgetting,
-    rehearsal and pseudorehearsal".
+    A batch depends only on the seeds and its number.
+
+    Attributes:
+        steps_per_epoch, starts_epoch: those of the new text's loader.
+
+    Source:
+        Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal".
     """
 
-    def __init__(self, new: Batches | Mixture, old: Batches, share: float) -> None:
-        """Both of one shape (B, T); ``share`` of the windows, in the mean, are of ``old``."""
-        self._new, self._old, self._each = new, old, share * new.batch
-        self.steps_per_epoch, self.begins = new.steps_per_epoch, new.begins
+    def __init__(
+        self, new: WindowLoader | MixtureLoader, earlier: WindowLoader, fraction: float
+    ) -> None:
+        """Make the loader.
 
-    def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64; the first rows are of the old text."""
-        x, y = self._new.get(step)
-        count = int((step + 1) * self._each) - int(step * self._each)
+        Args:
+            new: loader of the new text.
+            earlier: loader of the earlier text, of the same batch size and window length.
+            fraction: mean share of the windows that come from the earlier text.
+        """
+        self._new, self._earlier = new, earlier
+        self._replayed_per_batch = fraction * new.batch_size
+        self.steps_per_epoch, self.starts_epoch = new.steps_per_epoch, new.starts_epoch
+
+    def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of a batch; its first rows are earlier text.
+
+        Args:
+            number: number of the batch, from 0.
+
+        Returns:
+            Inputs (B, T) int64 and targets (B, T) int64.
+        """
+        inputs, targets = self._new.batch_at(number)
+        per_batch = self._replayed_per_batch
+        count = int((number + 1) * per_batch) - int(number * per_batch)
         if count:
-            old_x, old_y = self._old.get(step)
-            x[:count], y[:count] = old_x[:count], old_y[:count]
-        return x, y
+            earlier_inputs, earlier_targets = self._earlier.batch_at(number)
+            inputs[:count], targets[:count] = earlier_inputs[:count], earlier_targets[:count]
+        return inputs, targets
 
 
-def eval_lanes(
-    tokens: np.ndarray, eot: int, lanes: int, chunk: int
+def evaluation_streams(
+    tokens: np.ndarray, eot: int, streams: int, chunk_len: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cut a stream into contiguous lanes and walk them side by side, for a carried state.
+    """Cut tokens into contiguous streams of equal length, and read them side by side in chunks.
 
-    Every token is a target exactly once; its input is the token before it, and the first one's the
-    end token. Yields inputs (lanes, T) int64, targets (lanes, T) int64, and a mask (lanes, T) bool
-    that is False where a shorter lane has ended.
+    The recurrent state is carried from chunk to chunk. Every token is a target exactly once; its
+    input is the token before it, and that of the first one the end token.
+
+    Args:
+        tokens: (n,) token ids.
+        eot: id of the end token.
+        streams: S, the number of streams.
+        chunk_len: tokens of a stream per chunk; the last chunk may be shorter.
+
+    Yields:
+        Inputs (S, chunk) int64, targets (S, chunk) int64, and a mask (S, chunk) bool that is False
+        where a shorter stream has ended.
     """
-    length = -(-len(tokens) // lanes)
-    padded = np.full(lanes * length + 1, eot, np.int64)
+    length = cdiv(len(tokens), streams)
+    padded = np.full(streams * length + 1, eot, np.int64)
     padded[1 : len(tokens) + 1] = tokens
-    x = torch.from_numpy(padded[:-1].reshape(lanes, length))
-    y = torch.from_numpy(padded[1:].reshape(lanes, length))
-    mask = torch.arange(lanes * length).reshape(lanes, length) < len(tokens)
-    for lo in range(0, length, chunk):
-        cut = slice(lo, lo + chunk)
-        yield x[:, cut].contiguous(), y[:, cut].contiguous(), mask[:, cut].contiguous()
+    inputs = torch.from_numpy(padded[:-1].reshape(streams, length))
+    targets = torch.from_numpy(padded[1:].reshape(streams, length))
+    mask = torch.arange(streams * length).reshape(streams, length) < len(tokens)
+    for begin in range(0, length, chunk_len):
+        chunk = slice(begin, begin + chunk_len)
+        yield (
+            inputs[:, chunk].contiguous(),
+            targets[:, chunk].contiguous(),
+            mask[:, chunk].contiguous(),
+        )
 
 
-def spread_pieces(tokens: np.ndarray, count: int, pieces: int) -> np.ndarray:
-    """About ``count`` tokens as ``pieces`` equal runs, evenly spaced over the whole stream.
+def evenly_spaced_sample(tokens: np.ndarray, count: int, sections: int) -> np.ndarray:
+    """Take a sample of tokens in equal sections that are evenly spaced over the whole array.
 
-    The first tokens of a split would be one or two documents, and speak for nothing else.
+    The first tokens alone would be one or two documents, and would not represent the others.
+
+    Args:
+        tokens: (n,) token ids.
+        count: tokens to take, about; fewer than one per section, or more than n, takes the first.
+        sections: number of sections.
+
+    Returns:
+        (about count,) token ids.
     """
-    size = count // pieces
-    if size == 0 or count >= len(tokens):
+    section_len = count // sections
+    if section_len == 0 or count >= len(tokens):
         return tokens[:count]
-    starts = np.linspace(0, len(tokens) - size, pieces).astype(np.int64)
-    return tokens[(starts[:, None] + np.arange(size)).ravel()]
+    starts = np.linspace(0, len(tokens) - section_len, sections).astype(np.int64)
+    return tokens[(starts[:, None] + np.arange(section_len)).ravel()]

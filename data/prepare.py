@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -10,278 +9,431 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
-from mmrec.config import TrainConfig
+from mmrec.checkpoint.hdf5 import atomic_h5_file as atomic_h5_file
+from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
+from mmrec.checkpoint.hdf5 import read_json, write_json
 from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
-from mmrec.data.readers import Document, Reading
-from mmrec.data.sources import Source, documents, mixture, reread
-from mmrec.data.split import TRAIN, Plan, scan, sketches, split
-from mmrec.data.tokenize import Parts
-from mmrec.data.tokenizer import Tokenizer, check_wish, train_tokenizer
+from mmrec.data.dedup import minhash_signatures
+from mmrec.data.readers import Document, ReadOptions
+from mmrec.data.sources import (
+    DOCUMENTS,
+    ReadSource,
+    Source,
+    iter_documents,
+    parse_mixture,
+    rereadable,
+)
+from mmrec.data.split import TRAIN, SplitPlan, plan_split, scan_documents
+from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards
+from mmrec.data.tokenizer import Tokenizer, check_tokenizer_settings, train_tokenizer
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.atomic import remove_stale_temporaries as remove_stale_temporaries
 
-SAMPLE = 1 << 26  # bytes of training text that a bpe tokenizer is trained on
+TOKENIZER_SAMPLE_BYTES = 1 << 26
+"""Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
+LOCK_NAME = ".prepare.lock"
 
-Say = Callable[[str], None]
-
-
-def reading(config: TrainConfig) -> Reading:
-    """How a run reads its text."""
-    names = ("text_field", "skip_bad", "max_bytes", "val_share", "val_file")
-    return Reading(**{name: getattr(config, name) for name in names})
+Echo = Callable[[str], None]
+"""Called with each line of text for the user."""
 
 
-def tokenizer_kind(config: TrainConfig) -> str:
-    """The kind of tokenizer that a run's text will have."""
-    if not is_prepared(config.data):
-        return config.tokenizer
-    return Corpus.open(Path(config.data)).tokenizer.kind
+def read_options(data_config: Any) -> ReadOptions:
+    """Build the options of reading from a configuration.
+
+    Args:
+        data_config: any object with the attributes ``text_field``, ``skip_bad``, ``max_bytes``,
+            ``val_fraction`` and ``val_file``.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+    names = ("text_field", "skip_bad", "max_bytes", "val_fraction", "val_file")
+    return ReadOptions(**{name: getattr(data_config, name) for name in names})
+
+
+def corpus_tokenizer_kind(source: str | Path, tokenizer: str) -> str:
+    """Return the kind of tokenizer that the corpus of a source will have.
+
+    Args:
+        source: a source of text, or a prepared corpus file, which has a tokenizer already.
+        tokenizer: the kind that text would be tokenised with.
+
+    Raises:
+        InputError: the corpus file cannot be opened.
+    """
+    return Corpus.open(Path(source)).tokenizer.kind if is_prepared(source) else tokenizer
 
 
 def prepare(
-    source: str,
+    source: Source,
     tokenizer: str | Tokenizer = "bpe",
     vocab_size: int = 5000,
     out: Path | None = None,
-    progress: Say | None = None,
-    how: Reading | None = None,
+    progress: Echo | None = None,
+    options: ReadOptions | None = None,
     *,
-    pack: bool = False,
+    compress: bool = False,
+    shard_chars: int = SHARD_CHARS,
+    tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
 ) -> Path:
-    """Make the corpus file of a source, or find the one made before, and return its path.
+    """Prepare the corpus file of a source, or find the one that exists, and return its path.
 
-    Memory does not grow with the text but by about 250 bytes a document. A text of more than
-    64 M characters is tokenised in parts, and what a kill left done is not done again.
+    Memory grows by about 250 bytes per document, not with the length of the text. A text of more
+    than 64 M characters is tokenised in shards on disk; after a kill the next call continues with
+    the shards that are there.
 
     Args:
-        source: see ``corpora.documents``, or a prepared ``.h5`` file (returned as it is).
-        tokenizer: ``bpe`` (trained on the training split), ``char`` or ``byte``; or one made
-            before, to be used as it is.
+        source: a name or path, see ``iter_documents``; a mixture such as ``3:code/,1:book.txt``; a
+            prepared ``.h5`` file, which is returned as it is; or a list or iterator of documents
+            (strings), which makes a corpus called "documents".
+        tokenizer: ``bpe`` (trained on the training text), ``char`` or ``byte``; or a tokenizer to
+            use as it is.
         vocab_size: vocabulary of ``bpe``.
-        out: where to write; None for the cache.
+        out: the file to write; None writes to the cache.
         progress: called with a line of text at each stage.
-        how: fields, what is skipped, and the split.
-        pack: compress the tokens; they are then read into memory whole.
+        options: how the source is read and split.
+        compress: compress the tokens, which are then read into memory as a whole.
+        shard_chars: characters of text in a shard.
+        tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
+            bytes of the training text.
 
     Raises:
-        InputError: the source cannot be read or is too small to split; the tokenizer is unknown.
+        InputError: the source cannot be read, is empty or too small to split, a document is not a
+            string, or the tokenizer is unknown.
         StorageError: the file cannot be written.
     """
-    say, how = progress or (lambda line: None), dataclasses.replace(how or Reading(), bad=0)
-    mixed = mixture(source)
-    if is_prepared(source) and len(mixed) == 1:
-        return Path(source)
+    echo = progress or (lambda line: None)
+    options = dataclasses.replace(options or ReadOptions(), skipped_records=0)
+    components = _components(source)
+    if len(components) == 1 and is_prepared(components[0][1]):
+        return Path(components[0][1])
     if isinstance(tokenizer, str):
-        check_wish(tokenizer, vocab_size)
+        check_tokenizer_settings(tokenizer, vocab_size)
+    if len(components) > 1 and any(is_prepared(name) for _, name, _ in components):
+        raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
     folder = out.parent if out else cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    with contextlib.ExitStack() as held:
-        if any(is_prepared(part) for _, part in mixed):
-            raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
-        mains = [held.enter_context(reread(part, how, folder)) for _, part in mixed]
-        held.enter_context(_alone(folder, say))
+    with contextlib.ExitStack() as stack:
+        val_options = dataclasses.replace(options, max_bytes=0, val_file="")
+        readers = [
+            stack.enter_context(rereadable(component, options, folder))
+            for _, _, component in components
+        ]
+        val_reader = None
+        if options.val_file:
+            val_reader = stack.enter_context(rereadable(options.val_file, val_options, folder))
+        stack.enter_context(exclusive_preparation(folder, echo))
         remove_stale_temporaries(folder)
-        work = _Work(source, mains, tokenizer, vocab_size, how, say, pack=pack)
-        path = out or folder / work.name
-        if path.exists() and _matches(path, work.wanted):
-            say(f"corpus {source}: unchanged, using {path}")
+        preparation = _Preparation(
+            source=str(source) if isinstance(source, str | Path) else DOCUMENTS,
+            mixture=[(weight, name) for weight, name, _ in components],
+            readers=readers,
+            val_reader=val_reader,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            options=options,
+            val_options=val_options,
+            echo=echo,
+            compress=compress,
+            shard_chars=shard_chars,
+            tokenizer_sample_bytes=tokenizer_sample_bytes,
+        )
+        preparation.scan_source()
+        path = out or folder / preparation.file_name
+        if path.exists() and _has_cache_key(path, preparation.cache_key):
+            echo(f"corpus {preparation.source}: unchanged, using {path}")
         else:
-            work.make(path)
+            preparation.write(path)
     return path
 
 
+def _components(source: Source) -> list[tuple[float, str, Source]]:
+    """Weight, name and source of each component of a mixture; a single source has one."""
+    if isinstance(source, str | Path):
+        return [(weight, name, name) for weight, name in parse_mixture(str(source))]
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise InputError(
+            "a source must be a name, a path, or a list or iterator of strings; got "
+            f"{type(source).__name__}"
+        )
+    return [(1.0, DOCUMENTS, source)]
+
+
 def open_corpus(
-    source: str, tokenizer: Tokenizer, progress: Say | None = None, how: Reading | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    progress: Echo | None = None,
+    options: ReadOptions | None = None,
 ) -> Corpus:
-    """The corpus of a source under a tokenizer made before: that of a model to go on with.
+    """Open the corpus of a source under a given tokenizer, such as that of a trained model.
+
+    Args:
+        source, progress, options: as for ``prepare``.
+        tokenizer: the tokenizer that the corpus must have.
 
     Raises:
-        InputError: as of ``prepare``, or a prepared file was made with another tokenizer.
+        InputError: as for ``prepare``, or a prepared file has another tokenizer.
+        StorageError: the file cannot be written.
     """
-    corpus = Corpus.open(prepare(source, tokenizer, progress=progress, how=how))
+    corpus = Corpus.open(prepare(source, tokenizer, progress=progress, options=options))
     if corpus.tokenizer.to_json() != tokenizer.to_json():
         raise InputError(
-            f"{source} must be tokenised as the model's text was; it was made with another "
-            "tokenizer: give the text itself, which is tokenised anew"
+            f"{source} must have the tokenizer of the model; it has another: give the text itself, "
+            "which is tokenised anew"
         )
     return corpus
 
 
-def training_texts(source: str, how: Reading | None = None) -> Iterator[str]:
-    """The texts of the training side of a source, piece by piece."""
-    how = how or Reading()
-    found = scan(documents(source, how))
-    plan = split(found, how, lambda: sketches(documents(source, how), lambda n: None))
-    return (d.text for side, d in plan.deal(documents(source, how)) if side == TRAIN)
+def training_texts(source: str | Path, options: ReadOptions | None = None) -> Iterator[str]:
+    """Read the training text of a source.
+
+    Args:
+        source: see ``iter_documents``.
+        options: how it is read and split.
+
+    Returns:
+        An iterator over the texts of the training documents, long ones in pieces.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    options = options or ReadOptions()
+
+    def read() -> Iterator[Document]:
+        return iter_documents(source, options)
+
+    scan = scan_documents(read())
+    plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
+    return (document.text for split, document in plan.assign(read()) if split == TRAIN)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Wait until no other process prepares a corpus in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
+def exclusive_preparation(folder: Path, echo: Echo) -> Iterator[None]:
+    """Wait until no other process prepares a corpus in a folder, and keep others out.
+
+    On a file system without locks nothing is kept out.
+
+    Args:
+        folder: the folder.
+        echo: called with a line of text if there is another process.
+    """
+    path = folder / LOCK_NAME
+    lock = FileLock(path, thread_local=False)
     try:
-        with contextlib.suppress(OSError):  # where the file system knows no locks
+        with warnings.catch_warnings():  # of a file system without locks
+            warnings.simplefilter("ignore")
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that prepares a corpus in {folder}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                lock.acquire(timeout=0)
+            except Timeout:
+                echo(f"waiting for another process that prepares a corpus in {folder}")
+                lock.acquire()
+    except (OSError, NotImplementedError):
+        pass
+    try:
         yield
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):
+            if lock.is_locked and os.name != "nt":  # while nobody else can have a new file
+                path.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            if os.name == "nt":  # which removes no open file
+                path.unlink(missing_ok=True)
 
 
-def _bar(total: int | None, what: str) -> Any:
-    often = 0.5 if os.isatty(2) else 30.0
+def _progress_bar(total: int | None, stage: str) -> Any:
     return tqdm(
         total=total,
-        desc=what,
+        desc=stage,
         unit="B",
         unit_scale=True,
         leave=False,
         delay=2,
-        mininterval=often,
+        mininterval=0.5 if os.isatty(2) else 30.0,
         dynamic_ncols=True,
     )
 
 
-class _Work:
-    """One source on its way to a corpus file."""
+@dataclasses.dataclass
+class _Preparation:
+    """One source on its way to a corpus file. The arguments are those of ``prepare``."""
 
-    def __init__(
-        self,
-        source: str,
-        mains: list[Source],
-        tokenizer: str | Tokenizer,
-        vocab_size: int,
-        how: Reading,
-        say: Say,
-        *,
-        pack: bool,
-    ) -> None:
-        self.source, self.how, self.say, self.pack = source, how, say, pack
-        self.known = tokenizer if isinstance(tokenizer, Tokenizer) else None
-        kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
-        self.kind, self.vocab_size = kind, vocab_size if kind == "bpe" else 0
-        self.streams = mains
-        held_out = Reading(how.text_field, how.skip_bad) if how.val_file else None
-        if how.val_file:
-            self.streams = [lambda: documents(how.val_file, held_out), *mains]
-        self.ends: list[int] = []
-        """Documents up to the end of each stream."""
-        with _bar(None, "reading") as bar:
-            self.found = scan(self._numbered(bar))
-        self.skipped = how.bad + (held_out.bad if held_out else 0)
-        self.given = self.ends[0] if how.val_file else 0
-        if len(self.found.keys) == self.given:
-            raise InputError(f"{source} is empty: expected text; got only white space or nothing")
-        rule: Any = self.given or how.val_share
-        detail: Any = self.vocab_size
-        if self.known:
-            detail = hashlib.sha256(self.known.to_json().encode()).hexdigest()
-        weights = [weight for weight, _ in mixture(source)]
-        self.wanted = [self.found.fingerprint, kind, detail, rule, weights, SCHEMA]
-        self.wanted += ["packed"] * pack
-        stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem or source).strip("-") or "text"
-        key = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:16]
-        self.name = f"{stem}-{kind}-{key}.h5"
+    source: str
+    mixture: list[tuple[float, str]]
+    readers: list[ReadSource]
+    """One per component of the mixture."""
+    val_reader: ReadSource | None
+    """Reads the given validation text."""
+    tokenizer: str | Tokenizer
+    vocab_size: int
+    options: ReadOptions
+    val_options: ReadOptions
+    echo: Echo
+    compress: bool
+    shard_chars: int
+    tokenizer_sample_bytes: int
 
-    def _numbered(self, bar: Any) -> Iterator[Document]:
+    def __post_init__(self) -> None:
+        self.given_tokenizer = self.tokenizer if isinstance(self.tokenizer, Tokenizer) else None
+        self.kind = self.tokenizer.kind if isinstance(self.tokenizer, Tokenizer) else self.tokenizer
+        self.vocab_size = self.vocab_size if self.kind == "bpe" else 0
+
+    def scan_source(self) -> None:
+        """Read the source once: hashes and sizes of its documents, and the cache key.
+
+        Raises:
+            InputError: the source cannot be read, or is empty.
+        """
+        self.component_ends: list[int] = []
+        with _progress_bar(None, "reading") as bar:
+            self.scan = scan_documents(self._counted_documents(bar))
+        # of this reading: the ones that follow count the same records again
+        self.skipped_records = self.options.skipped_records + self.val_options.skipped_records
+        self.val_documents = self.component_ends.pop(0) if self.val_reader else 0
+        if len(self.scan.keys) == self.val_documents:
+            raise InputError(
+                f"{self.source} is empty: expected text; got only white space or nothing"
+            )
+        tokenizer_key: Any = self.vocab_size
+        if self.given_tokenizer:
+            tokenizer_key = hashlib.sha256(self.given_tokenizer.to_json().encode()).hexdigest()
+        self.cache_key = [
+            self.scan.fingerprint,
+            self.kind,
+            tokenizer_key,
+            self.val_documents or self.options.val_fraction,
+            [weight for weight, _ in self.mixture],
+            SCHEMA,
+            *["compressed"] * self.compress,
+        ]
+        stem = Path(self.source).stem or self.source
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "text"
+        key_hash = hashlib.sha256(json.dumps(self.cache_key).encode()).hexdigest()[:16]
+        self.file_name = f"{stem}-{self.kind}-{key_hash}.h5"
+
+    def _all_readers(self) -> list[ReadSource]:
+        """The given validation text's reader first."""
+        return [self.val_reader, *self.readers] if self.val_reader else self.readers
+
+    def _counted_documents(self, bar: Any) -> Iterator[Document]:
+        """All documents; ``component_ends`` gets their number up to the end of each reader's."""
         number = 0
-        for stream in self.streams:
-            for d in stream():
-                bar.update(len(d.text))
-                number += not d.more
-                yield d
-            self.ends.append(number)
+        for read in self._all_readers():
+            for document in read():
+                bar.update(len(document.text))
+                number += not document.more
+                yield document
+            self.component_ends.append(number)
 
-    def stream(self) -> Iterator[Document]:
-        """All documents, the validation file's first."""
-        return itertools.chain.from_iterable(stream() for stream in self.streams)
+    def _documents(self) -> Iterator[Document]:
+        return itertools.chain.from_iterable(read() for read in self._all_readers())
 
-    def make(self, path: Path) -> None:
-        """Write the corpus file."""
-        found, size = self.found, int(self.found.sizes.sum())
-        with _bar(size, "comparing") as bar:
-            plan = split(found, self.how, lambda: sketches(self.stream(), bar.update), self.given)
-        if not plan.has_both(found):
+    def write(self, path: Path) -> None:
+        """Split and tokenise the text, and write the corpus file.
+
+        Raises:
+            InputError: the text is too small to split, or changed since it was scanned.
+            StorageError: the file cannot be written.
+        """
+        scan, size = self.scan, int(self.scan.sizes.sum())
+        with _progress_bar(size, "comparing") as bar:
+            plan = plan_split(
+                scan,
+                self.options,
+                lambda: minhash_signatures(self._documents(), bar.update),
+                self.val_documents,
+            )
+        if not plan.has_both_splits(scan):
             raise InputError(
                 f"{self.source} is too small to split into training and validation text"
             )
-        parts = Parts(path, self.wanted)
-        tokenizer = self.known or parts.tokenizer
+        shards = TokenShards(path, self.cache_key, self.shard_chars)
+        tokenizer = self.given_tokenizer or shards.tokenizer
         if tokenizer is None:
-            self.say(
-                f"corpus {self.source}: {len(found.keys):,} documents, {size:,} bytes; "
+            self.echo(
+                f"corpus {self.source}: {len(scan.keys):,} documents, {size:,} bytes; "
                 f"training the {self.kind} tokenizer"
             )
-            tokenizer = self._train(plan)
-            parts.tokenizer = tokenizer
-        if self.known is None and tokenizer.vocab_size < self.vocab_size:
-            self.say(
+            tokenizer = self._train_tokenizer(plan)
+        if self.given_tokenizer is None and tokenizer.vocab_size < self.vocab_size:
+            self.echo(
                 f"note: this text makes a vocabulary of {tokenizer.vocab_size:,} tokens, not "
                 f"the {self.vocab_size:,} asked for"
             )
-        begin, left = time.perf_counter(), size - parts.bytes
-        done = f", {parts.bytes:,} bytes were done before" if parts.bytes else ""
-        self.say(f"corpus {self.source}: tokenising{done}")
-        with _bar(size, "tokenising") as bar:
-            bar.update(parts.bytes)
-            parts.fill(tokenizer, plan.deal(self.stream()), bar.update)
-        rate = left / 1e6 / (time.perf_counter() - begin)
+        begin, remaining = time.perf_counter(), size - shards.bytes
+        earlier = f", {shards.bytes:,} bytes were done before" if shards.bytes else ""
+        self.echo(f"corpus {self.source}: tokenising{earlier}")
+        with _progress_bar(size, "tokenising") as bar:
+            bar.update(shards.bytes)
+            shards.fill(tokenizer, plan.assign(self._documents()), bar.update)
+        rate = remaining / 1e6 / (time.perf_counter() - begin)
         info = {
             "source": self.source,
-            "fingerprint": found.fingerprint,
-            "wanted": self.wanted,
+            "fingerprint": scan.fingerprint,
+            "cache_key": self.cache_key,
             "duplicates": plan.duplicates,
-            "near_duplicates": plan.near,
-            "skipped": self.skipped,
-            "longest": found.longest,
-            "random": found.random,
-            "mixture": self._mixture(plan, parts),
+            "near_duplicates": plan.near_duplicates,
+            "skipped": self.skipped_records,
+            "longest": scan.longest,
+            "random": scan.sampled,
+            "mixture": self._mixture_info(plan, shards),
             "python": platform.python_version(),
         }
         with atomic_h5_file(path, KIND, SCHEMA) as file:
-            parts.copy_into(file, pack=self.pack)
+            shards.copy_into(file, compress=self.compress)
             write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
             write_json(file, "info", info)
-        self.say(f"corpus {self.source}: {parts.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
-        parts.remove()
+        self.echo(f"corpus {self.source}: {shards.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
+        shards.remove()
 
-    def _mixture(self, plan: Plan, parts: Parts) -> list[dict[str, Any]]:
-        """Weight of each source, and where its training tokens end: they lie one after another."""
-        offsets, _ = parts.documents(TRAIN)
-        ends = self.ends[1:] if self.given else self.ends
-        mixed = zip(mixture(self.source), ends, strict=True)
+    def _mixture_info(self, plan: SplitPlan, shards: TokenShards) -> list[dict[str, Any]]:
+        """Weight of each component and where its training tokens end; they lie in this order."""
+        offsets, _ = shards.document_index(TRAIN)
         return [
-            {"source": name, "weight": weight, "end": int(offsets[plan.training(end)])}
-            for (weight, name), end in mixed
+            {"source": name, "weight": weight, "end": int(offsets[plan.training_documents(end)])}
+            for (weight, name), end in zip(self.mixture, self.component_ends, strict=True)
         ]
 
-    def _train(self, plan: Plan) -> Tokenizer:
-        """A tokenizer of the training text, or of a sample of it where there is much."""
-        dealt = plan.deal(self.stream())
-        if self.kind != "bpe":  # validation text, too, so that none of its characters is unknown
-            return train_tokenizer(self.kind, (d.text for _, d in dealt))
-        rng, share = np.random.default_rng(0), SAMPLE / int(self.found.sizes.sum())
-        texts = (d.text for side, d in dealt if side == TRAIN and rng.random() < share)
-        return train_tokenizer(self.kind, texts, self.vocab_size)
+    def _train_tokenizer(self, plan: SplitPlan) -> Tokenizer:
+        pieces = plan.assign(self._documents())
+        if self.kind != "bpe":  # of validation text, too, so that every character is known
+            return train_tokenizer(self.kind, (document.text for _, document in pieces))
+        fraction = self.tokenizer_sample_bytes / int(self.scan.sizes.sum())
+        return train_tokenizer(self.kind, sample_training_text(pieces, fraction), self.vocab_size)
 
 
-def _matches(path: Path, wanted: list[Any]) -> bool:
+def sample_training_text(pieces: Iterable[AssignedPiece], fraction: float) -> Iterator[str]:
+    """Draw a random sample of the training text, the same one each time.
+
+    Args:
+        pieces: split and text of each piece.
+        fraction: probability with which a piece of training text is drawn; 1 or more takes all.
+
+    Yields:
+        The texts of the pieces.
+    """
+    rng = np.random.default_rng(0)
+    for split, document in pieces:
+        if split == TRAIN and rng.random() < fraction:
+            yield document.text
+
+
+def _has_cache_key(path: Path, cache_key: list[Any]) -> bool:
+    """Whether a corpus file is of this text and these settings; a damaged file is not."""
     try:
         with open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
-            return bool(read_json(file, "info")["wanted"] == wanted)
+            return bool(read_json(file, "info")["cache_key"] == cache_key)
     except InputError:
-        return False  # a damaged cache file is made again
+        return False

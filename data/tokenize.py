@@ -1,4 +1,4 @@
-"""Documents to tokens, on all cores, in parts that outlive a kill."""
+"""Tokenising documents on all cores, in shards on disk that survive a killed process."""
 
 import contextlib
 import itertools
@@ -14,204 +14,267 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mmrec.checkpoint.hdf5 import (
-    atomic_h5_file,
-    open_h5_file,
-    read_array,
-    read_json,
-    write_array,
-    write_chunks,
-    write_json,
-)
-from mmrec.data.corpus import SCHEMA, SIDES, Split, token_dtype
+from mmrec.checkpoint.hdf5 import atomic_h5_file as atomic_h5_file
+from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
+from mmrec.checkpoint.hdf5 import read_array, read_json, write_array, write_chunks, write_json
+from mmrec.data.corpus import SCHEMA, SPLITS, Split, token_dtype
 from mmrec.data.readers import Document
 from mmrec.data.split import VAL
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_write_text
 
-BATCH = 1 << 20  # characters that are tokenised at once
-PART = 1 << 26  # characters in a part, which is what a kill can cost
+BATCH_CHARS = 1 << 20
+"""Characters that are tokenised at once."""
+SHARD_CHARS = 1 << 26
+"""Characters of text in a shard, the most that a killed process loses."""
+SHARD_KIND = "token_shard"
+PIECE_ARRAYS = {"piece_tokens": np.int64, "piece_bytes": np.int64, "ends_document": np.uint8}
 
-Count = Callable[[int], Any]
+CountBytes = Callable[[int], Any]
+"""Called with the UTF-8 bytes of each piece that is done."""
+AssignedPiece = tuple[int, Document]
+"""TRAIN or VAL, and a piece of a document."""
 
 
-def encode(
-    tokenizer: Tokenizer, dealt: Iterable[tuple[int, Document]]
+def tokenize_documents(
+    tokenizer: Tokenizer, pieces: Iterable[AssignedPiece], batch_chars: int = BATCH_CHARS
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
-    """Every piece with its side and its ids, in order, the end token after the last of a document.
+    """Tokenise pieces of documents, in order.
 
-    Each batch is tokenised on all cores; two are under way while one is taken and another read, so
-    that the cores have work while the ids of a batch become an array.
+    Each batch is tokenised on all cores. Two more are under way while the tokens of one are used
+    and the next is read, so the cores stay busy.
+
+    Args:
+        tokenizer: the tokenizer.
+        pieces: the split and the text of each piece.
+        batch_chars: characters of a batch.
+
+    Yields:
+        The split, the piece, and its token ids (n,) uint16 or uint32. The end token follows the
+        last piece of each document.
+
+    Raises:
+        InputError: the text holds a character that a ``char`` tokenizer does not know.
     """
 
-    def finish(batch: list[tuple[int, Document]], job: Future[list[np.ndarray]]) -> Iterator[Any]:
-        for (side, d), ids in zip(batch, job.result(), strict=True):
-            whole = np.empty(len(ids) + (not d.more), token_dtype(tokenizer))
-            whole[: len(ids)], whole[len(ids) :] = ids, tokenizer.eot
-            yield side, d, whole
+    def finish(batch: list[AssignedPiece], job: Future[list[np.ndarray]]) -> Iterator[Any]:
+        for (split, document), ids in zip(batch, job.result(), strict=True):
+            tokens = np.empty(len(ids) + (not document.more), token_dtype(tokenizer))
+            tokens[: len(ids)], tokens[len(ids) :] = ids, tokenizer.eot
+            yield split, document, tokens
 
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[tuple[list[tuple[int, Document]], Future[list[np.ndarray]]]] = deque()
-        for batch in _batches(dealt):
-            ahead.append((batch, pool.submit(tokenizer.encode_batch, [d.text for _, d in batch])))
-            if len(ahead) > 2:
-                yield from finish(*ahead.popleft())
-        while ahead:
-            yield from finish(*ahead.popleft())
+        under_way: deque[tuple[list[AssignedPiece], Future[list[np.ndarray]]]] = deque()
+        for batch in _batches(pieces, batch_chars):
+            texts = [document.text for _, document in batch]
+            under_way.append((batch, pool.submit(tokenizer.encode_batch, texts)))
+            if len(under_way) > 2:
+                yield from finish(*under_way.popleft())
+        while under_way:
+            yield from finish(*under_way.popleft())
 
 
-def _batches(dealt: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    batch: list[tuple[int, Document]] = []
+def _batches(pieces: Iterable[AssignedPiece], batch_chars: int) -> Iterator[list[AssignedPiece]]:
+    batch: list[AssignedPiece] = []
     size = 0
-    for side, d in dealt:
-        batch.append((side, d))
-        size += len(d.text)
-        if size >= BATCH:
+    for split, document in pieces:
+        batch.append((split, document))
+        size += len(document.text)
+        if size >= batch_chars:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-class Side:
-    """What is known of the pieces of one side, and the tokens of those not yet on the disk."""
+class SplitWriter:
+    """Collects the pieces of one split: the size of each, and the tokens that are not on disk yet.
+
+    Attributes:
+        tokens: token ids of the pieces in memory.
+        piece_tokens: tokens of each piece.
+        piece_bytes: UTF-8 bytes of each piece.
+        ends_document: 1 for the last piece of a document, else 0.
+    """
 
     def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.lens, self.sizes, self.last = array("q"), array("q"), array("B")
-        """Tokens and bytes of each piece, and whether a document ends with it."""
+        self.tokens: list[np.ndarray] = []
+        self.piece_tokens, self.piece_bytes = array("q"), array("q")
+        self.ends_document = array("B")
 
-    def add(self, d: Document, ids: np.ndarray) -> int:
-        """Take a piece in; return its bytes."""
-        size = len(d.text.encode())
-        self.ids.append(ids)
-        self.lens.append(len(ids))
-        self.sizes.append(size)
-        self.last.append(not d.more)
+    def add(self, document: Document, tokens: np.ndarray) -> int:
+        """Append a piece and its tokens (n,); return its UTF-8 bytes."""
+        size = len(document.text.encode())
+        self.tokens.append(tokens)
+        self.piece_tokens.append(len(tokens))
+        self.piece_bytes.append(size)
+        self.ends_document.append(not document.more)
         return size
 
-    def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """doc_offsets (documents + 1,) and doc_bytes (documents,), both int64."""
-        ends = np.flatnonzero(np.array(self.last, np.uint8))
-        offsets, sizes = (np.cumsum(np.array(x, np.int64))[ends] for x in (self.lens, self.sizes))
-        return np.concatenate([[0], offsets]), np.diff(sizes, prepend=0)
+    def document_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return doc_offsets (documents + 1,) and doc_bytes (documents,), both int64."""
+        last_pieces = np.flatnonzero(np.array(self.ends_document, np.uint8))
+        token_ends, byte_ends = (
+            np.cumsum(np.array(sizes, np.int64))[last_pieces]
+            for sizes in (self.piece_tokens, self.piece_bytes)
+        )
+        return np.concatenate([[0], token_ends]), np.diff(byte_ends, prepend=0)
 
-    def take(self, dtype: Any) -> np.ndarray:
-        """The tokens in memory, which are then let go."""
-        made = np.concatenate([np.empty(0, dtype), *self.ids])
-        self.ids.clear()
-        return made
-
-
-def encode_documents(tokenizer: Tokenizer, source: Iterable[Document]) -> Split:
-    """Tokenise documents, each followed by the end token."""
-    side = Side()
-    for _, d, ids in encode(tokenizer, ((VAL, d) for d in source)):
-        side.add(d, ids)
-    return Split(side.take(token_dtype(tokenizer)), *side.documents())
+    def pop_tokens(self, dtype: Any) -> np.ndarray:
+        """Return the tokens in memory, (n,) of ``dtype``, and forget them."""
+        tokens = np.concatenate([np.empty(0, dtype), *self.tokens])
+        self.tokens.clear()
+        return tokens
 
 
-class Parts:
-    """The tokens of a corpus under way: in files of a folder beside it, the newest in memory."""
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Split:
+    """Tokenise documents in memory, each followed by the end token.
 
-    def __init__(self, path: Path, wanted: list[Any]) -> None:
-        """Take up what another process left, if it is of the same text and settings."""
-        self._folder, self._wanted = path.with_name(f".{path.name}.parts"), wanted
+    Args:
+        tokenizer: the tokenizer.
+        documents: the documents, long ones in pieces.
+
+    Raises:
+        InputError: the text holds a character that a ``char`` tokenizer does not know.
+    """
+    writer = SplitWriter()
+    for _, document, tokens in tokenize_documents(tokenizer, ((VAL, d) for d in documents)):
+        writer.add(document, tokens)
+    return Split(writer.pop_tokens(token_dtype(tokenizer)), *writer.document_index())
+
+
+class TokenShards:
+    """The tokens of a corpus under way: shards in a folder beside its file, the newest in memory.
+
+    Attributes:
+        tokenizer: the corpus's tokenizer; None until it is known.
+        pieces: pieces that are tokenised.
+        bytes: UTF-8 bytes of them.
+    """
+
+    def __init__(self, path: Path, cache_key: list[Any], shard_chars: int = SHARD_CHARS) -> None:
+        """Load the shards that another process left, if they are of the same text and settings.
+
+        Args:
+            path: the corpus file.
+            cache_key: what identifies text and settings, as JSON.
+            shard_chars: characters of text in a shard.
+        """
+        self._folder, self._cache_key = path.with_name(f".{path.name}.shards"), cache_key
+        self._shard_chars = shard_chars
         self._files: list[Path] = []
-        self._sides = Side(), Side()
-        self._stored = [0, 0]
+        self._writers = SplitWriter(), SplitWriter()
+        self._stored_pieces = [0, 0]
         self.pieces, self.bytes = 0, 0
         self.tokenizer: Tokenizer | None = None
-        try:
+        with contextlib.suppress(OSError, ValueError, LookupError):
             state = json.loads((self._folder / "tokenizer.json").read_text("utf-8"))
-            if state["wanted"] == wanted:
+            if state["cache_key"] == cache_key:
                 self.tokenizer = Tokenizer.from_json(json.dumps(state["tokenizer"]))
-        except (OSError, ValueError, LookupError):
-            pass
         if self.tokenizer is None:
             shutil.rmtree(self._folder, ignore_errors=True)
             return
-        with contextlib.suppress(InputError):  # the first that is missing, or damaged
+        with contextlib.suppress(InputError):  # at the first shard that is missing or damaged
             while True:
-                self._take_up(self._path())
+                self._load_shard(self._next_path())
 
-    def _path(self) -> Path:
-        return self._folder / f"part-{len(self._files):05}.h5"
+    def _next_path(self) -> Path:
+        return self._folder / f"shard-{len(self._files):05}.h5"
 
-    def _take_up(self, path: Path) -> None:
-        with open_h5_file(path, "part", SCHEMA, SCHEMA) as file:
-            at = read_json(file, "at")
-            found = [
+    def _load_shard(self, path: Path) -> None:
+        with open_h5_file(path, SHARD_KIND, SCHEMA, SCHEMA) as file:
+            progress = read_json(file, "progress")
+            arrays = [
                 [
-                    read_array(file, f"{name}/{what}", kind).tolist()
-                    for what, kind in (("lens", np.int64), ("sizes", np.int64), ("last", np.uint8))
+                    read_array(file, f"{split}/{name}", dtype).tolist()
+                    for name, dtype in PIECE_ARRAYS.items()
                 ]
-                for name in SIDES
+                for split in SPLITS
             ]
-        for side, (lens, sizes, last) in zip(self._sides, found, strict=True):
-            side.lens.extend(lens)
-            side.sizes.extend(sizes)
-            side.last.extend(last)
-        self._stored = [len(side.lens) for side in self._sides]
-        self.pieces, self.bytes = at["pieces"], at["bytes"]
+        for writer, values in zip(self._writers, arrays, strict=True):
+            for name, entries in zip(PIECE_ARRAYS, values, strict=True):
+                getattr(writer, name).extend(entries)
+        self._stored_pieces = [len(writer.piece_tokens) for writer in self._writers]
+        self.pieces, self.bytes = progress["pieces"], progress["bytes"]
         self._files.append(path)
 
     def fill(
-        self, tokenizer: Tokenizer, dealt: Iterator[tuple[int, Document]], count: Count
+        self, tokenizer: Tokenizer, pieces: Iterator[AssignedPiece], count_bytes: CountBytes
     ) -> None:
-        """Tokenise what is not done yet, and put each full part on the disk."""
-        self.tokenizer, size = tokenizer, 0
-        for number, d, ids in encode(tokenizer, itertools.islice(dealt, self.pieces, None)):
-            done = self._sides[number].add(d, ids)
-            count(done)
-            size, self.bytes, self.pieces = size + len(d.text), self.bytes + done, self.pieces + 1
-            if size >= PART:
-                self._store()
-                size = 0
+        """Tokenise the pieces that are not done yet, and store each full shard.
 
-    def _store(self) -> None:
+        Args:
+            tokenizer: the tokenizer.
+            pieces: all pieces of the corpus, the ones that are done among them.
+            count_bytes: called with the bytes of each piece that is done.
+
+        Raises:
+            InputError: the text holds a character that a ``char`` tokenizer does not know.
+            StorageError: a shard cannot be written.
+        """
+        self.tokenizer, shard_chars = tokenizer, 0
+        remaining = itertools.islice(pieces, self.pieces, None)
+        batch_chars = min(BATCH_CHARS, self._shard_chars)
+        for split, document, tokens in tokenize_documents(tokenizer, remaining, batch_chars):
+            size = self._writers[split].add(document, tokens)
+            count_bytes(size)
+            self.bytes, self.pieces = self.bytes + size, self.pieces + 1
+            shard_chars += len(document.text)
+            if shard_chars >= self._shard_chars:
+                self._store_shard()
+                shard_chars = 0
+
+    def _store_shard(self) -> None:
         assert self.tokenizer is not None
         if not self._files:
             self._folder.mkdir(exist_ok=True)
-            state = {"wanted": self._wanted, "tokenizer": json.loads(self.tokenizer.to_json())}
+            tokenizer = json.loads(self.tokenizer.to_json())
+            state = {"cache_key": self._cache_key, "tokenizer": tokenizer}
             atomic_write_text(self._folder / "tokenizer.json", json.dumps(state))
-        path = self._path()
-        with atomic_h5_file(path, "part", SCHEMA) as file:
-            for i, (name, side) in enumerate(zip(SIDES, self._sides, strict=True)):
-                write_array(file, f"{name}/tokens", side.take(token_dtype(self.tokenizer)))
-                for what, kind in (("lens", np.int64), ("sizes", np.int64), ("last", np.uint8)):
-                    new = getattr(side, what)[self._stored[i] :]
-                    write_array(file, f"{name}/{what}", np.array(new, kind))
-                self._stored[i] = len(side.lens)
-            write_json(file, "at", {"pieces": self.pieces, "bytes": self.bytes})
+        path = self._next_path()
+        with atomic_h5_file(path, SHARD_KIND, SCHEMA) as file:
+            for i, (split, writer) in enumerate(zip(SPLITS, self._writers, strict=True)):
+                tokens = writer.pop_tokens(token_dtype(self.tokenizer))
+                write_array(file, f"{split}/tokens", tokens)
+                for name, dtype in PIECE_ARRAYS.items():
+                    entries = getattr(writer, name)[self._stored_pieces[i] :]
+                    write_array(file, f"{split}/{name}", np.array(entries, dtype))
+                self._stored_pieces[i] = len(writer.piece_tokens)
+            write_json(file, "progress", {"pieces": self.pieces, "bytes": self.bytes})
         self._files.append(path)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of both sides."""
-        return sum(sum(side.lens) for side in self._sides)
+        """Tokens of both splits."""
+        return sum(sum(writer.piece_tokens) for writer in self._writers)
 
-    def documents(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """doc_offsets and doc_bytes of a side."""
-        return self._sides[side].documents()
+    def document_index(self, split: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return doc_offsets (documents + 1,) and doc_bytes (documents,) of TRAIN or VAL."""
+        return self._writers[split].document_index()
 
-    def copy_into(self, file: h5py.File, *, pack: bool) -> None:
-        """Write the splits of the corpus, a part at a time; ``pack`` compresses the tokens."""
+    def copy_into(self, file: h5py.File, *, compress: bool) -> None:
+        """Write both splits into the corpus file, one shard at a time.
+
+        Args:
+            file: the corpus file.
+            compress: whether to compress the tokens.
+        """
         assert self.tokenizer is not None
         dtype = token_dtype(self.tokenizer)
-        for name, side in zip(SIDES, self._sides, strict=True):
-            rest = side.take(dtype)
-            chunks = itertools.chain((self._read(p, name, dtype) for p in self._files), [rest])
-            write_chunks(file, f"{name}/tokens", dtype, sum(side.lens), chunks, compress=pack)
-            offsets, sizes = side.documents()
-            write_array(file, f"{name}/doc_offsets", offsets)
-            write_array(file, f"{name}/doc_bytes", sizes)
+        for split, writer in zip(SPLITS, self._writers, strict=True):
+            in_memory = writer.pop_tokens(dtype)
+            stored = (self._read_tokens(path, split, dtype) for path in self._files)
+            chunks, count = itertools.chain(stored, [in_memory]), sum(writer.piece_tokens)
+            write_chunks(file, f"{split}/tokens", dtype, count, chunks, compress=compress)
+            offsets, sizes = writer.document_index()
+            write_array(file, f"{split}/doc_offsets", offsets)
+            write_array(file, f"{split}/doc_bytes", sizes)
 
-    def _read(self, path: Path, name: str, dtype: Any) -> np.ndarray:
-        with open_h5_file(path, "part", SCHEMA, SCHEMA) as file:
-            return read_array(file, f"{name}/tokens", dtype)
+    def _read_tokens(self, path: Path, split: str, dtype: Any) -> np.ndarray:
+        with open_h5_file(path, SHARD_KIND, SCHEMA, SCHEMA) as file:
+            return read_array(file, f"{split}/tokens", dtype)
 
     def remove(self) -> None:
-        """Remove what is now in the corpus file."""
+        """Remove the shards, which are in the corpus file now."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Tokenizers by name: byte-level BPE (Hugging Face ``tokenizers``), characters, bytes.
 
-Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. It never comes out
-of text: the letters ``<|endoftext|>`` in a text are encoded as letters.
+Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. Encoding never
+produces it: the letters ``<|endoftext|>`` in a text are encoded as letters.
 """
 
 import codecs
@@ -32,38 +32,57 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, vocabulary: str) -> None:
-        """``vocabulary``: for bpe JSON of ``tokens``, the words in order of their ids, and
-        ``merges``, pairs of words; for char the characters in order; for byte nothing.
+        """Build a tokenizer from its vocabulary.
 
-        Raises ValueError or InputError if it is not that.
+        Args:
+            kind: ``bpe``, ``char`` or ``byte``.
+            vocabulary: for ``bpe`` JSON of ``tokens``, the words in order of their ids, and
+                ``merges``, pairs of words; for ``char`` the characters in order; for ``byte``
+                the empty string.
+
+        Raises:
+            InputError: there is no such kind.
+            ValueError: the vocabulary is damaged.
         """
         self.kind, self._vocabulary = kind, vocabulary
         self.eot = 256 if kind == "byte" else 0
         if kind == "bpe":
             stored = json.loads(vocabulary)
             self._bytes = _byte_table(stored["tokens"], stored["merges"])
-            self._bpe = _library(stored["tokens"], stored["merges"])
+            self._bpe = _build_bpe(stored["tokens"], stored["merges"])
             self.vocab_size = len(self._bytes)
         elif kind == "char":
             vocabulary.encode()  # halves of a surrogate pair are no characters
             self.vocab_size = len(vocabulary) + 1
             self._ids = {c: i + 1 for i, c in enumerate(vocabulary)}
             if len(self._ids) != len(vocabulary):
-                raise ValueError("a character stands in it twice")
+                raise ValueError("its vocabulary holds a character twice")
         elif kind == "byte":
             self.vocab_size = 257
         else:
             raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (n,) int64 of a text. Raises InputError at a character unknown to ``char``."""
+        """Return the token ids (n,) int64 of a text.
+
+        Raises:
+            InputError: the text holds a character that a ``char`` tokenizer does not know.
+        """
         return self.encode_batch([text])[0].astype(np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (n,) of each text, whole numbers of some dtype, on all cores."""
+        """Tokenise texts on all cores.
+
+        Returns:
+            The token ids of each text, (n,) of an integer dtype that depends on the kind.
+
+        Raises:
+            InputError: a text holds a character that a ``char`` tokenizer does not know.
+        """
         if self.kind == "bpe":
-            made = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.frombuffer(array("I", e.ids), np.uint32) for e in made]  # the fastest way
+            encodings = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+            # by array, the fastest way from a list to NumPy
+            return [np.frombuffer(array("I", e.ids), np.uint32) for e in encodings]
         if self.kind == "byte":
             return [np.frombuffer(t.encode(), np.uint8) for t in texts]
         try:
@@ -75,7 +94,7 @@ class Tokenizer:
             ) from None
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; none for the end of a document."""
+        """Return the UTF-8 bytes of a token; those of the end token are empty."""
         if token == self.eot:
             return b""
         if self.kind == "byte":
@@ -83,23 +102,27 @@ class Tokenizer:
         return self._vocabulary[token - 1].encode() if self.kind == "char" else self._bytes[token]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; bytes that are not UTF-8 (a character cut short) become U+FFFD."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as tokens come, a character only when all its bytes are there."""
+        """Yield the text of each token as it comes; a character waits for all of its bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
             yield decoder.decode(self.token_bytes(int(token)))
         yield decoder.decode(b"", final=True)
 
     def to_json(self) -> str:
-        """Everything needed to build the tokenizer again."""
+        """Return all that is needed to build the tokenizer again, as JSON."""
         return json.dumps({"kind": self.kind, "vocabulary": self._vocabulary}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """Build from what to_json gave. Raises InputError if the text is damaged."""
+        """Build a tokenizer from the text of ``to_json``.
+
+        Raises:
+            InputError: the text is damaged.
+        """
         try:
             stored = json.loads(text)
             return cls(str(stored["kind"]), str(stored["vocabulary"]))
@@ -110,38 +133,46 @@ class Tokenizer:
 
 
 def _byte_table(tokens: list[str], merges: list[list[str]]) -> list[bytes]:
-    """Bytes of every id: byte-level BPE writes byte b as a printable character.
+    """Bytes of every token id of a byte-level BPE, which writes each byte as a printable character.
 
-    The library trusts what it is given, so words and merges are checked here.
+    The library does not check words and merges, so they are checked here, by a ValueError.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     known = set(tokens)
     if tokens[:1] != [EOT] or len(known) != len(tokens) or not known >= table.keys():
-        raise ValueError(f"its words must be distinct: {EOT}, the 256 bytes, and more")
+        raise ValueError(f"its words must be distinct, and be {EOT}, the 256 bytes, and others")
     if not all(len(m) == 2 and {*m, m[0] + m[1]} <= known for m in merges):
-        raise ValueError("its merges must be pairs of its words that make a word")
+        raise ValueError("its merges must be pairs of its words that join to a word")
     return [b"", *(bytes(table[c] for c in word) for word in tokens[1:])]
 
 
-def _library(tokens: list[str], merges: list[list[str]]) -> Any:
-    """The ``tokenizers`` object of a byte-level BPE."""
+def _build_bpe(tokens: list[str], merges: list[list[str]]) -> Any:
+    """Build the ``tokenizers`` object of a byte-level BPE."""
     # encode_batch uses threads of its own; without this a later fork prints a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import AddedToken, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as LibraryTokenizer
 
     ids = {word: i for i, word in enumerate(tokens)}
-    made = Library(models.BPE(ids, [(a, b) for a, b in merges]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
-    made.encode_special_tokens = True  # the letters of EOT stay letters
-    return made
+    bpe = LibraryTokenizer(models.BPE(ids, [(a, b) for a, b in merges]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
+    bpe.encode_special_tokens = True  # the letters of EOT stay letters
+    return bpe
 
 
-def check_wish(kind: str, vocab_size: int) -> None:
-    """Raise InputError if there is no such tokenizer: asked before the work of reading text."""
+def check_tokenizer_settings(kind: str, vocab_size: int) -> None:
+    """Check the settings of a tokenizer, before any text is read.
+
+    Args:
+        kind: ``bpe``, ``char`` or ``byte``.
+        vocab_size: vocabulary of ``bpe``.
+
+    Raises:
+        InputError: there is no such kind, or the vocabulary is too small or too large.
+    """
     if kind not in KINDS:
         raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "bpe" and not 257 <= vocab_size <= 1 << 32:
@@ -152,49 +183,55 @@ def check_wish(kind: str, vocab_size: int) -> None:
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 5000) -> Tokenizer:
-    """Train a tokenizer of that kind; ``vocab_size`` counts only for ``bpe``.
+    """Train a tokenizer.
+
+    Args:
+        kind: ``bpe``, ``char`` or ``byte``; the last needs no training.
+        texts: the text to train on.
+        vocab_size: vocabulary of ``bpe``; the text may be too short to fill it.
 
     Raises:
-        InputError: unknown kind, or a BPE vocabulary too small for the 256 bytes and the end token.
+        InputError: there is no such kind, or a ``bpe`` vocabulary is too small for the 256 bytes
+            and the end token, or too large.
     """
-    check_wish(kind, vocab_size)
+    check_tokenizer_settings(kind, vocab_size)
     if kind == "char":
         return Tokenizer("char", "".join(sorted(set().union(*texts))))
     if kind != "bpe":
         return Tokenizer(kind, "")
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as LibraryTokenizer
     from tokenizers import models, pre_tokenizers, trainers
 
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = LibraryTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
-    model = json.loads(library.to_str())["model"]
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    made = {"tokens": words, "merges": model["merges"]}
-    return Tokenizer("bpe", json.dumps(made, ensure_ascii=False))
+    vocabulary = {"tokens": words, "merges": model["merges"]}
+    return Tokenizer("bpe", json.dumps(vocabulary, ensure_ascii=False))
 
 
 def extend_tokenizer(
     tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int
 ) -> tuple[Tokenizer, list[list[int]]]:
-    """Train a byte-level BPE on from its merges: old tokens keep their ids, new ones join old ones.
+    """Continue the training of a byte-level BPE: old tokens keep their ids, new ones join old ones.
 
     Args:
         tokenizer: of kind ``bpe``.
-        texts: what pairs are counted in.
-        vocab_size: tokens wanted; fewer are made where no pair is left that comes twice.
+        texts: the text in which pairs of tokens are counted.
+        vocab_size: tokens to have in the end; there are fewer if no pair occurs twice any more.
 
     Returns:
         The tokenizer, and for each new token, in order, the ids of the old ones that it joins.
 
     Raises:
-        InputError: another kind of tokenizer, or not more tokens than it has.
+        InputError: the tokenizer is of another kind, or has as many tokens already.
     """
     if tokenizer.kind != "bpe":
         raise InputError(f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}")
@@ -207,53 +244,54 @@ def extend_tokenizer(
 
     stored = json.loads(tokenizer._vocabulary)
     tokens, merges = list(stored["tokens"]), list(stored["merges"])
-    joins: dict[str, list[int]] = {word: [i] for i, word in enumerate(tokens)}
-    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    counts = Counter(piece for t in texts for piece, _ in splitter.pre_tokenize_str(t))
-    words = [[t.value for t in tokenizer._bpe.model.tokenize(word)] for word in counts]
-    times = list(counts.values())
-    total: Counter[tuple[str, str]] = Counter()
-    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+    joined_ids: dict[str, list[int]] = {token: [i] for i, token in enumerate(tokens)}
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    word_counts = Counter(word for t in texts for word, _ in pre_tokenizer.pre_tokenize_str(t))
+    words = [[t.value for t in tokenizer._bpe.model.tokenize(word)] for word in word_counts]
+    frequencies = list(word_counts.values())
+    pair_counts: Counter[tuple[str, str]] = Counter()
+    words_with_pair: dict[tuple[str, str], set[int]] = defaultdict(set)
 
-    def count(i: int, sign: int) -> None:
-        for pair in pairwise(words[i]):
-            total[pair] += sign * times[i]
-            places[pair].add(i)
+    def count_pairs(word: int, sign: int) -> None:
+        for pair in pairwise(words[word]):
+            pair_counts[pair] += sign * frequencies[word]
+            words_with_pair[pair].add(word)
 
-    for i in range(len(words)):
-        count(i, 1)
-    queue = [(-n, pair) for pair, n in total.items()]
+    for word in range(len(words)):
+        count_pairs(word, 1)
+    queue = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(queue)
     while queue and len(tokens) < vocab_size:
-        n, pair = heappop(queue)
-        if -n != total[pair]:  # counted anew since; a pair that still counts stands there again
+        negative_count, pair = heappop(queue)
+        if -negative_count != pair_counts[pair]:  # outdated; the queue holds the new count, too
             continue
-        if -n < 2:
+        if -negative_count < 2:
             break
-        new = "".join(pair)
+        token = "".join(pair)
         merges.append(list(pair))
-        if new not in joins:
-            tokens.append(new)
-            joins[new] = joins[pair[0]] + joins[pair[1]]
-        changed = set()
-        for i in sorted(places.pop(pair)):
-            count(i, -1)
-            changed |= set(pairwise(words[i]))
-            words[i] = _join(words[i], pair)
-            count(i, 1)
-            changed |= set(pairwise(words[i]))
-        for other in changed:
-            heappush(queue, (-total[other], other))
-    made = Tokenizer("bpe", json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False))
-    return made, [joins[word] for word in tokens[tokenizer.vocab_size :]]
+        if token not in joined_ids:
+            tokens.append(token)
+            joined_ids[token] = joined_ids[pair[0]] + joined_ids[pair[1]]
+        changed_pairs = set()
+        for word in sorted(words_with_pair.pop(pair)):
+            count_pairs(word, -1)
+            changed_pairs |= set(pairwise(words[word]))
+            words[word] = _merge_pair(words[word], pair)
+            count_pairs(word, 1)
+            changed_pairs |= set(pairwise(words[word]))
+        for changed in changed_pairs:
+            heappush(queue, (-pair_counts[changed], changed))
+    vocabulary = json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False)
+    new_tokens = tokens[tokenizer.vocab_size :]
+    return Tokenizer("bpe", vocabulary), [joined_ids[token] for token in new_tokens]
 
 
-def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
-    """A word in which each such pair of pieces, from the left, is one piece."""
-    made: list[str] = []
-    at = 0
-    while at < len(word):
-        size = 2 if tuple(word[at : at + 2]) == pair else 1
-        made.append("".join(word[at : at + size]))
-        at += size
-    return made
+def _merge_pair(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's tokens, each such pair of them, from the left, replaced by their join."""
+    merged: list[str] = []
+    position = 0
+    while position < len(word):
+        size = 2 if tuple(word[position : position + 2]) == pair else 1
+        merged.append("".join(word[position : position + size]))
+        position += size
+    return merged
