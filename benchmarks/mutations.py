@@ -128,7 +128,7 @@ def change_json(file: h5py.File, rng: random.Random) -> None:
     from mmrec.checkpoint.hdf5 import write_json
 
     name = rng.choice(
-        [n for n in ("config", "tokenizer", "info", "lora", "progress") if n in file]
+        [n for n in ("config", "tokenizer", "metadata", "lora", "progress") if n in file]
     )
     value: Any = json.loads(bytes(file[name][:]))
     odd: list[Any] = [
