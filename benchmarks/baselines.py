@@ -1,10 +1,13 @@
-"""The contenders of the race: mmrec and its peers, each trained for so many seconds in one process.
+"""The models of the race: mmrec and its baselines, each trained for a number of seconds.
 
-    python benchmarks/contenders.py gru input.txt --seconds 108 --set lr=4e-3
+    python benchmarks/baselines.py gru input.txt --seconds 108 --set lr=4e-3
 
-prints one JSON line. Every contender learns from the same tokens and is scored on every token of
-the validation split: one with a state that can be carried walks the split whole, one with a window
-sees each token after at least half a window. A peer's settings are the best of `race.py --search`.
+trains one model in this process and prints one JSON line. Every model trains on the same tokens and
+is scored on every token of the validation split. A recurrent model carries its state through the
+whole split; a model with a window sees each token after at least half a window. The settings of the
+baselines were found by `race.py --search`, except those of nanoGPT's published recipe ("nanogpt").
+
+Axes: B sequences, T tokens per sequence, D width, V vocabulary size.
 """
 
 import argparse
@@ -14,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrec.config import ModelConfig
+from mmrec.config import MODEL_SETTINGS, TRAIN_SETTINGS
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import WindowLoader
 from mmrec.data.prepare import prepare
+from mmrec.runtime.numeric import cdiv
 from mmrec.training.lr_schedule import lr_factor
 
-CHECKS = 8  # validations on the way, outside the clock
+VALIDATIONS = 8  # during training; their time does not count
 
-# lr, batch, seq_len, width, depth; what else a contender takes.
+# Settings of each model; those of mmrec are its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mmrec": {},
     "transformer": {
@@ -69,8 +72,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
     "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
 }
-# Of these the ones that a large vocabulary changes (searched on TinyStories).
-BPE: dict[str, dict[str, Any]] = {
+# What differs with a bpe vocabulary of 5,000 (searched on TinyStories).
+BPE_SETTINGS: dict[str, dict[str, Any]] = {
     "transformer": {"batch": 4, "depth": 1, "bf16": False},
     "lstm": {"lr": 8e-3, "seq_len": 64, "width": 128, "depth": 1, "dropout": 0.1, "bf16": True},
     "gru": {"lr": 8e-3, "seq_len": 64, "width": 192, "depth": 1, "bf16": True},
@@ -78,10 +81,11 @@ BPE: dict[str, dict[str, Any]] = {
     "mamba": {"lr": 8e-3, "batch": 4, "depth": 1},
     "nanogpt-tuned": {"lr": 4e-3, "seq_len": 64, "width": 96, "depth": 2},
 }
-# From so many seconds on a text of at most SMALL bytes repeats: all that can have dropout, and in
-# the longest runs mmrec has a strong weight decay.
-SMALL, DROPOUT = 4_000_000, {200: 0.1, 600: 0.2}
-LOOP = {
+# Long runs repeat a text below SMALL_TEXT bytes. From these seconds on, every model that can have
+# dropout gets it, and in the longest runs mmrec gets a strong weight decay.
+SMALL_TEXT, DROPOUT_BY_SECONDS = 4_000_000, {200: 0.1, 600: 0.2}
+# Settings of the training loop below, which trains all models but mmrec.
+LOOP_SETTINGS = {
     "warmup": 0.03,
     "schedule": "linear",
     "floor": 0.0,
@@ -94,15 +98,15 @@ LOOP = {
 
 
 def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[str, Any]:
-    """What a contender runs with for so many seconds on a text of that size in bytes."""
-    chosen = {} if name == "mmrec" else dict(LOOP)
+    """Return the settings of a model for a training time and a training text of ``size`` bytes."""
+    chosen = {} if name == "mmrec" else dict(LOOP_SETTINGS)
     chosen |= SETTINGS[name]
     if tokenizer == "bpe":
-        chosen |= BPE.get(name, {})
-    for length, dropout in DROPOUT.items():
-        if seconds >= length and size <= SMALL and name not in ("nanogpt", "mamba"):
+        chosen |= BPE_SETTINGS.get(name, {})
+    for least, dropout in DROPOUT_BY_SECONDS.items():
+        if seconds >= least and size <= SMALL_TEXT and name not in ("nanogpt", "mamba"):
             chosen["dropout"] = dropout
-            if name == "mmrec" and dropout == max(DROPOUT.values()):
+            if name == "mmrec" and dropout == max(DROPOUT_BY_SECONDS.values()):
                 chosen["weight_decay"] = 1.0
     return chosen
 
@@ -113,7 +117,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj, self.merge = (nn.Linear(width, n, bias=False) for n in (3 * width, width))
+        self.in_proj = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
@@ -122,41 +127,44 @@ class Attention(nn.Module):
         angle = torch.arange(time)[:, None] * 10000 ** -(torch.arange(half) / half)
         cos, sin = angle.cos(), angle.sin()
 
-        def rotate(u: Tensor) -> Tensor:
+        def normalise_and_rotate(u: Tensor) -> Tensor:
             u = F.rms_norm(u.float(), u.shape[-1:])
             a, b = u.split(half, -1)
             return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(v.dtype)
 
-        out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        return self.merge(out.transpose(1, 2).reshape(batch, time, width))
+        q, k = normalise_and_rotate(q), normalise_and_rotate(k)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).reshape(batch, time, width))
 
 
 class Transformer(nn.Module):
-    """A small transformer as one would write it today: RoPE, QK-norm, relu², zero-init outputs."""
+    """A small modern transformer: RoPE, QK-norm, relu², outputs initialised to zero."""
 
     def __init__(self, vocab: int, width: int, depth: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(depth))
-        self.wide = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(depth))
-        self.narrow = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(depth))
+        self.up_proj = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(depth))
+        self.down_proj = nn.ModuleList(
+            nn.Linear(4 * width, width, bias=False) for _ in range(depth)
+        )
         self.dropout = nn.Dropout(dropout)
-        for attention, narrow in zip(self.attention, self.narrow, strict=True):
+        for attention, down in zip(self.attention, self.down_proj, strict=True):
             nn.init.zeros_(attention.out_proj.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(narrow.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(down.weight)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         norm = x.shape[-1:]
-        for attention, wide, narrow in zip(self.attention, self.wide, self.narrow, strict=True):
+        for attention, up, down in zip(self.attention, self.up_proj, self.down_proj, strict=True):
             x = x + self.dropout(attention(F.rms_norm(x, norm)))
-            x = x + self.dropout(narrow(F.relu(wide(F.rms_norm(x, norm))).square()))
+            x = x + self.dropout(down(F.relu(up(F.rms_norm(x, norm))).square()))
         return F.linear(F.rms_norm(x, norm), self.embedding.weight)
 
 
 class Recurrent(nn.Module):
-    """A stack of torch.nn.LSTM or GRU with logits tied to the embedding; its state is carried."""
+    """torch.nn.LSTM or GRU with logits tied to the embedding; evaluation carries its state."""
 
     def __init__(self, kind: str, vocab: int, width: int, depth: int, dropout: float) -> None:
         super().__init__()
@@ -172,13 +180,13 @@ class Recurrent(nn.Module):
         return F.linear(self.dropout(x), self.embedding.weight), state
 
 
-def build(name: str, vocab: int, s: dict[str, Any], nanogpt: Path | None) -> nn.Module:
-    """The contender's model."""
-    width, depth, dropout = s["width"], s["depth"], s["dropout"]
+def build(name: str, vocab: int, options: dict[str, Any], nanogpt: Path | None) -> nn.Module:
+    """Build the model of a baseline; ``nanogpt`` is the folder of a nanoGPT checkout."""
+    width, depth, dropout = options["width"], options["depth"], options["dropout"]
     if name in ("lstm", "gru"):
         return Recurrent(name, vocab, width, depth, dropout)
     if name == "transformer":
-        return Transformer(vocab, width, depth, s["heads"], dropout)
+        return Transformer(vocab, width, depth, options["heads"], dropout)
     if name == "mingru":
         from minGRU_pytorch.minLM import minLM
 
@@ -197,11 +205,11 @@ def build(name: str, vocab: int, s: dict[str, Any], nanogpt: Path | None) -> nn.
 
     return GPT(
         GPTConfig(
-            block_size=s["seq_len"],
+            block_size=options["seq_len"],
             vocab_size=vocab,
             n_layer=depth,
             bias=False,
-            n_head=s["heads"],
+            n_head=options["heads"],
             n_embd=width,
             dropout=dropout,
         )
@@ -209,17 +217,17 @@ def build(name: str, vocab: int, s: dict[str, Any], nanogpt: Path | None) -> nn.
 
 
 def logits_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (B, T, V) of tokens (B, T)."""
+    """Return the logits (B, T, V) of tokens (B, T) int64."""
     if name.startswith("nanogpt"):
         x = x.contiguous()
-        return model(x, x)[0]  # without targets it gives the last position only
-    out = model(x)
-    return out[0] if isinstance(out, tuple) else out
+        return model(x, x)[0]  # without targets nanoGPT returns the last position only
+    output = model(x)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.inference_mode()
 def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: bool) -> float:
-    """Mean nats a token over the whole split; the first token follows token 0."""
+    """Return the mean loss in nats per token over tokens (n,); the first one follows token 0."""
     model.eval()
     stream = torch.from_numpy(np.concatenate(([0], tokens)).astype(np.int64))
     total = 0.0
@@ -233,110 +241,117 @@ def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: b
         else:
             half = seq_len // 2
             before = stream.new_zeros(half)
-            length = -(-len(tokens) // half) * half
+            length = cdiv(len(tokens), half) * half
             x = torch.cat((before, stream[:-1], stream.new_zeros(length - len(tokens))))
             y = torch.cat((stream[1:], stream.new_full((length - len(tokens),), -100)))
             windows = x.unfold(0, seq_len, half)[: length // half]
             targets = y.view(-1, half)
-            # the first window would start with made-up tokens: it is scored without them
+            # the first window begins with padding, so its targets are scored without it
             first = logits_of(name, model, windows[:1, half:])
             total += float(F.cross_entropy(first[0].float(), targets[0], reduction="sum"))
             for lo in range(1, len(windows), 32):
                 logits = logits_of(name, model, windows[lo : lo + 32])[:, half:]
                 flat = logits.reshape(-1, logits.shape[-1]).float()
-                right = targets[lo : lo + 32].reshape(-1)
-                total += float(F.cross_entropy(flat, right, reduction="sum"))
+                flat_targets = targets[lo : lo + 32].reshape(-1)
+                total += float(F.cross_entropy(flat, flat_targets, reduction="sum"))
     model.train()
     return total / len(tokens)
 
 
-def train_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a peer until its seconds are over; compilation and the first steps are not counted."""
-    s = args.set
+def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a baseline for its seconds; compilation and the first steps do not count."""
+    options = args.set
     torch.manual_seed(args.seed)
     vocab = corpus.tokenizer.vocab_size
-    model = build(name, vocab, s, args.nanogpt)
-    if hasattr(model, "configure_optimizers"):  # nanoGPT brings its own
-        optimizer = model.configure_optimizers(s["decay"], s["lr"], (0.9, s["beta2"]), "cpu")
+    model = build(name, vocab, options, args.nanogpt)
+    if hasattr(model, "configure_optimizers"):  # nanoGPT makes its own optimizer
+        optimizer = model.configure_optimizers(
+            options["decay"], options["lr"], (0.9, options["beta2"]), "cpu"
+        )
     else:
         matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "emb" not in n]
         others = [p for n, p in model.named_parameters() if p.ndim < 2 or "emb" in n]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            groups, lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["decay"], fused=True
+            groups,
+            lr=options["lr"],
+            betas=(0.9, options["beta2"]),
+            weight_decay=options["decay"],
+            fused=True,
         )
-    batches = WindowLoader(corpus.train.tokens, s["batch"], s["seq_len"], args.seed)
-    run: Any = torch.compile(model) if s["compile"] else model
+    loader = WindowLoader(corpus.train.tokens, options["batch"], options["seq_len"], args.seed)
+    training_model: Any = torch.compile(model) if options["compile"] else model
 
-    def gradients(step: int) -> float:
-        x, y = batches.batch_at(step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=s["bf16"]):
+    def backward(step: int) -> None:
+        x, y = loader.batch_at(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             if name.startswith("nanogpt"):
-                loss = run(x, y)[1]
+                loss = training_model(x, y)[1]
             else:
-                logits = logits_of(name, run, x)
+                logits = logits_of(name, training_model, x)
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         loss.backward()
-        return loss.item()
 
     begin = time.perf_counter()
     for _ in range(3):
-        gradients(0)
-    ready = time.perf_counter() - begin
+        backward(0)
+    seconds_until_ready = time.perf_counter() - begin
     optimizer.zero_grad(set_to_none=True)
 
-    def check() -> float:
-        return score(name, model, corpus.val.tokens, s["seq_len"], s["bf16"])
+    def validate() -> float:
+        return score(name, model, corpus.val.tokens, options["seq_len"], options["bf16"])
 
-    spent, step, curve, next_check = 0.0, 0, [], args.seconds / CHECKS
+    spent, step, curve, next_validation = 0.0, 0, [], args.seconds / VALIDATIONS
     while spent < args.seconds:
         begin = time.perf_counter()
-        factor = lr_factor(spent / args.seconds, s["warmup"], s["schedule"], s["floor"])
+        factor = lr_factor(
+            spent / args.seconds, options["warmup"], options["schedule"], options["floor"]
+        )
         for group in optimizer.param_groups:
-            group["lr"] = s["lr"] * factor
-        gradients(step)
+            group["lr"] = options["lr"] * factor
+        backward(step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         spent += time.perf_counter() - begin
-        if next_check <= spent < args.seconds and args.curve:
-            curve.append((spent, check()))
-            next_check += args.seconds / CHECKS
-    loss = check()
+        if next_validation <= spent < args.seconds and args.curve:
+            curve.append((spent, validate()))
+            next_validation += args.seconds / VALIDATIONS
+    loss = validate()
     curve.append((spent, loss))
-    tokens = step * s["batch"] * s["seq_len"]
+    tokens = step * options["batch"] * options["seq_len"]
     return {
         "loss": loss,
         "curve": curve,
         "steps": step,
         "tokens": tokens,
         "seconds": spent,
-        "ready": ready,
+        "ready": seconds_until_ready,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "settings": s,
+        "settings": options,
     }
 
 
+def to_toml(options: dict[str, Any]) -> str:
+    """Write settings of mmrec, given by flat name, as its configuration file."""
+    declared = MODEL_SETTINGS | TRAIN_SETTINGS
+    tables: dict[str, list[str]] = {}
+    for flat_name, value in options.items():
+        setting = declared[flat_name]
+        lines = tables.setdefault(setting.section, [f"[{setting.section}]"])
+        lines.append(f"{setting.name} = {json.dumps(value)}")
+    return "\n".join(line for lines in tables.values() for line in lines) + "\n"
+
+
 def train_mmrec(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
-    """Train mmrec as its user does, with the command."""
+    """Train mmrec with its command, as a user does."""
     with tempfile.TemporaryDirectory() as folder:
         out, config = Path(folder, "run"), Path(folder, "run.toml")
-        model = {k: v for k, v in args.set.items() if k in MODEL_KEYS}
-        train = {k: v for k, v in args.set.items() if k not in MODEL_KEYS}
-        train |= {"eval_tokens": corpus.val.n_tokens, "save_every": 10**9}
+        options = {"eval_tokens": corpus.val.n_tokens, "save_every": 10**9, **args.set}
         if not args.curve:
-            train["eval_every"] = 10**9
-        tables = (("model", model), ("train", train))
-        config.write_text(
-            "\n".join(
-                [
-                    f"[{t}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in values.items())
-                    for t, values in tables
-                ]
-            )
-            + "\n"
-        )
+            options["eval_every"] = 10**9
+        config.write_text(to_toml(options))
         command = [
             sys.executable,
             "-m",
@@ -379,11 +394,8 @@ def train_mmrec(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-MODEL_KEYS = {f.name for f in fields(ModelConfig)}
-
-
 def pair(text: str) -> tuple[str, Any]:
-    """``lr=4e-3`` as ("lr", 0.004)."""
+    """Parse ``lr=4e-3`` as ("lr", 0.004)."""
     key, _, value = text.partition("=")
     try:
         return key, json.loads(value)
@@ -407,14 +419,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     corpus = Corpus.open(prepare(args.data, args.tokenizer, 5000))
-    known = settings(args.name, args.seconds, args.tokenizer, corpus.train.n_bytes)
-    args.set = known | dict(args.set)
-    made = (
-        train_mmrec(corpus, args) if args.name == "mmrec" else train_peer(args.name, corpus, args)
-    )
-    made["bits_per_byte"] = made["loss"] / math.log(2) * corpus.val.n_tokens / corpus.val.n_bytes
-    made |= {"name": args.name, "seed": args.seed, "budget": args.seconds}
-    print(json.dumps(made))
+    defaults = settings(args.name, args.seconds, args.tokenizer, corpus.train.n_bytes)
+    args.set = defaults | dict(args.set)
+    if args.name == "mmrec":
+        result = train_mmrec(corpus, args)
+    else:
+        result = train_baseline(args.name, corpus, args)
+    bits_per_token = result["loss"] / math.log(2)
+    result["bits_per_byte"] = bits_per_token * corpus.val.n_tokens / corpus.val.n_bytes
+    result |= {"name": args.name, "seed": args.seed, "budget": args.seconds}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python benchmarks/finetune.py stdlib stories.txt --steps 200 --out stdlib-to-stories
     python benchmarks/finetune.py c4.jsonl project/ --source runs/tiny-c4 --out english-to-code
 
-A model is trained on the first text once, unless a run is named; then, for every seed, it is fine-
-tuned on the second in several ways, and one of its size is trained on the second alone, with the
-command as its user runs it. Every run's learning rates end at its last step. Scores are bits per
-byte of the best checkpoint over the whole validation split of the second text, whatever its
-tokenizer, and of the first. Writes results/finetune-NAME.json and .png.
+A model is trained on the first text once, unless a run is named. For every seed it is then
+fine-tuned on the second text with several methods, and a model of the same size is trained on the
+second text from scratch. All runs use the command, as a user does, and their learning rates reach
+zero at the last step. Scores are bits per byte of the best checkpoint, on the whole validation
+splits of both texts; they can be compared between tokenizers. Writes results/finetune-NAME.json and
+.png.
 """
 
 import argparse
@@ -20,79 +21,82 @@ from typing import Any
 from matplotlib.figure import Figure
 from perplexity import mmrec
 
-from mmrec.profiling.kernel_bench import machine
+from mmrec.profiling.kernel_bench import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
-WAYS: dict[str, list[str]] = {
+METHODS: dict[str, list[str]] = {
     "scratch": [],
     "finetune": [],
-    "finetune --replay 0.1": ["--replay", "0.1"],
-    "finetune --lora 8": ["--lora", "8"],
+    "finetune --replay-fraction 0.1": ["--replay-fraction", "0.1"],
+    "finetune --lora-rank 8": ["--lora-rank", "8"],
 }
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What a run says of itself, with its curve in bits per byte by steps."""
-    made: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    """Return the summary of a run, with its curve of (step, bits per byte)."""
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(x["step"], x["bits_per_byte"]) for x in lines if x["kind"] == "val"]
-    kept = ("steps", "tokens", "seconds", "best_step", "best_because")
-    return {k: made[k] for k in kept} | {"curve": curve, "scores": made.get("bits_per_byte")}
+    keys = ("steps", "tokens", "seconds", "best_step", "best_reason")
+    scores = summary.get("bits_per_byte")
+    return {k: summary[k] for k in keys} | {"curve": curve, "scores": scores}
 
 
 def race(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All runs: the source, and each way for each seed."""
+    """Train the source, and each method for each seed; return their rows."""
     source, rows = args.source or folder / "source", []
     if not args.source:
         mmrec("train", args.preset, "--data", args.old, "--out", str(source))
-    rows.append({"way": "source", "seed": 0, **result(source)})
+    rows.append({"method": "source", "seed": 0, **result(source)})
     length = ["--steps", str(args.steps), "--eval-every", str(args.eval_every)]
     length += ["--max-bytes", str(args.max_bytes)] if args.max_bytes else []
     for seed in range(args.seeds):
         common = ["--data", args.new, *length, "--seed", str(seed), "--dropout", str(args.dropout)]
-        for way in args.ways:
-            run = folder / f"{way.replace(' ', '')}-{seed}"
-            if way == "scratch":
+        for method in args.methods:
+            run = folder / f"{method.replace(' ', '')}-{seed}"
+            if method == "scratch":
                 mmrec("train", args.preset, *common, "--patience", "5", "--out", str(run))
                 score = json.loads(mmrec("eval", str(run), "--json"))["bits_per_byte"]
                 row = result(run) | {"scores": {"new": {"after": score}}}
             else:
-                mmrec("finetune", str(source), *common, *WAYS[way], "--out", str(run))
+                mmrec("finetune", str(source), *common, *METHODS[method], "--out", str(run))
                 row = result(run)
-            rows.append({"way": way, "seed": seed, **row})
-            print(f"seed {seed}, {way}: {json.dumps(row['scores'])}", flush=True)
+            rows.append({"method": method, "seed": seed, **row})
+            print(f"seed {seed}, {method}: {json.dumps(row['scores'])}", flush=True)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines, a way a line: medians over the seeds and their span."""
-    lines = ["| | new text | old text |", "|---|---|---|"]
-    before = next(r["scores"] for r in rows if r["way"].startswith("finetune"))
-    old, new = (f"{before[k]['before']:.3f}" for k in ("old", "new"))
-    lines.append(f"| the model before | {new} | {old} |")
-    for way in dict.fromkeys(r["way"] for r in rows[1:]):
-        mine, cells = [r for r in rows if r["way"] == way], []
-        for text in ("new", "old"):
-            got = sorted(r["scores"][text]["after"] for r in mine if text in r["scores"])
-            span = f"{statistics.median(got):.3f} ({got[0]:.3f} to {got[-1]:.3f})" if got else ""
-            cells.append(span)
-        lines.append(f"| {way} | {cells[0]} | {cells[1]} |")
+    """Return a Markdown table, a row per method: medians over the seeds and their range."""
+    lines = ["| | new text | earlier text |", "|---|---|---|"]
+    before = next(r["scores"] for r in rows if r["method"].startswith("finetune"))
+    earlier, new = (f"{before[k]['before']:.3f}" for k in ("earlier", "new"))
+    lines.append(f"| before fine-tuning | {new} | {earlier} |")
+    for method in dict.fromkeys(r["method"] for r in rows[1:]):
+        own, cells = [r for r in rows if r["method"] == method], []
+        for text in ("new", "earlier"):
+            after = sorted(r["scores"][text]["after"] for r in own if text in r["scores"])
+            cell = ""
+            if after:
+                cell = f"{statistics.median(after):.3f} ({after[0]:.3f} to {after[-1]:.3f})"
+            cells.append(cell)
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
     return lines
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(7.2, 4.4), dpi=120, layout="constrained")
-    axes, ends = figure.add_subplot(), []
-    for i, way in enumerate(dict.fromkeys(r["way"] for r in rows[1:])):
-        for row in (r for r in rows if r["way"] == way):
+    axes, lowest = figure.add_subplot(), []
+    for i, method in enumerate(dict.fromkeys(r["method"] for r in rows[1:])):
+        for row in (r for r in rows if r["method"] == method):
             x, y = zip(*row["curve"], strict=True)
-            ends.append(min(y))
-            axes.plot(x, y, color=f"C{i}", label=way if row["seed"] == 0 else None)
+            lowest.append(min(y))
+            axes.plot(x, y, color=f"C{i}", label=method if row["seed"] == 0 else None)
     axes.set(
         xlabel="steps on the new text",
         title=title,
         ylabel="bits per byte, validation subset of the new text",
-        ylim=(min(ends) * 0.97, max(ends) * 1.4),
+        ylim=(min(lowest) * 0.97, max(lowest) * 1.4),
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -101,30 +105,30 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("old", help="what the source is trained on")
-    parser.add_argument("new", help="what is learnt then")
+    parser.add_argument("old", help="text that the source is trained on")
+    parser.add_argument("new", help="text that it is fine-tuned on")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--source", type=Path, help="a run on the first text")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=20)
-    parser.add_argument("--max-bytes", type=int, help="no more of the new text than this")
-    parser.add_argument("--add", action="store_true", help="keep the other ways' earlier rows")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--max-bytes", type=int, help="read at most this much of the new text")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other methods")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", required=True, help="name of the results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = race(args, Path(name))
     path = RESULTS / f"finetune-{args.out}.json"
     if args.add:
-        before = [r for r in json.loads(path.read_text())["rows"] if r["way"] != "source"]
-        rows += [r for r in before if r["way"] not in args.ways]
-        rows.sort(key=lambda r: ["source", *WAYS].index(r["way"]))
-    left = ("old", "new", "out", "source", "add", "ways")
-    about = {k: v for k, v in vars(args).items() if k not in left}
-    made = {"machine": machine(), "settings": about, "rows": rows}
-    path.write_text(json.dumps(made, indent=1) + "\n")
+        earlier = [r for r in json.loads(path.read_text())["rows"] if r["method"] != "source"]
+        rows += [r for r in earlier if r["method"] not in args.methods]
+        rows.sort(key=lambda r: ["source", *METHODS].index(r["method"]))
+    not_settings = ("old", "new", "out", "source", "add", "methods")
+    settings = {k: v for k, v in vars(args).items() if k not in not_settings}
+    result = {"machine": describe_machine(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"), args.out)
     print("\n".join(table(rows)))
 

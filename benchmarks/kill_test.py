@@ -28,7 +28,7 @@ import numpy as np
 from mmrec.checkpoint.checkpoint import load_model, read_metadata
 from mmrec.checkpoint.hdf5 import read_json
 from mmrec.checkpoint.manager import list_checkpoints
-from mmrec.profiling.kernel_bench import machine
+from mmrec.profiling.kernel_bench import describe_machine
 
 CONFIG = """preset = "tiny"
 [model]
@@ -206,7 +206,7 @@ def main() -> None:
         assert not left, f"left behind: {left}"
         epochs = len(json.loads((run / "summary.json").read_text())["epochs"])
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "omp_threads": os.environ.get("OMP_NUM_THREADS"),
         "kills": moments.total(),
         "aimed": dict(moments),

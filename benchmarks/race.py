@@ -1,11 +1,12 @@
-"""The learning race: who has learnt most of a text after so many seconds on the same cores?
+"""The race: which model reaches the lowest loss in equal training time on the same cores?
 
     python benchmarks/race.py input.txt --seconds 30 108 300 --nanogpt path/to/nanoGPT
     python benchmarks/race.py input.txt --search gru lstm --seconds 40
 
-Contenders (benchmarks/contenders.py) train in turn, each in a process of its own, for the same
-wall-clock seconds, with a learning-rate schedule that ends at that time; compilation, warm-up and
-validation are not counted. Scores are over the whole validation split, medians over seeds.
+mmrec and its baselines (benchmarks/baselines.py) train one after the other, each in a process of
+its own, for the same wall-clock seconds, with a learning-rate schedule that ends at that time. Time
+for compilation, warm-up and validation does not count. Scores are medians over seeds, on the whole
+validation split.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contenders import SETTINGS, pair, settings
+from baselines import SETTINGS, pair, settings
 
-from mmrec.profiling.kernel_bench import machine
+from mmrec.profiling.kernel_bench import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
-# One axis after the other, from where the peer stands up or down as long as that is better.
+# Coordinate search: each setting in turn goes up or down from its start while the loss improves.
 SEARCH: dict[str, list[Any]] = {
     "lr": [1e-3, 2e-3, 4e-3, 8e-3],
     "batch": [2, 4, 8, 16, 32],
@@ -33,6 +34,7 @@ SEARCH: dict[str, list[Any]] = {
     "bf16": [False, True],
     "compile": [False, True],
 }
+# Settings that are not searched.
 FIXED = {
     "nanogpt": set(SEARCH),
     "nanogpt-tuned": {"bf16", "compile"},
@@ -46,14 +48,14 @@ def measure(
     args: argparse.Namespace,
     seconds: float,
     seed: int,
-    settings: dict[str, Any],
+    options: dict[str, Any],
     *,
     curve: bool,
 ) -> dict[str, Any]:
-    """Run one contender in its own process."""
+    """Train one model in a process of its own; return its row."""
     command = [
         sys.executable,
-        str(Path(__file__).with_name("contenders.py")),
+        str(Path(__file__).with_name("baselines.py")),
         name,
         args.data,
         "--tokenizer",
@@ -68,23 +70,23 @@ def measure(
     command += [] if curve else ["--no-curve"]
     command += ["--nanogpt", str(args.nanogpt)] if args.nanogpt else []
     command += ["--threads", str(args.threads)] if args.threads else []
-    if settings:
-        command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
+    if options:
+        command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in options.items())]
     load = os.getloadavg()[0]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"name": name, "seed": seed, "budget": seconds, "error": done.stderr[-300:]}
-    return json.loads(done.stdout.splitlines()[-1]) | {"load": load}
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        return {"name": name, "seed": seed, "budget": seconds, "error": process.stderr[-300:]}
+    return json.loads(process.stdout.splitlines()[-1]) | {"load": load}
 
 
 def search(name: str, args: argparse.Namespace) -> None:
-    """Try one setting after another at the first budget, and say what was best."""
+    """Search the settings of a model one after the other at the first budget; print the best."""
     best: dict[str, Any] = dict(args.set)
     start = settings(name, args.seconds[0], args.tokenizer)
 
     def loss_with(tried: dict[str, Any]) -> float:
-        made = measure(name, args, args.seconds[0], 0, best | tried, curve=False)
-        loss = made.get("loss", float("inf"))
+        row = measure(name, args, args.seconds[0], 0, best | tried, curve=False)
+        loss = row.get("loss", float("inf"))
         print(f"  {name} {json.dumps(best | tried)}: {loss:.4f}", flush=True)
         return loss
 
@@ -92,21 +94,22 @@ def search(name: str, args: argparse.Namespace) -> None:
     for key, values in SEARCH.items():
         if key in FIXED.get(name, set()):
             continue
-        now = (start | best)[key]
-        above, below = [v for v in values if v > now], [v for v in values[::-1] if v < now]
-        for side in (above, below):
-            for value in side:
+        current = (start | best)[key]
+        above = [v for v in values if v > current]
+        below = [v for v in values[::-1] if v < current]
+        for direction in (above, below):
+            for value in direction:
                 loss = loss_with({key: value})
                 if loss >= score:
                     break
                 score, best = loss, best | {key: value}
-            if best.get(key, now) != now:  # better on one side: the other is not tried
+            if best.get(key, current) != current:  # the other direction would be worse
                 break
     print(f"{name}: {score:.4f} with {json.dumps(best)}", flush=True)
 
 
 def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
-    """Markdown lines, a contender a line, a budget a column: median of the seeds and their span."""
+    """Return a Markdown table, a row per model and a column per budget: median and range."""
     budgets = sorted({r["budget"] for r in rows})
     key = "loss" if unit == "nats/char" else "bits_per_byte"
     lines = [
@@ -116,25 +119,25 @@ def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
     ]
     lines.append("|---" * (len(budgets) + 4) + "|")
     for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name and "error" not in r]
-        if not mine:
+        own = [r for r in rows if r["name"] == name and "error" not in r]
+        if not own:
             continue
         cells = []
         for budget in budgets:
-            got = [r[key] for r in mine if r["budget"] == budget]
-            span = f" ({min(got):.3f}–{max(got):.3f})" if len(got) > 1 else ""
-            cells.append(f"{statistics.median(got):.3f}{span}" if got else "")
-        rate = statistics.median(r["tokens"] / r["seconds"] for r in mine)
-        ready = statistics.median(r["ready"] for r in mine)
+            scores = [r[key] for r in own if r["budget"] == budget]
+            span = f" ({min(scores):.3f}–{max(scores):.3f})" if len(scores) > 1 else ""
+            cells.append(f"{statistics.median(scores):.3f}{span}" if scores else "")
+        rate = statistics.median(r["tokens"] / r["seconds"] for r in own)
+        ready = statistics.median(r["ready"] for r in own)
         lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {mine[-1]['parameters'] / 1e6:.2f} M"
+            f"| {name} | " + " | ".join(cells) + f" | {own[-1]['parameters'] / 1e6:.2f} M"
             f" | {rate:,.0f} | {ready:.0f} s |"
         )
     return lines
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
-    """Final scores by budget as lines with dots, validation on the way as thin lines."""
+    """Draw final scores by budget as lines with dots, validations during training as thin lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -142,12 +145,12 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
     longest = max(r["budget"] for r in rows)
     finals: list[float] = []
     for i, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
-        mine = [r for r in rows if r["name"] == name and "error" not in r]
+        own = [r for r in rows if r["name"] == name and "error" not in r]
         points = []
-        for budget in sorted({r["budget"] for r in mine}):
-            got = [r for r in mine if r["budget"] == budget]
+        for budget in sorted({r["budget"] for r in own}):
+            at_budget = [r for r in own if r["budget"] == budget]
             key = "loss" if unit == "nats/char" else "bits_per_byte"
-            points.append((budget, statistics.median(r[key] for r in got)))
+            points.append((budget, statistics.median(r[key] for r in at_budget)))
         finals += [y for _, y in points]
         axes.plot(
             *zip(*points, strict=True),
@@ -156,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
             label=name,
             linewidth=2.5 if name == "mmrec" else 1.2,
         )
-        for r in mine:
+        for r in own:
             if r["budget"] == longest and r["seed"] == 0:
                 scale = r[key] / r["loss"]
                 axes.plot(
@@ -183,49 +186,51 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="char", help="char, byte or bpe")
     parser.add_argument("--seconds", type=float, nargs="+", default=[108.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--search", nargs="+", choices=list(SETTINGS), help="tune these peers")
-    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all that run")
-    parser.add_argument("--preset", default="tiny", help="of mmrec")
+    parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--search", nargs="+", choices=list(SETTINGS), help="tune these models")
+    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all models")
+    parser.add_argument("--preset", default="tiny", help="mmrec's preset")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", help="name of the results, otherwise that of the data")
+    parser.add_argument("--out", help="name of the results; default: of the data")
     parser.add_argument(
         "--no-curve",
         dest="curve",
         action="store_false",
-        help="score at the end alone: a large split takes minutes",
+        help="validate at the end only: a large split takes minutes",
     )
-    parser.add_argument("--add", action="store_true", help="keep the rows of contenders not run")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other models")
     args = parser.parse_args()
     if args.search:
         for name in args.search:
             search(name, args)
         return
     if not args.nanogpt:
-        args.contenders = [c for c in args.contenders if not c.startswith("nanogpt")]
+        args.models = [m for m in args.models if not m.startswith("nanogpt")]
     unit = "nats/char" if args.tokenizer == "char" else "bits per byte"
     stem = args.out or f"race-{Path(args.data).stem}"
-    about = machine()
+    about = describe_machine()
     title = f"{stem.removeprefix('race-')}, {about['cpu']}, {about['cores']} cores"
     path, rows = RESULTS / f"{stem}.json", []
     if args.add and path.exists():
-        again = {(n, s) for n in args.contenders for s in args.seconds}
+        replaced = {(n, s) for n in args.models for s in args.seconds}
         old = json.loads(path.read_text())["rows"]
-        rows = [r for r in old if (r["name"], r["budget"]) not in again]
+        rows = [r for r in old if (r["name"], r["budget"]) not in replaced]
     for seconds in args.seconds:
         for seed in range(args.seeds):
-            for name in args.contenders:
-                drawn = args.curve and seed == 0 and seconds == max(args.seconds)
-                row = measure(name, args, seconds, seed, dict(args.set), curve=drawn)
+            for name in args.models:
+                with_curve = args.curve and seed == 0 and seconds == max(args.seconds)
+                row = measure(name, args, seconds, seed, dict(args.set), curve=with_curve)
                 rows.append(row)
-                said = (
+                outcome = (
                     row.get("error")
                     or f"{row['loss']:.4f} nats, {row['bits_per_byte']:.4f} bits/byte"
                 )
-                print(f"{seconds:g} s, seed {seed}, {name}: {said}", flush=True)
+                print(f"{seconds:g} s, seed {seed}, {name}: {outcome}", flush=True)
                 RESULTS.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+                path.write_text(
+                    json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n"
+                )
     print("\n".join(table(rows, unit)))
     plot(rows, path.with_suffix(".png"), title, unit)
 

@@ -1,11 +1,11 @@
-"""Train, evaluate and generate in one process for a long time: does it keep what it should let go?
+"""Train, evaluate and generate in one process for a long time, and look for leaks.
 
     python benchmarks/soak.py [--minutes 30] [--data SOURCE]
 
 Each round trains a small model with every part of a run (checkpoints, validation, curve), scores
-the whole validation split with the best model, and writes text with it. After each round the
-process counts its resident memory, open files and threads; slopes are least squares over the second
-half of the time.
+validation text with the best model, and generates text with it. After each round the process counts
+its resident memory, open files and threads. Slopes are least-squares fits over the second half of
+the time.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from mmrec.data.corpus import Corpus  # noqa: E402
 from mmrec.data.prepare import prepare  # noqa: E402
 from mmrec.evaluation.evaluate import evaluate  # noqa: E402
 from mmrec.inference.generate import generate  # noqa: E402
-from mmrec.profiling.kernel_bench import machine  # noqa: E402
-from mmrec.training.trainer import Trainer, train  # noqa: E402
+from mmrec.profiling.kernel_bench import describe_machine  # noqa: E402
+from mmrec.training.trainer import Trainer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"memory_mb": "resident memory (MB)", "files": "open files", "threads": "threads"}
-FLAT = {"memory_mb": 0.01, "files": 0.0, "threads": 0.0}  # share of the mean gained in an hour
+RESOURCES = {"memory_mb": "resident memory (MB)", "files": "open files", "threads": "threads"}
+MAX_GROWTH = {"memory_mb": 0.01, "files": 0.0, "threads": 0.0}  # per hour, as a share of the mean
 
 
 def measure() -> dict[str, float]:
-    """Resident memory, open file handles and threads of this process, as Linux counts them."""
+    """Return resident memory, open files and threads of this process, as Linux counts them."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
@@ -50,47 +50,53 @@ def measure() -> dict[str, float]:
 
 
 def one_round(corpus: Corpus, folder: Path, seed: int) -> float:
-    """Train, evaluate and generate; returns bits per byte."""
+    """Train, evaluate and generate; return bits per byte."""
     shape = replace(preset("tiny"), width=64, ngram_buckets=1024, dropout=0.1)
-    plan = TrainConfig(
-        data=str(corpus.info["source"]),
-        steps=40,
-        batch=4,
-        seq_len=128,
-        seed=seed,
-        eval_every=10,
-        eval_tokens=4096,
-        save_every=15,
+    config = TrainConfig.from_flat(
+        {
+            "data": str(corpus.info["source"]),
+            "steps": 40,
+            "batch_size": 4,
+            "seq_len": 128,
+            "seed": seed,
+            "eval_every": 10,
+            "eval_tokens": 4096,
+            "save_every": 15,
+        }
     )
-    train(Trainer(folder, corpus, shape, plan, "tiny", lambda line: None))
+    Trainer(folder, corpus, shape, config, "tiny", echo=lambda line: None).fit()
     loaded = load_model(folder / "best.h5")
     split = corpus.val
     tokens = split.tokens[:50_000]
     share = len(tokens) / split.n_tokens
-    made = evaluate(loaded.model, tokens, loaded.tokenizer.eot, int(split.n_bytes * share))
+    scores = evaluate(loaded.model, tokens, loaded.tokenizer.eot, int(split.n_bytes * share))
     text = "".join(generate(loaded.model, loaded.tokenizer, "def ", max_tokens=100, seed=seed))
     assert text
-    assert math.isfinite(made.loss)
-    return made.bits_per_byte
+    assert math.isfinite(scores.loss)
+    return scores.bits_per_byte
 
 
 def slope(hours: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Least-squares slope an hour and its standard error."""
+    """Return the least-squares slope per hour and its standard error."""
     x = hours - hours.mean()
     rate = float(x @ values / (x @ x))
-    rest = values - values.mean() - rate * x
-    return rate, float(np.sqrt(rest @ rest / max(1, len(x) - 2) / (x @ x)))
+    residuals = values - values.mean() - rate * x
+    return rate, float(np.sqrt(residuals @ residuals / max(1, len(x) - 2) / (x @ x)))
 
 
-def draw(samples: list[dict[str, float]], made: dict[str, dict[str, float]]) -> None:
+def draw(samples: list[dict[str, float]], slopes: dict[str, dict[str, float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 6), dpi=120, layout="constrained")
     minutes = [s["seconds"] / 60 for s in samples]
-    for axes, (part, label) in zip(figure.subplots(3, 1, sharex=True), PARTS.items(), strict=True):
-        axes.plot(minutes, [s[part] for s in samples], linewidth=1)
+    for axes, (resource, label) in zip(
+        figure.subplots(3, 1, sharex=True), RESOURCES.items(), strict=True
+    ):
+        axes.plot(minutes, [s[resource] for s in samples], linewidth=1)
         axes.axvspan(minutes[-1] / 2, minutes[-1], alpha=0.1)
-        axes.set(ylabel=label, title=f"second half: {made[part]['slope_per_hour']:+.2f} an hour")
+        axes.set(
+            ylabel=label, title=f"second half: {slopes[resource]['slope_per_hour']:+.2f} per hour"
+        )
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
     axes.set(xlabel="minutes")
@@ -113,30 +119,31 @@ def main() -> None:
             print(f"round {len(samples)}: {samples[-1]}", flush=True)
     late = [s for s in samples if s["seconds"] >= samples[-1]["seconds"] / 2]
     hours = np.array([s["seconds"] / 3600 for s in late])
-    made: dict[str, dict[str, float]] = {}
-    for part in PARTS:
-        values = np.array([s[part] for s in late])
+    slopes: dict[str, dict[str, float]] = {}
+    for resource in RESOURCES:
+        values = np.array([s[resource] for s in late])
         rate, error = slope(hours, values)
-        flat = rate - 2 * error <= FLAT[part] * values.mean()
-        made[part] = {
-            "first": samples[0][part],
-            "last": samples[-1][part],
-            "highest": max(s[part] for s in samples),
+        flat = rate - 2 * error <= MAX_GROWTH[resource] * values.mean()
+        slopes[resource] = {
+            "first": samples[0][resource],
+            "last": samples[-1][resource],
+            "highest": max(s[resource] for s in samples),
             "slope_per_hour": rate,
             "standard_error": error,
             "flat": bool(flat),
         }
-        print(f"{PARTS[part]}: {rate:+.3f} ± {error:.3f} an hour, {'flat' if flat else 'GROWS'}")
+        verdict = "flat" if flat else "GROWS"
+        print(f"{RESOURCES[resource]}: {rate:+.3f} ± {error:.3f} per hour, {verdict}")
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "minutes": args.minutes,
         "rounds": len(samples),
         "bits_per_byte": [min(scores), max(scores)],
-        **made,
+        **slopes,
         "samples": samples,
     }
     (RESULTS / "soak.json").write_text(json.dumps(result) + "\n", "utf-8")
-    draw(samples, made)
+    draw(samples, slopes)
 
 
 if __name__ == "__main__":

@@ -171,9 +171,7 @@ def test_all_that_is_new_learns_within_two_steps(
         optimizer.step()
     for name, mask in masks.items():
         hit = reached[name]
-        if (
-            name == "ngram_embedding"
-        ):  # rows that the text never asks for have no gradient; columns do
+        if name == "ngram_embedding":  # rows that the text never reads have no gradient
             mask, hit = mask.any(0), hit.any(0)
         if name.endswith(("in_proj.weight", "up_proj.weight", "down_proj.weight")):
             assert (hit | ~mask).float().mean() > 0.97, name  # a unit may be off for this text

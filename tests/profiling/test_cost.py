@@ -54,7 +54,7 @@ def test_every_parameter_is_counted_in_one_group(name: str) -> None:
 def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     """In a forward pass with real numbers, by storage, without the weights themselves."""
     config = replace(PRESETS[name], vocab_size=500, ngram_buckets=64)
-    model, x = Model(config), torch.randint(500, (4, 128))
+    model, x = Model(config), torch.randint(500, (4, 256))
     model.set_precision(precision)
     for model.activation_checkpointing in (False, True):
         saved: dict[int, Tensor] = {}
@@ -67,13 +67,14 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
         }
         real = sum(size for address, size in sizes.items() if address not in weights)
         with FakeTensorMode():
-            fake, tokens = Model(config), torch.zeros(4, 128, dtype=torch.int64)
+            fake, tokens = Model(config), torch.zeros(4, 256, dtype=torch.int64)
             fake.set_precision(precision)
             fake.activation_checkpointing = model.activation_checkpointing
             with StorageTracker() as tracker:
-                counted = fake.loss(tokens, tokens)
+                counted, state = fake.loss(tokens, tokens)
+                del state
         # with checkpointing, no hook sees the states at the start of each layer
-        upper = 1.1 if model.activation_checkpointing else 1.02
+        upper = 1.1 if model.activation_checkpointing else 1.01
         assert 0.99 * real < tracker.current < upper * real
         del loss, counted
 

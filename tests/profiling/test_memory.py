@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrec.config import PRESETS, ModelConfig, TrainConfig
+from mmrec.config import PRESETS, TrainConfig
 from mmrec.profiling.memory import training_memory
 from tests.conftest import ROOT
 
@@ -144,54 +144,52 @@ def test_a_carried_state_bounds_the_memory_of_a_long_document() -> None:
     assert found["whole"] > found["long"] + 100e6
 
 
-STEPS = """
-from mmrec.config import ModelConfig
-from mmrec.model import Model
-from mmrec.optimizer import build_optimizer
-from mmrec.runtime import malloc
-from mmrec.training.replicas import Replicas, forward_backward, replica_count
-
-config = ModelConfig(**json.loads(sys.argv[1]))
-found = {}
-for name, (batch_size, seq_len, checkpointed) in json.loads(sys.argv[2]).items():
-    if checkpointed:
-        malloc.return_large_blocks()  # as the trainer does
-    model = Model(config)
-    model.activation_checkpointing = checkpointed
-    replicas = Replicas(replica_count(model, batch_size))
-    optimizer = build_optimizer(model, run_tasks=replicas.run)
-    tokens = torch.randint(config.vocab_size, (batch_size, seq_len))
-
-    def train():
-        for _ in range(2):
-            optimizer.zero_grad(set_to_none=True)
-            forward_backward(model, replicas, tokens, tokens)
-            optimizer.step()
-
-    if not found:  # loads the kernels
-        train()
-    found[name], _ = peak_rise(train)
-    del train, optimizer, model, replicas
-print(json.dumps(found))
+# A process inherits the peak of its parent, which is large here, so a small process stands between.
+LAUNCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(1024 * usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def test_the_memory_of_a_step_is_as_counted() -> None:
-    """What more rows, and activation checkpointing, change about real training steps."""
-    config = replace(PRESETS["mini"], vocab_size=600, ngram_buckets=512)
-    cases = {"small": (4, 128, False), "large": (20, 128, False), "checkpointed": (20, 128, True)}
-    values = {name: getattr(config, name) for name in ModelConfig.settings()}
-    found = measure(STEPS, json.dumps(values), json.dumps(cases))
+def peak_of_training(tmp_path: Path, text: Path, *options: str) -> int:
+    """Run two steps of ``mmrec train``; return its largest resident memory in bytes."""
+    model = ["mini", "--vocab", "600", "--precision", "float32", "--steps", "2"]
+    where = ["--data", str(text), "--out", str(tmp_path / "run"), "--force"]
+    command = [sys.executable, "-m", "mmrec", "train", *model, *where, *options]
+    process = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout)
+
+
+def test_the_memory_of_a_run_is_as_counted(tmp_path: Path, text_file: Path) -> None:
+    """What activation checkpointing saves. The memory of the process itself depends on the machine
+    and on torch, so two real runs are compared; test_cost.py compares batches and precisions."""
+    config = replace(PRESETS["mini"], vocab_size=600)
+    common = ("--batch-size", "20", "--eval-tokens", "1000")
+    peaks = {
+        checkpointed: peak_of_training(
+            tmp_path, text_file, *common, *["--activation-checkpointing"] * checkpointed
+        )
+        for checkpointed in (False, True)
+    }
     counted = {}
-    for name, (batch_size, seq_len, checkpointed) in cases.items():
-        settings = {
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "precision": "float32",
-            "activation_checkpointing": checkpointed,
-        }
-        counted[name] = sum(training_memory(config, TrainConfig.from_flat(settings)).values())
-    print(found, counted)
-    for name in ("small", "checkpointed"):
-        difference = found["large"] - found[name]
-        assert counted["large"] - counted[name] == pytest.approx(difference, rel=0.2), name
+    for checkpointed in (False, True):
+        train = TrainConfig.from_flat(
+            {
+                "batch_size": 20,
+                "precision": "float32",
+                "activation_checkpointing": checkpointed,
+            }
+        )
+        counted[checkpointed] = sum(training_memory(config, train).values())
+    saved = peaks[False] - peaks[True]
+    assert counted[False] - counted[True] == pytest.approx(saved, rel=0.2)
