@@ -41,7 +41,7 @@ def test_agrees_at_every_width(p: int) -> None:
 
 def test_long_sequences_stay_exact() -> None:
     """Rounding in the gradient of the decay does not grow along many chunks."""
-    single = inputs(1, 2000, 1, 16, SINGLE)
+    single = inputs(1, 1000, 1, 16, SINGLE)
     single[3] += 4  # slow decay, long memory
     laws.agrees(gated_delta_rule, reference.gated_delta_rule, single, 2e-5)
 
@@ -55,9 +55,9 @@ def test_extreme_gates(shift: float) -> None:
 
 
 def test_chunked_form_agrees_with_reference() -> None:
-    for size in (16, 32):
+    for size in (8, 16):
         chunked = partial(reference.chunked, chunk_size=size)
-        laws.agrees(chunked, reference.gated_delta_rule, inputs(2, 64, 2, 5), 1e-9)
+        laws.agrees(chunked, reference.gated_delta_rule, inputs(2, 32, 2, 5), 1e-9)
 
 
 def test_constants_agree() -> None:
@@ -111,9 +111,10 @@ def test_compiles(backend: str) -> None:
 
 def test_opcheck() -> None:
     cu = torch.tensor([0, 3, 3, 40], dtype=torch.int32)
-    for args, edges in ((inputs(2, 18, 2, 3), None), (inputs(1, 40, 2, 3, n=3), cu)):
-        torch.library.opcheck(OP, (*args, edges, False))
-        torch.library.opcheck(OP, (*(x.requires_grad_() for x in args), edges, True))
+    torch.library.opcheck(OP, (*inputs(2, 18, 2, 3), None, False))
+    packed = inputs(1, 40, 2, 3, n=3)
+    torch.library.opcheck(OP, (*packed, cu, False))
+    torch.library.opcheck(OP, (*(x.requires_grad_() for x in packed), cu, True))
 
 
 def test_gates_broadcast() -> None:

@@ -24,6 +24,7 @@ import math
 import numpy as np
 
 from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._math import cdiv
 
 MAX_NARROW = 16
 """Channels up to which four at a time are processed with their products in registers."""
@@ -64,7 +65,7 @@ def cumprod_fwd(
 ):
     """Fill y (B, T, D) and final (N, D); a task has ``block`` channels of one sequence."""
     width = y.shape[2]
-    blocks = (width + block - 1) // block
+    blocks = cdiv(width, block)
     s, left = task // blocks, task % blocks * block
     n = min(block, width - left)
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
@@ -171,7 +172,7 @@ def cumprod_bwd(
 ):
     """Fill dgamma (B, T, D) and dinitial (N, D), without a division: exact at gamma = 0."""
     width = y.shape[2]
-    blocks = (width + block - 1) // block
+    blocks = cdiv(width, block)
     s, left = task // blocks, task % blocks * block
     n = min(block, width - left)
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
@@ -192,7 +193,7 @@ def cumprod_bwd(
 def log_cumprod_fwd(task, gamma, g_sb, g_st, initial, out, final, sequence_bounds, block):
     """Fill out (B, T, D) and final (N, D), summed in float64; -inf from the first zero on."""
     width = out.shape[2]
-    blocks = (width + block - 1) // block
+    blocks = cdiv(width, block)
     s, left = task // blocks, task % blocks * block
     n = min(block, width - left)
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]
@@ -213,7 +214,7 @@ def log_cumprod_bwd(
 ):
     """Fill dgamma (B, T, D) and dinitial (N, D). Where out is -inf it is constant: no gradient."""
     width = out.shape[2]
-    blocks = (width + block - 1) // block
+    blocks = cdiv(width, block)
     s, left = task // blocks, task % blocks * block
     n = min(block, width - left)
     row, first, last = sequence_bounds[s, 0], sequence_bounds[s, 1], sequence_bounds[s, 2]

@@ -29,8 +29,9 @@ x_{t-1} = x_t + q̂_t·dq̂_t - v_t·dv_t, and that the gradient of log α_t is 
 this sum anew from <A, S>, so that its rounding does not grow with T.
 
 Arrays "of columns" hold (W, C), one step per lane, so that products, norms and gates of all steps
-of a chunk run side by side; arrays "of rows" hold (C, W). All scratch arrays are flat. A task is
-one head of one sequence. Heads are independent, so tasks share nothing that they write.
+of a chunk run side by side; arrays "of rows" hold (C, W). All scratch arrays are flat. In the code
+P is ``size`` and W is ``width``. A task is one head of one sequence. Heads are independent, so
+tasks share nothing that they write.
 
 Source of the chunked form: Yang, Wang, Zhang, Shen, Kim 2024, "Parallelizing Linear Transformers
 with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adjoint is our own.
@@ -39,7 +40,7 @@ with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adj
 import numpy as np
 
 from mmrec.kernels._launch import inline_jit, parallel_kernel
-from mmrec.kernels._math import sigmoid
+from mmrec.kernels._math import cdiv, sigmoid
 from mmrec.kernels._simd import LANES, fma, load, splat, store, transpose, zeros
 
 CHUNK = LANES
@@ -230,7 +231,7 @@ def gated_delta_rule_fwd(
     of sequence n begin at first_chunks[n].
     """
     time, heads, size = out.shape[1:]
-    width = (size + LANES - 1) // LANES * LANES
+    width = cdiv(size, LANES) * LANES
     block = size * size
     states, chunk_states_flat, outs = state.reshape(-1), chunk_states.reshape(-1), out.reshape(-1)
     n, head = task // heads, task % heads
@@ -267,27 +268,27 @@ def gated_delta_rule_fwd(
 
 @inline_jit
 def _decays_between(alpha, identity, later, earlier):
-    """later[s, t] = Γ_ts for t >= s, else 0; earlier is its transpose (C, C)."""
+    """Fill later (C, C) with Γ_ts at [s, t] for t >= s, else 0, and earlier with its transpose."""
     last = CHUNK - 1
-    line, down = load(identity, last * CHUNK), load(identity, 0)
-    store(later, last * CHUNK, line)
-    store(earlier, 0, down)
+    later_row, earlier_row = load(identity, last * CHUNK), load(identity, 0)
+    store(later, last * CHUNK, later_row)
+    store(earlier, 0, earlier_row)
     for t in range(1, CHUNK):
-        down = fma(splat(alpha, t), down, load(identity, t * CHUNK))
-        store(earlier, t * CHUNK, down)
+        earlier_row = fma(splat(alpha, t), earlier_row, load(identity, t * CHUNK))
+        store(earlier, t * CHUNK, earlier_row)
         s = last - t
-        line = fma(splat(alpha, s + 1), line, load(identity, s * CHUNK))
-        store(later, s * CHUNK, line)
+        later_row = fma(splat(alpha, s + 1), later_row, load(identity, s * CHUNK))
+        store(later, s * CHUNK, later_row)
 
 
 @inline_jit
-def _solver(decays, beta, identity, inverse):
-    """inverse[t, s] of L, whose entries below the diagonal are β_t decays[s, t]."""
+def _invert(products, beta, identity, inverse):
+    """inverse = L⁻¹ for L with unit diagonal and L_ts = β_t products[s, t] below it."""
     for t in range(CHUNK):
-        line, by = load(identity, t * CHUNK), splat(beta, t)
+        row, by = load(identity, t * CHUNK), splat(beta, t)
         for s in range(t):
-            line = line - by * splat(decays, s * CHUNK + t) * load(inverse, s * CHUNK)
-        store(inverse, t * CHUNK, line)
+            row = row - by * splat(products, s * CHUNK + t) * load(inverse, s * CHUNK)
+        store(inverse, t * CHUNK, row)
 
 
 @parallel_kernel
@@ -326,11 +327,11 @@ def gated_delta_rule_bwd(
     chunk_states and first_chunks are those of the forward pass.
     """
     time, heads, size = dq.shape[1:]
-    width = (size + LANES - 1) // LANES * LANES
+    width = cdiv(size, LANES) * LANES
     block, dtype, square = size * size, dq.dtype, CHUNK * CHUNK
     dstates, chunk_states_flat = dstate.reshape(-1), chunk_states.reshape(-1)
     dqs, dks, dvs = dq.reshape(-1), dk.reshape(-1), dv.reshape(-1)
-    identity, minus_upper = np.zeros(square, dtype), np.zeros(square, dtype)  # (s, t); -1 for s < t
+    identity, minus_upper = np.zeros(square, dtype), np.zeros(square, dtype)  # the latter -1: s < t
     for i in range(CHUNK):
         identity[i * CHUNK + i] = 1
         for j in range(i + 1, CHUNK):
@@ -339,11 +340,12 @@ def gated_delta_rule_bwd(
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
     head_at, stride = head * size, heads * size
     s, grad = np.empty(width * width, dtype), np.empty(width * width, dtype)
-    # of columns (W, C), and of rows (C, W)
+    # arrays of columns: k̂, q̂, v, do, e, dv, a sum of products, the right side of a product
     kt, qt = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
     vt, ot = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
     et, dvt = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
     acc, scaled = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
+    # arrays of rows: any, do
     rows, dorows = np.empty(CHUNK * width, dtype), np.empty(CHUNK * width, dtype)
     # (C): one number per step; (C, C): one per pair of steps
     alpha, beta = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
@@ -355,7 +357,7 @@ def gated_delta_rule_bwd(
     pairs, pairs_t = np.empty(square, dtype), np.empty(square, dtype)
     inverse = np.empty(square, dtype)
     _load_rows(dstates, task * block, size, size, size, grad, width)
-    for chunk in range((end - begin + CHUNK - 1) // CHUNK - 1, -1, -1):
+    for chunk in range(cdiv(end - begin, CHUNK) - 1, -1, -1):
         t = begin + chunk * CHUNK
         steps = min(CHUNK, end - t)
         _load_rows(k, row * k_sb + t * k_st + head_at, k_st, steps, size, rows, width)
@@ -381,7 +383,7 @@ def gated_delta_rule_bwd(
 
         # errors e
         _gram(kt, kt, later, width, pairs)
-        _solver(pairs, beta, identity, inverse)
+        _invert(pairs, beta, identity, inverse)
         acc[:] = 0
         _add_product(s, 1, width, kt, 0, CHUNK, width, width, acc, 0, CHUNK)
         off, scale = load(from_start, 0), load(beta, 0)

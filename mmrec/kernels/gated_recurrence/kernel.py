@@ -26,7 +26,7 @@ import numpy as np
 
 from mmrec.kernels._bf16 import read
 from mmrec.kernels._launch import inline_jit, parallel_kernel
-from mmrec.kernels._math import sigmoid
+from mmrec.kernels._math import cdiv, sigmoid
 from mmrec.kernels._simd import add_product
 
 DEPTH = 128
@@ -260,7 +260,7 @@ def gated_recurrence_bwd(
 def gated_recurrence_weight_gradient(task, h, initial, dg, sequence_bounds, time, size, stripe, dw):
     """dw (G, P, P) += Σ_t h_{t-1}ᵀ dg_t; size is P; a task has ``stripe`` rows of a block."""
     width = initial.size // max(1, sequence_bounds.shape[0])
-    stripes = (size + stripe - 1) // stripe
+    stripes = cdiv(size, stripe)
     left = task // stripes * size
     top = left + task % stripes * stripe
     rows = min(stripe, left + size - top)
