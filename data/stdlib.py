@@ -67,15 +67,7 @@ def stdlib_documents(root: Path | None = None) -> Iterator[Document]:
         One document per file, or per section of a long file, in the order of the paths.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    paths: list[Path] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]  # not entered at all
-        paths += [
-            Path(folder, name)
-            for name in files
-            if name.endswith(SUFFIXES) and not name.startswith("test_")
-        ]
-    for path in sorted(paths):
+    for path in library_files(root):
         try:
             raw = path.read_bytes()
             encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0]
@@ -92,6 +84,26 @@ def stdlib_documents(root: Path | None = None) -> Iterator[Document]:
         name = f"stdlib/{path.relative_to(root).as_posix()}"
         for number, section in enumerate(split_sections(text, python=path.suffix == ".py")):
             yield Document(f"{name}#{number}" if number else name, section)
+
+
+def library_files(root: Path) -> list[Path]:
+    """List the source and documentation files of a library, without tests and installed packages.
+
+    Args:
+        root: folder of the library.
+
+    Returns:
+        Their paths, sorted; tables and generated files are among them.
+    """
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]  # not entered at all
+        paths += [
+            Path(folder, name)
+            for name in files
+            if name.endswith(SUFFIXES) and not name.startswith("test_")
+        ]
+    return sorted(paths)
 
 
 def is_table(text: str, *, python: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Documents from every kind of source, whole or in pieces, and what is said of bad ones."""
+"""Documents from every kind of source, whole or in pieces, and the errors of bad ones."""
 
 import gzip
 import io
@@ -6,37 +6,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mmrec.data import readers
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
-from mmrec.data.readers import Cutter, Document, Reading
-from mmrec.data.sources import documents
+from mmrec.data.readers import (
+    PIECE_CHARS,
+    Document,
+    DocumentSplitter,
+    ReadOptions,
+    import_zstandard,
+)
+from mmrec.data.sources import is_single_pass, iter_documents, parse_mixture, rereadable
 from mmrec.data.tokenize import encode_documents
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.errors import InputError
 
 
-def texts(source: Path | str, **how: object) -> list[str]:
-    return [d.text for d in documents(str(source), Reading(**how))]  # type: ignore[arg-type]
-
-
-def test_stdlib_is_source_and_documentation_without_tests() -> None:
-    found = list(documents("stdlib"))
-    names = {d.name for d in found}
-    assert {"stdlib/json/decoder.py", "stdlib/topics/lambda"} <= names
-    assert not [n for n in names if "/test" in n or "site-packages" in n or "idle_test" in n]
-    assert sum(len(d.text) for d in found) > 5_000_000
-    assert all(d.text.strip() for d in found)
+def texts(source: Path | str, **options: Any) -> list[str]:
+    return [d.text for d in iter_documents(source, ReadOptions(**options))]
 
 
 def test_shakespeare_or_how_to_get_it() -> None:
@@ -63,7 +60,7 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 
 
 TEXTS = ["a\u2028b", "two\nlines", " ", "cut<|endoftext|>here", "é" * 3000]
-WANTED = ["a\u2028b", "two\nlines", "cut", "here", "é" * 3000]
+EXPECTED = ["a\u2028b", "two\nlines", "cut", "here", "é" * 3000]
 
 
 def as_lines() -> bytes:
@@ -72,14 +69,14 @@ def as_lines() -> bytes:
 
 
 def as_parquet() -> bytes:
-    made = io.BytesIO()
-    parquet.write_table(pyarrow.table({"id": range(5), "text": TEXTS}), made, row_group_size=2)
-    return made.getvalue()
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"id": range(5), "text": TEXTS}), file, row_group_size=2)
+    return file.getvalue()
 
 
 def as_frames(data: bytes) -> bytes:
     """Zstandard in two frames, as parallel compressors and ``cat`` leave it."""
-    return b"".join(zstandard.compress(x) for x in (data[:700], data[700:]))
+    return b"".join(import_zstandard().compress(x) for x in (data[:700], data[700:]))
 
 
 @pytest.mark.parametrize(
@@ -96,15 +93,15 @@ def as_frames(data: bytes) -> bytes:
     ],
 )
 def test_every_form_gives_the_same_documents(tmp_path: Path, name: str, content: bytes) -> None:
-    """U+2028 is no end of a line, and a run's own log no text."""
+    """U+2028 does not end a line, and the log of a run is not read as text."""
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
     (tmp_path / name).write_bytes(content)
-    assert texts(tmp_path / name) == texts(tmp_path) == WANTED
+    assert texts(tmp_path / name) == texts(tmp_path) == EXPECTED
 
 
 def test_names_say_where_a_document_stands(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(as_lines())
-    names = [d.name.rpartition("/")[2] for d in documents(str(tmp_path / "x.jsonl"))]
+    names = [d.name.rpartition("/")[2] for d in iter_documents(tmp_path / "x.jsonl")]
     assert names == ["x.jsonl:1", "x.jsonl:3", "x.jsonl:7", "x.jsonl:7#1", "x.jsonl:9"]
 
 
@@ -115,7 +112,7 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "set" / "train.jsonl").write_bytes(as_lines())
     (tmp_path / "set" / "test.jsonl").write_text('{"text": "held out", "url": 1}\n')
     source = f"hf:{tmp_path / 'set'}"
-    assert texts(source) == texts(f"{source}::train") == WANTED
+    assert texts(source) == texts(f"{source}::train") == EXPECTED
     assert texts(f"{source}:test") == ["held out"]
     with pytest.raises(InputError, match=r"row 1 must have a field 'words' .*: url, text"):
         texts(source, text_field="words")
@@ -127,17 +124,17 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("records", [False, True])
 def test_standard_input(tmp_path: Path, records: bool) -> None:
-    """Text, or JSON lines where a field is named; read once, used several times."""
+    """Text, or JSON lines if a field is named; it is read once and used several times."""
     data, option = (as_lines(), "--text-field=text") if records else (b"to be or not " * 99, "-h")
     command = [sys.executable, "-m", "mmrec", "data", "prepare", "-", "--tokenizer=byte"]
     out = tmp_path / "made.h5"
-    made = subprocess.run(
+    completed = subprocess.run(
         [*command, f"--out={out}", *[option] * records],
         input=data,
         capture_output=True,
         timeout=120,
     )
-    assert made.returncode == 0, made.stderr
+    assert completed.returncode == 0, completed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
     cut = subprocess.run(
         [*command, f"--out={out}", "--max-bytes=10", *[option] * records],
@@ -146,8 +143,98 @@ def test_standard_input(tmp_path: Path, records: bool) -> None:
         timeout=120,
     )
     assert cut.returncode == 0, cut.stderr
-    kept = Corpus.open(out)
-    assert kept.train.n_bytes + kept.val.n_bytes == (14 if records else 1287)  # whole documents
+    corpus = Corpus.open(out)
+    assert corpus.train.n_bytes + corpus.val.n_bytes == (14 if records else 1287)  # whole documents
+
+
+def test_closed_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.TextIOWrapper(io.BytesIO())
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(InputError, match="standard input, which is closed"):
+            prepare("-", "byte", out=tmp_path / "made.h5")
+
+
+def test_documents_that_are_given_themselves(tmp_path: Path) -> None:
+    """A list or an iterator; long ones stay one document, and nothing is left behind."""
+    long = "many words " * (PIECE_CHARS // 4)
+    given = ["one<|endoftext|>two", " \n", "a\u2028b", long]
+    expected = ["one", "two", "a\u2028b", long]
+    out = tmp_path / "made.h5"
+    for source in (given, iter(given), (text for text in given)):
+        corpus = Corpus.open(prepare(source, "byte", out=out))
+        assert corpus.info["source"] == "documents"
+        assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
+        assert is_single_pass(source)
+        assert len(corpus.train.doc_bytes) == len(expected)  # each one is cut: they are few
+        sizes = corpus.train.doc_bytes + corpus.val.doc_bytes
+        assert sizes.tolist() == [len(text.encode()) for text in expected]
+    cached = prepare(given, "byte")
+    assert cached.name.startswith("documents-byte-")
+    assert prepare(iter(given), "byte") == cached
+    named = prepare(iter(given), "byte", options=ReadOptions(text_field="body"))
+    assert named == cached
+
+
+def test_endless_documents_end_at_the_byte_limit(tmp_path: Path) -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield " <|endoftext|>12345"
+
+    corpus = Corpus.open(prepare(endless(), "byte", tmp_path / "made.h5", options=LIMITED))
+    assert corpus.train.n_bytes + corpus.val.n_bytes == 5  # equal documents are dropped
+    with rereadable(endless(), LIMITED, tmp_path) as read:
+        assert [d.text for d in read()] == ["12345"] * 20
+
+
+LIMITED = ReadOptions(max_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["a", 3], "index 1 is a int"),
+        (["a", b"b"], "index 1 is a bytes"),
+        ([None], "index 0 is a NoneType"),
+        ([], "documents is empty"),
+        (["", " \n"], "documents is empty"),
+        (["half \ud800"], "half of a surrogate pair"),
+        (b"bytes", "got bytes"),
+        (3, "got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_documents_that_are_not_strings(tmp_path: Path, source: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(source, "byte", out=tmp_path / "made.h5", options=ReadOptions())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_bytes", -1),
+        ("max_bytes", 10**15 + 1),
+        ("val_fraction", 0),
+        ("val_fraction", 0.6),
+        ("val_fraction", float("nan")),
+        ("piece_chars", 0),
+        ("chunk_bytes", 0),
+        ("max_line_bytes", 0),
+    ],
+)
+def test_options_out_of_range(setting: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{setting} must .*; got {value}"):
+        ReadOptions(**{setting: value})
+
+
+def test_mixtures_are_parsed() -> None:
+    assert parse_mixture("3:code/,.5:book.txt") == [(3.0, "code/"), (0.5, "book.txt")]
+    assert parse_mixture("hf:a:b") == [(1.0, "hf:a:b")]
+    with pytest.raises(InputError, match="> 0; got 0:a,1:b"):
+        parse_mixture("0:a,1:b")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +249,7 @@ def test_standard_input(tmp_path: Path, records: bool) -> None:
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1 .*half of a surrogate pair"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 50)[:-12], "must be a whole gzip file"),
         ("a.jsonl.gz", b'{"text": "x"}', "must be a whole gzip file"),
-        ("a.jsonl.zst", as_frames(as_lines())[:-3], "must be a whole Zstandard file: it is cut"),
+        ("a.jsonl.zst", as_frames(as_lines())[:-3], "must be a whole Zstandard file"),
         ("a.jsonl.zst", b'{"text": "x"}', "must be a whole Zstandard file"),
         ("a.parquet", as_parquet()[:-30], "must be a whole Parquet file"),
         ("a.parquet", b"no", "must be a whole Parquet file"),
@@ -186,33 +273,33 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         texts(tmp_path / "a.parquet", text_field="id")
 
 
-def test_bad_records_are_counted_where_that_is_wished(tmp_path: Path) -> None:
+def test_skipped_records_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "x"}\n{"text": 3}\nno\n{"text": "\xff"}\n{"text": "y"}\n'
     )
     (tmp_path / "b.txt").write_bytes(b"latin \xe9")
     (tmp_path / "c.txt").write_text("good")
-    how = Reading(skip_bad=True)
-    assert [d.text for d in documents(str(tmp_path), how)] == ["x", "y", "good"]
-    assert how.bad == 4
+    options = ReadOptions(skip_bad=True)
+    assert [d.text for d in iter_documents(tmp_path, options)] == ["x", "y", "good"]
+    assert options.skipped_records == 4
     out = tmp_path.parent / "made.h5"
-    made = Corpus.open(prepare(str(tmp_path), "byte", out=out, how=Reading(skip_bad=True)))
-    assert made.info["skipped"] == 4  # of one reading, not of all
+    corpus = Corpus.open(prepare(tmp_path, "byte", out=out, options=options))
+    assert corpus.info["skipped"] == 4  # in one reading; preparing reads several times
+    assert options.skipped_records == 4
 
 
-def test_a_line_of_json_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONGEST_LINE", 100)
+def test_a_line_of_json_has_a_bound(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "' + "y" * 100 + '"}\n')
     with pytest.raises(InputError, match=r"line 2 must be at most 100 bytes of JSON"):
-        texts(tmp_path / "a.jsonl")
+        texts(tmp_path / "a.jsonl", max_line_bytes=100)
 
 
 def test_no_more_text_than_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"document {i}" for i in range(9)))
     assert texts(tmp_path / "a.txt", max_bytes=21) == ["document 0", "document 1", "document 2"]
-    (tmp_path / "long.txt").write_text("x" * (3 * readers.PIECE))
-    found = list(documents(str(tmp_path / "long.txt"), Reading(max_bytes=10)))
-    assert [(len(d.text), d.more) for d in found] == [(readers.PIECE, True), (0, False)]
+    (tmp_path / "long.txt").write_text("x" * (3 * PIECE_CHARS))
+    found = list(iter_documents(tmp_path / "long.txt", ReadOptions(max_bytes=10)))
+    assert [(len(d.text), d.more) for d in found] == [(PIECE_CHARS, True), (0, False)]
 
 
 def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
@@ -235,7 +322,11 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [("zstandard", "a.txt.zst"), ("pyarrow", "a.parquet"), ("datasets", "hf:a")],
+    [
+        ("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "a.txt.zst"),
+        ("pyarrow", "a.parquet"),
+        ("datasets", "hf:a"),
+    ],
 )
 def test_a_missing_package_is_named(
     tmp_path: Path, package: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -248,69 +339,63 @@ def test_a_missing_package_is_named(
         texts(name)
 
 
-def whole(pieces: list[Document]) -> list[str]:
-    made, text = [], ""
-    for d in pieces:
-        text += d.text
-        if not d.more:
-            made.append(text)
+def join_pieces(pieces: list[Document]) -> list[str]:
+    documents, text = [], ""
+    for piece in pieces:
+        text += piece.text
+        if not piece.more:
+            documents.append(text)
             text = ""
     assert not text
-    return made
+    return documents
 
 
 @given(st.text("ab \n<|endoftext>é", max_size=400), st.integers(1, 40), st.integers(4, 60))
-def test_pieces_are_the_text(text: str, step: int, size: int) -> None:
-    """However it comes and however long a piece may be."""
+def test_joined_pieces_are_the_text(text: str, step: int, piece_chars: int) -> None:
+    """Whatever parts it comes in, and however long a piece may be."""
     text = text.replace("eof", "<|endoftext|>")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE", size)
-        cutter, made = Cutter("x"), []
-        for lo in range(0, len(text), step):
-            made += cutter.feed(text[lo : lo + step])
-        made += cutter.end()
-    assert all(len(d.text) < 2 * size + step for d in made)
-    wanted = [t for t in text.split("<|endoftext|>") if t.strip()]
-    if all(t.strip() for t in text.split("<|endoftext|>") if len(t) >= size):
-        assert whole(made) == wanted
+    splitter, pieces = DocumentSplitter("x", piece_chars), []
+    for begin in range(0, len(text), step):
+        pieces += splitter.feed(text[begin : begin + step])
+    pieces += splitter.finish()
+    assert all(len(piece.text) < 2 * piece_chars + step for piece in pieces)
+    parts = text.split("<|endoftext|>")
+    if all(part.strip() for part in parts if len(part) >= piece_chars):
+        assert join_pieces(pieces) == [part for part in parts if part.strip()]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
-def test_pieces_have_the_tokens_of_the_whole(
-    tmp_path: Path, kind: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_have_the_tokens_of_the_whole(kind: str, text_file: Path) -> None:
     text = text_file.read_text()
     tokenizer = train_tokenizer(kind, [text], 500)
-    [one] = documents(str(text_file))
-    at_once = encode_documents(tokenizer, [one])
-    monkeypatch.setattr(readers, "PIECE", 3000)
-    pieces = list(documents(str(text_file)))
+    [document] = iter_documents(text_file)
+    whole = encode_documents(tokenizer, [document])
+    pieces = list(iter_documents(text_file, ReadOptions(piece_chars=3000)))
     assert len(pieces) > 10
-    made = encode_documents(tokenizer, pieces)
-    assert made.tokens.tolist() == at_once.tokens.tolist()
-    assert made.doc_offsets.tolist() == at_once.doc_offsets.tolist()
-    assert made.doc_bytes.tolist() == [len(text.encode())]
+    split = encode_documents(tokenizer, pieces)
+    assert split.tokens.tolist() == whole.tokens.tolist()
+    assert split.doc_offsets.tolist() == whole.doc_offsets.tolist()
+    assert split.doc_bytes.tolist() == [len(text.encode())]
 
 
-def test_characters_and_marks_over_the_edges_of_what_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "CHUNK", 5)
+def test_characters_and_marks_across_the_edges_of_chunks(tmp_path: Path) -> None:
     text = "\ufeffdéjà vu 日本語<|endoftext|>😀 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    assert texts(tmp_path / "a.txt") == ["déjà vu 日本語", "😀 end"]
+    assert texts(tmp_path / "a.txt", chunk_bytes=5) == ["déjà vu 日本語", "😀 end"]
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\xe6\x97")
-    at = len(text.encode())
-    with pytest.raises(InputError, match=f"byte 0xe6 at offset {at} is not"):
-        texts(tmp_path / "a.txt")
+    offset = len(text.encode())
+    with pytest.raises(InputError, match=f"byte 0xe6 at offset {offset} is not"):
+        texts(tmp_path / "a.txt", chunk_bytes=5)
     (tmp_path / "a.txt").write_bytes("日本語日".encode() + b"\xff" + "語".encode())
     with pytest.raises(InputError, match="byte 0xff at offset 12 is not"):
-        texts(tmp_path / "a.txt")
+        texts(tmp_path / "a.txt", chunk_bytes=5)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no named pipes")
 def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    assert is_single_pass(tmp_path / "pipe")
     writer = subprocess.Popen(["sh", "-c", f"yes 'to be or not' | head -c 5000 > {tmp_path}/pipe"])
-    made = prepare(str(tmp_path / "pipe"), "byte", out=tmp_path / "made.h5")
+    path = prepare(str(tmp_path / "pipe"), "byte", out=tmp_path / "made.h5")
     assert writer.wait(30) == 0
-    assert made.exists()
+    assert path.exists()

@@ -1,4 +1,4 @@
-"""Tokenizers give back what they were given, whole and as a stream."""
+"""Tokenizers give back the text that they encoded, at once and as a stream."""
 
 from pathlib import Path
 
@@ -59,9 +59,9 @@ def test_bad_input() -> None:
             Tokenizer.from_json(damaged)
 
 
-def test_a_bpe_is_trained_on() -> None:
-    """As good as one trained at once; old tokens stay, and new ones say what they are made of."""
-    text = Path(__file__).read_text()
+def test_the_training_of_a_bpe_is_continued(text_file: Path) -> None:
+    """As good as one trained at once; old tokens keep their ids, and new ones join old ones."""
+    text = text_file.read_text()
     old = train_tokenizer("bpe", [text], 300)
     grown, pieces = extend_tokenizer(old, [text], 420)
     assert grown.vocab_size == 420
