@@ -35,14 +35,18 @@ $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.ready
 
+# cli/ and data/ become mmrec.cli and mmrec.data when installed; import-linter and mypy see that tree.
+TREE = rm -rf build/tree && mkdir -p build/tree && cp -r mmrec build/tree/mmrec \
+  && cp -r cli data build/tree/mmrec/
+
 lint: setup-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(TREE)
+	cd build/tree && ../../$(BIN)/lint-imports ../../pyproject.toml
 
-# cli/ and data/ become mmrec.cli and mmrec.data when installed; mypy is shown them so.
 types: setup-dev
-	rm -rf build/types && mkdir -p build/types
-	cp -r mmrec build/types/mmrec && cp -r cli data build/types/mmrec/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mmrec
+	$(TREE)
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mmrec
 
 # Compiled code shows no lines, so the kernels' tests run a second time as plain Python. There NumPy
 # warns of what the loops do on purpose: unsigned steps back wrap round, NaN goes through a sigmoid.
