@@ -121,7 +121,7 @@ def train(
     result = profile_step(model, config)
     if as_json:
         about = {"machine": describe_machine(), "preset": preset, "vocab": model.vocab_size}
-        about |= {"share": result.share, **dataclasses.asdict(result)}
+        about |= {"peak_fraction": result.peak_fraction, **dataclasses.asdict(result)}
         typer.echo(json.dumps(about, indent=1))
         return
     typer.echo(
@@ -139,6 +139,6 @@ def train(
             typer.echo(line)
     typer.echo(
         f"step {result.seconds * 1e3:.1f} ms, {result.tokens / result.seconds:,.0f} tokens/s, "
-        f"{result.flops / result.seconds / 1e9:.0f} GFLOP/s = {result.share:.0%} of the "
+        f"{result.flops / result.seconds / 1e9:.0f} GFLOP/s = {result.peak_fraction:.0%} of the "
         f"{result.peak_flops / 1e9:.0f} that a large product reaches here"
     )

@@ -65,7 +65,8 @@ def grow(
     if target.exists() and not force:
         raise InputError(f"{target} is there already: choose another --out, or add --force")
     source = load_model(path)
-    tokenizer, pieces = source.tokenizer, []
+    tokenizer = source.tokenizer
+    pieces: list[list[int]] = []
     if vocab is not None:
         tokenizer, pieces = _extend_vocabulary(source, vocab, data)
         new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)

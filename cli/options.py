@@ -7,9 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.config import MODEL_SETTINGS, TRAIN_SECTIONS, TRAIN_SETTINGS, ModelConfig, Setting
+from mmrec.config import (
+    MODEL_SETTINGS,
+    TRAIN_SECTIONS,
+    TRAIN_SETTINGS,
+    ModelConfig,
+    Section,
+    Setting,
+)
 
-PANELS = {cls.section: cls.title for cls in (ModelConfig, *TRAIN_SECTIONS.values())}
+SECTIONS: list[type[Section]] = [ModelConfig, *TRAIN_SECTIONS.values()]
+PANELS = {cls.section: cls.title for cls in SECTIONS}
 """Heading of each section's options in ``--help``."""
 ALL_SETTINGS: dict[str, Setting] = TRAIN_SETTINGS | {
     name: s for name, s in MODEL_SETTINGS.items() if name != "vocab_size"
@@ -42,8 +50,8 @@ def settings_options(
     must = set(required)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         derived = [_parameter(s, is_required=s.flat_name in must) for s in chosen]
 
         @functools.wraps(command)
@@ -51,9 +59,9 @@ def settings_options(
             given = {s.flat_name: arguments.pop(s.flat_name) for s in chosen}
             command(**arguments, **{k: v for k, v in given.items() if v is not None})
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *derived]]
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *derived]]
+        wrapper.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in shown}
         return wrapper
 
     return decorate

@@ -89,7 +89,7 @@ class Setting:
             raise InputError(f"{self.flat_name} must be of type {wanted}; got {value!r}")
         if self.rule and not self._is_allowed(value):
             shown = repr(value) if self.type is str else value
-            hint = did_you_mean(value, self.choices) if self.choices else ""
+            hint = did_you_mean(str(value), self.choices) if self.choices else ""
             raise InputError(f"{self.flat_name} {self.rule}; got {shown}{hint}")
         return value
 
@@ -587,7 +587,8 @@ class TrainConfig:
                 raise InputError(
                     f"a configuration may hold the tables {', '.join(TRAIN_SECTIONS)}; got {name!r}"
                 )
-        return cls(**{name: TRAIN_SECTIONS[name].from_dict(t) for name, t in tables.items()})
+        sections: dict[str, Any] = {n: TRAIN_SECTIONS[n].from_dict(t) for n, t in tables.items()}
+        return cls(**sections)
 
 
 TRAIN_SECTIONS: dict[str, type[Section]] = {

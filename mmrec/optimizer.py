@@ -160,7 +160,9 @@ def parameter_groups(
             matrix_ids.add(id(module.weight))
         elif isinstance(module, Layer) and module.recurrent_weight is not None:
             matrix_ids.add(id(module.recurrent_weight))
-    matrices, others, ngram = [], [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    ngram: list[Tensor] = []
     in_layers = list(model.layers.parameters())
     for p in in_layers:
         (matrices if id(p) in matrix_ids else others).append(p)

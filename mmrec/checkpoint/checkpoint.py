@@ -175,8 +175,8 @@ def _tensors(
         state = optimizer.state.get(p, {})
         for moment in MOMENTS:
             if moment in state:
-                value = process_group.full_tensor(state[moment]).float().numpy()
-                yield f"optimizer/{moment}/{name}", value
+                moments = process_group.full_tensor(state[moment])
+                yield f"optimizer/{moment}/{name}", moments.float().numpy()
 
 
 def _state_tensors(state: State) -> Iterator[tuple[str, Tensor]]:
@@ -258,7 +258,7 @@ def _read_model(file: h5py.File) -> Model:
 def _read_lora(file: h5py.File) -> tuple[int, float]:
     stored = read_json(file, "lora")
     rank, alpha = stored.get("rank"), stored.get("alpha")
-    if type(rank) is not int or type(alpha) not in (int, float):
+    if type(rank) is not int or not isinstance(alpha, int | float):
         raise ValueError("lora must hold a rank and an alpha")
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha in lora must be finite and > 0; it is {alpha}")

@@ -49,7 +49,7 @@ class ParameterMapping(NamedTuple):
     """Name of the new parameter."""
     old: str
     """Name of the old parameter."""
-    index: tuple[Tensor, ...]
+    index: tuple[Tensor, ...]  # type: ignore[assignment]  # hides tuple.index
     scale: Tensor
     """Broadcasts against the old parameter. Gradients are divided by it."""
 

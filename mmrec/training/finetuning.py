@@ -162,7 +162,7 @@ def _earlier_corpus(
     try:
         if old_data is not None:
             return open_corpus(old_data, source.tokenizer, echo)
-        return training_corpus(source, option="--old-data", progress=echo)
+        return training_corpus(source, option="--old-data", echo=echo)
     except InputError as error:
         if old_data is not None or required:
             raise

@@ -37,7 +37,13 @@ from mmrec.config import (
     config_to_toml,
 )
 from mmrec.data.corpus import Corpus
-from mmrec.data.dataloader import ReplayLoader, WindowLoader, evenly_spaced_sample, make_loader
+from mmrec.data.dataloader import (
+    MixtureLoader,
+    ReplayLoader,
+    WindowLoader,
+    evenly_spaced_sample,
+    make_loader,
+)
 from mmrec.data.prepare import open_corpus
 from mmrec.errors import (
     InputError,
@@ -147,7 +153,7 @@ class Trainer:
         if finetune.lora_rank:
             apply_lora(self.model, finetune.lora_rank, finetune.lora_alpha)
         freeze_parameters(self.model, finetune.freeze)
-        self.loader = make_loader(
+        self.loader: WindowLoader | MixtureLoader | ReplayLoader = make_loader(
             corpus.train.tokens,
             corpus.mixture_streams,
             data.batch_size,
@@ -219,6 +225,7 @@ class Trainer:
         earlier_loader = WindowLoader(
             earlier.train.tokens, data.batch_size, data.seq_len, self.config.optimizer.seed
         )
+        assert not isinstance(self.loader, ReplayLoader)
         self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
 
     def _set_precision(self, precision: str) -> None:

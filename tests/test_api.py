@@ -1,0 +1,201 @@
+"""The Python API as a notebook uses it: train, resume after a kill, load, generate, evaluate."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mmrec
+from mmrec.training.trainer import Trainer
+
+SIZES: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "ngram_buckets": 64}
+SHORT: dict[str, Any] = {"batch_size": 2, "seq_len": 32, "eval_every": 4, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> mmrec.Run:
+    """A short run through the API."""
+    out = tmp_path_factory.mktemp("api") / "run"
+    return mmrec.train(
+        text_file, steps=8, tokenizer="byte", out=str(out), progress=False, **SHORT, **SIZES
+    )
+
+
+def test_train_load_generate_evaluate(run: mmrec.Run, text_file: Path) -> None:
+    assert run.summary["ended"] == "done"
+    assert [x["step"] for x in run.metrics if x["kind"] == "train"] == list(range(1, 9))
+    model = mmrec.load(run.best)
+    text = model.generate("def", max_tokens=20, seed=1)
+    assert isinstance(text, str)
+    pieces = model.generate("def", max_tokens=20, seed=1, stream=True)
+    assert "".join(pieces) == text
+    assert mmrec.generate(run, "def", max_tokens=20, seed=1) == text
+    assert mmrec.generate(run, "def", max_tokens=20, seed=1, temperature=0) != ""
+    scores = mmrec.evaluate(model)
+    assert scores.bits_per_byte == pytest.approx(mmrec.evaluate(run.folder).bits_per_byte)
+    assert 0 < mmrec.evaluate(model, text_file).bits_per_byte < 8.2
+
+
+def test_progress_is_printed_or_not(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (False, True):
+        mmrec.train(
+            text_file,
+            steps=2,
+            tokenizer="byte",
+            out=str(tmp_path / str(progress)),
+            progress=progress,
+            **SHORT,
+            **SIZES,
+        )
+        printed = capsys.readouterr()
+        assert ("time    about" in printed.out) == progress
+        assert bool(printed.err) == progress
+
+
+def test_documents_are_data_too(text_file: Path, tmp_path: Path) -> None:
+    """A list and an iterator of the same documents give the same corpus and the same losses."""
+    text = text_file.read_text()
+    documents = [text[i : i + 1000] for i in range(0, len(text), 1000)]
+
+    def iterate() -> Iterator[str]:
+        yield from documents
+
+    losses = []
+    for name, data in (("list", documents), ("iterator", iterate())):
+        run = mmrec.train(
+            data,
+            steps=3,
+            tokenizer="byte",
+            out=str(tmp_path / name),
+            progress=False,
+            **SHORT,
+            **SIZES,
+        )
+        losses.append([x["loss"] for x in run.metrics if x["kind"] == "train"])
+    assert losses[0] == losses[1]
+    again = mmrec.train(resume=tmp_path / "iterator", steps=5, progress=False)
+    assert again.summary["steps"] == 5  # the tokens are kept, the documents are not needed
+
+
+def test_the_command_line_trains_the_same_model(
+    run: mmrec.Run, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SHORT, **SIZES, "steps": 8, "tokenizer": "byte", "out": "cli"}
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    command = [sys.executable, "-m", "mmrec", "train", "tiny", "--data", str(text_file), *arguments]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    cli, api = mmrec.load(tmp_path / "cli/last.h5"), mmrec.load(run.last)
+    for a, b in zip(cli.model.parameters(), api.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_callback_sees_the_run(text_file: Path, tmp_path: Path) -> None:
+    class StopAtThree(mmrec.Callback):
+        def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            trainer.log_metrics(double=2 * metrics["loss"])
+            if metrics["step"] == 3:
+                trainer.request_stop()
+
+    out = str(tmp_path / "run")
+    run = mmrec.train(
+        text_file,
+        steps=9,
+        tokenizer="byte",
+        out=out,
+        progress=False,
+        callbacks=[StopAtThree()],
+        **SHORT,
+        **SIZES,
+    )
+    assert (run.summary["ended"], run.summary["steps"]) == ("stopped", 3)
+    assert [x["kind"] for x in run.metrics].count("callback") == 3
+    assert mmrec.train(resume=out, progress=False).summary["steps"] == 9
+
+
+def test_a_killed_script_resumes_bit_for_bit(text_file: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, **SIZES, "steps": 60, "save_every": 5, "tokenizer": "byte"}
+    whole = mmrec.train(text_file, out=str(tmp_path / "whole"), progress=False, **settings)
+    code = (
+        "import mmrec; "
+        f"mmrec.train({str(text_file)!r}, out={str(tmp_path / 'cut')!r}, progress=False, "
+        f"**{settings!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "cut/step-10.h5").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    resumed = mmrec.train(resume=tmp_path / "cut", progress=False)
+    assert resumed.summary["steps"] == 60
+    a, b = mmrec.load(whole.last), mmrec.load(resumed.last)
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert whole.metrics == resumed.metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1}, "lr must be finite and > 0; got -1"),
+        ({"lrr": 1}, "unknown setting 'lrr'; did you mean 'lr'"),
+        ({"vocab_size": 5}, "unknown setting 'vocab_size'"),
+        ({"preset": "tinny"}, "unknown preset 'tinny'"),
+        ({"data": "none.txt"}, "no data at none.txt"),
+        ({"data": [], "tokenizer": "byte"}, "is empty"),
+        ({"data": ["text", 3], "tokenizer": "byte"}, "int"),
+        ({"config": "none.toml"}, "cannot read config file none.toml"),
+        ({"resume": "nowhere"}, "no run at nowhere to resume"),
+        ({"resume": True, "preset": "tiny"}, "resume keeps the settings of its run"),
+        ({"resume": "nowhere", "lr": 1.0}, "resume keeps the settings of its run; lr cannot"),
+        ({"width": 0}, "width must be a whole number from 1"),
+        ({"initialize_from": "nowhere"}, "no checkpoint at nowhere"),
+    ],
+)
+def test_wrong_arguments_of_train(
+    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mmrec.InputError, match=message):
+        mmrec.train(progress=False, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_of_the_others(run: mmrec.Run, tmp_path: Path) -> None:
+    model = mmrec.load(run)
+    for call, message in (
+        (lambda: mmrec.load("nowhere"), "no checkpoint at nowhere"),
+        (lambda: mmrec.load(tmp_path), "no checkpoint in"),
+        (lambda: mmrec.evaluate(model, "none.txt"), "no data at none.txt"),
+        (lambda: model.generate("x", temperature=-1), "temperature must be finite and >= 0"),
+        (lambda: model.generate("x", temperatur=1), "did you mean 'temperature'"),
+        (lambda: model.generate("x", max_tokens=-1), "max_tokens must be >= 0"),
+        (lambda: model.generate("x", stop=[""]), "a stop text must not be empty"),
+    ):
+        with pytest.raises(mmrec.InputError, match=message):
+            call()
+
+
+def test_importing_mmrec_loads_no_torch() -> None:
+    code = "import mmrec, sys; print('torch' in sys.modules, len(mmrec.__all__) > 10)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "True"]
+    for name in mmrec.__all__:
+        assert getattr(mmrec, name) is not None
+    with pytest.raises(AttributeError):
+        mmrec.nonsense  # noqa: B018
+
+
+def test_metrics_are_json_lines(run: mmrec.Run) -> None:
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == run.metrics
