@@ -301,7 +301,7 @@ def test_the_benchmark_counts_what_the_source_cost(text_file: Path, tmp_path: Pa
         "8",
         "--seeds",
         "1",
-        "--batch",
+        "--batch-size",
         "1",
         "--seq-len",
         "32",

@@ -60,5 +60,5 @@ def test_penalty_and_temperature_zero() -> None:
     ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} must be .*; got {value}"):
+    with pytest.raises(InputError, match=f"^{name} must"):
         SamplingConfig(**{name: value})  # type: ignore[arg-type]
