@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import platformdirs
 
-from mmrec.checkpoint.hdf5 import map_array, read_array, read_json
-from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
+from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
 from mmrec.data.sources import CORPUS_NAMES
 from mmrec.data.tokenizer import Tokenizer
 

@@ -18,9 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mmrec.checkpoint.hdf5 import atomic_h5_file as atomic_h5_file
-from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
-from mmrec.checkpoint.hdf5 import read_json, write_json
+from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
 from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
 from mmrec.data.dedup import minhash_signatures
 from mmrec.data.readers import Document, ReadOptions
@@ -36,7 +34,7 @@ from mmrec.data.split import TRAIN, SplitPlan, plan_split, scan_documents
 from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards
 from mmrec.data.tokenizer import Tokenizer, check_tokenizer_settings, train_tokenizer
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import remove_stale_temporaries as remove_stale_temporaries
+from mmrec.runtime.atomic import remove_stale_temporaries
 
 TOKENIZER_SAMPLE_BYTES = 1 << 26
 """Bytes of training text that a ``bpe`` tokenizer is trained on, about."""

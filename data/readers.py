@@ -178,7 +178,8 @@ def import_zstandard() -> Any:
 def _open_file(path: Path, name: str) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed; damaged compression is an InputError."""
     opener: Any = open
-    kind, errors = "", ()  # type: str, tuple[type[Exception], ...]
+    kind = ""
+    errors: tuple[type[Exception], ...] = ()
     file_name = path.name.lower()
     if file_name.endswith(".gz"):
         opener, kind, errors = gzip.open, "gzip", (EOFError, gzip.BadGzipFile, zlib.error)

@@ -24,7 +24,7 @@ from mmrec.data.readers import (
 )
 from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
-from mmrec.runtime.atomic import remove_stale_temporaries as remove_stale_temporaries
+from mmrec.runtime.atomic import remove_stale_temporaries
 
 CORPUS_NAMES = ["stdlib", "shakespeare"]
 DOCUMENTS = "documents"

@@ -14,9 +14,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mmrec.checkpoint.hdf5 import atomic_h5_file as atomic_h5_file
-from mmrec.checkpoint.hdf5 import open_h5_file as open_h5_file
-from mmrec.checkpoint.hdf5 import read_array, read_json, write_array, write_chunks, write_json
+from mmrec.checkpoint.hdf5 import (
+    atomic_h5_file,
+    open_h5_file,
+    read_array,
+    read_json,
+    write_array,
+    write_chunks,
+    write_json,
+)
 from mmrec.data.corpus import SCHEMA, SPLITS, Split, token_dtype
 from mmrec.data.readers import Document
 from mmrec.data.split import VAL

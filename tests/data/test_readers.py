@@ -114,6 +114,10 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source = f"hf:{tmp_path / 'set'}"
     assert texts(source) == texts(f"{source}::train") == EXPECTED
     assert texts(f"{source}:test") == ["held out"]
+    options = ReadOptions(piece_chars=100)  # of which a long document has many
+    with rereadable(source, options, tmp_path / "copy") as read:
+        assert join_pieces(list(read())) == EXPECTED
+    assert not list((tmp_path / "copy").iterdir())
     with pytest.raises(InputError, match=r"row 1 must have a field 'words' .*: url, text"):
         texts(source, text_field="words")
     with pytest.raises(InputError, match=r"cannot read hf:none/none: \S"):
