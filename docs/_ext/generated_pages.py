@@ -7,6 +7,7 @@ disagree with the program.
 
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,8 +97,17 @@ def _option_name(parameter: Any) -> str:
     names = " ".join(code(flag) for flag in flags)
     if getattr(parameter, "is_flag", False):
         return names
-    kind = parameter.metavar or parameter.type.name.split()[0].upper()
-    return f"{names} {escape(kind)}"
+    return f"{names} {escape(parameter.metavar or _type_name(parameter))}"
+
+
+def _type_name(parameter: Any) -> str:
+    """INT, FLOAT, PATH …, in the attribute that the installed version of Typer keeps it in."""
+    descriptor = getattr(parameter, "type_descriptor", None)
+    if descriptor is None:
+        return str(parameter.type.name).split()[0].upper()
+    members = typing.get_args(descriptor.annotation)
+    kind = members[0] if members else descriptor.annotation
+    return {"STR": "TEXT"}.get(kind.__name__.upper(), kind.__name__.upper())
 
 
 def _default(parameter: Any) -> str:
@@ -112,12 +122,7 @@ def _default(parameter: Any) -> str:
 
 
 def _description(parameter: Any) -> str:
-    text = escape(getattr(parameter, "help", None) or "")
-    kind = parameter.type
-    lowest, highest = getattr(kind, "min", None), getattr(kind, "max", None)
-    if lowest is not None and highest is None:
-        text += f" At least {lowest:g}."
-    return text
+    return escape(getattr(parameter, "help", None) or "")
 
 
 # The settings.
