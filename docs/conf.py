@@ -20,7 +20,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
-smartquotes = False  # they would turn the dashes of --options into en dashes
+smartquotes_action = "D"  # dashes, but no quotes
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

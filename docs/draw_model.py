@@ -1,5 +1,6 @@
 """Draw docs/images/model.svg, one layer of the model: python docs/draw_model.py."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -13,10 +14,10 @@ BLUE, ORANGE, GREEN, GREY = "#dbe9f6", "#fde3cf", "#dff0d8", "#eeeeee"
 def main() -> None:
     """Draw the figure. The file depends on nothing but this script and matplotlib."""
     matplotlib.rcParams["svg.hashsalt"] = "mmrec"
-    figure = Figure(figsize=(9.6, 3.5), facecolor="white")
+    figure = Figure(figsize=(9.6, 3.2), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, 96)
-    axes.set_ylim(0, 35)
+    axes.set_ylim(3.5, 35.5)
     axes.axis("off")
 
     def box(x: float, y: float, width: float, height: float, text: str, color: str) -> None:
@@ -27,11 +28,17 @@ def main() -> None:
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
 
     def arrow(*points: tuple[float, float]) -> None:
-        for start, end in zip(points[:-2], points[1:-1], strict=True):
+        for start, end in itertools.pairwise(points[:-1]):
             axes.plot(*zip(start, end, strict=True), color="#555555", linewidth=1)
         tip = FancyArrowPatch(
-            points[-2], points[-1], arrowstyle="-|>", mutation_scale=9, color="#555555",
-            shrinkA=0, shrinkB=0, linewidth=1,
+            points[-2],
+            points[-1],
+            arrowstyle="-|>",
+            mutation_scale=9,
+            color="#555555",
+            shrinkA=0,
+            shrinkB=0,
+            linewidth=1,
         )
         axes.add_patch(tip)
 
@@ -39,7 +46,7 @@ def main() -> None:
         axes.text(x, y, text, fontsize=8, color="#333333", **options)
 
     box(9, 14, 11, 6, "RMS norm,\ncausal conv\n(width 4)", GREY)
-    box(24, 14, 7, 6, "W_in", BLUE)
+    box(22, 14, 6, 6, "W_in", BLUE)
     box(37, 22, 20, 6, "gated recurrence\none vector h per layer", ORANGE)
     box(37, 12, 20, 6, "gated delta rule\none matrix S per head", GREEN)
     box(62, 17, 9, 6, "RMS norms,\nsum,\ntimes silu(r)", GREY)
@@ -51,14 +58,14 @@ def main() -> None:
     label(47, 7.4, "state S, from token to token", ha="center")
 
     arrow((0.5, 17), (8.6, 17))
-    arrow((20.4, 17), (23.6, 17))
-    arrow((31.4, 18), (34, 18), (34, 25), (36.6, 25))
-    arrow((31.4, 16), (34, 16), (34, 15), (36.6, 15))
-    label(33.6, 23.2, "z, f, g", ha="right")
-    label(33.6, 12.6, "q, k, v, a, b", ha="right")
+    arrow((20.4, 17), (21.6, 17))
+    arrow((28.4, 18), (33, 18), (33, 25), (36.6, 25))
+    arrow((28.4, 15), (36.6, 15))
+    label(32.6, 22.6, "z, f, g", ha="right")
+    label(36.2, 12.6, "q, k, v, a, b", ha="right")
     arrow((57.4, 25), (59.5, 25), (59.5, 21.5), (61.6, 21.5))
     arrow((57.4, 15), (59.5, 15), (59.5, 18.5), (61.6, 18.5))
-    arrow((27.5, 13.6), (27.5, 4.8), (66.5, 4.8), (66.5, 16.6))
+    arrow((25, 13.6), (25, 4.8), (66.5, 4.8), (66.5, 16.6))
     label(60, 5.5, "output gate r", ha="center")
     arrow((71.4, 20), (74.6, 20))
     arrow((81.4, 20), (86.4, 20))

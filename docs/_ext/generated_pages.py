@@ -14,14 +14,15 @@ from typing import Any
 import typer
 
 from mmrec.cli.main import app as cli_app
-from mmrec.config import PRESETS, TRAIN_SECTIONS, ModelConfig, Section, Setting
+from mmrec.config import MAX_COUNT, PRESETS, TRAIN_SECTIONS, ModelConfig, Section, Setting
 from mmrec.model import parameter_counts
 
 
 def escape(text: str) -> str:
-    """Escape what Markdown would read as markup, and the bar that ends a table cell."""
+    """Escape what Markdown would read as markup and the bar that ends a cell; mark up options."""
     plain = text.replace(r"\[", "[")  # the escape of Typer's own markup
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(plain.split()))
+    escaped = re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(plain.split()))
+    return re.sub(r"(?<![\w-])--[a-z][a-z-]*\w", r"`\g<0>`", escaped)
 
 
 def code(text: str) -> str:
@@ -116,7 +117,7 @@ def _default(parameter: Any) -> str:
     shown, default = getattr(parameter, "show_default", None), parameter.default
     if isinstance(shown, str):
         return code(shown)
-    if default in (None, "", False) or callable(default) or shown is False:
+    if default is None or default is False or default == "" or callable(default) or shown is False:
         return ""
     return code(str(default))
 
@@ -137,7 +138,7 @@ def configuration_page() -> str:
 
 
 def _section(section: type[Section]) -> Iterator[str]:
-    yield f"## \\[{section.section}\\]: {section.title}"
+    yield f"## \\[{section.section}\\]: {section.title.split(' (')[0]}"
     yield ""
     yield escape((section.__doc__ or "").split("\n\n")[0])
     yield ""
@@ -161,8 +162,17 @@ def _setting_default(s: Setting) -> str:
 
 
 def _meaning(s: Setting) -> str:
-    rule = f" The value {escape(s.rule)}." if s.rule else ""
-    return escape(s.help) + rule
+    return f"{escape(s.help)} {_rule(s)}"
+
+
+def _rule(s: Setting) -> str:
+    if s.choices:
+        return f"One of {', '.join(map(code, s.choices))}."
+    if s.minimum is None:
+        return ""
+    if s.maximum in (None, MAX_COUNT):  # the largest count is beyond any use
+        return f"{'Above' if s.exclusive_minimum else 'At least'} {s.minimum:g}."
+    return f"The value {escape(s.rule)}."
 
 
 def presets_table() -> str:
@@ -175,7 +185,9 @@ def presets_table() -> str:
         size = f"{total / 1e9:.2f} G" if total >= 1e9 else f"{total / 1e6:.2f} M"
         values = (c.width, c.depth, c.layer_types, c.heads, c.vocab_size, c.ffn_multiplier)
         values += (c.ngram_buckets, c.max_timescale)
-        rows.append([code(name), size, *(f"{v:,}" if isinstance(v, int) else str(v) for v in values)])
+        rows.append(
+            [code(name), size, *(f"{v:,}" if isinstance(v, int) else str(v) for v in values)]
+        )
     return "\n".join(table(header, rows))
 
 
@@ -188,23 +200,44 @@ def fill_markers(app: Any, docname: str, source: list[str]) -> None:
     source[0] = MARKER.sub(lambda match: PAGES[match[1]](), source[0])
 
 
-def escape_docstring(
+RETURNED_VALUE = re.compile(r"( +)(\w+): (.*)")
+
+
+def prepare_docstring(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """Keep mathematics in docstrings from being read as reStructuredText markup.
+    """Rewrite a docstring so that napoleon and reStructuredText read it as it is meant.
 
-    Outside of literals, ``|k|`` would be a substitution and a trailing underscore a reference.
+    * Napoleon takes what stands before a colon in the first line of an attribute for its type.
+    * Several named values under ``Returns:`` become a list.
+    * Outside of literals, ``|k|`` would be a substitution and a trailing underscore a reference.
     """
+    if what in ("attribute", "property"):
+        lines.insert(0, "")
+    if "Returns:" in lines:
+        start = lines.index("Returns:") + 1
+        end = next((i for i in range(start, len(lines)) if lines[i][:1].strip()), len(lines))
+        lines[start:end] = _list_returned_values(lines[start:end])
     for i, line in enumerate(lines):
         pieces = line.split("``")
         for j in range(0, len(pieces), 2):
-            pieces[j] = re.sub(r"\|", r"\\|", pieces[j])
-            pieces[j] = re.sub(r"(?<=\w)_(?=[\s.,;:)]|$)", r"\\_", pieces[j])
+            pieces[j] = pieces[j].replace("|", "\\|")
+            pieces[j] = re.sub(r"(?<=\w)_(?=[\s.,;:)]|$)", "\\\\_", pieces[j])
         lines[i] = "``".join(pieces)
+
+
+def _list_returned_values(lines: list[str]) -> list[str]:
+    matches = [RETURNED_VALUE.fullmatch(line) for line in lines]
+    indents = [match[1] for match in matches if match]
+    named = [match if match and match[1] == min(indents) else None for match in matches]
+    if sum(match is not None for match in named) < 2:
+        return lines
+    items = [f"{m[1]}* **{m[2]}** -- {m[3]}" if m else x for m, x in zip(named, lines, strict=True)]
+    return [f"{min(indents)}A tuple with", "", *items]
 
 
 def setup(app: Any) -> dict[str, Any]:
     """Register the extension with Sphinx."""
     app.connect("source-read", fill_markers)
-    app.connect("autodoc-process-docstring", escape_docstring)
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
     return {"version": "1", "parallel_read_safe": True}
