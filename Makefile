@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # what PyPI gives where that build is not to be had.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test setup setup-dev lint types coverage wheel clean
+.PHONY: demo test setup setup-dev lint types coverage docs wheel clean
 
 demo: setup
 	$(BIN)/mmrec train tiny
@@ -56,6 +56,11 @@ coverage: setup-dev
 	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest tests/kernels \
 	  -W "ignore:overflow encountered in scalar" -W "ignore:invalid value encountered"
 	$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=90
+
+# The CLI and configuration pages are made from the program; a warning is an error.
+docs: setup-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 wheel: setup-dev
 	$(BIN)/python -m build -q --wheel

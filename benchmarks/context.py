@@ -7,7 +7,7 @@ state, half a window after the one before, and its second half is scored. So eve
 once, with C/2 to C - 1 tokens of context. The scored tokens are the same for each C: those of the
 validation split after the first ``longest`` / 2 tokens of their document. (A mean by position in
 the document would compare the beginnings of documents with their middles.) Writes results/NAME.json
-and docs/NAME.png.
+and docs/images/NAME.png.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from mmrec.data.prepare import open_corpus, read_options
 from mmrec.evaluation.provenance import training_config
 from mmrec.profiling.kernel_bench import describe_machine
 
-RESULTS, DOCS = (Path(__file__).parent / "results", Path(__file__).parent.parent / "docs")
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 CHUNK = 256  # tokens per row and forward pass
 BATCH_TOKENS = 1 << 14  # tokens per forward pass
 
@@ -130,7 +131,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     result = {"machine": describe_machine(), "longest": args.longest, "rows": rows}
     (RESULTS / f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, DOCS / f"{args.out}.png", Path(str(rows[0]["source"])).parent.name or "")
+    draw(rows, IMAGES / f"{args.out}.png", Path(str(rows[0]["source"])).parent.name or "")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/length.py [--longest T]
 
 Forward and backward at batch 4, width 128. A baseline stops at the length where one call would take
-longer than four seconds. Writes results/length.json and docs/length.png.
+longer than four seconds. Writes results/length.json and docs/images/length.png.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mmrec.profiling.kernel_bench import describe_machine
 BATCH, WIDTH, HEADS = 4, 128, 4
 MAX_SECONDS = 4.0  # longest call of a baseline
 RESULTS = Path(__file__).parent / "results" / "length.json"
-PICTURE = Path(__file__).parent.parent / "docs" / "length.png"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "length.png"
 Case = Callable[[int], tuple[Callable[[], Tensor], list[Tensor]]]
 """From a sequence length to a call and its leaves, which get gradients."""
 

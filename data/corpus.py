@@ -1,6 +1,6 @@
 """Tokenised corpora: one HDF5 file each, prepared once and reused while its source is unchanged.
 
-The layout of the file is described in docs/formats.md.
+The layout of the file is described in docs/reference/file-formats.md.
 """
 
 import json

@@ -13,8 +13,8 @@ still zero has random weights, so that a gradient reaches the channel at once.
 
 Growth that preserves the function is from Net2Net (Chen et al. 2016, arXiv:1511.05641), the
 treatment of norms from LEMON (Wang et al. 2023, arXiv:2310.07999), and the method ``stack`` from
-Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking". docs/growth.md derives the
-arithmetic.
+Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking". docs/guides/growing.md
+derives the arithmetic.
 """
 
 from collections.abc import Mapping, Sequence

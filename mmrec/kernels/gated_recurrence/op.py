@@ -282,8 +282,8 @@ def gated_recurrence(
         ValueError: a shape, dtype, device or cu_seqlens is not as above.
         RuntimeError: a second derivative, or one in forward mode, is asked for.
 
-    Source: the design of MM-Rec, section 2; the gate on the recurrent product follows the minimal
-    gated unit (Zhou et al. 2016, arXiv:1603.09420, eq. 5).
+    Source: docs/concepts/model.md; the gate on the recurrent product follows the minimal gated unit
+    (Zhou et al. 2016, arXiv:1603.09420, eq. 5).
     """
     check_input("z", z, "B, T, D", cu_seqlens)
     shape, dtype = tuple(z.shape), z.dtype
