@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         patch.setenv("MMREC_CACHE", str(folder / "cache"))
         Path("small.toml").write_text(
             'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
-            '[train]\ntokenizer = "byte"\nbatch = 2\nseq_len = 32\neval_every = 3\n'
+            '[data]\ntokenizer = "byte"\nbatch_size = 2\nseq_len = 32\n[evaluation]\neval_every = 3\n'
         )
         start = f"train --config small.toml --data {text_file} --steps"
         assert call(patch, f"{start} 6 --out runs/one") == 0
@@ -49,11 +49,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         Path("world.txt").write_text(text_file.read_text())
         Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
         assert call(patch, "data prepare world.txt --tokenizer char --out other.h5") == 0
-        Path("lr.toml").write_text("[train]\nlr = nan\n")
+        Path("lr.toml").write_text("[optimizer]\nlr = nan\n")
         Path("cut.toml").write_text("[train\n")
         Path("chain.toml").write_text("lr = 1.0\n")
-        Path("word.toml").write_text('preset = "tiny"\n[train]\nlrr = 1\n')
-        Path("type.toml").write_text('preset = "tiny"\n[train]\nsteps = "x"\n')
+        Path("word.toml").write_text('preset = "tiny"\n[optimizer]\nlrr = 1\n')
+        Path("type.toml").write_text('preset = "tiny"\n[length]\nsteps = "x"\n')
     return folder
 
 
@@ -137,10 +137,10 @@ def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
 ) -> None:
     monkeypatch.chdir(world)
     for data in ("world.txt --tokenizer char", "other.h5"):
-        wish = f"train tiny --data {data} --steps 1 --batch 1 --seq-len 8 --out runs/chars --force"
+        wish = f"train tiny --data {data} --steps 1 --batch-size 1 --seq-len 8 --out runs/chars --force"
         assert call(monkeypatch, wish) == 0
         made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
-        assert (made["runs"], made["ngrams"]) == (4, 8192)
+        assert (made["max_ngram"], made["ngram_buckets"]) == (4, 8192)
     shutil.rmtree("runs/chars")
 
 
@@ -163,7 +163,7 @@ def test_prompts_without_their_training_text(
         wish = "eval alone/best.h5 runs/one --prompts short.txt --temperatures 0 --max-tokens 9"
         assert call(monkeypatch, wish) == 0
         made = capsys.readouterr()
-        assert "note: copies of the training text are not looked for" in made.err
+        assert "copies of the training text are not searched for" in made.err
         assert made.out.count("temperature 0,") == 2
     finally:
         shutil.rmtree("alone")
@@ -195,7 +195,7 @@ def test_commands_that_work(
     assert call(monkeypatch, "info tiny") == 0
     shown = capsys.readouterr().out
     assert "feed-forward" in shown
-    assert "batch 16 × 128 tokens" in shown
+    assert "batch of 16 × 128 tokens" in shown
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer byte --json") == 0
     assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer char") == 0
@@ -228,8 +228,8 @@ def test_commands_that_work(
     ("arguments", "op"),
     [
         ("scan --shape 2x8x4", "product scan"),
-        ("recurrence --shape 2x8x4", "torch.nn.GRU"),
-        ("memory --shape 1x40x2x4", "Python loop"),
+        ("gated-recurrence --shape 2x8x4", "torch.nn.GRU"),
+        ("gated-delta-rule --shape 1x40x2x4", "Python loop"),
     ],
 )
 def test_bench(
@@ -245,13 +245,14 @@ def test_bench(
     assert all(r["error"] < 2e-4 and r["both_ms"] > 0 for r in ours)
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
+def test_a_wrong_implementation_is_not_timed() -> None:
     import torch
 
-    from mmrec.profiling.kernel_bench import Contender, compare
+    from mmrec.profiling.baselines import Implementation
+    from mmrec.profiling.kernel_bench import compare
 
-    wrong = Contender("wrong", lambda x: x * 1.01)
-    right = Contender("right", lambda x: x * 1.0)
+    wrong = Implementation("wrong", lambda x: x * 1.01)
+    right = Implementation("right", lambda x: x * 1.0)
     rows = list(compare("op", (4, 4, 4), [wrong, right], lambda x: x * 1.0, [torch.randn(4, 4, 4)]))
     assert [r.forward_ms > 0 for r in rows] == [False, True]
     assert rows[0].error == pytest.approx(0.01, rel=1e-3)
@@ -278,17 +279,19 @@ def test_as_a_program(world: Path) -> None:
 def test_bench_train_says_where_a_step_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --profile") == 0
+    assert (
+        call(monkeypatch, "bench train tiny --vocab 50 --batch-size 2 --seq-len 16 --profile") == 0
+    )
     out = capsys.readouterr().out
-    for part in ("projections", "recurrence", "memory", "loss", "optimizer", "data", "rest"):
+    for part in ("projections", "recurrence", "delta rule", "loss", "optimizer", "data", "other"):
         assert f"\n{part} " in out
     assert "tokens/s" in out
-    assert call(monkeypatch, "bench train tiny --vocab 50 --batch 2 --seq-len 16 --json") == 0
+    assert call(monkeypatch, "bench train tiny --vocab 50 --batch-size 2 --seq-len 16 --json") == 0
     made = json.loads(capsys.readouterr().out)
     assert made["flops"] == pytest.approx(sum(p["flops"] for p in made["parts"]))
     whole = sum(p["seconds"] for p in made["parts"])
     assert whole >= made["seconds"] * 0.99
-    assert 0 < made["share"] < 2
+    assert 0 < made["peak_fraction"] < 2
 
 
 def program(world: Path, arguments: str) -> str:
@@ -320,13 +323,13 @@ def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
     again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
     assert after["loss"] == pytest.approx(again["loss"], abs=1e-4)
 
-    options = "--batch 2 --seq-len 32 --eval-every 4 --data world.txt"
-    out = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 12 --out more")
+    options = "--batch-size 2 --seq-len 32 --eval-every 4 --data world.txt"
+    out = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 12 --out more")
     assert "start   grown.h5, step 6, with its moments" in out
     assert (tmp_path / "more/step-0.h5").exists()
     assert scores(tmp_path, "more")["loss"] < before["loss"]
 
-    whole = program(tmp_path, f"train --grow-from grown.h5 {options} --steps 6 --out cut")
+    whole = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 6 --out cut")
     assert "with its moments" in whole
     out = program(tmp_path, "train --resume --out cut --steps 12")
     assert "resume  cut/last.h5, step 6" in out
@@ -340,10 +343,10 @@ def test_windows_are_as_long_as_a_preset_has_them(
     shutil.copy(world / "world.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
-    sizes = "[model]\nwidth = 32\ndepth = 1\nheads = 2\nngrams = 64\n"
+    sizes = "[model]\nwidth = 32\ndepth = 1\nheads = 2\nngram_buckets = 64\n"
     (tmp_path / "s.toml").write_text(sizes)
-    (tmp_path / "t.toml").write_text(f"{sizes}[train]\nseq_len = 96\n")
-    common = "--data world.txt --steps 1 --batch 2"
+    (tmp_path / "t.toml").write_text(f"{sizes}[data]\nseq_len = 96\n")
+    common = "--data world.txt --steps 1 --batch-size 2"
     for number, (words, length) in enumerate(
         {
             "tiny --config s.toml --vocab 300": 128,
@@ -351,13 +354,13 @@ def test_windows_are_as_long_as_a_preset_has_them(
             "mini --config s.toml --vocab 300": 256,
             "tiny --config t.toml --vocab 300": 96,
             "tiny --config t.toml --vocab 300 --seq-len 64": 64,
-            "tiny --config s.toml --grow-from 0": 128,
-            "tiny --config s.toml --grow-from 1": 256,
+            "tiny --config s.toml --initialize-from 0": 128,
+            "tiny --config s.toml --initialize-from 1": 256,
         }.items()
     ):
         assert call(monkeypatch, f"train {words} {common} --out {number}") == 0
         made = tomllib.loads(Path(f"{number}/config.toml").read_text())
-        assert made["train"]["seq_len"] == length, words
+        assert made["data"]["seq_len"] == length, words
 
 
 def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:
@@ -366,10 +369,10 @@ def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> 
     (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
     (tmp_path / "s.toml").write_text(
         'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
-        "[train]\nbatch = 2\nseq_len = 32\neval_every = 3\nsteps = 4\n"
+        "[data]\nbatch_size = 2\nseq_len = 32\n[evaluation]\neval_every = 3\n[length]\nsteps = 4\n"
     )
     program(tmp_path, "train --config s.toml --data world.txt --vocab 400 --out a")
-    out = program(tmp_path, "train --config s.toml --data other.txt --grow-from a --out b")
+    out = program(tmp_path, "train --config s.toml --data other.txt --initialize-from a --out b")
     assert "start   a/best.h5, step" in out
     assert "training the bpe" not in out
     with h5py.File(tmp_path / "a/last.h5") as a, h5py.File(tmp_path / "b/last.h5") as b:
@@ -392,24 +395,29 @@ def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
     out = program(
         tmp_path,
         "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
-        "--eval-every 4 --replay 0.3 --lr 5e-3 --muon-lr 1e-2 --out two",
+        "--eval-every 4 --replay-fraction 0.3 --lr 5e-3 --matrix-lr 1e-2 --out two",
     )
     made = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
     assert made["new"]["after"] < made["new"]["before"]
-    assert set(made) == {"new", "old"}
+    assert set(made) == {"new", "earlier"}
     assert f"new text new.txt: {made['new']['before']:.4f} bits per byte before, " in out
     scored = json.loads(program(tmp_path, "eval two --json"))
     assert scored["bits_per_byte"] == pytest.approx(made["new"]["after"], abs=1e-6)
     with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
         same = {}
-        for name in ("embedding", "ngrams", "layers.0.ffn_in.weight", "layers.1.ffn_in.weight"):
+        for name in (
+            "embedding",
+            "ngram_embedding",
+            "layers.0.up_proj.weight",
+            "layers.1.up_proj.weight",
+        ):
             same[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
     assert list(same.values()) == [True, True, True, False]
     out = program(tmp_path, "train --resume --out two --steps 14")
     assert "resume  two/last.h5, step 12" in out
     Path(tmp_path / "one/config.toml").unlink()
     out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
-    assert "note: what is forgotten of the old text is not measured" in out
+    assert "forgetting of the earlier text is not measured" in out
 
 
 def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
@@ -427,6 +435,6 @@ def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
     assert new.tokenizer.decode(ids) == text
     out = program(
         tmp_path,
-        "train --grow-from more.h5 --data world.txt --batch 2 --seq-len 32 --steps 4 --out on",
+        "train --initialize-from more.h5 --data world.txt --batch-size 2 --seq-len 32 --steps 4 --out on",
     )
     assert "with its moments" in out
