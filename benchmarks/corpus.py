@@ -34,7 +34,7 @@ from mmrec.data.dataloader import WindowLoader  # noqa: E402
 from mmrec.data.prepare import prepare  # noqa: E402
 from mmrec.data.sources import iter_documents  # noqa: E402
 from mmrec.data.tokenizer import Tokenizer  # noqa: E402
-from mmrec.profiling.kernel_bench import machine  # noqa: E402
+from mmrec.profiling.kernel_bench import describe_machine  # noqa: E402
 from mmrec.training.trainer import Trainer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "corpus.json"
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=10**9)
     parser.add_argument("--folder", type=Path, default=None, help="where there is room")
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "bytes": args.bytes}
+    result: dict[str, Any] = {"machine": describe_machine(), "bytes": args.bytes}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         text, out = folder / "text.jsonl", folder / "corpus.h5"

@@ -124,12 +124,14 @@ def process_is_alive(pid: int) -> bool:
 
 def _windows_process_is_alive(pid: int) -> bool:
     """Ask Windows, where ``os.kill(pid, 0)`` would send Ctrl-C to the process."""
+    if sys.platform != "win32":  # the type checker reads no further on another platform
+        raise NotImplementedError
     query_limited_information, access_denied, still_active = 0x1000, 5, 259
-    kernel: ctypes.CDLL = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel: ctypes.CDLL = ctypes.WinDLL("kernel32", use_last_error=True)
     kernel.OpenProcess.restype = ctypes.c_void_p
     handle = ctypes.c_void_p(kernel.OpenProcess(query_limited_information, False, pid))
     if not handle.value:
-        denied: bool = ctypes.get_last_error() == access_denied  # type: ignore[attr-defined]
+        denied: bool = ctypes.get_last_error() == access_denied
         return denied
     try:
         code = ctypes.c_ulong()
