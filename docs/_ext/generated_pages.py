@@ -62,7 +62,14 @@ def _commands(group: Any, path: str) -> Iterator[list[str]]:
 
 
 def _help(command: Any) -> str:
-    return "\n\n".join(escape(p) for p in inspect.cleandoc(command.help or "").split("\n\n"))
+    """A command's docstring, with an example at the end of a paragraph as code."""
+    paragraphs = []
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        text, example = " ".join(paragraph.split()), ""
+        if match := re.fullmatch(r"(.*: )(mmrec .*)\.", text):
+            text, example = match[1], f"{code(match[2])}."
+        paragraphs.append(f"{escape(text)} {example}".rstrip())
+    return "\n\n".join(paragraphs)
 
 
 def _command(command: Any, full_name: str) -> Iterator[str]:
@@ -200,6 +207,7 @@ def fill_markers(app: Any, docname: str, source: list[str]) -> None:
     source[0] = MARKER.sub(lambda match: PAGES[match[1]](), source[0])
 
 
+HIDDEN_COLON = "\ue000"  # of the private use area of Unicode
 RETURNED_VALUE = re.compile(r"( +)(\w+): (.*)")
 
 
@@ -208,12 +216,13 @@ def prepare_docstring(
 ) -> None:
     """Rewrite a docstring so that napoleon and reStructuredText read it as it is meant.
 
-    * Napoleon takes what stands before a colon in the first line of an attribute for its type.
+    * Napoleon takes what stands before a colon in the first line of an attribute for its type, so
+      the colons are hidden from it; ``restore_colons`` puts them back.
     * Several named values under ``Returns:`` become a list.
     * Outside of literals, ``|k|`` would be a substitution and a trailing underscore a reference.
     """
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines[:] = [line.replace(": ", f"{HIDDEN_COLON} ") for line in lines]
     if "Returns:" in lines:
         start = lines.index("Returns:") + 1
         end = next((i for i in range(start, len(lines)) if lines[i][:1].strip()), len(lines))
@@ -224,6 +233,13 @@ def prepare_docstring(
             pieces[j] = pieces[j].replace("|", "\\|")
             pieces[j] = re.sub(r"(?<=\w)_(?=[\s.,;:)]|$)", "\\\\_", pieces[j])
         lines[i] = "``".join(pieces)
+
+
+def restore_colons(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Undo what ``prepare_docstring`` hid from napoleon."""
+    lines[:] = [line.replace(HIDDEN_COLON, ":") for line in lines]
 
 
 def _list_returned_values(lines: list[str]) -> list[str]:
@@ -240,4 +256,5 @@ def setup(app: Any) -> dict[str, Any]:
     """Register the extension with Sphinx."""
     app.connect("source-read", fill_markers)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", restore_colons, priority=600)
     return {"version": "1", "parallel_read_safe": True}

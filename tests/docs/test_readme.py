@@ -1,0 +1,75 @@
+"""The README's commands and Python snippets run as they stand there, only shorter.
+
+``MMREC_README_STEPS`` is the number of training steps, by default 2; ``full`` runs everything as
+written, which takes minutes.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STEPS = os.environ.get("MMREC_README_STEPS", "2")
+IS_FULL = STEPS == "full"
+SHORT = ["--steps", STEPS, "--batch-size", "2", "--seq-len", "32", "--max-bytes", "200000"]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The commands of the README in their order, without comments."""
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("mmrec ")]
+
+
+def run_python(folder: Path, *arguments: str) -> str:
+    """Run Python in a folder, and return what it printed."""
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the texts that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    (folder / "book.txt").write_text("\n".join(texts), encoding="utf-8")
+    (folder / "other.txt").write_text(README, encoding="utf-8")
+    return folder
+
+
+def test_the_commands_run(folder: Path) -> None:
+    found = commands()
+    assert [command[1] for command in found] == ["train", "generate"]
+    for command in found:
+        is_shortened = command[1] == "train" and not IS_FULL
+        output = run_python(folder, "-m", *command, *(SHORT if is_shortened else []))
+    assert output.startswith("def ")
+    assert (folder / "runs" / "tiny-stdlib" / "best.h5").exists()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_a_snippet_runs(folder: Path, number: int) -> None:
+    snippet = blocks("python")[number]
+    if not IS_FULL:
+        snippet = snippet.replace("minutes=5", f"steps={STEPS}, batch_size=2, seq_len=32")
+    run_python(folder, "-c", snippet)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 120
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
