@@ -612,7 +612,7 @@ LENGTHS = tuple(LengthConfig.settings())
 
 
 # Only tiny's layer types were measured, by one seed: three minGRU layers per delta-rule layer
-# learnt most of the Python standard library in equal time (docs/decisions).
+# learnt most of the Python standard library in equal time (docs/development/decisions).
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(128, 4, 4, 5_000, "nnnl", ffn_multiplier=3.5, ngram_buckets=4_096),
     "mini": ModelConfig(
@@ -632,7 +632,7 @@ DEFAULT_TOKENS = 1100 * 4096
 """Tokens of a run whose length is not given: about five minutes of tiny on two cores."""
 DEFAULT_EPOCHS = 4
 """Passes after which a run of default length ends earlier: with more, a model without dropout
-memorises its text (docs/decisions)."""
+memorises its text (docs/development/decisions)."""
 MIN_DEFAULT_STEPS = 100
 
 
@@ -641,7 +641,7 @@ def preset(name: str, tokenizer: str = "bpe") -> ModelConfig:
 
     A character or byte says little and needs a small embedding, so ``char`` and ``byte`` get
     n-grams of up to four tokens and twice the buckets; tiny then has as many parameters as with
-    ``bpe`` (docs/decisions).
+    ``bpe`` (docs/development/decisions).
 
     Args:
         name: one of ``PRESETS``.
@@ -664,7 +664,7 @@ def preset_train_settings(name: str, tokenizer: str = "bpe") -> dict[str, Any]:
 
     tiny learns more from the same number of bpe tokens with windows of half the length and twice
     the steps. In larger presets the optimizer's share of a step grows and takes that gain back
-    (docs/decisions).
+    (docs/development/decisions).
     """
     return {"seq_len": 128} if name == "tiny" and tokenizer == "bpe" else {}
 

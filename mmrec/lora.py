@@ -62,7 +62,7 @@ def apply_lora(model: Model, rank: int, alpha: float) -> None:
     """
     width = model.config.width
     if not 1 <= rank <= width:
-        raise InputError(f"lora must lie in 1 to {width}, the width of the model; got {rank}")
+        raise InputError(f"lora_rank must lie in 1 to {width}, the width of the model; got {rank}")
     model.requires_grad_(False)
     for layer in model.layers:
         for name, child in list(layer.named_children()):

@@ -88,7 +88,7 @@ def read_recipe(path: Path) -> list[Stage]:
     One tokenizer serves all stages. Unless the recipe says ``vocab``, its vocabulary is that of
     the last stage. Only the last stage's learning rate falls, unless the recipe says ``schedule``:
     what a model gains as its rate falls is lost when the next stage begins at the full rate
-    (docs/decisions).
+    (docs/development/decisions).
 
     Raises:
         InputError: at the first mistake, before any text is read: among others, a stage must be

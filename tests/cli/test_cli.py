@@ -27,7 +27,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         patch.setenv("MMREC_CACHE", str(folder / "cache"))
         Path("small.toml").write_text(
             'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
-            '[data]\ntokenizer = "byte"\nbatch_size = 2\nseq_len = 32\n[evaluation]\neval_every = 3\n'
+            '[data]\ntokenizer = "byte"\nbatch_size = 2\nseq_len = 32\n'
+            "[evaluation]\neval_every = 3\n"
         )
         start = f"train --config small.toml --data {text_file} --steps"
         assert call(patch, f"{start} 6 --out runs/one") == 0
@@ -137,7 +138,8 @@ def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
 ) -> None:
     monkeypatch.chdir(world)
     for data in ("world.txt --tokenizer char", "other.h5"):
-        wish = f"train tiny --data {data} --steps 1 --batch-size 1 --seq-len 8 --out runs/chars --force"
+        wish = f"train tiny --data {data} --steps 1 --batch-size 1 --seq-len 8"
+        wish += " --out runs/chars --force"
         assert call(monkeypatch, wish) == 0
         made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
         assert (made["max_ngram"], made["ngram_buckets"]) == (4, 8192)
@@ -227,7 +229,7 @@ def test_commands_that_work(
 @pytest.mark.parametrize(
     ("arguments", "op"),
     [
-        ("scan --shape 2x8x4", "product scan"),
+        ("scan --shape 2x8x4", "cumprod"),
         ("gated-recurrence --shape 2x8x4", "torch.nn.GRU"),
         ("gated-delta-rule --shape 1x40x2x4", "Python loop"),
     ],
@@ -435,6 +437,7 @@ def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
     assert new.tokenizer.decode(ids) == text
     out = program(
         tmp_path,
-        "train --initialize-from more.h5 --data world.txt --batch-size 2 --seq-len 32 --steps 4 --out on",
+        "train --initialize-from more.h5 --data world.txt --batch-size 2 --seq-len 32 --steps 4 "
+        "--out on",
     )
     assert "with its moments" in out
