@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import settings_options
+from mmrec.cli.options import PRESET_HELP, settings_options
 from mmrec.config import TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
@@ -102,7 +102,7 @@ def gated_delta_rule(shape: Shapes = None, repeats: Repeats = 15, as_json: Json 
 @app.command()
 @settings_options(("batch_size", "seq_len"))
 def train(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="tiny, mini, … 7b.")] = "tiny",
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help=PRESET_HELP)] = "tiny",
     vocab: Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the time of each part of a step.")

@@ -9,6 +9,7 @@ import typer
 
 from mmrec.config import (
     MODEL_SETTINGS,
+    PRESETS,
     TRAIN_SECTIONS,
     TRAIN_SETTINGS,
     ModelConfig,
@@ -23,6 +24,7 @@ ALL_SETTINGS: dict[str, Setting] = TRAIN_SETTINGS | {
     name: s for name, s in MODEL_SETTINGS.items() if name != "vocab_size"
 }
 """Every setting that can be given on the command line, by flat name."""
+PRESET_HELP = f"{', '.join(PRESETS)}."
 
 
 def literal(text: str) -> str:

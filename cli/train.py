@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ALL_SETTINGS, literal, settings_options
+from mmrec.cli.options import ALL_SETTINGS, PRESET_HELP, literal, settings_options
 from mmrec.cli.session import NOTHING_TO_SAVE, TRAINER_OPTIONS, run_to_end
 from mmrec.cli.torchrun import check_launch, open_process_group
 from mmrec.config import LENGTHS
@@ -18,9 +18,7 @@ RESUMABLE = {*LENGTHS, "out", "on_nan"}
 
 @settings_options()
 def train(
-    preset: Annotated[
-        str | None, typer.Argument(metavar="PRESET", help="tiny, mini, small, base … 7b.")
-    ] = None,
+    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help=PRESET_HELP)] = None,
     config: Annotated[
         Path | None,
         typer.Option(

@@ -28,7 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "patience": 5,
     "eval_every": 50,
 }
-"""Settings in which fine-tuning differs from training: half the rates, for one (docs/development/decisions)."""
+"""Settings in which fine-tuning differs from training, such as half the learning rates; see
+docs/development/decisions."""
 LORA_LR = 1e-2
 DEFAULT_EPOCHS = 4.0
 INHERITED = (

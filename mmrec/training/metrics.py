@@ -235,10 +235,14 @@ def overfitting_warning(validations: list[dict[str, float]], window: int = 3) ->
     )
 
 
+def _count(validations: list[dict[str, float]]) -> str:
+    return f"{len(validations)} validation{'s' * (len(validations) != 1)}"
+
+
 def explain_best_model(validations: list[dict[str, float]], best_loss: float, step: int) -> str:
     """Say why the best model is that of ``step``, whose validation loss was ``best_loss``."""
     later = [v for v in validations if v["step"] > step]
-    reason = f"validation loss {best_loss:.4f}, the lowest of {len(validations)} validations"
+    reason = f"validation loss {best_loss:.4f}, the lowest of {_count(validations)}"
     if not later:
         improvement = validations[-2]["val"] - best_loss if len(validations) > 1 else 0.0
         still_falling = ", and the loss was still falling" if improvement > 0 else ""
