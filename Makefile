@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/mmrec generate --prompt "def " --max-tokens 120 --seed 1
 
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev

@@ -131,7 +131,7 @@ def score(model: Model, sample: Sample) -> float:
 
 def train_on(
     task: Task,
-    layers: str,
+    layer_types: str,
     seed: int,
     *,
     lr: float = 1e-2,
@@ -144,7 +144,7 @@ def train_on(
         depth=2,
         heads=task.heads,
         vocab_size=task.vocab,
-        layers=layers,
+        layer_types=layer_types,
         ffn_multiplier=2.0,
         max_timescale=4 * task.length,
     )
@@ -153,8 +153,7 @@ def train_on(
     begin = time.perf_counter()
     for step in range(task.steps):
         fraction_done = (step + 0.5) / task.steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(fraction_done, task.warmup, "linear", 0.0)
+        optimizer.scale_lr(lr_factor(fraction_done, task.warmup, "linear", 0.0))
         make = task.first if task.first and 3 * step < task.steps else task.make
         tokens, targets = make(rng, task.batch)
         hidden, _ = model.hidden_states(tokens)
