@@ -192,7 +192,7 @@ class _CompileNotice(event.Listener):
                 f"cached in {CACHE_FOLDER}" if CACHE_FOLDER else "no cache folder can be written"
             )
             print(
-                f"mmrec: compiling kernels for this processor, once, up to a minute; {cache}",
+                f"mmrec: compiling kernels for this processor, once, half a minute or more; {cache}",
                 file=sys.stderr,
                 flush=True,
             )
