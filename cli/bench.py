@@ -1,4 +1,4 @@
-"""``mmrec bench``: the kernels against what torch users run today."""
+"""``mmrec bench``: time the kernels beside other implementations, and a training step."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import PRESET_HELP, settings_options
+from mmrec.cli.options import PRESET_HELP, VocabSize, settings_options
 from mmrec.config import TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
@@ -103,7 +103,7 @@ def gated_delta_rule(shape: Shapes = None, repeats: Repeats = 15, as_json: Json 
 @settings_options(("batch_size", "seq_len"))
 def train(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help=PRESET_HELP)] = "tiny",
-    vocab: Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")] = None,
+    vocab: VocabSize = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the time of each part of a step.")
     ] = False,

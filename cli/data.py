@@ -1,4 +1,4 @@
-"""``mmrec data``: prepare a corpus, look into one."""
+"""``mmrec data``: prepare a corpus, or show what one holds."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmrec.cli.options import settings_options
-from mmrec.config import DataConfig
+from mmrec.config import PRESETS, DataConfig
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SETTINGS = (
     "val_fraction",
     "val_file",
 )
-DEFAULT_VOCAB = 5000
+DEFAULT_VOCAB = PRESETS["tiny"].vocab_size
 SOURCE_HELP = "stdlib, shakespeare, a file, a folder, a glob, - for standard input, or hf:NAME."
 
 
@@ -33,7 +33,7 @@ def _prepare(source: str, settings: dict[str, Any], **options: Any) -> Path:
     from mmrec.data.prepare import prepare, read_options
 
     config = DataConfig(**settings)
-    vocab = config.vocab if "vocab" in settings else DEFAULT_VOCAB
+    vocab = config.vocab or DEFAULT_VOCAB
     return prepare(source, config.tokenizer, vocab, options=read_options(config), **options)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import settings_options
-from mmrec.config import SamplingConfig
+from mmrec.cli.options import SEED_BOUNDS, settings_options
+from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
 
 
 @settings_options(SamplingConfig.settings(), declared=SamplingConfig.settings())
@@ -20,12 +20,12 @@ def generate(
         Path | None,
         typer.Option(metavar="RUN|CHECKPOINT", help="The model; by default the newest run's."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = DEFAULT_MAX_TOKENS,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End at this text; repeatable.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Equal seeds give equal text.", min=0, max=2**63 - 1)
+        int | None, typer.Option(help="Equal seeds give equal text.", **SEED_BOUNDS)
     ] = None,
     **sampling: Any,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ALL_SETTINGS, settings_options
+from mmrec.cli.options import ALL_SETTINGS, SEED_BOUNDS, settings_options
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def grow(
             help="Keep the function; copy layers into new ones; or keep nothing, to compare.",
         ),
     ] = "preserve",
-    seed: Annotated[
-        int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the new parameters.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new parameters.", **SEED_BOUNDS)] = 0,
     out: Annotated[Path | None, typer.Option(help="The grown checkpoint.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     **sizes: Any,

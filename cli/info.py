@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import PRESET_HELP, settings_options
+from mmrec.cli.options import PRESET_HELP, VocabSize, settings_options
 from mmrec.config import TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 
@@ -29,7 +29,7 @@ def _duration(seconds: float) -> str:
 @settings_options(("batch_size", "seq_len", "precision"))
 def info(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help=PRESET_HELP)],
-    vocab: Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")] = None,
+    vocab: VocabSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **settings: Any,
 ) -> None:

@@ -70,7 +70,7 @@ def run() -> None:
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:
-        # a reader such as head has left
+        # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (MemoryError, RuntimeError) as error:
@@ -87,7 +87,7 @@ def run() -> None:
 
 
 def _usage_message(error: Any) -> str:
-    """Typer's complaint, with the value that came (which it leaves out) and where help is."""
+    """Typer's message, with the value that was given, which Typer leaves out, and where help is."""
     message = error.format_message().rstrip(".")
     for option in getattr(getattr(error, "param", None), "opts", []):
         values = [b for a, b in itertools.pairwise(sys.argv) if a == option]
@@ -103,10 +103,10 @@ def _fail(message: str) -> None:
 
 
 def _may_print() -> bool:
-    """Whether this process says an error.
+    """Whether this process prints its error.
 
-    Of processes that torchrun started and that have not met yet, rank 0 does. Once they work
-    together, the one that has the error does (see ``mmrec.runtime.distributed``).
+    Until the processes that torchrun started have formed a group, only rank 0 prints. Afterwards
+    the process that fails prints (see ``mmrec.runtime.distributed``).
     """
     dist: Any = sys.modules.get("torch.distributed")
     is_distributed = dist is not None and dist.is_available() and dist.is_initialized()

@@ -25,6 +25,11 @@ ALL_SETTINGS: dict[str, Setting] = TRAIN_SETTINGS | {
 }
 """Every setting that can be given on the command line, by flat name."""
 PRESET_HELP = f"{', '.join(PRESETS)}."
+_SEED = TRAIN_SETTINGS["seed"]
+SEED_BOUNDS: dict[str, Any] = {"min": _SEED.minimum, "max": _SEED.maximum}
+"""The range of every ``--seed``."""
+VocabSize = Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")]
+"""The ``--vocab`` of commands that need no tokenizer."""
 
 
 def literal(text: str) -> str:
@@ -87,7 +92,7 @@ def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
 
 
 def _shown_default(s: Setting) -> str | bool:
-    """What help says of a default; a model's settings default to those of its preset."""
+    """The default that ``--help`` shows; none for the model, whose defaults the preset sets."""
     if s.section == ModelConfig.section or s.default in (None, "", False):
         return False
     return str(s.default)

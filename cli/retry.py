@@ -1,4 +1,4 @@
-"""What to do when a file cannot be written while a person is there to help."""
+"""Ask the user for help when a file cannot be written."""
 
 import sys
 

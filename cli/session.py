@@ -1,4 +1,4 @@
-"""What the training commands share: running a trainer to its end, and saying how it went."""
+"""What the training commands share: run a trainer to its end, and print the result."""
 
 import functools
 import sys
@@ -28,7 +28,7 @@ def run_to_end(
     parallel: str | None = None,
     continue_with: str | None = None,
 ) -> None:
-    """Train to the end and print how it went.
+    """Train to the end and print the result.
 
     Args:
         trainer: ready to train.

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: rank 0 reads the command line, the others are told."""
+"""Distributed runs under torchrun: rank 0 reads the command line and sends the others its plan."""
 
 import contextlib
 import os
@@ -62,8 +62,13 @@ def command_line(arguments: str, kind: str | None) -> str:
 def open_process_group(kind: str | None) -> Iterator["ProcessGroup | None"]:
     """Join the processes of a distributed run; yield None in a single process.
 
-    All processes but rank 0 print nothing. A process with an error raises it, and the first one to
-    do so says it.
+    All processes but rank 0 print nothing, except that the first process to fail prints its error.
+
+    Args:
+        kind: ``ddp`` or ``fsdp``; None for a single process.
+
+    Raises:
+        typer.Exit: a process was lost, or the block raised it.
     """
     if kind is None:
         yield None

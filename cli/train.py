@@ -8,12 +8,10 @@ import typer
 
 from mmrec.cli.options import ALL_SETTINGS, PRESET_HELP, literal, settings_options
 from mmrec.cli.session import NOTHING_TO_SAVE, TRAINER_OPTIONS, run_to_end
-from mmrec.cli.torchrun import check_launch, open_process_group
-from mmrec.config import LENGTHS
+from mmrec.cli.torchrun import KINDS, check_launch, open_process_group
+from mmrec.config import RESUMABLE_SETTINGS
 from mmrec.errors import InputError
 from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
-
-RESUMABLE = {*LENGTHS, "out", "on_nan"}
 
 
 @settings_options()
@@ -30,7 +28,8 @@ def train(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the run in --out.")] = False,
     parallel: Annotated[
-        str | None, typer.Option(metavar="ddp|fsdp", help="Distributed training, under torchrun.")
+        str | None,
+        typer.Option(metavar="|".join(KINDS), help="Distributed training, under torchrun."),
     ] = None,
     **settings: Any,
 ) -> None:
@@ -68,6 +67,6 @@ def _check_resume(
 ) -> None:
     wrong = ["PRESET"] * (preset is not None) + ["--config"] * (config is not None)
     wrong += ["--force"] * force
-    wrong += [ALL_SETTINGS[name].flag for name in settings if name not in RESUMABLE]
+    wrong += [ALL_SETTINGS[name].flag for name in settings if name not in RESUMABLE_SETTINGS]
     if wrong:
         raise InputError(f"--resume keeps the settings of its run; {wrong[0]} cannot be given")

@@ -1,4 +1,4 @@
-"""The Python API besides ``mmrec.train``: load a model, let it write, score it on a text."""
+"""The Python API besides ``mmrec.train``: load a model, generate text, evaluate."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,31 +6,36 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
+from mmrec.config import DEFAULT_MAX_TOKENS
+from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation
 from mmrec.evaluation.source import evaluate_source
 from mmrec.training.setup import Run
 
 ModelSource = LoadedModel | Run | str | Path | None
-"""A loaded model, a finished run, a checkpoint or run folder; None is the newest run."""
+"""A loaded model, a run, or the path of a checkpoint or run folder. None is the newest run."""
 
 
 def load(source: ModelSource = None) -> LoadedModel:
     """Load a model.
 
     Args:
-        source: a checkpoint file; a run, or its folder, whose best model is taken; None takes the
-            newest run under ``runs/``.
+        source: a checkpoint file; or a run or its folder, of which the best model is loaded. None
+            takes the newest run under ``runs/``. A loaded model is returned as it is.
 
     Returns:
-        The model in evaluation mode, with its tokenizer. ``model.generate(...)`` lets it write.
+        The model in evaluation mode, with its tokenizer. ``model.generate(...)`` generates text.
 
     Raises:
-        InputError: there is no such checkpoint, or it is damaged or of another version.
+        InputError: the source is of another type, there is no such checkpoint, or the file is
+            damaged or of another version.
     """
     if isinstance(source, LoadedModel):
         return source
     if isinstance(source, Run):
         source = source.folder
+    if not isinstance(source, str | Path | None):
+        raise InputError(f"source must be a model, a run, a path or None; got {source!r}")
     return load_model(find_checkpoint(None if source is None else Path(source)))
 
 
@@ -38,13 +43,30 @@ def generate(
     source: ModelSource,
     prompt: str = "",
     *,
-    max_tokens: int = 256,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     stop: Sequence[str] = (),
     seed: int | None = None,
     stream: bool = False,
     **sampling: Any,
 ) -> str | Iterator[str]:
-    """Continue a prompt: ``load(source).generate(prompt, …)``, see ``LoadedModel.generate``."""
+    """Continue a prompt with a model: short for ``load(source).generate(prompt, ...)``.
+
+    Args:
+        source: see ``load``.
+        prompt: text to continue; may be empty.
+        max_tokens: largest number of tokens to generate.
+        stop: texts that end the generation. They are not part of the output.
+        seed: equal seeds give equal text on the same machine; None differs at every call.
+        stream: return an iterator over pieces of text, which yields each piece as it is generated.
+        sampling: settings of ``mmrec.config.SamplingConfig``, such as ``temperature=0``.
+
+    Returns:
+        The text that follows the prompt, or an iterator over its pieces.
+
+    Raises:
+        InputError: the model cannot be loaded, a setting is unknown or out of range, or the prompt
+            holds a character that the tokenizer does not know.
+    """
     return load(source).generate(
         prompt, max_tokens=max_tokens, stop=stop, seed=seed, stream=stream, **sampling
     )
@@ -57,12 +79,13 @@ def evaluate(
     text_field: str = "",
     skip_bad: bool = False,
 ) -> Evaluation:
-    """Score a model on a text, every token once, as ``mmrec eval`` does.
+    """Score a model on a text, as ``mmrec eval`` does. Every token is scored once.
 
     Args:
         source: see ``load``.
-        data: any source of text, which is scored in full; a prepared corpus file, whose validation
-            split is scored; None scores the validation split of the text the model was trained on.
+        data: a name or path as for ``--data``, whose whole text is scored; a prepared corpus file,
+            whose validation split is scored; or None for the validation split of the text that the
+            model was trained on.
         text_field: field or column of a record that holds the text; empty is ``text``.
         skip_bad: skip broken records and files that are not UTF-8.
 
@@ -70,8 +93,12 @@ def evaluate(
         Loss in nats per token, perplexity, bits per byte, accuracy, tokens and bytes.
 
     Raises:
-        InputError: the model or the text cannot be read.
+        InputError: the model or the text cannot be read, or an argument is of another type.
     """
+    if not isinstance(data, str | Path | None):
+        raise InputError(f"data must be a name, a path or None; got {data!r}")
+    if not isinstance(text_field, str):
+        raise InputError(f"text_field must be of type str; got {text_field!r}")
     text = None if data is None else str(data)
     scores, _, _ = evaluate_source(load(source), text, text_field=text_field, skip_bad=skip_bad)
     return scores

@@ -71,7 +71,10 @@ class Setting:
         return f"must lie in {left}{self.minimum:g}, {_integer(self.maximum)}{right}"
 
     def check(self, value: Any) -> Any:
-        """Return the value, a whole number as a float where one is wanted.
+        """Check a value.
+
+        Returns:
+            The value. A whole number becomes a float where the setting is a float.
 
         Raises:
             InputError: the value has another type, lies outside the bounds, or is no choice.
@@ -108,7 +111,7 @@ class Setting:
 
 
 def _integer(value: float) -> str:
-    """A bound for people: 10^15 and 2^63 - 1 instead of their digits."""
+    """Write a bound as text: 10^15 and 2^63 - 1 instead of their digits."""
     if value == MAX_COUNT:
         return "10^15"
     return "2^63 - 1" if value == (1 << 63) - 1 else f"{value:g}"
@@ -126,7 +129,7 @@ def setting(
     flat_name: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """Declare a field of a section; the arguments are those of ``Setting``."""
+    """Declare a field of a section. The arguments are the attributes of ``Setting``."""
     return dataclasses.field(
         default=default,
         metadata={
@@ -544,7 +547,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, settings: dict[str, Any]) -> Self:
-        """Build a configuration from flat names; those left out keep their defaults.
+        """Build a configuration from flat names. Settings left out keep their defaults.
 
         Raises:
             InputError: a name is unknown, or a value is not as declared.
@@ -609,6 +612,8 @@ TRAIN_SETTINGS: dict[str, Setting] = {
 MODEL_SETTINGS: dict[str, Setting] = ModelConfig.settings()
 LENGTHS = tuple(LengthConfig.settings())
 """The settings of which at most one sets the length of a run."""
+RESUMABLE_SETTINGS = {*LENGTHS, "out", "on_nan"}
+"""The settings that a resume may change."""
 
 
 # Only tiny's layer types were measured, by one seed: three minGRU layers per delta-rule layer
@@ -628,6 +633,8 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """The model family, by name."""
 
+DEFAULT_MAX_TOKENS = 256
+"""Tokens that ``generate`` writes unless told otherwise."""
 DEFAULT_TOKENS = 1100 * 4096
 """Tokens of a run whose length is not given: about five minutes of tiny on two cores."""
 DEFAULT_EPOCHS = 4
@@ -639,9 +646,9 @@ MIN_DEFAULT_STEPS = 100
 def preset(name: str, tokenizer: str = "bpe") -> ModelConfig:
     """Return a preset's model configuration for a tokenizer.
 
-    A character or byte says little and needs a small embedding, so ``char`` and ``byte`` get
-    n-grams of up to four tokens and twice the buckets; tiny then has as many parameters as with
-    ``bpe`` (docs/development/decisions).
+    A character or byte carries little information, and its vocabulary needs a small embedding. So
+    ``char`` and ``byte`` get n-grams of up to four tokens and twice the buckets; tiny then has as
+    many parameters as with ``bpe`` (docs/development/decisions).
 
     Args:
         name: one of ``PRESETS``.
@@ -717,7 +724,13 @@ def read_config_file(path: Path) -> ConfigFile:
 
 
 def config_to_toml(model: ModelConfig, train: TrainConfig, preset_name: str) -> str:
-    """Write a whole configuration as TOML that ``read_config_file`` reads back."""
+    """Return a whole configuration as TOML text that ``read_config_file`` reads back.
+
+    Args:
+        model: the shape of the model.
+        train: the settings of training; those that are None are left out.
+        preset_name: name of the preset that the shape comes from.
+    """
     import tomli_w
 
     tables = {"preset": preset_name, "model": dataclasses.asdict(model)}

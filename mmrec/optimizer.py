@@ -22,13 +22,13 @@ Task = Callable[[], object]
 
 
 def run_in_turn(tasks: Sequence[Task]) -> None:
-    """Run tasks one after the other: the default of ``MuonAdamW``."""
+    """Run tasks one after the other. This is the default of ``MuonAdamW``."""
     for task in tasks:
         task()
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
-    """Approximately orthogonalise matrices: all singular values move to between 0.7 and 1.2.
+    """Approximately orthogonalise matrices: their singular values move to about 0.7 to 1.2.
 
     Args:
         x: (N, rows, columns), any floating dtype; computed in bfloat16.
@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
         run_tasks: Callable[[Sequence[Task]], object] = run_in_turn,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Make an optimizer of parameter groups.
+        """Make an optimizer for parameter groups.
 
         Args:
             groups: dicts of ``params``, ``weight_decay``, ``use_muon``, and perhaps ``lr_scale``,
@@ -148,7 +148,12 @@ def _orthogonalise(updates: list[Tensor]) -> list[Tensor]:
 def parameter_groups(
     model: Model, weight_decay: float, ngram_weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups of a model for ``MuonAdamW``.
+    """Divide the parameters of a model into groups for ``MuonAdamW``.
+
+    Args:
+        model: the model, with LoRA factors or without.
+        weight_decay: that of the matrices of the layers.
+        ngram_weight_decay: that of the n-gram embedding.
 
     Returns:
         The matrices of the layers, for Muon, with ``weight_decay``; everything else without decay;
@@ -187,6 +192,11 @@ def layerwise_lr_groups(
     The top layer and the final norm learn at the full rate, each layer below at ``decay`` times the
     rate of the layer above it, and the embeddings below all layers.
 
+    Args:
+        model: the model.
+        groups: as ``parameter_groups`` returns them.
+        decay: the factor per layer, in (0, 1].
+
     Source: Howard and Ruder 2018 (arXiv:1801.06146), "discriminative fine-tuning".
     """
     depth, scales = model.config.depth, {}
@@ -217,6 +227,9 @@ def build_optimizer(
         config: rates, decays and betas.
         layerwise_lr_decay: see ``layerwise_lr_groups``; 1 gives all layers one rate.
         run_tasks, process_group: see ``MuonAdamW``.
+
+    Returns:
+        The optimizer, with no state yet.
     """
     groups = parameter_groups(model, config.weight_decay, config.ngram_weight_decay)
     if layerwise_lr_decay < 1:

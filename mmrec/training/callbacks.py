@@ -1,4 +1,4 @@
-"""Callbacks: code of the user that sees a run as it goes."""
+"""Callbacks: the user's own code, called during a run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ class Callback:
 
     Every method receives the trainer. ``trainer.request_stop()`` ends the run after the current
     step, with a checkpoint. ``trainer.log_metrics(**values)`` adds a line of kind ``callback`` to
-    ``metrics.jsonl``. Callbacks run in the training process. An exception in one ends the run as
-    any other error does.
+    ``metrics.jsonl``. Callbacks run in the training process, and only in runs of a single process.
+    An exception in a callback ends the run as any other error does.
 
     A callback must not draw from torch's global generator if runs are to be resumed bit for bit.
     """
@@ -30,10 +30,25 @@ class Callback:
         """
 
     def on_validation(self, trainer: "Trainer", scores: "Evaluation") -> None:
-        """Called after each validation on the fixed subset."""
+        """Called after each validation on the fixed subset.
+
+        Args:
+            trainer: the run.
+            scores: loss in nats per token, perplexity, bits per byte, accuracy.
+        """
 
     def on_checkpoint(self, trainer: "Trainer", path: "Path") -> None:
-        """Called after each checkpoint was written."""
+        """Called after each checkpoint has been written.
+
+        Args:
+            trainer: the run.
+            path: the file: ``best.h5``, ``last.h5`` or ``step-N.h5``.
+        """
 
     def on_end(self, trainer: "Trainer", summary: dict[str, Any]) -> None:
-        """Called once, after the run's last checkpoint; summary is that of ``summary.json``."""
+        """Called once, when the run has ended and all its files are written.
+
+        Args:
+            trainer: the run. Its log is closed: ``log_metrics`` raises an error here.
+            summary: the contents of ``summary.json``.
+        """

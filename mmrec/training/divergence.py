@@ -1,25 +1,29 @@
-"""Divergence: how it is noticed, and how often training may go on after it."""
+"""Divergence: how a loss spike is found, and how often training may continue after a NaN."""
 
 import statistics
 from collections.abc import Sequence
 
-MAX_CONSECUTIVE_SKIPS, MAX_SKIPS = 5, 100
-MAX_ROLLBACKS = 3
+MAX_CONSECUTIVE_SKIPS, MAX_SKIPS, MAX_ROLLBACKS = 5, 100, 3
+"""More skipped steps or rollbacks than these end the run."""
 ROLLBACK_LR_SCALE = 0.5
 """Each rollback multiplies the learning rates by this."""
 SPIKE_WINDOW = 100
-"""Losses that a spike is measured against."""
+"""Number of earlier losses that a loss is compared with."""
 STEPS_BETWEEN_WARNINGS = 500
+"""A warning of a loss spike is not repeated within this many steps."""
 
 
 def limit_reached(policy: str, consecutive_skips: int, skips: int, rollbacks: int) -> str | None:
-    """Say why ``on_nan`` may not go on once more; None if it may.
+    """Tell whether a run has used up what its ``on_nan`` policy allows.
 
     Args:
         policy: ``stop``, ``skip`` or ``rollback``.
         consecutive_skips: steps skipped since the last step that was taken.
-        skips: all steps skipped.
-        rollbacks: all rollbacks.
+        skips: steps skipped since the run began.
+        rollbacks: rollbacks since the run began.
+
+    Returns:
+        The end of an error message, such as "after 3 rollbacks"; None if training may continue.
     """
     if policy == "skip" and consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
         return f"after {consecutive_skips} skipped steps in a row"
@@ -31,10 +35,16 @@ def limit_reached(policy: str, consecutive_skips: int, skips: int, rollbacks: in
 
 
 def loss_spike(losses: Sequence[float]) -> float | None:
-    """Return the running median if the last loss lies far above it, else None.
+    """Find out whether the last loss lies far above the running median.
 
-    Far means eight times the median absolute deviation, and at least a sixth of the median itself,
-    so that neither noise nor a quiet run counts as a spike.
+    Far means more than eight median absolute deviations, and more than a sixth of the median. The
+    first bound leaves out noise, the second one the small steps of a nearly constant loss.
+
+    Args:
+        losses: nats per token, one per step, the newest last.
+
+    Returns:
+        The median of the losses before the last one if that is a spike, else None.
     """
     earlier = losses[-SPIKE_WINDOW - 1 : -1]
     if len(earlier) < SPIKE_WINDOW // 4:

@@ -1,4 +1,4 @@
-"""Fine-tuning: training that continues with another text, and what it does to the earlier text."""
+"""Fine-tuning: continue training with another text, and measure what the model forgets."""
 
 import dataclasses
 import json
@@ -28,10 +28,12 @@ DEFAULTS: dict[str, Any] = {
     "patience": 5,
     "eval_every": 50,
 }
-"""Settings in which fine-tuning differs from training, such as half the learning rates; see
-docs/development/decisions."""
+"""Settings in which fine-tuning differs from training, by flat name. Learning rates are half those
+of training (docs/development/decisions)."""
 LORA_LR = 1e-2
+"""Default learning rate of LoRA factors."""
 DEFAULT_EPOCHS = 4.0
+"""Passes over the new text if no length is given."""
 INHERITED = (
     "batch_size",
     "seq_len",
@@ -46,7 +48,7 @@ INHERITED = (
     "precision",
     "eval_tokens",
 )
-"""Settings that fine-tuning takes from the run it continues."""
+"""Settings that fine-tuning takes from the run of the model, unless the user gives them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Finetuning:
     trainer: Trainer
     lock: FolderLock
     corpora: dict[str, Corpus]
-    """``new``, the text that is trained on, and ``earlier``, the source's, if it can be read."""
+    """``new``, the text to train on, and ``earlier``, the text that the model was trained on, if it
+    can be read."""
     before: dict[str, float]
     """Bits per byte on the validation split of each corpus before training."""
 
@@ -94,11 +97,15 @@ def begin_finetuning(
     Args:
         where: run folder or checkpoint of the model.
         given: settings by flat name; ``data`` is the new text.
-        old_data: the earlier text, which forgetting is measured on and ``replay_fraction`` draws
-            from; None takes the one that the checkpoint names, if it may be read.
-        force: overwrite the run in the folder.
+        old_data: the earlier text, on which forgetting is measured and from which
+            ``replay_fraction`` draws. None takes the one that the checkpoint names, if the
+            ``config.toml`` beside the checkpoint names it too.
+        force: overwrite the run in the folder ``out``.
         echo: called with each line of text for the user.
         options: further arguments of ``Trainer``.
+
+    Returns:
+        The run, whose folder is locked until ``Trainer.fit`` ends or ``lock.release`` is called.
 
     Raises:
         InputError: the model, a text or a setting is not usable.
@@ -113,18 +120,25 @@ def begin_finetuning(
     plan = RunPlan(str(source.metadata.get("preset", "model")), model, train, source)
     lock, trainer = begin_run(plan, force=force, echo=echo, **options)
     corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
-    echo("scoring the validation text before training")
-    before = {n: _bits_per_byte(trainer.model, c, trainer) for n, c in corpora.items()}
+    try:
+        echo("scoring the validation text before training")
+        before = {n: _bits_per_byte(trainer.model, c, trainer) for n, c in corpora.items()}
+    except BaseException:
+        lock.release()
+        raise
     return Finetuning(trainer, lock, corpora, before)
 
 
 def _resolve(
     source: LoadedModel, given: dict[str, Any], echo: Callable[[str], None]
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """Settings by flat name, and the model's shape, from the source's and the given ones.
+    """Merge the settings of the source with the given ones.
+
+    Returns:
+        Settings of training by flat name, without ``replay_data``, and the shape of the model.
 
     Raises:
-        InputError: a setting is not usable. Only ``replay_data`` may still be missing.
+        InputError: a setting is not usable.
     """
     inherited = TrainConfig.from_dict(source.metadata.get("train", {})).flat()
     settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
@@ -146,7 +160,7 @@ def _resolve(
     if not any(name in given for name in LENGTHS):
         settings["epochs"] = DEFAULT_EPOCHS
     settings["initialize_from"] = str(source.path)
-    # mistakes are found before any text is read; the replayed text is not known yet
+    # check the settings before any text is read; the earlier text has no path yet
     TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
     model = dataclasses.replace(source.model.config, **model_changes)
     return settings, model

@@ -1,16 +1,19 @@
-"""Learning-rate schedules: the rate as a share of its peak, from how far training has come."""
+"""Learning-rate schedules: the learning rate as a share of its peak."""
 
 import math
 
 
 def lr_factor(fraction: float, warmup: float, schedule: str, final_ratio: float) -> float:
-    """Share of the peak learning rate.
+    """Compute the learning rate at a point of a run, as a share of its peak.
 
     Args:
         fraction: how much of the run is done, 0 to 1.
         warmup: share of the run in which the rate rises linearly to its peak.
-        schedule: ``cosine``, ``linear`` or ``constant`` from there to the end.
+        schedule: shape of the decay from there to the end: ``cosine``, ``linear`` or ``constant``.
         final_ratio: share of the peak that is left at the end; ``constant`` ignores it.
+
+    Returns:
+        A factor from 0 to 1.
 
     Source of the cosine: Loshchilov and Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5).
     """

@@ -1,4 +1,4 @@
-"""What a run records: its progress, ``metrics.jsonl``, and the sentences and tables made of it."""
+"""What a run records: its progress, ``metrics.jsonl``, and the messages that explain them."""
 
 import contextlib
 import dataclasses
@@ -44,18 +44,20 @@ class Progress:
     """Lowest loss on the validation subset, in nats per token."""
     best_step: int = 0
     evals_since_best: int = 0
+    """Validations since the one with the lowest loss."""
     lr_scale: float = 1.0
-    """Factor that rollbacks leave of the learning rates."""
+    """Product of the factors by which rollbacks have reduced the learning rates."""
     consecutive_skips: int = 0
     """Steps skipped since the last step that was taken."""
     skipped_steps: int = 0
     rollbacks: int = 0
     optimizer_step_offset: int = 0
-    """Steps that the optimizer's moments had seen when the run took them over."""
+    """Steps of the earlier run that the optimizer's moments come from; 0 if they began at zero."""
     last_spike_step: int = 0
     """Step of the last warning of a loss spike."""
     current_epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The epoch under way: sum and count of its losses, the first and the last."""
+    """The epoch under way: sum and count of its losses, the first and the last loss, and the
+    training time at which it began."""
     epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One row per finished epoch."""
     validations: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -142,7 +144,16 @@ class MetricsLog:
         self._rewrite()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line, and draw the curve again if the last drawing is old."""
+        """Append one line, and draw the curve again if the last drawing is old.
+
+        Args:
+            kind: ``train``, ``val``, ``epoch``, ``skip``, ``rollback`` or ``callback``.
+            step: optimizer steps taken.
+            values: numbers and strings.
+
+        Raises:
+            StorageError: the line could not be written.
+        """
         line = {"kind": kind, "step": step, **values}
         self.lines.append(line)
         data = f"{json.dumps(line)}\n".encode()
@@ -202,7 +213,7 @@ def format_duration(seconds: float) -> str:
 
 
 def epoch_row(epoch: dict[str, Any]) -> str:
-    """One line of the table under ``EPOCH_HEADER``; a dash for what was not measured."""
+    """Format one line of the table under ``EPOCH_HEADER``; a dash stands for a missing score."""
     val_loss = epoch.get("val_loss")
     first, last = epoch["first_loss"], epoch["last_loss"]
     improvement = 100 * (first - last) / first if first else 0.0
@@ -216,10 +227,15 @@ def epoch_row(epoch: dict[str, Any]) -> str:
 
 
 def overfitting_warning(validations: list[dict[str, float]], window: int = 3) -> str | None:
-    """Warn that the gap between training and validation loss opens.
+    """Warn that the training loss falls while the validation loss rises.
 
-    The warning is given once: at the validation at which the validation loss has been above its
-    best for ``window`` validations while the training loss fell. Otherwise None.
+    Args:
+        validations: as in ``Progress``.
+        window: number of validations without a new best after which to warn.
+
+    Returns:
+        The warning, at exactly the validation that completes the window; otherwise None, so that a
+        run is warned once per best model.
     """
     if len(validations) <= window:
         return None
@@ -240,7 +256,13 @@ def _count(validations: list[dict[str, float]]) -> str:
 
 
 def explain_best_model(validations: list[dict[str, float]], best_loss: float, step: int) -> str:
-    """Say why the best model is that of ``step``, whose validation loss was ``best_loss``."""
+    """Explain in a sentence why the best model is the one of a step.
+
+    Args:
+        validations: as in ``Progress``.
+        best_loss: its validation loss, in nats per token.
+        step: the step that it was saved at.
+    """
     later = [v for v in validations if v["step"] > step]
     reason = f"validation loss {best_loss:.4f}, the lowest of {_count(validations)}"
     if not later:

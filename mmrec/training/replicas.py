@@ -26,7 +26,10 @@ Result = TypeVar("Result")
 
 
 class Replicas:
-    """A pool of threads with one core each. A pool of one is the calling thread, with all cores."""
+    """A pool of threads that use one core each.
+
+    With a count of 1 there is no pool: tasks run in the calling thread, on all cores.
+    """
 
     def __init__(self, count: int) -> None:
         """Start ``count`` threads."""
@@ -75,7 +78,7 @@ def replica_count(
 
 
 ReplicaResult = tuple[float, Sequence[Tensor], State]
-"""A replica's share of the loss, its gradients, and the state after its rows."""
+"""A replica's share of the mean loss, its gradients, and the new state of its rows."""
 
 
 def forward_backward(
@@ -91,10 +94,10 @@ def forward_backward(
 ) -> tuple[float, State]:
     """Add the gradient of a batch's mean loss, times ``scale``, to ``p.grad`` of each parameter.
 
-    The replicas' gradients are added in order, so that a number of replicas gives one result. Each
-    replica's dropout has a generator of its own, seeded from torch's global generator. In a
-    distributed run one seed is drawn per process, so that the global generator stays the same in
-    all of them.
+    The replicas' gradients are added in a fixed order, so that the result does not depend on which
+    thread ends first. Each replica's dropout has its own generator, seeded from torch's global
+    generator. In a distributed run every process draws the seeds of all processes, so that the
+    global generators stay equal.
 
     Args:
         model: in training mode.

@@ -23,7 +23,7 @@ def open_run_dir(out: str, default: Path, *, force: bool) -> FolderLock:
 
     Raises:
         RunLockedError: another process writes in the folder, with ``force`` or without.
-        InputError: the folder holds a run, or cannot be written.
+        InputError: the folder already holds a run, is a file, or cannot be written.
     """
     folder, number = Path(out) if out else default, 1
     while True:
@@ -45,7 +45,11 @@ def open_run_dir(out: str, default: Path, *, force: bool) -> FolderLock:
                 )
         number += 1
         folder = default.with_name(f"{default.name}-{number}")
-    remove_run_files(folder)
+    try:
+        remove_run_files(folder)
+    except BaseException:
+        lock.release()
+        raise
     return lock
 
 

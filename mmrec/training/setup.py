@@ -22,6 +22,7 @@ from mmrec.checkpoint.manager import find_checkpoint, newest_run, run_tokenizer
 from mmrec.config import (
     LENGTHS,
     MODEL_SETTINGS,
+    RESUMABLE_SETTINGS,
     TRAIN_SETTINGS,
     ModelConfig,
     TrainConfig,
@@ -31,7 +32,7 @@ from mmrec.config import (
 from mmrec.config import preset as preset_config
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import corpus_tokenizer_kind, open_corpus, prepare, read_options
-from mmrec.data.sources import is_single_pass, parse_mixture
+from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
 from mmrec.finetune.grow import GrowthPlan, initialize_from
@@ -40,9 +41,6 @@ from mmrec.runtime.locking import FolderLock
 from mmrec.training.callbacks import Callback
 from mmrec.training.run_dir import open_run_dir
 from mmrec.training.trainer import Trainer
-
-RESUMABLE_SETTINGS = {*LENGTHS, "out", "on_nan"}
-"""The settings that a resume may change."""
 
 Source = str | Path | Iterable[str]
 """Where text comes from: a name or path as for ``--data``, or the documents themselves."""
@@ -59,9 +57,9 @@ class RunPlan:
     source: LoadedModel | None = None
     """The model that training begins from."""
     documents: Iterable[str] | None = None
-    """The documents to train on, if they were given themselves."""
+    """The documents to train on; None reads them from ``train.data.source``."""
     method: str = "preserve"
-    """How the source is grown to the shape; see ``GrowthPlan``."""
+    """How the source is grown to the shape of ``model``; see ``GrowthPlan``."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +105,22 @@ def train(
 
     Args:
         data: text to train on: a name or path as for ``--data``, or a list or iterator of
-            documents (strings). None takes the configuration's, by default ``stdlib``.
-        preset: ``tiny``, ``mini``, … ``7b``; by default the configuration's, or ``tiny``.
+            documents (strings). None takes that of ``config``, by default ``stdlib``.
+        preset: ``tiny``, ``mini``, … ``7b``. None takes that of ``config``, or the shape of
+            the model ``initialize_from``; without either, ``tiny``.
         config: a TOML configuration file.
-        resume: continue a run: its folder, or True for the folder ``out`` or the newest run.
+        resume: continue a run: its folder, or True for the folder ``out``, or for the newest run if
+            ``out`` is not given. Only the length, ``on_nan`` and ``out`` may be given with it.
         force: overwrite the run in the folder ``out``.
         callbacks: see ``mmrec.Callback``.
-        progress: print lines and a progress bar.
-        settings: every setting of the command line by its name, such as ``seq_len=128`` or
-            ``dropout=0.1``; see the configuration page of the documentation.
+        progress: whether to print messages and a progress bar.
+        settings: any setting of the command line by its name, such as ``seq_len=128`` or
+            ``dropout=0.1``; see the configuration page of the documentation. Settings that are
+            paths may be ``pathlib.Path`` objects.
 
     Returns:
-        The run. Interrupted by SIGINT or SIGTERM, it is saved, and ``summary["ended"]`` is
-        ``"signal"``.
+        The run. ``summary["ended"]`` says why it ended: ``"done"``; ``"early"``, by ``patience``;
+        ``"stopped"``, by a callback; or ``"signal"``, by SIGINT or SIGTERM. It can be resumed.
 
     Raises:
         InputError: a setting, the data or the folder is not usable.
@@ -128,23 +129,26 @@ def train(
     """
     echo: Callable[[str], None] = print if progress else _silent
     options: dict[str, Any] = {"callbacks": callbacks, "show_progress": progress}
+    _check_types(preset=preset, config=config, resume=resume, callbacks=callbacks)
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     if resume:
-        if data is not None or preset is not None or config is not None:
+        if data is not None or preset is not None or config is not None or force:
             raise InputError(
-                "resume keeps the settings of its run; data, preset and config cannot be given"
+                "resume keeps the settings of its run; data, preset, config and force cannot be "
+                "given"
             )
         if not isinstance(resume, bool):
-            settings["out"] = str(resume)
-        lock, trainer = resume_run(settings, echo=echo, **options)
+            if "out" in given:
+                raise InputError(f"give the folder once: as resume or as out; got {given['out']!r}")
+            given["out"] = str(resume)
+        lock, trainer = resume_run(given, echo=echo, **options)
     else:
-        given = dict(settings)
         documents = None
         if isinstance(data, str | Path):
             given["data"] = str(data)
         elif data is not None:
-            given["data"], documents = "documents", data
-        has_preset = preset or config or given.get("initialize_from")
-        plan = plan_run(preset if has_preset else "tiny", config, given)
+            given["data"], documents = DOCUMENTS, data
+        plan = plan_run(preset, config, given, default_preset="tiny")
         if documents is not None:
             plan = dataclasses.replace(plan, documents=documents)
         lock, trainer = begin_run(plan, force=force, echo=echo, **options)
@@ -157,13 +161,42 @@ def _silent(line: str) -> None:
     """Print nothing."""
 
 
-def plan_run(preset: str | None, config_path: str | Path | None, given: dict[str, Any]) -> RunPlan:
+def _check_types(
+    *, preset: object, config: object, resume: object, callbacks: Sequence[object]
+) -> None:
+    """Check the types of arguments that would otherwise fail late or with a traceback.
+
+    Raises:
+        InputError: an argument is of another type than ``train`` takes.
+    """
+    if not isinstance(preset, str | None):
+        raise InputError(f"preset must be a name or None; got {preset!r}")
+    if not isinstance(config, str | Path | None):
+        raise InputError(f"config must be the path of a TOML file or None; got {config!r}")
+    if not isinstance(resume, bool | str | Path):
+        raise InputError(f"resume must be True, False or a run folder; got {resume!r}")
+    if not isinstance(callbacks, Sequence):
+        raise InputError(f"callbacks must be a list; got {callbacks!r}")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise InputError(f"callbacks must be instances of mmrec.Callback; got {callback!r}")
+
+
+def plan_run(
+    preset: str | None,
+    config_path: str | Path | None,
+    given: dict[str, Any],
+    *,
+    default_preset: str = "",
+) -> RunPlan:
     """Merge settings: the preset's, then the configuration file's, then the given ones.
 
     Args:
-        preset: name of a preset; None takes the file's.
+        preset: name of a preset; None takes that of the file.
         config_path: a TOML file, or None.
         given: settings by flat name, of training and of the model.
+        default_preset: the preset if neither an argument nor the file names one, and no model is
+            named that training begins from.
 
     Raises:
         InputError: a setting is unknown or not usable, or no preset is named.
@@ -185,13 +218,15 @@ def plan_run(preset: str | None, config_path: str | Path | None, given: dict[str
     name = preset or (file.preset if file else "")
     initial = config.finetune.initialize_from
     if not (name or initial):
+        name = default_preset
+    if not (name or initial):
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
     source = load_initial_model(initial, settings) if initial else None
     if name:
         kind = config.data.tokenizer
         if source:
             kind = source.tokenizer.kind
-        elif config.data.source != "documents":
+        elif config.data.source != DOCUMENTS:
             kind = corpus_tokenizer_kind(config.data.source, config.data.tokenizer)
         shape = preset_config(name, kind)
         config = TrainConfig.from_flat(preset_train_settings(name, kind) | settings)
@@ -233,7 +268,7 @@ def begin_run(
     process_group: ProcessGroup = SINGLE_PROCESS,
     **options: Any,
 ) -> tuple[FolderLock, Trainer]:
-    """Prepare the corpus, build the trainer, and open the run folder.
+    """Prepare the corpus, build the trainer, and open and lock the run folder.
 
     Args:
         plan: the run.
@@ -251,7 +286,7 @@ def begin_run(
     config, model, source = plan.train, plan.model, plan.source
     corpus, config = _prepare_corpus(plan, echo)
     default = default_run_dir(plan.preset, config.data.source)
-    # a resume must find tokens where the text can be read only once
+    # text that can be read only once is not there for a resume, but its tokens are
     sources = [] if plan.documents is not None else parse_mixture(config.data.source)
     if plan.documents is not None or any(is_single_pass(name) for _, name in sources):
         config = config.replace(data=str(corpus.path.resolve()))
@@ -275,7 +310,7 @@ def begin_run(
 
 
 def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:
-    """The corpus of a plan, and its settings with those of the source's tokenizer."""
+    """The corpus of a plan, and its settings with the kind and size of the source's tokenizer."""
     config, source = plan.train, plan.source
     text: Source = config.data.source if plan.documents is None else plan.documents
     options = read_options(config.data)
@@ -290,7 +325,7 @@ def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus,
 
 
 def default_run_dir(preset: str, source: str) -> Path:
-    """The run folder if none is named: ``runs/PRESET-CORPUS``."""
+    """The run folder if the user names none: ``runs/PRESET-CORPUS``."""
     stem = Path(source).stem if Path(source).exists() else source
     stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
     return Path("runs") / f"{preset}-{stem}"
@@ -327,8 +362,12 @@ def resume_run(
             change: those of ``RESUMABLE_SETTINGS``.
         echo, process_group, options: as for ``begin_run``.
 
+    Returns:
+        The lock of the run folder, and the trainer.
+
     Raises:
-        InputError: there is no such run, or a setting is given that the run keeps.
+        InputError: there is no such run, or a setting is given that a resume cannot change.
+        RunLockedError: another process writes in the folder.
     """
     for name in given:
         if name not in RESUMABLE_SETTINGS:
@@ -369,7 +408,7 @@ def resume_run(
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """What rank 0 tells the other processes of a distributed run."""
+    """What rank 0 sends to the other processes of a distributed run."""
 
     run_dir: Path
     preset: str
@@ -384,7 +423,7 @@ class DistributedPlan:
 
 
 def broadcast_plan(trainer: Trainer, *, resume: bool) -> None:
-    """Tell the other processes what rank 0 trains."""
+    """Send the plan of rank 0 to the other processes, which call ``receive_plan``."""
     corpus = trainer.corpus
     trainer.process_group.broadcast_object(
         DistributedPlan(
@@ -402,7 +441,7 @@ def broadcast_plan(trainer: Trainer, *, resume: bool) -> None:
 
 
 def receive_plan(process_group: ProcessGroup) -> tuple[Trainer, bool]:
-    """Build the trainer of a process that is told what to train.
+    """Build the trainer of a process that is not rank 0, from what ``broadcast_plan`` sends.
 
     Returns:
         The trainer, and whether it resumes a run.
@@ -413,8 +452,8 @@ def receive_plan(process_group: ProcessGroup) -> tuple[Trainer, bool]:
     plan: DistributedPlan = process_group.broadcast_object(None)  # type: ignore[assignment]
     config = plan.train
 
-    def open_here() -> Corpus:  # prepared on this machine, or on a disk that machines share
-        if plan.corpus.exists():
+    def open_here() -> Corpus:
+        if plan.corpus.exists():  # the same machine as rank 0, or a disk that machines share
             return Corpus.open(plan.corpus)
         tokenizer = Tokenizer.from_json(plan.tokenizer)
         options = read_options(config.data)

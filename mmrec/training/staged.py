@@ -1,4 +1,4 @@
-"""Staged training: runs of growing size that each begin from the grown end of the one before.
+"""Staged training: runs of growing size. Each begins from the model of the one before, grown.
 
 A recipe is a TOML file: settings that all stages share, and one ``[[stage]]`` table per run.
 Progressive growth is that of Gong et al. 2019, "Efficient Training of BERT by Progressively
@@ -38,8 +38,9 @@ from mmrec.training.trainer import Trainer
 SHARED_ONLY = ("data", "tokenizer", "vocab")
 """Settings of the text and its tokens, which are the same in all stages."""
 DEFAULT_FOLDER = "runs/chain"
+"""Folder of all stages if the recipe names none."""
 STATE_FILE = "chain.json"
-"""The recipe of a folder's stages, and what each stage scored as it began."""
+"""File that holds the resolved recipe of a folder, and the score of each stage at its start."""
 HEADER = (
     f"{'stage':<12} {'parameters':>11} {'tokens':>9} {'time':>8} {'FLOPs':>9} {'start':>8} "
     f"{'end':>8} {'whole split':>12}  ended"
@@ -53,7 +54,7 @@ class Stage:
     folder: Path
     preset: str
     method: str
-    """How the stage before is grown; see ``GrowthPlan``. The first stage begins from scratch."""
+    """How the model of the stage before is grown; see ``GrowthPlan``. The first stage has none."""
     model: ModelConfig
     train: TrainConfig
     """``initialize_from`` is the folder of the stage before."""
@@ -85,14 +86,17 @@ class Stage:
 def read_recipe(path: Path) -> list[Stage]:
     """Read the stages of a recipe, with all settings resolved.
 
-    One tokenizer serves all stages. Unless the recipe says ``vocab``, its vocabulary is that of
-    the last stage. Only the last stage's learning rate falls, unless the recipe says ``schedule``:
-    what a model gains as its rate falls is lost when the next stage begins at the full rate
-    (docs/development/decisions).
+    All stages share one tokenizer. Unless the recipe sets ``vocab``, its vocabulary is that of the
+    last stage's preset. Unless the recipe sets ``schedule``, only the last stage lowers its
+    learning rate: what a model gains from a falling rate is lost when the next stage begins at the
+    full rate (docs/development/decisions).
+
+    Args:
+        path: the TOML file.
 
     Raises:
-        InputError: at the first mistake, before any text is read: among others, a stage must be
-            able to grow to the next one.
+        InputError: the recipe has a mistake, such as a stage that cannot be grown to the next one.
+            No text has been read by then.
     """
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +173,7 @@ def _stage(
     return Stage(folder, name, method, model, train)
 
 
-# What is kept of a staged training in its folder.
+# ---- the state file of a folder of stages
 
 
 def _as_json(stages: list[Stage]) -> list[dict[str, Any]]:
@@ -178,7 +182,11 @@ def _as_json(stages: list[Stage]) -> list[dict[str, Any]]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read what a folder says of its stages: ``stages`` and ``start_scores``; empty if nothing."""
+    """Read the state file of a folder.
+
+    Returns:
+        A dictionary with ``stages`` and ``start_scores``; empty if there is no intact file.
+    """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -188,13 +196,26 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_state(folder: Path, stages: list[Stage], start_scores: list[float | None]) -> None:
-    """Write what ``read_state`` reads. Raises StorageError."""
+    """Write the state file that ``read_state`` reads.
+
+    Raises:
+        StorageError: the file could not be written.
+    """
     state = {"stages": _as_json(stages), "start_scores": start_scores}
     atomic_write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
 
 def check_unchanged(folder: Path, state: dict[str, Any], stages: list[Stage]) -> None:
-    """Raise InputError if a folder holds the stages of another recipe."""
+    """Check that a folder holds the stages of this recipe, or none.
+
+    Args:
+        folder: the folder of all stages.
+        state: what ``read_state`` returned for it.
+        stages: those of the recipe.
+
+    Raises:
+        InputError: the folder holds the stages of another recipe.
+    """
     advice = "go back to it, choose another out, or start over with --force"
     if not state:
         existing = next((s.folder for s in stages if s.folder.exists()), None)
@@ -221,7 +242,7 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from _flat(value) if isinstance(value, dict) else [(name, value)]
 
 
-# Training the stages.
+# ---- training the stages
 
 
 def open_stages(
@@ -234,10 +255,11 @@ def open_stages(
         force: remove the files of earlier stages.
 
     Returns:
-        The folder's lock, the stages, and what each one scored as it began (None: not yet).
+        The lock of the folder; the stages; and for each stage its bits per byte before the first
+        step, None if not measured yet.
 
     Raises:
-        InputError: the recipe has a mistake, or the folder holds another one's stages.
+        InputError: the recipe has a mistake, or the folder holds the stages of another recipe.
         RunLockedError: another process writes in the folder.
     """
     stages = read_recipe(recipe)
@@ -270,13 +292,13 @@ def begin_stage(
     echo: Callable[[str], None] = print,
     **options: Any,
 ) -> tuple[FolderLock, Trainer, bool]:
-    """Begin a stage, or continue it.
+    """Begin a stage, or continue an interrupted one.
 
     Args:
         stages: all stages.
         index: which one, from 0.
-        start_scores: the entry of a stage that begins from a grown model is set to its bits per
-            byte on the validation subset before the first step.
+        start_scores: one entry per stage, changed in place. If the stage begins from a grown model,
+            its entry is set to the bits per byte on the validation subset before the first step.
         echo: called with each line of text for the user.
         options: further arguments of ``Trainer``.
 
@@ -322,10 +344,18 @@ def write_report(
 ) -> list[dict[str, Any]]:
     """Write ``report.json`` and ``chain.png`` of finished stages.
 
+    Args:
+        folder: the folder of all stages.
+        stages: all stages, each of them finished.
+        start_scores: bits per byte before the first step of each stage; None if not measured.
+
     Returns:
-        A row per stage. ``start`` and ``end`` are bits per byte on the fixed validation subset,
-        ``whole_split`` on the whole split at the end. FLOPs are those of training, as
-        ``mmrec info`` counts them.
+        One row per stage. ``start`` and ``end`` are bits per byte on the fixed validation subset,
+        ``whole_split`` those on the whole validation split at the end. ``flops`` counts training as
+        ``mmrec info`` does.
+
+    Raises:
+        StorageError: a file could not be written.
     """
     rows, curves = [], [read_run(stage.folder) for stage in stages]
     for stage, curve, start in zip(stages, curves, start_scores, strict=True):
@@ -351,7 +381,7 @@ def write_report(
 
 
 def report_row(row: dict[str, Any]) -> str:
-    """One line of the table under ``HEADER``; a dash for what was not measured."""
+    """Format one line of the table under ``HEADER``; a dash stands for a missing score."""
     start = "-" if row["start"] is None else f"{row['start']:.4f}"
     return (
         f"{row['stage']:<12} {row['parameters'] / 1e6:>9.2f} M {row['tokens'] / 1e6:>7.2f} M "

@@ -86,7 +86,7 @@ from mmrec.training.replicas import (
 )
 
 MANY_EPOCHS = 16
-"""Beyond this many passes a strong weight decay helps too (by character, one seed; docs)."""
+"""Beyond this many passes a strong weight decay helps too (docs/development/decisions)."""
 
 
 class Trainer:
@@ -131,7 +131,7 @@ class Trainer:
             draw_curve: whether to draw ``loss.png``.
 
         Raises:
-            InputError: the settings do not fit the corpus, the model or the processes.
+            InputError: the settings or callbacks do not fit the corpus, the model or the processes.
         """
         self.run_dir, self.corpus, self.config, self.preset = run_dir, corpus, config, preset
         self.echo, self.process_group, self.callbacks = echo, process_group, list(callbacks)
@@ -216,6 +216,9 @@ class Trainer:
             )
         if config.finetune.lora_rank and size > 1:
             raise InputError(f"lora_rank needs a single process; there are {size}")
+        if self.callbacks and size > 1:
+            # a stop that one process requests alone would leave the others waiting for it
+            raise InputError(f"callbacks need a single process; there are {size}")
 
     def _add_replay(self) -> None:
         """Mix windows of an earlier text into the batches."""
@@ -233,7 +236,7 @@ class Trainer:
         self.config = self.config.replace(precision=precision)
         self.model.set_precision(precision)
 
-    # How long a run is, and how far it is.
+    # ---- length and position of a run
 
     @property
     def tokens_per_step(self) -> int:
@@ -277,7 +280,7 @@ class Trainer:
         """Whether the validation loss has not improved for too long."""
         return 0 < self.config.evaluation.patience <= self.progress.evals_since_best
 
-    # A run.
+    # ---- a run from start to end
 
     def fit(self, *, resume: bool = False, lock: FolderLock | None = None) -> dict[str, Any]:
         """Train to the end and return the summary.
@@ -356,9 +359,12 @@ class Trainer:
                 if not self.stop_signal.signal_number:
                     partial_epoch = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
                     self.end_epoch(partial_epoch or 1.0)
-                    ended = "early" if self.patience_exceeded else "done"
-                    if self._stop_requested and self.fraction_done() < 1.0:
+                    if self.patience_exceeded:
+                        ended = "early"
+                    elif self._stop_requested and self.fraction_done() < 1.0:
                         ended = "stopped"
+                    else:
+                        ended = "done"
         except InterruptedTrainingError:
             pass
         finally:
@@ -412,10 +418,23 @@ class Trainer:
         self._stop_requested = True
 
     def log_metrics(self, **values: float | str) -> None:
-        """Add a line of kind ``callback`` to ``metrics.jsonl``; for callbacks."""
+        """Add a line of kind ``callback`` to ``metrics.jsonl``; for callbacks.
+
+        Args:
+            values: numbers or strings by name. ``kind`` and ``step`` are names of the line itself.
+
+        Raises:
+            InputError: a name is taken, or a value is neither a number nor a string.
+            StorageError: the line could not be written.
+        """
+        for name, value in values.items():
+            if name in ("kind", "step"):
+                raise InputError(f"a metric must not be called kind or step; got {name!r}")
+            if not isinstance(value, int | float | str):
+                raise InputError(f"metric {name} must be a number or a string; got {value!r}")
         self.metrics.write("callback", self.progress.step, **values)
 
-    # A step.
+    # ---- one step
 
     def train_step(self) -> tuple[float, float, float]:
         """Take one optimizer step.
@@ -477,10 +496,13 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), max_norm)
         return self.process_group.full_tensor(norm)
 
-    # What is due after a step.
+    # ---- validation, epochs and divergence
 
     def run_due_events(self) -> None:
-        """Validate and end the epoch where that is due and a signal has cut it short before."""
+        """Validate and end the epoch if that is due.
+
+        A resumed run calls this first: a signal may have interrupted what was due at its step.
+        """
         p = self.progress
         at_interval = p.step % self.config.evaluation.eval_every == 0
         is_due = p.step > 0 and (at_interval or self.fraction_done() >= 1.0)
@@ -566,7 +588,7 @@ class Trainer:
         return self.process_group.broadcast_object(scores)
 
     def _warn_on_spike(self) -> None:
-        """Warn of a loss spike, but not of every one."""
+        """Warn of a loss spike, unless the last warning is recent."""
         p = self.progress
         if p.last_spike_step and p.step - p.last_spike_step < divergence.STEPS_BETWEEN_WARNINGS:
             return
@@ -580,7 +602,7 @@ class Trainer:
             )
 
     def _handle_divergence(self, error: TrainingDivergedError) -> None:
-        """Go on as ``on_nan`` says, or save what is good and raise the error."""
+        """Skip the step or roll back, as ``on_nan`` says; or save the state before it and raise."""
         p, policy = self.progress, self.config.evaluation.on_nan
         self.recurrent_state = self._recurrent_state_before  # the step's own may not be finite
         limit = divergence.limit_reached(policy, p.consecutive_skips, p.skipped_steps, p.rollbacks)
@@ -608,10 +630,10 @@ class Trainer:
             )
         self.metrics.write(policy, self.progress.step, reason=str(error))
 
-    # What is printed and summarised.
+    # ---- messages and the summary
 
     def log_run_summary(self) -> None:
-        """Print what will be trained on what, for how long. Compiles the kernels for that."""
+        """Print the model, the data and the expected time, after timing a few steps."""
         length, train, val = self.config.length, self.corpus.train, self.corpus.val
         parameters = list(self.model.parameters())
         count = sum(p.numel() for p in parameters)
@@ -655,7 +677,7 @@ class Trainer:
         )
 
     def _time_steps(self) -> tuple[float, float]:
-        """Compile the kernels and time gradients, leaving the run as it is.
+        """Compile the kernels and time the gradients of a few steps. The run stays as it was.
 
         Returns:
             Seconds of the first, compiling pass, and seconds that a step will take.
@@ -674,7 +696,11 @@ class Trainer:
         return times[0], sorted(times[1:])[1] * 1.2  # the optimizer takes a sixth of a step
 
     def _write_summary(self, ended: str) -> dict[str, Any]:
-        """Write summary.json and return its contents."""
+        """Write ``summary.json``, and return its contents.
+
+        Args:
+            ended: why the run ended, as ``_run`` returns it.
+        """
         p = self.progress
         tokens = p.step * self.tokens_per_step
         best_loss, best_step = self.newer_best or (p.best_loss, p.best_step)
@@ -699,10 +725,16 @@ class Trainer:
             write_with_retry(lambda: atomic_write_text(path, text), self._retry)
         return summary
 
-    # Saving and restoring.
+    # ---- saving and restoring
 
     def save_resumable(self, name: str) -> None:
-        """Write a checkpoint to resume from, after the metrics that it counts."""
+        """Write a checkpoint to resume from.
+
+        The metrics go to disk first, since the checkpoint stores how many lines there are.
+
+        Args:
+            name: file name.
+        """
         self.progress.metrics_lines = self.metrics.sync()
         self.save(name, resumable=True)
 
@@ -711,7 +743,8 @@ class Trainer:
 
         Args:
             name: file name.
-            resumable: store optimizer moments, random state, progress and recurrent state, too.
+            resumable: whether to store optimizer moments, random state, progress and recurrent
+                state too.
 
         Raises:
             WeightsDivergedError: a weight is not finite; nothing was written.
@@ -778,12 +811,17 @@ class Trainer:
             raise WeightsDivergedError(f"weight {name} not finite at step {self.progress.step}")
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Continue from a checkpoint as if nothing had come after it; return its metadata.
+        """Put the run into the state that a checkpoint holds.
 
-        In a distributed run rank 0 alone reads the file.
+        Args:
+            path: the file. In a distributed run only rank 0 reads it.
+
+        Returns:
+            The metadata of the checkpoint.
 
         Raises:
-            InputError: the file is damaged, holds no training state, or is of another text.
+            InputError: the file is damaged, holds no training state, or was saved while training on
+                another text.
         """
         group, config = self.process_group, self.config
         is_first = group.rank == 0
@@ -815,9 +853,9 @@ class Trainer:
         return info
 
     def _find_newer_best(self) -> None:
-        """Note a best model of a later step, which a kill or a rollback leaves behind.
+        """Find out whether ``best.h5`` is of a later step than the run is at.
 
-        No worse model may replace it.
+        A kill or a rollback leaves such a file behind. No worse model may replace it.
         """
         newer_best = None
         with contextlib.suppress(InputError):  # no such file, or it cannot be read
@@ -841,7 +879,7 @@ class Trainer:
             manager.prune_checkpoints(self.run_dir, keep)
 
     def _resume(self) -> None:
-        """Continue from the newest checkpoint, and say so."""
+        """Continue from the newest checkpoint; print which one, and what has changed since."""
         if not self._has_checkpoint():
             if not (self.run_dir / "config.toml").exists():
                 raise InputError(f"{self.run_dir} holds no checkpoint to resume from")
@@ -865,7 +903,7 @@ class Trainer:
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a run depend on besides its settings and data."""
+    """Facts that the exact numbers of a run depend on, besides its settings and its data."""
     is_distributed = dist.is_available() and dist.is_initialized()
     return {
         "threads": torch.get_num_threads(),

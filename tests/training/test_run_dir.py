@@ -1,4 +1,4 @@
-"""The run folder: never overwritten unasked; the table, the curve and the words."""
+"""The run folder is not overwritten without --force; the messages and tables of a run."""
 
 import os
 from pathlib import Path
@@ -16,27 +16,27 @@ from mmrec.training.metrics import (
 from mmrec.training.run_dir import open_run_dir
 
 
-def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
+def test_a_run_is_never_overwritten_without_force(tmp_path: Path) -> None:
     default = tmp_path / "tiny-stdlib"
 
-    def opened(out: str = "", *, force: bool = False) -> Path:
+    def open_and_close(out: str = "", *, force: bool = False) -> Path:
         with open_run_dir(out, default, force=force) as lock:
             return lock.folder
 
-    first = opened()
+    first = open_and_close()
     assert first == default
     (first / "best.h5").write_text("precious")
     (first / "notes.txt").write_text("mine")
-    assert opened() == tmp_path / "tiny-stdlib-2"
+    assert open_and_close() == tmp_path / "tiny-stdlib-2"
     with pytest.raises(InputError, match="already holds a run: choose another --out, .*--force"):
-        opened(str(first))
+        open_and_close(str(first))
     assert (first / "best.h5").read_text() == "precious"
-    assert opened(str(first), force=True) == first
+    assert open_and_close(str(first), force=True) == first
     assert [p.name for p in first.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="must be a folder; it is a file"):
-        opened(str(first / "notes.txt"))
+        open_and_close(str(first / "notes.txt"))
     with pytest.raises(InputError, match="cannot write in the run folder"):
-        opened(str(first / "notes.txt" / "below"))
+        open_and_close(str(first / "notes.txt" / "below"))
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     assert list(default.iterdir()) == []
 
 
-def test_the_table_lines_up() -> None:
+def test_a_row_of_the_epoch_table_is_as_wide_as_its_header() -> None:
     row = {
         "epoch": 1,
         "mean_loss": 5.0,
@@ -86,38 +86,38 @@ def test_the_table_lines_up() -> None:
     assert epoch_row(row | {"val_loss": None}).split()[5] == "-"
 
 
-def test_overfitting_is_said_once_in_words() -> None:
-    def checks(vals: list[float]) -> list[dict[str, float]]:
-        return [{"step": 10 * i, "val": v, "train": 3.0 - 0.1 * i} for i, v in enumerate(vals)]
+def test_the_warning_of_overfitting_is_given_once() -> None:
+    def validations(losses: list[float]) -> list[dict[str, float]]:
+        return [{"step": 10 * i, "val": x, "train": 3.0 - 0.1 * i} for i, x in enumerate(losses)]
 
-    assert overfitting_warning(checks([3.0, 2.5, 2.4])) is None
-    assert overfitting_warning(checks([3.0, 2.5, 2.6, 2.7])) is None
-    words = overfitting_warning(checks([3.0, 2.5, 2.6, 2.7, 2.8]))
-    assert words is not None
-    assert words.startswith(
+    assert overfitting_warning(validations([3.0, 2.5, 2.4])) is None
+    assert overfitting_warning(validations([3.0, 2.5, 2.6, 2.7])) is None
+    warning = overfitting_warning(validations([3.0, 2.5, 2.6, 2.7, 2.8]))
+    assert warning is not None
+    assert warning.startswith(
         "overfitting: since step 10 the training loss fell 2.900 -> 2.600 while"
     )
-    assert overfitting_warning(checks([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
-    level = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
-    assert overfitting_warning(level) is None  # training does not fall either: not overfitting
+    assert overfitting_warning(validations([3.0, 2.5, 2.6, 2.7, 2.8, 2.9])) is None
+    constant = [{"step": i, "val": 2.0 + i, "train": 3.0} for i in range(4)]
+    assert overfitting_warning(constant) is None  # the training loss does not fall either
 
 
-def test_the_verdict_says_why_a_model_is_the_best() -> None:
-    def checks(vals: list[float], slope: float = -0.1) -> list[dict[str, float]]:
+def test_the_summary_explains_why_a_model_is_the_best() -> None:
+    def validations(losses: list[float], slope: float = -0.1) -> list[dict[str, float]]:
         return [
-            {"step": 10 * (i + 1), "val": v, "train": 3.0 + slope * i} for i, v in enumerate(vals)
+            {"step": 10 * (i + 1), "val": x, "train": 3.0 + slope * i} for i, x in enumerate(losses)
         ]
 
-    falling = explain_best_model(checks([3.0, 2.5, 2.4]), 2.4, 30)
+    falling = explain_best_model(validations([3.0, 2.5, 2.4]), 2.4, 30)
     assert falling == (
         "validation loss 2.4000, the lowest of 3 validations; it was the last one, and "
         "the loss was still falling"
     )
-    risen = explain_best_model(checks([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
-    assert risen == (
+    rising = explain_best_model(validations([3.0, 2.5, 2.6, 2.7]), 2.5, 20)
+    assert rising == (
         "validation loss 2.5000, the lowest of 4 validations; it was 2.7000 at step 40, "
         "while the training loss fell 2.9000 -> 2.7000: after step 20 the model "
         "memorised its text"
     )
-    assert "memorised" not in explain_best_model(checks([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
-    assert "falling" not in explain_best_model(checks([3.0]), 3.0, 10)
+    assert "memorised" not in explain_best_model(validations([3.0, 2.5, 2.6, 2.7], 0.1), 2.5, 20)
+    assert "falling" not in explain_best_model(validations([3.0]), 3.0, 10)

@@ -1,4 +1,4 @@
-"""A chain of growth: its recipe, real processes that are stopped and killed, and its report."""
+"""Staged training: its recipe, processes that are interrupted and killed, and its report."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ THIRD = STAGE + SIZES.format(32, 2) + 'method = "stack"\n'
 
 @pytest.fixture
 def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
-    """Where processes run, with the signals' usual meaning."""
+    """A working folder for processes, which get the default signal handlers."""
     (tmp_path / "book.txt").write_text(text_file.read_text()[:20_000])
     (tmp_path / "r.toml").write_text(COMMON + FIRST + SECOND + THIRD)
     before = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -48,8 +48,8 @@ def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
         signal.signal(s, handler)
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", "mmrec", "chain", "r.toml", *more]
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "mmrec", "chain", "r.toml", *options]
     return subprocess.Popen(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -61,9 +61,10 @@ def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
     return out, errors
 
 
-def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
-    """Every finished stage stands, an interrupted one takes the steps that were left, and the
-    report says what the runs' own files say."""
+def test_an_interrupted_chain_continues(folder: Path) -> None:
+    """After SIGTERM and SIGKILL, finished stages are kept and the interrupted one takes the steps
+    that are left. The report agrees with the files of the runs.
+    """
     process, second = start(folder), folder / "c/2-mini"
     wait_for(lambda: lines(second) > 5, process)
     process.send_signal(signal.SIGTERM)
@@ -112,7 +113,7 @@ def test_a_chain_is_stopped_and_killed_and_goes_on(folder: Path) -> None:
     assert json.loads((folder / "c/report.json").read_text()) == rows
 
 
-def test_stages_train_as_their_presets_do(tmp_path: Path) -> None:
+def test_stages_use_the_training_settings_of_their_presets(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(
         "[[stage]]\npreset = 'tiny'\nsteps = 9\n[[stage]]\npreset = 'mini'\nsteps = 9\n"
@@ -122,7 +123,7 @@ def test_stages_train_as_their_presets_do(tmp_path: Path) -> None:
     assert [s.train.data.seq_len for s in read_recipe(recipe)] == [64, 64]
 
 
-def test_another_recipe_is_refused_or_starts_over(folder: Path) -> None:
+def test_a_changed_recipe_needs_force(folder: Path) -> None:
     recipe = folder / "r.toml"
     recipe.write_text(COMMON + FIRST)
     finish(start(folder), 0)
@@ -141,8 +142,8 @@ def test_another_recipe_is_refused_or_starts_over(folder: Path) -> None:
     assert "c/1-tiny exists, but c holds no recipe for it" in errors
 
 
-def test_all_stages_learn_from_the_same_text(folder: Path) -> None:
-    """A text that changed between two stages is refused, and put back it is gone on with."""
+def test_all_stages_train_on_the_same_text(folder: Path) -> None:
+    """A text that changed between two stages is refused; with the old text the chain continues."""
     (folder / "r.toml").write_text(COMMON + FIRST + THIRD)
     finish(start(folder), 0)
     shutil.rmtree(folder / "c/2-tiny")
@@ -194,25 +195,25 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_one_vocabulary_serves_all_stages(tmp_path: Path) -> None:
-    """The last stage's, unless the recipe says another; the rest is as it is by preset."""
+    """It is that of the last stage's preset, unless the recipe sets another one."""
     stages = STAGE + STAGE.replace("tiny", "mini") + "seed = 3"
-    made: list[Any] = []
+    recipe: list[Any] = []
     for head, vocab in (("", 8192), ("vocab = 700\nbatch_size = 4\n", 700)):
         (tmp_path / "r.toml").write_text(head + stages)
-        made = read_recipe(tmp_path / "r.toml")
-        assert {(s.model.vocab_size, s.train.data.vocab) for s in made} == {(vocab, vocab)}
-    assert [str(s.folder) for s in made] == ["runs/chain/1-tiny", "runs/chain/2-mini"]
-    assert [s.train.finetune.initialize_from for s in made] == ["", "runs/chain/1-tiny"]
-    assert [(s.train.data.batch_size, s.train.optimizer.seed) for s in made] == [(4, 0), (4, 3)]
+        recipe = read_recipe(tmp_path / "r.toml")
+        assert {(s.model.vocab_size, s.train.data.vocab) for s in recipe} == {(vocab, vocab)}
+    assert [str(s.folder) for s in recipe] == ["runs/chain/1-tiny", "runs/chain/2-mini"]
+    assert [s.train.finetune.initialize_from for s in recipe] == ["", "runs/chain/1-tiny"]
+    assert [(s.train.data.batch_size, s.train.optimizer.seed) for s in recipe] == [(4, 0), (4, 3)]
 
 
-def test_rates_fall_in_the_last_stage_only(tmp_path: Path) -> None:
-    """Unless the recipe, or a stage of it, says another schedule."""
+def test_learning_rates_fall_in_the_last_stage_only(tmp_path: Path) -> None:
+    """Unless the recipe, or a stage of it, sets another schedule."""
     stage = STAGE + "schedule = 'cosine'\n"
-    for text, want in (
+    for text, schedules in (
         (STAGE * 3, ["constant", "constant", "linear"]),
         (STAGE + stage + STAGE, ["constant", "cosine", "linear"]),
         ("schedule = 'cosine'\n" + STAGE * 2, ["cosine", "cosine"]),
     ):
         (tmp_path / "r.toml").write_text(text)
-        assert [s.train.optimizer.schedule for s in read_recipe(tmp_path / "r.toml")] == want
+        assert [s.train.optimizer.schedule for s in read_recipe(tmp_path / "r.toml")] == schedules

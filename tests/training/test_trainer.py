@@ -1,4 +1,4 @@
-"""Training: what it writes, how it ends, and that a resume goes on as if nothing had happened."""
+"""Training: what a run writes, how it ends, how it resumes, and its callbacks."""
 
 import dataclasses
 import json
@@ -30,12 +30,13 @@ from tests.conftest import make_trainer
 
 
 def losses(folder: Path) -> list[float]:
+    """The training losses in the log of a run."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [x["loss"] for x in lines if x["kind"] == "train"]
 
 
-def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
-    made = trainer.fit()
+def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
+    summary = trainer.fit()
     names = {p.name for p in trainer.run_dir.iterdir()}
     assert names == {
         "config.toml",
@@ -47,21 +48,21 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
         "step-5.h5",
         "step-10.h5",
     }
-    assert made["ended"] == "done"
-    assert len(losses(trainer.run_dir)) == made["steps"] == 12
+    assert summary["ended"] == "done"
+    assert len(losses(trainer.run_dir)) == summary["steps"] == 12
     assert losses(trainer.run_dir)[0] == pytest.approx(math.log(257), abs=0.1)
     assert losses(trainer.run_dir)[-1] < losses(trainer.run_dir)[0] - 0.5
     assert (trainer.run_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
     assert "12 steps of 64 tokens" in text
     best = load_model(trainer.run_dir / "best.h5")
-    assert best.step == made["best_step"]
-    assert best.metadata["val"]["loss"] == pytest.approx(made["best_val_loss"])
+    assert best.step == summary["best_step"]
+    assert best.metadata["val"]["loss"] == pytest.approx(summary["best_val_loss"])
     tokens = torch.tensor([[1, 2, 3]])
     last = load_model(trainer.run_dir / "last.h5").model
     trainer.model.eval()
     assert torch.equal(last(tokens)[0], trainer.model(tokens)[0])
-    assert made["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
+    assert summary["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_run_leaves_all_it_promises(trainer: Trainer, corpus: Corpus) -> None:
         (17, 0.0, "--dropout 0.2 and --weight-decay 1"),
     ],
 )
-def test_a_run_warns_beforehand_that_it_would_memorise_its_text(
+def test_a_run_of_many_epochs_warns_that_the_model_will_memorise_its_text(
     corpus: Corpus, tmp_path: Path, epochs: float, dropout: float, advice: str
 ) -> None:
     trainer = make_trainer(corpus, tmp_path, steps=None, epochs=epochs)
@@ -84,52 +85,54 @@ def test_a_run_warns_beforehand_that_it_would_memorise_its_text(
     assert advice in text
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_is_bitwise_what_would_have_been(
-    corpus: Corpus, tmp_path: Path, accumulate: int
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, accumulation: int
 ) -> None:
-    whole = make_trainer(corpus, tmp_path / "whole", gradient_accumulation_steps=accumulate)
-    whole.fit()
-    first = make_trainer(corpus, tmp_path / "cut", gradient_accumulation_steps=accumulate)
-    take = first.train_step
+    uninterrupted = make_trainer(
+        corpus, tmp_path / "uninterrupted", gradient_accumulation_steps=accumulation
+    )
+    uninterrupted.fit()
+    first = make_trainer(corpus, tmp_path / "resumed", gradient_accumulation_steps=accumulation)
+    train_step = first.train_step
 
     def interrupted() -> tuple[float, float, float]:
         if first.progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take()
+        return train_step()
 
     first.train_step = interrupted  # type: ignore[method-assign]
     assert first.fit()["ended"] == "signal"
     assert first.stop_signal.signal_number == signal.SIGTERM
-    again = make_trainer(corpus, tmp_path / "cut", gradient_accumulation_steps=accumulate)
-    torch.manual_seed(99)  # whatever the random state was, the checkpoint's counts
-    assert again.fit(resume=True)["ended"] == "done"
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+    resumed = make_trainer(corpus, tmp_path / "resumed", gradient_accumulation_steps=accumulation)
+    torch.manual_seed(99)  # a resume takes the random state of the checkpoint instead
+    assert resumed.fit(resume=True)["ended"] == "done"
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
+    for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert again.progress.epochs[0]["mean_loss"] == whole.progress.epochs[0]["mean_loss"]
+    assert resumed.progress.epochs[0]["mean_loss"] == uninterrupted.progress.epochs[0]["mean_loss"]
 
 
-def test_several_epochs_make_a_table(corpus: Corpus, tmp_path: Path) -> None:
-    made = make_trainer(corpus, tmp_path, steps=None, epochs=2.0, batch_size=64, eval_tokens=300)
-    summary = made.fit()
+def test_each_epoch_has_a_row_in_the_table(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = make_trainer(corpus, tmp_path, steps=None, epochs=2.0, batch_size=64, eval_tokens=300)
+    summary = trainer.fit()
     rows = summary["epochs"]
     assert [r["epoch"] for r in rows] == [1, 2]
     assert rows[1]["mean_loss"] < rows[0]["mean_loss"]
     assert rows[1]["perplexity"] == pytest.approx(math.exp(rows[1]["val_loss"]))
-    text = "\n".join(made.lines)  # type: ignore[attr-defined]
+    text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
     assert "bits/byte" in text
 
 
-def test_minutes_end_on_time(corpus: Corpus, tmp_path: Path) -> None:
-    made = make_trainer(corpus, tmp_path, steps=None, minutes=0.02)
-    summary = made.fit()
+def test_minutes_set_the_length_of_a_run(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = make_trainer(corpus, tmp_path, steps=None, minutes=0.02)
+    summary = trainer.fit()
     assert summary["steps"] > 1
     assert 1.2 <= summary["seconds"] < 6
 
 
 def test_early_stopping_keeps_the_best(corpus: Corpus, tmp_path: Path) -> None:
-    made = make_trainer(
+    trainer = make_trainer(
         corpus,
         tmp_path,
         lr=1.0,
@@ -140,48 +143,48 @@ def test_early_stopping_keeps_the_best(corpus: Corpus, tmp_path: Path) -> None:
         eval_every=1,
         steps=40,
     )
-    summary = made.fit()
+    summary = trainer.fit()
     assert summary["ended"] == "early"
     assert summary["steps"] == summary["best_step"] + 2
     assert load_model(tmp_path / "best.h5").step == summary["best_step"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(corpus: Corpus, tmp_path: Path) -> None:
-    made = make_trainer(corpus, tmp_path)
-    take = made.train_step
+def test_a_loss_that_is_not_finite_changes_no_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = make_trainer(corpus, tmp_path)
+    train_step = trainer.train_step
 
-    def poisoned() -> tuple[float, float, float]:
-        if made.progress.step == 7:
-            made.model.norm.weight.data.fill_(float("inf"))
-        return take()
+    def corrupt_a_weight() -> tuple[float, float, float]:
+        if trainer.progress.step == 7:
+            trainer.model.norm.weight.data.fill_(float("inf"))
+        return train_step()
 
-    made.train_step = poisoned  # type: ignore[method-assign]
+    trainer.train_step = corrupt_a_weight  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError, match=r"loss (nan|inf) at step 8"):
-        made.fit()
+        trainer.fit()
     assert manager.list_checkpoints(tmp_path)[-1].name == "step-5.h5"
-    kept = load_model(tmp_path / "step-5.h5").model
-    assert all(torch.isfinite(p).all() for p in kept.parameters())
+    saved_model = load_model(tmp_path / "step-5.h5").model
+    assert all(torch.isfinite(p).all() for p in saved_model.parameters())
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_intact(corpus: Corpus, tmp_path: Path) -> None:
     import resource
 
-    made = make_trainer(corpus, tmp_path)
-    made.fit()
+    trainer = make_trainer(corpus, tmp_path)
+    trainer.fit()
     before = (tmp_path / "last.h5").read_bytes()
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
         with pytest.raises(StorageError, match="File too large; the file that was there is intact"):
-            made.save("last.h5", resumable=True)
+            trainer.save("last.h5", resumable=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / "last.h5").read_bytes() == before
 
 
-def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path) -> None:
+def test_a_process_saves_at_sigint_and_resumes(text_file: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -216,7 +219,7 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
     assert "Traceback" not in errors
     step = read_metadata(tmp_path / "r" / "last.h5")[0]
     resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
-    again = subprocess.run(
+    resumed = subprocess.run(
         [*resume, "--out", "r"],
         cwd=tmp_path,
         capture_output=True,
@@ -224,23 +227,25 @@ def test_a_real_process_stops_saves_and_resumes(text_file: Path, tmp_path: Path)
         timeout=120,
         check=False,
     )
-    assert again.returncode == 0, again.stderr
+    assert resumed.returncode == 0, resumed.stderr
     assert read_metadata(tmp_path / "r" / "last.h5")[0] == step + 3
 
 
 def start_on_a_terminal(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A training process whose input and errors are a pseudo-terminal, and our end of that."""
+    """Start a training process on a pseudo-terminal; return it and our end of the terminal."""
     import pty
 
-    ours, theirs = pty.openpty()
+    terminal, child_terminal = pty.openpty()
     command = [sys.executable, "-m", "mmrec", "train", *arguments]
-    run = subprocess.Popen(command, cwd=cwd, stdin=theirs, stderr=theirs, stdout=theirs)
-    os.close(theirs)
-    return run, ours
+    run = subprocess.Popen(
+        command, cwd=cwd, stdin=child_terminal, stderr=child_terminal, stdout=child_terminal
+    )
+    os.close(child_terminal)
+    return run, terminal
 
 
 def read_until(terminal: int, text: str, seconds: float = 120) -> str:
-    """What the terminal shows, up to the text."""
+    """Read what a terminal shows until it shows a text or the process ends."""
     seen, end = "", time.monotonic() + seconds
     while text not in seen:
         assert time.monotonic() < end, seen[-2000:]
@@ -252,8 +257,8 @@ def read_until(terminal: int, text: str, seconds: float = 120) -> str:
     return seen
 
 
-def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
-    """A limit on the size of files is laid on a real process, and lifted when it asks."""
+def test_a_full_disk_asks_the_user_and_continues(text_file: Path, tmp_path: Path) -> None:
+    """The size of a process's files is limited, and the limit lifted when the process asks."""
     import resource
 
     run, terminal = start_on_a_terminal(
@@ -287,7 +292,7 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
         assert "File too large" in shown
         assert "The training state is still in memory. Free some space" in shown
         assert run.poll() is None
-        os.write(terminal, b"\n")  # nothing was freed: it asks again
+        os.write(terminal, b"\n")  # no space was freed: it asks again
         read_until(terminal, "or q and Enter to give up: ")
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, before)
         os.write(terminal, b"\n")
@@ -302,49 +307,51 @@ def test_a_full_disk_asks_and_goes_on(text_file: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
 
-def test_a_folder_that_vanishes(corpus: Corpus, tmp_path: Path) -> None:
-    """No terminal, no question: one line, and the folder is not silently made anew."""
-    made = make_trainer(corpus, tmp_path / "run")
-    take = made.train_step
+def test_a_run_folder_that_vanishes_is_not_created_again(corpus: Corpus, tmp_path: Path) -> None:
+    """Without a terminal nobody is asked: training ends with an error."""
+    trainer = make_trainer(corpus, tmp_path / "run")
+    train_step = trainer.train_step
 
     def vanish() -> tuple[float, float, float]:
-        if made.progress.step == 3:
+        if trainer.progress.step == 3:
             (tmp_path / "run").rename(tmp_path / "away")
-        return take()
+        return train_step()
 
-    made.train_step = vanish  # type: ignore[method-assign]
+    trainer.train_step = vanish  # type: ignore[method-assign]
     with pytest.raises(StorageError, match="could not write .*best.h5: No such file or directory"):
-        made.fit()
+        trainer.fit()
     assert not (tmp_path / "run").exists()
     assert len(losses(tmp_path / "away")) == 4
-    (tmp_path / "away").rename(tmp_path / "run")  # as the state is in memory, it can be saved yet
-    made.save("last.h5", resumable=True)
+    (tmp_path / "away").rename(tmp_path / "run")  # the state is still in memory
+    trainer.save("last.h5", resumable=True)
     assert read_metadata(tmp_path / "run" / "last.h5")[0] == 4
 
 
-def test_what_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
         make_trainer(corpus, tmp_path / "a").fit(resume=True)
-    made = make_trainer(corpus, tmp_path / "b")
-    made.fit()
-    made.corpus.info["fingerprint"], kept = "other", made.corpus.info["fingerprint"]
+    trainer = make_trainer(corpus, tmp_path / "b")
+    trainer.fit()
+    fingerprint, trainer.corpus.info["fingerprint"] = trainer.corpus.info["fingerprint"], "other"
     try:
         with pytest.raises(InputError, match="changed since .* was saved"):
             make_trainer(corpus, tmp_path / "b").fit(resume=True)
     finally:
-        made.corpus.info["fingerprint"] = kept
+        trainer.corpus.info["fingerprint"] = fingerprint
     (tmp_path / "b" / "last.h5").unlink()
     best = tmp_path / "b" / "best.h5"
     with pytest.raises(InputError, match="holds a model but no training state"):
-        restore_training_state(best, made.model, made.optimizer)
+        restore_training_state(best, trainer.model, trainer.optimizer)
 
 
-def test_validation_text_shorter_than_a_window(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_validation_split_shorter_than_a_window_is_refused(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="validation split must hold one window of"):
         make_trainer(corpus, tmp_path, batch_size=1, seq_len=corpus.val.n_tokens)
 
 
-def test_schedules() -> None:
+def test_learning_rate_schedules() -> None:
     assert lr_factor(0.05, 0.1, "cosine", 0.0) == pytest.approx(0.5)
     assert lr_factor(0.1, 0.1, "cosine", 0.0) == pytest.approx(1.0)
     assert lr_factor(0.55, 0.1, "cosine", 0.1) == pytest.approx(0.55)
@@ -354,7 +361,7 @@ def test_schedules() -> None:
     assert lr_factor(1.0, 1.0, "cosine", 0.0) == 0.0
 
 
-def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_log_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write("train", step, loss=1.0 / step)
@@ -367,7 +374,7 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
-    """Four epochs, but a hundred steps at least and no more tokens than the default's."""
+    """The default length is four epochs, at least 100 steps and at most DEFAULT_TOKENS tokens."""
     trainer = make_trainer(corpus, tmp_path / "a", steps=None)
     assert trainer.total_steps == 4 * trainer.steps_per_epoch
     trainer = make_trainer(corpus, tmp_path / "b", steps=None, batch_size=256)
@@ -388,7 +395,7 @@ def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
 
 
 class Recorder(Callback):
-    """Notes what it sees, adds a metric, and stops the run at a step."""
+    """Records each call, adds a metric, and stops the run at a step."""
 
     def __init__(self, stop_at: int = 0) -> None:
         self.events: list[tuple[str, int]] = []
@@ -418,24 +425,27 @@ def test_callbacks_see_steps_validations_checkpoints_and_the_end(
     callback = Recorder()
     trainer = make_trainer(corpus, tmp_path, steps=5, callbacks=[callback])
     trainer.fit()
-    assert [n for name, n in callback.events if name == "step"] == [1, 2, 3, 4, 5]
-    assert [n for name, n in callback.events if name == "validation"] == [4, 5]
+    assert [step for name, step in callback.events if name == "step"] == [1, 2, 3, 4, 5]
+    assert [step for name, step in callback.events if name == "validation"] == [4, 5]
     assert ("step-5.h5", 5) in callback.events
     assert callback.events[-2:] == [("last.h5", 5), ("done", 5)]
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     doubled = [x["doubled"] for x in lines if x["kind"] == "callback"]
     assert doubled == [2 * loss for loss in losses(tmp_path)]
+    for values in ({"step": 1}, {"kind": "train"}, {"x": torch.ones(1)}, {"x": None}):
+        with pytest.raises(InputError, match="metric"):
+            trainer.log_metrics(**values)  # type: ignore[arg-type]
 
 
 def test_a_callback_stops_a_run_that_can_be_resumed(corpus: Corpus, tmp_path: Path) -> None:
-    whole = make_trainer(corpus, tmp_path / "whole")
-    whole.fit()
-    summary = make_trainer(corpus, tmp_path / "cut", callbacks=[Recorder(stop_at=6)]).fit()
+    uninterrupted = make_trainer(corpus, tmp_path / "uninterrupted")
+    uninterrupted.fit()
+    summary = make_trainer(corpus, tmp_path / "resumed", callbacks=[Recorder(stop_at=6)]).fit()
     assert (summary["ended"], summary["steps"]) == ("stopped", 6)
-    again = make_trainer(corpus, tmp_path / "cut")
-    assert again.fit(resume=True)["ended"] == "done"
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+    resumed = make_trainer(corpus, tmp_path / "resumed")
+    assert resumed.fit(resume=True)["ended"] == "done"
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
+    for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
