@@ -1,11 +1,12 @@
 """The Python API as a notebook uses it: train, resume after a kill, load, generate, evaluate."""
 
+import inspect
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_train_load_generate_evaluate(run: mmrec.Run, text_file: Path) -> None:
     assert 0 < mmrec.evaluate(model, text_file).bits_per_byte < 8.2
 
 
-def test_progress_is_printed_or_not(
+def test_progress_false_prints_nothing(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for progress in (False, True):
@@ -61,7 +62,7 @@ def test_progress_is_printed_or_not(
         assert bool(printed.err) == progress
 
 
-def test_documents_are_data_too(text_file: Path, tmp_path: Path) -> None:
+def test_data_may_be_a_list_or_an_iterator_of_documents(text_file: Path, tmp_path: Path) -> None:
     """A list and an iterator of the same documents give the same corpus and the same losses."""
     text = text_file.read_text()
     documents = [text[i : i + 1000] for i in range(0, len(text), 1000)]
@@ -82,8 +83,8 @@ def test_documents_are_data_too(text_file: Path, tmp_path: Path) -> None:
         )
         losses.append([x["loss"] for x in run.metrics if x["kind"] == "train"])
     assert losses[0] == losses[1]
-    again = mmrec.train(resume=tmp_path / "iterator", steps=5, progress=False)
-    assert again.summary["steps"] == 5  # the tokens are kept, the documents are not needed
+    resumed = mmrec.train(resume=tmp_path / "iterator", steps=5, progress=False)
+    assert resumed.summary["steps"] == 5  # a resume reads the prepared corpus, not the documents
 
 
 def test_the_command_line_trains_the_same_model(
@@ -98,7 +99,7 @@ def test_the_command_line_trains_the_same_model(
         assert torch.equal(a, b)
 
 
-def test_a_callback_sees_the_run(text_file: Path, tmp_path: Path) -> None:
+def test_a_callback_logs_metrics_and_stops_the_run(text_file: Path, tmp_path: Path) -> None:
     class StopAtThree(mmrec.Callback):
         def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
             trainer.log_metrics(double=2 * metrics["loss"])
@@ -123,47 +124,74 @@ def test_a_callback_sees_the_run(text_file: Path, tmp_path: Path) -> None:
 
 def test_a_killed_script_resumes_bit_for_bit(text_file: Path, tmp_path: Path) -> None:
     settings = {**SHORT, **SIZES, "steps": 60, "save_every": 5, "tokenizer": "byte"}
-    whole = mmrec.train(text_file, out=str(tmp_path / "whole"), progress=False, **settings)
+    uninterrupted = mmrec.train(text_file, out=tmp_path / "whole", progress=False, **settings)
     code = (
         "import mmrec; "
-        f"mmrec.train({str(text_file)!r}, out={str(tmp_path / 'cut')!r}, progress=False, "
+        f"mmrec.train({str(text_file)!r}, out={str(tmp_path / 'killed')!r}, progress=False, "
         f"**{settings!r})"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         end = time.monotonic() + 120
-        while not (tmp_path / "cut/step-10.h5").exists():
+        while not (tmp_path / "killed/step-10.h5").exists():
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    resumed = mmrec.train(resume=tmp_path / "cut", progress=False)
+    resumed = mmrec.train(resume=tmp_path / "killed", progress=False)
     assert resumed.summary["steps"] == 60
-    a, b = mmrec.load(whole.last), mmrec.load(resumed.last)
+    a, b = mmrec.load(uninterrupted.last), mmrec.load(resumed.last)
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert whole.metrics == resumed.metrics
+    assert uninterrupted.metrics == resumed.metrics
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"lr": -1}, "lr must be finite and > 0; got -1"),
-        ({"lrr": 1}, "unknown setting 'lrr'; did you mean 'lr'"),
-        ({"vocab_size": 5}, "unknown setting 'vocab_size'"),
-        ({"preset": "tinny"}, "unknown preset 'tinny'"),
-        ({"data": "none.txt"}, "no data at none.txt"),
-        ({"data": [], "tokenizer": "byte"}, "is empty"),
-        ({"data": ["text", 3], "tokenizer": "byte"}, "int"),
-        ({"config": "none.toml"}, "cannot read config file none.toml"),
-        ({"resume": "nowhere"}, "no run at nowhere to resume"),
-        ({"resume": True, "preset": "tiny"}, "resume keeps the settings of its run"),
-        ({"resume": "nowhere", "lr": 1.0}, "resume keeps the settings of its run; lr cannot"),
-        ({"width": 0}, "width must be a whole number from 1"),
-        ({"initialize_from": "nowhere"}, "no checkpoint at nowhere"),
-    ],
-)
+def test_a_config_file_without_a_preset_trains_tiny(text_file: Path, tmp_path: Path) -> None:
+    """A configuration from Python, with paths as Path objects, begun from an earlier model."""
+    config = tmp_path / "config.toml"
+    config.write_text("[model]\nwidth = 32\ndepth = 2\nheads = 2\nngram_buckets = 64\n")
+    settings = {**SHORT, "steps": 1, "tokenizer": "byte", "progress": False}
+    first = mmrec.train(text_file, config=config, out=tmp_path / "first", **settings)
+    assert 'preset = "tiny"' in (first.folder / "config.toml").read_text()
+    second = mmrec.train(
+        text_file, initialize_from=first.last, out=tmp_path / "second", steps=1, progress=False
+    )
+    assert mmrec.load(second).model.config == mmrec.load(first).model.config
+
+
+TRAIN_MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    # the argument at fault, all arguments, the message
+    ("settings", {"lr": -1}, "lr must be finite and > 0; got -1"),
+    ("settings", {"lrr": 1}, "unknown setting 'lrr'; did you mean 'lr'"),
+    ("settings", {"vocab_size": 5}, "unknown setting 'vocab_size'"),
+    ("settings", {"width": 0}, "width must be a whole number from 1"),
+    ("settings", {"out": 3}, "out must be of type str; got 3"),
+    ("settings", {"initialize_from": "nowhere"}, "no checkpoint at nowhere"),
+    ("preset", {"preset": "tinny"}, "unknown preset 'tinny'"),
+    ("preset", {"preset": 3}, "preset must be a name or None; got 3"),
+    ("data", {"data": "none.txt"}, "no data at none.txt"),
+    ("data", {"data": 3}, "a source must be a name, a path, or a list"),
+    ("data", {"data": [], "tokenizer": "byte"}, "is empty"),
+    ("data", {"data": ["text", 3], "tokenizer": "byte"}, "int"),
+    ("config", {"config": "none.toml"}, "cannot read config file none.toml"),
+    ("config", {"config": 3}, "config must be the path of a TOML file or None; got 3"),
+    ("resume", {"resume": "nowhere"}, "no run at nowhere to resume"),
+    ("resume", {"resume": 3}, "resume must be True, False or a run folder; got 3"),
+    ("resume", {"resume": True, "preset": "tiny"}, "resume keeps the settings of its run"),
+    ("resume", {"resume": "nowhere", "lr": 1.0}, "resume keeps the settings of its run; lr cannot"),
+    ("resume", {"resume": "nowhere", "out": "other"}, "give the folder once"),
+    ("force", {"resume": "nowhere", "force": True}, "config and force cannot be given"),
+    ("callbacks", {"callbacks": 3}, "callbacks must be a list; got 3"),
+    ("callbacks", {"callbacks": [print]}, "callbacks must be instances of mmrec.Callback"),
+]
+
+
+@pytest.mark.parametrize(("at_fault", "arguments", "message"), TRAIN_MISTAKES)
 def test_wrong_arguments_of_train(
-    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_fault: str,
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(mmrec.InputError, match=message):
@@ -171,19 +199,50 @@ def test_wrong_arguments_of_train(
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_arguments_of_the_others(run: mmrec.Run, tmp_path: Path) -> None:
-    model = mmrec.load(run)
-    for call, message in (
-        (lambda: mmrec.load("nowhere"), "no checkpoint at nowhere"),
-        (lambda: mmrec.load(tmp_path), "no checkpoint in"),
-        (lambda: mmrec.evaluate(model, "none.txt"), "no data at none.txt"),
-        (lambda: model.generate("x", temperature=-1), "temperature must be finite and >= 0"),
-        (lambda: model.generate("x", temperatur=1), "did you mean 'temperature'"),
-        (lambda: model.generate("x", max_tokens=-1), "max_tokens must be >= 0"),
-        (lambda: model.generate("x", stop=[""]), "a stop text must not be empty"),
-    ):
-        with pytest.raises(mmrec.InputError, match=message):
-            call()
+OTHER_MISTAKES: list[tuple[Callable[..., object], str, dict[str, Any], str]] = [
+    # the function, the argument at fault, arguments besides the source, the message
+    (mmrec.load, "source", {"source": "nowhere"}, "no checkpoint at nowhere"),
+    (mmrec.load, "source", {"source": "."}, "no checkpoint in"),
+    (mmrec.load, "source", {"source": 3}, "source must be a model, a run, a path or None; got 3"),
+    (mmrec.evaluate, "source", {"source": "nowhere"}, "no checkpoint at nowhere"),
+    (mmrec.evaluate, "data", {"data": "none.txt"}, "no data at none.txt"),
+    (mmrec.evaluate, "data", {"data": ["text"]}, "data must be a name, a path or None; got"),
+    (mmrec.evaluate, "text_field", {"text_field": 3}, "text_field must be of type str; got 3"),
+    (mmrec.generate, "source", {"source": "nowhere"}, "no checkpoint at nowhere"),
+    (mmrec.generate, "prompt", {"prompt": 3}, "prompt must be of type str; got 3"),
+    (mmrec.generate, "max_tokens", {"max_tokens": -1}, "max_tokens must be >= 0"),
+    (mmrec.generate, "max_tokens", {"max_tokens": 1.5}, "max_tokens must be of type int; got 1.5"),
+    (mmrec.generate, "stop", {"stop": [""]}, "a stop text must not be empty"),
+    (mmrec.generate, "stop", {"stop": "end"}, "stop must be a list of texts; got 'end'"),
+    (mmrec.generate, "seed", {"seed": -1}, "seed must be a whole number from 0 to .*; got -1"),
+    (mmrec.generate, "sampling", {"temperature": -1}, "temperature must be finite and >= 0"),
+    (mmrec.generate, "sampling", {"temperatur": 1}, "did you mean 'temperature'"),
+]
+
+
+@pytest.mark.parametrize(("function", "at_fault", "arguments", "message"), OTHER_MISTAKES)
+def test_wrong_arguments_of_the_others(
+    run: mmrec.Run,
+    function: Callable[..., object],
+    at_fault: str,
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mmrec.InputError, match=message):
+        function(**{"source": run} | arguments)
+
+
+def test_every_argument_has_a_mistake() -> None:
+    """Except flags, of which any value is one or the other."""
+    mistakes = {(mmrec.train, at_fault) for at_fault, *_ in TRAIN_MISTAKES}
+    mistakes |= {(function, at_fault) for function, at_fault, *_ in OTHER_MISTAKES}
+    for function in (mmrec.train, mmrec.load, mmrec.generate, mmrec.evaluate):
+        for name in inspect.signature(function).parameters:
+            if name not in ("progress", "stream", "skip_bad"):
+                assert (function, name) in mistakes
 
 
 def test_importing_mmrec_loads_no_torch() -> None:

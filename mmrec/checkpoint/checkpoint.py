@@ -25,7 +25,7 @@ from mmrec.checkpoint.hdf5 import (
     write_array,
     write_json,
 )
-from mmrec.config import ModelConfig, SamplingConfig, TrainConfig
+from mmrec.config import DEFAULT_MAX_TOKENS, ModelConfig, SamplingConfig, TrainConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.generate import generate
@@ -55,7 +55,7 @@ class LoadedModel:
         self,
         prompt: str = "",
         *,
-        max_tokens: int = 256,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         seed: int | None = None,
         stream: bool = False,

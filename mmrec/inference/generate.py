@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from mmrec.config import DEFAULT_MAX_TOKENS, TRAIN_SETTINGS
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.sampling import (
@@ -26,7 +27,7 @@ def generate(
     prompt: str,
     *,
     sampling: SamplingConfig | None = None,
-    max_tokens: int = 256,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     stop: Sequence[str] = (),
     seed: int | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
@@ -44,9 +45,18 @@ def generate(
         prompt_chunk: tokens of the prompt per forward pass. It changes speed and memory only.
 
     Raises:
-        InputError: max_tokens is negative, a stop text is empty, the prompt holds a character that
-            a ``char`` tokenizer does not know, or the logits are not finite.
+        InputError: an argument is of another type, max_tokens or the seed is out of range, a stop
+            text is empty, the prompt holds a character that a ``char`` tokenizer does not know, or
+            the logits are not finite.
     """
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt must be of type str; got {prompt!r}")
+    if not isinstance(max_tokens, int):
+        raise InputError(f"max_tokens must be of type int; got {max_tokens!r}")
+    if isinstance(stop, str):  # a string is a sequence too: of its characters
+        raise InputError(f"stop must be a list of texts; got {stop!r}")
+    if seed is not None:
+        TRAIN_SETTINGS["seed"].check(seed)
     if max_tokens < 0:
         raise InputError(f"max_tokens must be >= 0; got {max_tokens}")
     if not all(stop):

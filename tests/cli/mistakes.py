@@ -1,4 +1,4 @@
-"""Every mistake on the command line that a test makes, and what must be said of it."""
+"""Mistakes on the command line, and the message that each of them must print."""
 
 import re
 from collections.abc import Iterator
@@ -29,23 +29,29 @@ def wrong_values(setting: Setting) -> Iterator[str]:
 def setting_mistakes(
     command: str, before: str, skip: tuple[str, ...] = ()
 ) -> list[tuple[str, ...]]:
-    """A mistake for each rule of each setting of a command."""
+    """A mistake for each rule of each setting of a command.
+
+    Args:
+        command: name of the command.
+        before: arguments that the command needs besides.
+        skip: options to leave out.
+    """
     from typer.main import get_command
 
     from mmrec.cli.main import app
 
-    found = get_command(app)
+    typer_command = get_command(app)
     for name in command.split():
-        found = found.commands[name]  # type: ignore[attr-defined]
+        typer_command = typer_command.commands[name]  # type: ignore[attr-defined]
     return [
         (command, s.flag, f"{before} {s.flag}={value}", f"{s.flat_name} {re.escape(s.rule)}; got ")
         for s in ALL_SETTINGS.values()
-        if s.flag not in skip and any(s.flag in p.opts for p in found.params)
+        if s.flag not in skip and any(s.flag in p.opts for p in typer_command.params)
         for value in wrong_values(s)
     ]
 
 
-# command, the option or argument at fault, arguments, what standard error says
+# command, the option or argument at fault, arguments, pattern of standard error
 MISTAKES = [
     ("", "COMMAND", "trian", "No such command 'trian'. Did you mean 'train'"),
     ("data", "COMMAND", "", "Missing command"),
@@ -107,10 +113,10 @@ MISTAKES = [
     (
         "train",
         "--data",
-        "tiny --data 0:world.txt,1:stdlib",
-        "weights of a mixture must be > 0; got 0:world.txt,1:stdlib",
+        "tiny --data 0:book.txt,1:stdlib",
+        "weights of a mixture must be > 0; got 0:book.txt,1:stdlib",
     ),
-    ("train", "--val-file", "tiny --data world.txt --val-file none.txt", "no data at none.txt"),
+    ("train", "--val-file", "tiny --data book.txt --val-file none.txt", "no data at none.txt"),
     (
         "train",
         "--vocab",
@@ -143,19 +149,19 @@ MISTAKES = [
     (
         "train",
         "--out",
-        "--config small.toml --data world.txt --out small.toml",
+        "--config small.toml --data book.txt --out small.toml",
         "the run folder small.toml must be a folder; it is a file",
     ),
     (
         "train",
         "--out",
-        "--config small.toml --data world.txt --out /proc/none",
+        "--config small.toml --data book.txt --out /proc/none",
         "cannot write in the run folder /proc/none",
     ),
     (
         "train",
         "--out",
-        "--config small.toml --data world.txt --out runs/one",
+        "--config small.toml --data book.txt --out runs/one",
         "runs/one already holds a run: choose another --out",
     ),
     (
@@ -349,7 +355,7 @@ MISTAKES = [
     ("grow", "--vocab", "runs/one --vocab 300", "only a bpe vocabulary can grow; .* is 'byte'"),
     ("grow", "--vocab", "bpe --vocab 300", "must hold more than the 300 tokens .*; got 300"),
     ("grow", "--data", "bpe --vocab 400 --data none.txt", "no data at none.txt"),
-    ("grow", "--data", "runs/one --width 64 --data world.txt", "--vocab takes .*; give both"),
+    ("grow", "--data", "runs/one --width 64 --data book.txt", "--vocab takes .*; give both"),
     (
         "grow",
         "--method",
@@ -358,9 +364,9 @@ MISTAKES = [
     ),
     ("grow", "--seed", "runs/one --width 64 --seed -1", "'--seed': .*; got '-1'"),
     ("grow", "--out", "runs/one --width 64 --out runs", "--out must be a file .*; runs is a"),
-    ("grow", "--out", "runs/one --width 64 --out world.txt", "world.txt is there already"),
-    ("finetune", "RUN|CHECKPOINT", "none --data world.txt", "no checkpoint at none: no such file"),
-    ("finetune", "RUN|CHECKPOINT", "older.h5 --data world.txt", "earlier mmrec .schema 1"),
+    ("grow", "--out", "runs/one --width 64 --out book.txt", "book.txt is there already"),
+    ("finetune", "RUN|CHECKPOINT", "none --data book.txt", "no checkpoint at none: no such file"),
+    ("finetune", "RUN|CHECKPOINT", "older.h5 --data book.txt", "earlier mmrec .schema 1"),
     ("finetune", "--data", "runs/one", "Missing option '--data'"),
     ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
     (
@@ -372,49 +378,49 @@ MISTAKES = [
     (
         "finetune",
         "--old-data",
-        "runs/one --data world.txt --old-data none.txt",
+        "runs/one --data book.txt --old-data none.txt",
         "no data at none.txt",
     ),
     (
         "finetune",
         "--lora-rank",
-        "runs/one --data world.txt --lora-rank 33",
+        "runs/one --data book.txt --lora-rank 33",
         "lora_rank .* 32.*; got 33",
     ),
     (
         "finetune",
         "--lora-alpha",
-        "runs/one --data world.txt --lora-alpha 4",
+        "runs/one --data book.txt --lora-alpha 4",
         "--lora-alpha needs --lora-rank, the rank; got 4.0 alone",
     ),
     (
         "finetune",
         "--matrix-lr",
-        "runs/one --data world.txt --lora-rank 2 --matrix-lr 1e-3",
+        "runs/one --data book.txt --lora-rank 2 --matrix-lr 1e-3",
         "--matrix-lr has no effect with --lora-rank: set --lr; got 0.001",
     ),
     (
         "finetune",
         "--freeze",
-        "runs/one --data world.txt --freeze layers:1-2",
+        "runs/one --data book.txt --freeze layers:1-2",
         "freeze must name layers from 0 to 1, .*; got 'layers:1-2'",
     ),
     (
         "finetune",
         "--freeze",
-        "runs/one --data world.txt --freeze embeddings,layers:0-1",
+        "runs/one --data book.txt --freeze embeddings,layers:0-1",
         "freeze must leave .*; got 'emb",
     ),
     (
         "finetune",
         "--replay-fraction",
-        "runs/one --data world.txt --replay-fraction 0.1 --old-data bad.txt",
+        "runs/one --data book.txt --replay-fraction 0.1 --old-data bad.txt",
         "bad.txt must be UTF-8",
     ),
     (
         "finetune",
         "--out",
-        "runs/one --data world.txt --out runs/one",
+        "runs/one --data book.txt --out runs/one",
         "runs/one already holds a run",
     ),
     ("chain", "RECIPE", "none.toml", "cannot read recipe none.toml: No such file"),
@@ -432,15 +438,15 @@ MISTAKES = [
     (
         "data prepare",
         "--vocab",
-        "world.txt --vocab 3",
+        "book.txt --vocab 3",
         "vocabulary must hold at least 257 tokens, .*; got 3",
     ),
-    ("data prepare", "--out", "world.txt --out .", "--out must be a file to write; . is a folder"),
+    ("data prepare", "--out", "book.txt --out .", "--out must be a file to write; . is a folder"),
     ("data inspect", "[source]", "text.h5", "text.h5 is not an HDF5 file"),
     (
         "data inspect",
         "--vocab",
-        "world.txt --vocab 3",
+        "book.txt --vocab 3",
         "vocabulary must hold at least 257 tokens, .*; got 3",
     ),
     (
@@ -449,14 +455,14 @@ MISTAKES = [
         "records.jsonl --text-field body",
         "its fields are: text, url",
     ),
-    ("data prepare", "--val-file", "world.txt --val-file bad.txt", "bad.txt must be UTF-8 text"),
+    ("data prepare", "--val-file", "book.txt --val-file bad.txt", "bad.txt must be UTF-8 text"),
     (
         "data inspect",
         "--text-field",
         "records.jsonl --text-field body",
         "its fields are: text, url",
     ),
-    ("data inspect", "--val-file", "world.txt --val-file bad.txt", "bad.txt must be UTF-8 text"),
+    ("data inspect", "--val-file", "book.txt --val-file bad.txt", "bad.txt must be UTF-8 text"),
     (
         "finetune",
         "--text-field",
@@ -466,7 +472,7 @@ MISTAKES = [
     (
         "finetune",
         "--val-file",
-        "runs/one --data world.txt --val-file bad.txt",
+        "runs/one --data book.txt --val-file bad.txt",
         "bad.txt must be UTF-8 text",
     ),
     (
@@ -513,23 +519,23 @@ MISTAKES = [
         "not enough memory: smaller sizes",
     ),
     *setting_mistakes("train", "tiny"),
-    *setting_mistakes("finetune", "runs/one --data world.txt", skip=("--lora-alpha",)),
+    *setting_mistakes("finetune", "runs/one --data book.txt", skip=("--lora-alpha",)),
     (
         "finetune",
         "--lora-alpha",
-        "runs/one --data world.txt --lora-rank 2 --lora-alpha 0",
+        "runs/one --data book.txt --lora-rank 2 --lora-alpha 0",
         "lora_alpha must be finite and > 0; got 0",
     ),
-    ("train", "--freeze", "tiny --data world.txt --freeze heads", "freeze must be .*; got 'heads'"),
+    ("train", "--freeze", "tiny --data book.txt --freeze heads", "freeze must be .*; got 'heads'"),
     (
         "train",
         "--replay-data",
-        "tiny --data world.txt --tokenizer char --replay-fraction 0.1 --replay-data none.txt",
+        "tiny --data book.txt --tokenizer char --replay-fraction 0.1 --replay-data none.txt",
         "no data at none.txt",
     ),
     *setting_mistakes("grow", "runs/one", skip=("--vocab", "--seed")),
     *setting_mistakes("info", "tiny", skip=("--vocab",)),
     *setting_mistakes("bench train", "tiny", skip=("--vocab",)),
-    *setting_mistakes("data prepare", "world.txt"),
-    *setting_mistakes("data inspect", "world.txt"),
+    *setting_mistakes("data prepare", "book.txt"),
+    *setting_mistakes("data inspect", "book.txt"),
 ]

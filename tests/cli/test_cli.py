@@ -1,4 +1,4 @@
-"""The command line as a user meets it: commands work, mistakes are one line and code 2."""
+"""The command line: commands work, and each mistake prints one line and exits with code 2."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from tests.cli.mistakes import MISTAKES
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A folder with a trained run, and files that are wrong in every way."""
-    folder = tmp_path_factory.mktemp("world")
+def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A working folder with trained runs, and with damaged and unsuitable files."""
+    folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MMREC_CACHE", str(folder / "cache"))
@@ -30,26 +30,26 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             '[data]\ntokenizer = "byte"\nbatch_size = 2\nseq_len = 32\n'
             "[evaluation]\neval_every = 3\n"
         )
-        start = f"train --config small.toml --data {text_file} --steps"
-        assert call(patch, f"{start} 6 --out runs/one") == 0
-        assert call(patch, f"{start} 1 --tokenizer char --out char") == 0
+        train = f"train --config small.toml --data {text_file} --steps"
+        assert call(patch, f"{train} 6 --out runs/one") == 0
+        assert call(patch, f"{train} 1 --tokenizer char --out char") == 0
         bpe = "--tokenizer bpe --vocab 300 --out bpe"
-        assert call(patch, f"{start} 1 {bpe}") == 0
+        assert call(patch, f"{train} 1 {bpe}") == 0
         assert call(patch, f"data prepare {text_file} --tokenizer char --out char.h5") == 0
-        whole = Path("runs/one/last.h5").read_bytes()
-        Path("cut.h5").write_bytes(whole[:5000])
+        checkpoint = Path("runs/one/last.h5").read_bytes()
+        Path("cut.h5").write_bytes(checkpoint[:5000])
         Path("text.h5").write_text("not HDF5")
         for name, schema in (("newer.h5", 99), ("older.h5", 1)):
-            Path(name).write_bytes(whole)
+            Path(name).write_bytes(checkpoint)
             with h5py.File(name, "a") as file:
                 file.attrs["schema"] = schema
             seal(Path(name))
         Path("bad.txt").write_bytes(b"abc\xff")
         Path("empty.txt").touch()
         Path("short.txt").write_text("a few words only, not enough " * 3)
-        Path("world.txt").write_text(text_file.read_text())
+        Path("book.txt").write_text(text_file.read_text())
         Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
-        assert call(patch, "data prepare world.txt --tokenizer char --out other.h5") == 0
+        assert call(patch, "data prepare book.txt --tokenizer char --out other.h5") == 0
         Path("lr.toml").write_text("[optimizer]\nlr = nan\n")
         Path("cut.toml").write_text("[train\n")
         Path("chain.toml").write_text("lr = 1.0\n")
@@ -59,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def call(patch: pytest.MonkeyPatch, arguments: str) -> int:
+    """Run a command in this process; return its exit code."""
     patch.setattr(sys, "argv", ["mmrec", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
         main.run()
@@ -71,7 +72,7 @@ def call(patch: pytest.MonkeyPatch, arguments: str) -> int:
     ids=[f"{m[0]} {m[2]}"[:60] for m in MISTAKES],
 )
 def test_a_mistake_is_one_line_and_code_2(
-    world: Path,
+    folder: Path,
     command: str,
     at_fault: str,
     arguments: str,
@@ -81,18 +82,18 @@ def test_a_mistake_is_one_line_and_code_2(
 ) -> None:
     import re
 
-    monkeypatch.chdir(world)
-    before = sorted(p for p in world.rglob("*") if "cache" not in p.parts)
+    monkeypatch.chdir(folder)
+    before = sorted(p for p in folder.rglob("*") if "cache" not in p.parts)
     assert call(monkeypatch, f"{command} {arguments}") == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert re.search(message, errors), errors
-    assert sorted(p for p in world.rglob("*") if "cache" not in p.parts) == before
+    assert sorted(p for p in folder.rglob("*") if "cache" not in p.parts) == before
 
 
 def test_the_table_of_mistakes_is_complete() -> None:
-    """Every argument, and every option that takes a value, of every command."""
+    """It holds every argument, and every option with a value, of every command."""
     import typer
 
     def walk(command: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -104,24 +105,26 @@ def test_the_table_of_mistakes_is_complete() -> None:
             elif not parameter.is_flag:
                 yield path, parameter.opts[0]
 
-    wanted = set(walk(typer.main.get_command(main.app), ""))
-    assert len(wanted) > 45
-    assert wanted - {(m[0], m[1]) for m in MISTAKES} == set()
+    options = set(walk(typer.main.get_command(main.app), ""))
+    assert len(options) > 45
+    assert options - {(m[0], m[1]) for m in MISTAKES} == set()
 
 
-def test_a_run_is_not_overwritten(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world)
+def test_a_run_is_not_overwritten_without_force(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     before = Path("runs/one/last.h5").read_bytes()
-    assert call(monkeypatch, "train --config small.toml --data world.txt --out runs/one") == 2
+    assert call(monkeypatch, "train --config small.toml --data book.txt --out runs/one") == 2
     assert Path("runs/one/last.h5").read_bytes() == before
 
 
-def test_a_path_inside_a_checkpoint_is_not_read(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_text_that_only_the_checkpoint_names_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the config.toml beside it, which anyone can look at, makes eval read a text."""
-    monkeypatch.chdir(world)
-    alone = world / "alone"
+    """The config.toml beside the checkpoint, which a user can look at, must name it too."""
+    monkeypatch.chdir(folder)
+    alone = folder / "alone"
     alone.mkdir()
     shutil.copy("runs/one/best.h5", alone)
     try:
@@ -133,51 +136,51 @@ def test_a_path_inside_a_checkpoint_is_not_read(
         shutil.rmtree(alone)
 
 
-def test_characters_get_longer_runs_from_text_and_from_a_corpus_file(
-    world: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_char_tokenizer_gets_longer_ngrams_for_text_and_for_a_corpus_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(world)
-    for data in ("world.txt --tokenizer char", "other.h5"):
-        wish = f"train tiny --data {data} --steps 1 --batch-size 1 --seq-len 8"
-        wish += " --out runs/chars --force"
-        assert call(monkeypatch, wish) == 0
-        made = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
-        assert (made["max_ngram"], made["ngram_buckets"]) == (4, 8192)
+    monkeypatch.chdir(folder)
+    for data in ("book.txt --tokenizer char", "other.h5"):
+        command = f"train tiny --data {data} --steps 1 --batch-size 1 --seq-len 8"
+        command += " --out runs/chars --force"
+        assert call(monkeypatch, command) == 0
+        model = tomllib.loads(Path("runs/chars/config.toml").read_text())["model"]
+        assert (model["max_ngram"], model["ngram_buckets"]) == (4, 8192)
     shutil.rmtree("runs/chars")
 
 
-def test_a_missing_harness_is_named(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_tasks_without_the_harness_name_the_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     assert call(monkeypatch, "eval --tasks x") == 2
     assert "--tasks needs a package: pip install 'mmrec[harness]'" in capsys.readouterr().err
 
 
 def test_prompts_without_their_training_text(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(folder)
     Path("alone").mkdir()
     shutil.copy("runs/one/best.h5", "alone")
     try:
-        wish = "eval alone/best.h5 runs/one --prompts short.txt --temperatures 0 --max-tokens 9"
-        assert call(monkeypatch, wish) == 0
-        made = capsys.readouterr()
-        assert "copies of the training text are not searched for" in made.err
-        assert made.out.count("temperature 0,") == 2
+        command = "eval alone/best.h5 runs/one --prompts short.txt --temperatures 0"
+        assert call(monkeypatch, f"{command} --max-tokens 9") == 0
+        printed = capsys.readouterr()
+        assert "copies of the training text are not searched for" in printed.err
+        assert printed.out.count("temperature 0,") == 2
     finally:
         shutil.rmtree("alone")
 
 
 def test_commands_that_work(
-    world: Path,
+    folder: Path,
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(folder)
     assert call(monkeypatch, "eval --json") == 0
     scores = json.loads(capsys.readouterr().out)
     assert 0 < scores["bits_per_byte"] < 8.2
@@ -202,13 +205,13 @@ def test_commands_that_work(
     assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer char") == 0
     assert "bytes/token" in capsys.readouterr().out
-    assert call(monkeypatch, f"data prepare {text_file} --tokenizer byte --out made.h5") == 0
-    assert Path("made.h5").exists()
+    assert call(monkeypatch, f"data prepare {text_file} --tokenizer byte --out byte.h5") == 0
+    assert Path("byte.h5").exists()
     capsys.readouterr()
-    assert call(monkeypatch, "eval --data made.h5 --json") == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["bits_per_byte"] == scores["bits_per_byte"]
-    assert again["data"] == "validation split of made.h5"
+    assert call(monkeypatch, "eval --data byte.h5 --json") == 0
+    scores_of_corpus = json.loads(capsys.readouterr().out)
+    assert scores_of_corpus["bits_per_byte"] == scores["bits_per_byte"]
+    assert scores_of_corpus["data"] == "validation split of byte.h5"
     assert call(monkeypatch, "eval --data records.jsonl --skip-bad --json") == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == len("good")
     assert call(monkeypatch, "compare runs/one runs/one --out both.png") == 0
@@ -260,16 +263,18 @@ def test_a_wrong_implementation_is_not_timed() -> None:
     assert rows[0].error == pytest.approx(0.01, rel=1e-3)
 
 
-def test_as_a_program(world: Path) -> None:
-    """A real process: help is quick to load nothing heavy, standard input is a prompt."""
+def test_as_a_process(folder: Path) -> None:
+    """The command line imports nothing heavy. Standard input is a prompt."""
     code = "import sys, mmrec.cli.main; print({'torch', 'numba', 'h5py'} & set(sys.modules))"
-    lean = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert lean.stdout.strip() == "set()"
+    imports = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert imports.stdout.strip() == "set()"
     command = ["-m", "mmrec", "generate", "--seed", "1", "--max-tokens", "5"]
     run = subprocess.run(
         [sys.executable, *command, "--model", "runs/one"],
         input="import",
-        cwd=world,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -278,7 +283,7 @@ def test_as_a_program(world: Path) -> None:
     assert run.stdout.startswith("import")
 
 
-def test_bench_train_says_where_a_step_goes(
+def test_bench_train_shows_the_time_of_each_part(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -289,67 +294,66 @@ def test_bench_train_says_where_a_step_goes(
         assert f"\n{part} " in out
     assert "tokens/s" in out
     assert call(monkeypatch, "bench train tiny --vocab 50 --batch-size 2 --seq-len 16 --json") == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["flops"] == pytest.approx(sum(p["flops"] for p in made["parts"]))
-    whole = sum(p["seconds"] for p in made["parts"])
-    assert whole >= made["seconds"] * 0.99
-    assert 0 < made["peak_fraction"] < 2
+    step = json.loads(capsys.readouterr().out)
+    assert step["flops"] == pytest.approx(sum(p["flops"] for p in step["parts"]))
+    assert sum(p["seconds"] for p in step["parts"]) >= step["seconds"] * 0.99
+    assert 0 < step["peak_fraction"] < 2
 
 
-def program(world: Path, arguments: str) -> str:
-    """Standard output of a real process, which must end well and complain of nothing."""
+def program(folder: Path, arguments: str) -> str:
+    """Run mmrec in a process of its own, without an error or a warning; return what it prints."""
     command = [sys.executable, "-W", "error", "-m", "mmrec", *arguments.split()]
-    environment = os.environ | {"MMREC_CACHE": str(world / "cache")}
+    environment = os.environ | {"MMREC_CACHE": str(folder / "cache")}
     run = subprocess.run(
-        command, cwd=world, env=environment, capture_output=True, text=True, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
-def scores(world: Path, where: str) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(program(world, f"eval {where} --json"))
-    return made
+def scores(folder: Path, where: str) -> dict[str, Any]:
+    """What ``mmrec eval`` says of a run."""
+    values: dict[str, Any] = json.loads(program(folder, f"eval {where} --json"))
+    return values
 
 
-def test_grow_then_train_on(world: Path, tmp_path: Path) -> None:
-    """Grown, a run scores the same on real text; training goes on with its tokenizer and moments;
-    a resume and an evaluation find them again."""
-    shutil.copytree(world / "runs/one", tmp_path / "one")
-    for name in ("small.toml", "world.txt"):
-        shutil.copy(world / name, tmp_path)
+def test_a_grown_model_can_be_trained(folder: Path, tmp_path: Path) -> None:
+    """A grown model scores the same. Training and a resume keep its tokenizer and moments."""
+    shutil.copytree(folder / "runs/one", tmp_path / "one")
+    for name in ("small.toml", "book.txt"):
+        shutil.copy(folder / name, tmp_path)
     out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
     assert "to   width 64, 3 layers (nnn), 2 heads, vocabulary 257, " in out
     before = scores(tmp_path, "one/last.h5")
-    after = json.loads(program(tmp_path, "eval grown.h5 --data world.txt --json"))
-    again = json.loads(program(tmp_path, "eval one/last.h5 --data world.txt --json"))
-    assert after["loss"] == pytest.approx(again["loss"], abs=1e-4)
+    after = json.loads(program(tmp_path, "eval grown.h5 --data book.txt --json"))
+    ungrown = json.loads(program(tmp_path, "eval one/last.h5 --data book.txt --json"))
+    assert after["loss"] == pytest.approx(ungrown["loss"], abs=1e-4)
 
-    options = "--batch-size 2 --seq-len 32 --eval-every 4 --data world.txt"
+    options = "--batch-size 2 --seq-len 32 --eval-every 4 --data book.txt"
     out = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 12 --out more")
     assert "start   grown.h5, step 6, with its moments" in out
     assert (tmp_path / "more/step-0.h5").exists()
     assert scores(tmp_path, "more")["loss"] < before["loss"]
 
-    whole = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 6 --out cut")
-    assert "with its moments" in whole
-    out = program(tmp_path, "train --resume --out cut --steps 12")
-    assert "resume  cut/last.h5, step 6" in out
-    assert scores(tmp_path, "cut")["loss"] < before["loss"]
+    out = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 6 --out short")
+    assert "with its moments" in out
+    out = program(tmp_path, "train --resume --out short --steps 12")
+    assert "resume  short/last.h5, step 6" in out
+    assert scores(tmp_path, "short")["loss"] < before["loss"]
 
 
-def test_windows_are_as_long_as_a_preset_has_them(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_preset_and_the_tokenizer_set_the_sequence_length(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By tokenizer, unless a file says otherwise, or a flag."""
-    shutil.copy(world / "world.txt", tmp_path)
+    """Unless a configuration file or an option sets it."""
+    shutil.copy(folder / "book.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
     sizes = "[model]\nwidth = 32\ndepth = 1\nheads = 2\nngram_buckets = 64\n"
     (tmp_path / "s.toml").write_text(sizes)
     (tmp_path / "t.toml").write_text(f"{sizes}[data]\nseq_len = 96\n")
-    common = "--data world.txt --steps 1 --batch-size 2"
-    for number, (words, length) in enumerate(
+    common = "--data book.txt --steps 1 --batch-size 2"
+    for number, (arguments, seq_len) in enumerate(
         {
             "tiny --config s.toml --vocab 300": 128,
             "tiny --config s.toml --tokenizer char": 256,
@@ -360,20 +364,20 @@ def test_windows_are_as_long_as_a_preset_has_them(
             "tiny --config s.toml --initialize-from 1": 256,
         }.items()
     ):
-        assert call(monkeypatch, f"train {words} {common} --out {number}") == 0
-        made = tomllib.loads(Path(f"{number}/config.toml").read_text())
-        assert made["data"]["seq_len"] == length, words
+        assert call(monkeypatch, f"train {arguments} {common} --out {number}") == 0
+        config = tomllib.loads(Path(f"{number}/config.toml").read_text())
+        assert config["data"]["seq_len"] == seq_len, arguments
 
 
-def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> None:
-    """Another text under the tokenizer of the first, which training anew would not give."""
-    shutil.copy(world / "world.txt", tmp_path)
+def test_a_bpe_run_grows_with_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Another text is tokenised with the tokenizer of the first run; none is trained on it."""
+    shutil.copy(folder / "book.txt", tmp_path)
     (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
     (tmp_path / "s.toml").write_text(
         'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
         "[data]\nbatch_size = 2\nseq_len = 32\n[evaluation]\neval_every = 3\n[length]\nsteps = 4\n"
     )
-    program(tmp_path, "train --config s.toml --data world.txt --vocab 400 --out a")
+    program(tmp_path, "train --config s.toml --data book.txt --vocab 400 --out a")
     out = program(tmp_path, "train --config s.toml --data other.txt --initialize-from a --out b")
     assert "start   a/best.h5, step" in out
     assert "training the bpe" not in out
@@ -384,37 +388,37 @@ def test_a_bpe_run_grows_with_its_own_tokenizer(world: Path, tmp_path: Path) -> 
     for name in ("step-0.h5", "last.h5", "best.h5"):
         (tmp_path / "b" / name).unlink()
     command = [sys.executable, "-m", "mmrec", "train", "--resume", "--out", "b"]
-    lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert lost.returncode == 2
-    assert lost.stderr.count("\n") == 1
-    assert "b holds no whole checkpoint, so its tokenizer is lost" in lost.stderr
+    resumed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 2
+    assert resumed.stderr.count("\n") == 1
+    assert "b holds no whole checkpoint, so its tokenizer is lost" in resumed.stderr
 
 
-def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
-    """The new text gets better, the report says so of both texts, and what is frozen stays."""
-    shutil.copytree(world / "runs/one", tmp_path / "one")
+def test_finetune_on_another_text(folder: Path, tmp_path: Path) -> None:
+    """The new text's score improves, both texts are scored, and frozen weights do not change."""
+    shutil.copytree(folder / "runs/one", tmp_path / "one")
     (tmp_path / "new.txt").write_text(Path(__file__).read_text())
     out = program(
         tmp_path,
         "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
         "--eval-every 4 --replay-fraction 0.3 --lr 5e-3 --matrix-lr 1e-2 --out two",
     )
-    made = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
-    assert made["new"]["after"] < made["new"]["before"]
-    assert set(made) == {"new", "earlier"}
-    assert f"new text new.txt: {made['new']['before']:.4f} bits per byte before, " in out
+    reported = json.loads((tmp_path / "two/summary.json").read_text())["bits_per_byte"]
+    assert reported["new"]["after"] < reported["new"]["before"]
+    assert set(reported) == {"new", "earlier"}
+    assert f"new text new.txt: {reported['new']['before']:.4f} bits per byte before, " in out
     scored = json.loads(program(tmp_path, "eval two --json"))
-    assert scored["bits_per_byte"] == pytest.approx(made["new"]["after"], abs=1e-6)
+    assert scored["bits_per_byte"] == pytest.approx(reported["new"]["after"], abs=1e-6)
     with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
-        same = {}
+        unchanged = {}
         for name in (
             "embedding",
             "ngram_embedding",
             "layers.0.up_proj.weight",
             "layers.1.up_proj.weight",
         ):
-            same[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
-    assert list(same.values()) == [True, True, True, False]
+            unchanged[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
+    assert list(unchanged.values()) == [True, True, True, False]
     out = program(tmp_path, "train --resume --out two --steps 14")
     assert "resume  two/last.h5, step 12" in out
     Path(tmp_path / "one/config.toml").unlink()
@@ -422,22 +426,22 @@ def test_finetune_on_another_text(world: Path, tmp_path: Path) -> None:
     assert "forgetting of the earlier text is not measured" in out
 
 
-def test_a_vocabulary_grows(world: Path, tmp_path: Path) -> None:
-    """Fewer, longer tokens of the same text, a model that knows of them, and training goes on."""
+def test_a_vocabulary_can_be_extended(folder: Path, tmp_path: Path) -> None:
+    """The same text has fewer, longer tokens, and training continues with them."""
     from mmrec.checkpoint.checkpoint import load_model
 
-    shutil.copytree(world / "bpe", tmp_path / "bpe")
-    shutil.copy(world / "world.txt", tmp_path)
+    shutil.copytree(folder / "bpe", tmp_path / "bpe")
+    shutil.copy(folder / "book.txt", tmp_path)
     out = program(tmp_path, "grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
     assert "to   width 64, 2 layers (nn), 2 heads, vocabulary 500, " in out
-    text = (world / "world.txt").read_text()
+    text = (folder / "book.txt").read_text()
     old, new = load_model(tmp_path / "bpe/last.h5"), load_model(tmp_path / "more.h5")
     ids = new.tokenizer.encode(text)
     assert len(ids) < 0.95 * len(old.tokenizer.encode(text))
     assert new.tokenizer.decode(ids) == text
     out = program(
         tmp_path,
-        "train --initialize-from more.h5 --data world.txt --batch-size 2 --seq-len 32 --steps 4 "
-        "--out on",
+        "train --initialize-from more.h5 --data book.txt --batch-size 2 --seq-len 32 --steps 4 "
+        "--out longer",
     )
     assert "with its moments" in out

@@ -1,4 +1,4 @@
-"""What is set before torch is loaded: threads, how they wait, and what the user has set."""
+"""Settings before torch is loaded: the number of threads, and how idle threads wait."""
 
 import os
 import shutil
@@ -15,17 +15,17 @@ needs_proc = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs L
 
 
 @needs_proc
-def test_a_busy_neighbour_is_noticed() -> None:
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def test_another_busy_process_is_noticed() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         assert machine_is_busy(0.5)
     finally:
-        neighbour.kill()
-        neighbour.wait()
+        other.kill()
+        other.wait()
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_threads_sleep_beside_a_busy_neighbour(busy: bool) -> None:
+def test_threads_sleep_beside_a_busy_process(busy: bool) -> None:
     environ: dict[str, str] = {}
     prepare_process(["train"], environ, lambda: busy)
     assert environ == ({"OMP_WAIT_POLICY": "passive"} if busy else {})
@@ -41,7 +41,7 @@ def test_threads_sleep_beside_a_busy_neighbour(busy: bool) -> None:
 @needs_proc
 @pytest.mark.parametrize("chosen", [None, "1"])
 def test_cores_are_shared_unless_the_user_chose_a_number(chosen: str | None) -> None:
-    """The environment of a real parent process tells torchrun's choice from the user's."""
+    """torchrun sets OMP_NUM_THREADS=1. Its own environment shows whether the user set it."""
     parent_environ = {} if chosen is None else {"OMP_NUM_THREADS": chosen}
     parent = subprocess.Popen([str(shutil.which("sleep")), "60"], env=parent_environ)
     try:
