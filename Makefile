@@ -1,10 +1,9 @@
-# Everything runs in a virtual environment of its own. 'make demo' trains and talks, 'make test' tests.
+# Everything runs in a virtual environment, .venv. 'make demo' trains a model and generates text.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-# On Linux the plain torch wheel brings gigabytes of CUDA; this asks for the CPU build, and takes
-# what PyPI gives where that build is not to be had.
+# PyPI's torch for Linux brings gigabytes of CUDA, so the CPU build is tried first, then PyPI's.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test setup setup-dev lint types coverage docs wheel clean
@@ -35,7 +34,7 @@ $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.ready
 
-# cli/ and data/ become mmrec.cli and mmrec.data when installed; import-linter and mypy see that tree.
+# Installed, cli/ and data/ are mmrec.cli and mmrec.data. import-linter and mypy check that layout.
 TREE = rm -rf build/tree && mkdir -p build/tree && cp -r mmrec build/tree/mmrec \
   && cp -r cli data build/tree/mmrec/
 
@@ -48,8 +47,8 @@ types: setup-dev
 	$(TREE)
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mmrec
 
-# Compiled code shows no lines, so the kernels' tests run a second time as plain Python. There NumPy
-# warns of what the loops do on purpose: unsigned steps back wrap round, NaN goes through a sigmoid.
+# Coverage cannot see compiled code, so the kernels' tests run a second time as plain Python. There
+# NumPy warns of what the kernels do on purpose: unsigned integers wrap around, and NaN is passed on.
 coverage: setup-dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
@@ -57,7 +56,7 @@ coverage: setup-dev
 	  -W "ignore:overflow encountered in scalar" -W "ignore:invalid value encountered"
 	$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=90
 
-# The CLI and configuration pages are made from the program; a warning is an error.
+# The CLI and configuration pages are generated from the program. Warnings are errors.
 docs: setup-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
