@@ -42,7 +42,8 @@ class Callback:
 
         Args:
             trainer: the run.
-            path: the file: ``best.h5``, ``last.h5`` or ``step-N.h5``.
+            path: the file: ``best.h5``, ``last.h5`` or ``step-N.h5``. The metrics that this method
+                logs are not part of it: a resume from it drops them.
         """
 
     def on_end(self, trainer: "Trainer", summary: dict[str, Any]) -> None:

@@ -880,8 +880,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint; print which one, and what has changed since."""
+        is_first = self.process_group.rank == 0
         if not self._has_checkpoint():
-            if not (self.run_dir / "config.toml").exists():
+            # the other processes may be on machines that do not have the folder
+            if is_first and not (self.run_dir / "config.toml").exists():
                 raise InputError(f"{self.run_dir} holds no checkpoint to resume from")
             if self.config.finetune.initialize_from:
                 raise InputError(
