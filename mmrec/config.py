@@ -634,7 +634,7 @@ PRESETS: dict[str, ModelConfig] = {
 """The model family, by name."""
 
 DEFAULT_MAX_TOKENS = 256
-"""Tokens that ``generate`` writes unless told otherwise."""
+"""Tokens that ``generate`` writes at most, by default."""
 DEFAULT_TOKENS = 1100 * 4096
 """Tokens of a run whose length is not given: about five minutes of tiny on two cores."""
 DEFAULT_EPOCHS = 4

@@ -15,7 +15,7 @@ RMSNorm and a causal depthwise convolution of width K. One layer computes
     x ← x + ((rms_norm(h) + rms_norm(o)) silu(r)) W_out                      out_proj
     x ← x + relu²(rms_norm(x) W_up) W_down                                   feed-forward
 
-A layer type is one letter. It says which memories the layer has:
+A layer type is one letter, which selects the memories of the layer:
 
     n   the gated recurrence with W_g = 0, which is a minGRU: ``kernels.min_gru_mixer``
     s   the gated recurrence with its full recurrent weight W_g

@@ -56,7 +56,7 @@ class Progress:
     last_spike_step: int = 0
     """Step of the last warning of a loss spike."""
     current_epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The epoch under way: sum and count of its losses, the first and the last loss, and the
+    """The current epoch: sum and count of its losses, the first and the last loss, and the
     training time at which it began."""
     epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One row per finished epoch."""
@@ -65,7 +65,7 @@ class Progress:
     losses_since_validation: list[float] = dataclasses.field(default_factory=list)
 
     def add_loss(self, loss: float) -> None:
-        """Add the loss of a step to the epoch under way."""
+        """Add the loss of a step to the current epoch."""
         self.losses_since_validation.append(loss)
         if not self.current_epoch:
             self.current_epoch = {"sum": 0.0, "count": 0, "first": loss, "began": self.seconds}

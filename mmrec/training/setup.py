@@ -124,7 +124,8 @@ def train(
 
     Raises:
         InputError: a setting, the data or the folder is not usable.
-        TrainingDivergedError: a loss or gradient is not finite, and ``on_nan`` does not go on.
+        TrainingDivergedError: a loss or gradient is not finite, and ``on_nan`` does not let the run
+            continue.
         StorageError: a file could not be written.
     """
     echo: Callable[[str], None] = print if progress else _silent

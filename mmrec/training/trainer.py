@@ -298,8 +298,8 @@ class Trainer:
 
         Raises:
             RunLockedError: another process writes in the folder.
-            TrainingDivergedError: a loss or gradient is not finite and ``on_nan`` does not go on.
-                ``last.h5`` is the state before that step.
+            TrainingDivergedError: a loss or gradient is not finite, and ``on_nan`` does not let the
+                run continue. ``last.h5`` is the state before that step.
             StorageError: a checkpoint could not be written; earlier ones are intact.
         """
         is_first = self.process_group.rank == 0  # of several processes, rank 0 writes

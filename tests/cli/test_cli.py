@@ -312,7 +312,7 @@ def program(folder: Path, arguments: str) -> str:
 
 
 def scores(folder: Path, where: str) -> dict[str, Any]:
-    """What ``mmrec eval`` says of a run."""
+    """The JSON output of ``mmrec eval`` for a run."""
     values: dict[str, Any] = json.loads(program(folder, f"eval {where} --json"))
     return values
 
