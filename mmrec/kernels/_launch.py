@@ -192,7 +192,8 @@ class _CompileNotice(event.Listener):
                 f"cached in {CACHE_FOLDER}" if CACHE_FOLDER else "no cache folder can be written"
             )
             print(
-                f"mmrec: compiling kernels for this processor, once, half a minute or more; {cache}",
+                "mmrec: compiling kernels for this processor, once, half a minute or more; "
+                f"{cache}",
                 file=sys.stderr,
                 flush=True,
             )

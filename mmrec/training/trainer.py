@@ -356,15 +356,15 @@ class Trainer:
 
                 self.echo = echo_above_bar
                 self._train_loop(bar)
-                if not self.stop_signal.signal_number:
+                is_over = self.patience_exceeded or self.fraction_done() >= 1.0
+                if self.stop_signal.signal_number:
+                    ended = "signal"
+                elif self._stop_requested and not is_over:
+                    ended = "stopped"  # in the middle of an epoch, which a resume continues
+                else:
                     partial_epoch = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
                     self.end_epoch(partial_epoch or 1.0)
-                    if self.patience_exceeded:
-                        ended = "early"
-                    elif self._stop_requested and self.fraction_done() < 1.0:
-                        ended = "stopped"
-                    else:
-                        ended = "done"
+                    ended = "early" if self.patience_exceeded else "done"
         except InterruptedTrainingError:
             pass
         finally:

@@ -445,6 +445,8 @@ def test_a_callback_stops_a_run_that_can_be_resumed(corpus: Corpus, tmp_path: Pa
     resumed = make_trainer(corpus, tmp_path / "resumed")
     assert resumed.fit(resume=True)["ended"] == "done"
     assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
+    numbers = [[row["epoch"] for row in t.progress.epochs] for t in (uninterrupted, resumed)]
+    assert numbers[0] == numbers[1]
     for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
