@@ -30,9 +30,10 @@ SOURCE_HELP = "stdlib, shakespeare, a file, a folder, a glob, - for standard inp
 
 
 def _prepare(source: str, settings: dict[str, Any], **options: Any) -> Path:
-    from mmrec.data.prepare import prepare, read_options
+    from mmrec.data.prepare import check_given_settings, prepare, read_options
 
-    config = DataConfig(**settings)
+    config = DataConfig(source=source, **settings)
+    check_given_settings(settings, config)
     vocab = config.vocab or DEFAULT_VOCAB
     return prepare(source, config.tokenizer, vocab, options=read_options(config), **options)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import settings_options
+from mmrec.cli.options import ALL_SETTINGS, settings_options
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
@@ -27,7 +27,7 @@ def evaluate(
         typer.Option(help="Draw loss by position in the document and calibration as a PNG."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts to continue, one per line, or .jsonl.")
+        Path | None, typer.Option(help="File of prompts to continue: one per line, or records.")
     ] = None,
     temperatures: Annotated[
         str, typer.Option(help="Temperatures for --prompts, joined by commas.")
@@ -61,8 +61,11 @@ def evaluate(
     paths: list[Path | None] = [*where] if where else [None]
     models = [load_model(find_checkpoint(path)) for path in paths]
     if prompts:
-        _write_samples(models, prompts, temperatures, max_tokens, report, as_json)
+        _write_samples(models, prompts, settings, temperatures, max_tokens, report, as_json)
     elif tasks:
+        if settings:
+            flag = ALL_SETTINGS[next(iter(settings))].flag
+            raise InputError(f"{flag} has no effect with --tasks: leave it out")
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
         _score(models[0], data, settings, plot, as_json)
@@ -71,6 +74,7 @@ def evaluate(
 def _write_samples(
     models: list["LoadedModel"],
     prompts: Path,
+    settings: dict[str, Any],
     temperatures: str,
     max_tokens: int,
     report: Path | None,
@@ -93,7 +97,7 @@ def _write_samples(
         ) from None
     for x in values:
         SamplingConfig(temperature=x)
-    texts = read_prompts(prompts)
+    texts = read_prompts(prompts, **settings)
     training = [_training_text(loaded) for loaded in models]
     count = len(models) * len(texts) * len(values)
     with tqdm(total=count, unit="text", leave=False, disable=None) as bar:

@@ -56,7 +56,7 @@ class Corpus:
         train: the training text.
         val: the validation text.
         tokenizer: what the text was tokenised with.
-        info: JSON: ``source``, ``fingerprint`` (SHA-256 of names and texts), ``duplicates``,
+        info: JSON: ``source``, ``fingerprint`` (SHA-256 of the texts), ``duplicates``,
             ``near_duplicates`` and ``skipped`` (counts), ``longest`` and ``random``
             (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``.
     """

@@ -10,7 +10,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
+from mmrec.config import DataConfig
 from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
 from mmrec.data.dedup import minhash_signatures
 from mmrec.data.readers import Document, ReadOptions
 from mmrec.data.sources import (
+    CORPUS_NAMES,
     DOCUMENTS,
     ReadSource,
     Source,
-    iter_documents,
+    check_read_once,
     parse_mixture,
     rereadable,
 )
@@ -39,6 +41,8 @@ from mmrec.runtime.atomic import remove_stale_temporaries
 TOKENIZER_SAMPLE_BYTES = 1 << 26
 """Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
 LOCK_NAME = ".prepare.lock"
+READING_SETTINGS = ("text_field", "skip_bad", "max_bytes", "val_fraction", "val_file")
+"""Settings of how a text is read and split, which a prepared corpus does not need."""
 
 Echo = Callable[[str], None]
 """Called with each line of text for the user."""
@@ -54,8 +58,42 @@ def read_options(data_config: Any) -> ReadOptions:
     Raises:
         InputError: a value is out of its range.
     """
-    names = ("text_field", "skip_bad", "max_bytes", "val_fraction", "val_file")
-    return ReadOptions(**{name: getattr(data_config, name) for name in names})
+    return ReadOptions(**{name: getattr(data_config, name) for name in READING_SETTINGS})
+
+
+def check_given_settings(given: Mapping[str, Any], data: DataConfig) -> None:
+    """Check that every setting of the text which the user gave has an effect.
+
+    Args:
+        given: the settings that the user gave, by flat name, without those of a file.
+        data: all settings of the text.
+
+    Raises:
+        InputError: a setting has no effect.
+    """
+    declared = DataConfig.settings()
+    given = {n: v for n, v in given.items() if n in declared and v != declared[n].default}
+
+    def refuse(names: Iterable[str], reason: str) -> None:
+        for name in names:
+            if name in given:
+                raise InputError(f"{declared[name].flag} has no effect: {reason}")
+
+    kind = data.tokenizer
+    if is_prepared(data.source):
+        tokenizer = Corpus.open(Path(data.source)).tokenizer
+        kind = tokenizer.kind
+        refuse(READING_SETTINGS, f"{data.source} is prepared already; give the text itself")
+        if given.get("tokenizer", kind) != kind:
+            refuse(["tokenizer"], f"{data.source} has the tokenizer {kind}")
+        if given.get("vocab", tokenizer.vocab_size) != tokenizer.vocab_size:
+            refuse(["vocab"], f"{data.source} has a vocabulary of {tokenizer.vocab_size:,}")
+    if kind != "bpe":
+        refuse(["vocab"], f"it is the size of a bpe vocabulary, and the tokenizer is {kind}")
+    if data.val_file:
+        refuse(["val_fraction"], f"the validation text is {data.val_file}")
+    elif all(name in CORPUS_NAMES for _, name in parse_mixture(data.source)):
+        refuse(["skip_bad"], f"the built-in corpus {data.source} has no broken records")
 
 
 def corpus_tokenizer_kind(source: str | Path, tokenizer: str) -> str:
@@ -110,7 +148,7 @@ def prepare(
         StorageError: the file cannot be written.
     """
     echo = progress or (lambda line: None)
-    options = dataclasses.replace(options or ReadOptions(), skipped_records=0)
+    options = dataclasses.replace(options or ReadOptions())  # with counts of its own
     components = _components(source)
     if len(components) == 1 and is_prepared(components[0][1]):
         return Path(components[0][1])
@@ -118,6 +156,7 @@ def prepare(
         check_tokenizer_settings(tokenizer, vocab_size)
     if len(components) > 1 and any(is_prepared(name) for _, name, _ in components):
         raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
+    check_read_once([*(name for _, name, _ in components), options.val_file])
     folder = out.parent if out else cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,20 +240,21 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
         source: see ``iter_documents``.
         options: how it is read and split.
 
-    Returns:
-        An iterator over the texts of the training documents, long ones in pieces.
+    Yields:
+        The texts of the training documents, long ones in pieces.
 
     Raises:
-        InputError: the source cannot be read.
+        InputError: the source cannot be read, or holds no text.
     """
     options = options or ReadOptions()
-
-    def read() -> Iterator[Document]:
-        return iter_documents(source, options)
-
-    scan = scan_documents(read())
-    plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
-    return (document.text for split, document in plan.assign(read()) if split == TRAIN)
+    with rereadable(source, options, cache_folder()) as read:
+        scan = scan_documents(read())
+        if not len(scan.keys):
+            raise options.no_text(str(source))
+        plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
+        for split, document in plan.assign(read()):
+            if split == TRAIN:
+                yield document.text
 
 
 @contextlib.contextmanager
@@ -300,9 +340,17 @@ class _Preparation:
         # of this reading: the ones that follow count the same records again
         self.skipped_records = self.options.skipped_records + self.val_options.skipped_records
         self.val_documents = self.component_ends.pop(0) if self.val_reader else 0
+        if self.val_reader and not self.val_documents:
+            raise self.val_options.no_text(f"the validation text {self.options.val_file}")
         if len(self.scan.keys) == self.val_documents:
-            raise InputError(
-                f"{self.source} is empty: expected text; got only white space or nothing"
+            raise self.options.no_text(self.source)
+        if not self.val_options.has_records:
+            self.options.check_text_field(self.source)
+        if self.skipped_records:
+            reason = self.options.skip_reason or self.val_options.skip_reason
+            self.echo(
+                f"note: {self.skipped_records:,} broken records or files were skipped; the first: "
+                f"{reason}"
             )
         tokenizer_key: Any = self.vocab_size
         if self.given_tokenizer:
@@ -312,7 +360,8 @@ class _Preparation:
             self.kind,
             tokenizer_key,
             self.val_documents or self.options.val_fraction,
-            [weight for weight, _ in self.mixture],
+            [[w, end] for (w, _), end in zip(self.mixture, self.component_ends, strict=True)],
+            self.skipped_records,
             SCHEMA,
             *["compressed"] * self.compress,
         ]

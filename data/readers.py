@@ -1,17 +1,21 @@
-"""Text, JSON-lines and Parquet files, compressed or not, read as documents in bounded memory."""
+"""Text, JSON and Parquet, compressed or not, read as documents in bounded memory.
+
+What a stream holds is told by its content, whether it is a file, standard input or a pipe.
+"""
 
 import codecs
 import contextlib
 import gzip
 import importlib
+import io
 import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from mmrec.errors import InputError
 
@@ -27,8 +31,42 @@ CUT_SEARCH_CHARS = 1 << 12
 """Characters at the end of a piece in which a place to cut is searched for."""
 MAX_BYTES_LIMIT = 10**15
 SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
+SURROGATE = re.compile("[\ud800-\udfff]")
+BYTE_ORDER_MARK = "\ufeff"
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
+
+HEAD_BYTES = 1 << 20
+"""Bytes at the start of a stream that tell what it holds."""
+PARQUET_MAGIC = b"PAR1"
+SKIPPABLE_FRAMES = tuple(bytes([0x50 + i]) for i in range(16))
+"""First bytes of a Zstandard frame that holds no data."""
+ARRAY_OF_OBJECTS = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
+FIRST_OBJECT = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?(\{\s*")')
+LINE_END = re.compile(r"[ \t\r]*(\n\s*|$)")
+ITEM_END = re.compile(r"\s*([,\]]\s*|$)")
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_EXTRACT = "extract its text first"
+FOREIGN = [
+    (257, rb"ustar", "a tar archive: extract it first, with tar -xf"),
+    (0, rb"PK\x03\x04", f"a zip archive or an office document: {_EXTRACT}"),
+    (0, rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", f"an office document: {_EXTRACT}"),
+    (0, rb"%PDF-", f"a PDF document: {_EXTRACT}, for example with pdftotext"),
+    (0, rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*", "a picture"),
+    (0, rb"RIFF.{4}(WAVE|AVI )|OggS\0|fLaC\0|ID3[\2-\4]\0|\0\0..ftyp", "a sound or film"),
+    (0, rb"\xfd7zXZ\0", "compressed with xz: decompress it first, with xz -d"),
+    (0, rb"BZh[1-9]1AY&SY", "compressed with bzip2: decompress it first, with bzip2 -d"),
+    (0, rb"\x04\x22\x4d\x18", "compressed with lz4: decompress it first, with lz4 -d"),
+    (0, rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive: extract it first"),
+    (0, rb"\x89HDF\r\n\x1a\n", "HDF5: the name of a prepared corpus must end in .h5"),
+    (0, rb"SQLite format 3\0", "an SQLite database: export its text as JSON lines"),
+    (0, rb"ARROW1\0\0|ORC.{0,64}\0|Obj\x01|\x93NUMPY", "a table or array: write it as Parquet"),
+    (0, rb"\x7fELF|MZ\x90\0", "a program"),
+    (0, rb"\{\\rtf1", f"an RTF document: {_EXTRACT}"),
+    (0, rb"\xff\xfe|\xfe\xff", "UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8"),
+]
+"""Offset, pattern and description of what holds no text that can be read."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +89,18 @@ class ReadOptions:
     """How sources are read and split.
 
     Attributes:
-        text_field: field or column of a record that holds the text; empty is ``text``.
-        skip_bad: skip broken records and files that are not UTF-8 instead of raising.
+        text_field: field or column of a record that holds the text; empty is ``default_field``.
+        skip_bad: skip broken records, and files that are not text, instead of raising.
         max_bytes: stop after the document that reaches this many bytes of text; 0 reads everything.
         val_fraction: share of the text that is held out for validation, in (0, 0.5].
         val_file: source of the validation text; empty holds out a share of the source.
         piece_chars: characters of a document that are held in memory at once.
         chunk_bytes: bytes of a text file that are read at once.
-        max_line_bytes: longest line of a JSON-lines file, in bytes.
+        max_line_bytes: longest line, or item of an array, of JSON, in bytes.
+        default_field: the field or column if ``text_field`` is empty.
         skipped_records: how many records and files have been skipped so far.
+        skip_reason: what was wrong with the first of them.
+        has_records: whether records have been read so far, so that ``text_field`` has an effect.
 
     Raises:
         InputError: a limit or a share is out of its range.
@@ -73,7 +114,10 @@ class ReadOptions:
     piece_chars: int = PIECE_CHARS
     chunk_bytes: int = CHUNK_BYTES
     max_line_bytes: int = MAX_LINE_BYTES
-    skipped_records: int = 0
+    default_field: str = "text"
+    skipped_records: int = field(default=0, init=False)
+    skip_reason: str = field(default="", init=False)
+    has_records: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bytes <= MAX_BYTES_LIMIT:
@@ -87,7 +131,7 @@ class ReadOptions:
     @property
     def field(self) -> str:
         """Name of the field that holds the text."""
-        return self.text_field or "text"
+        return self.text_field or self.default_field
 
     def reject(self, message: str) -> None:
         """Count a broken record if those are skipped.
@@ -98,20 +142,42 @@ class ReadOptions:
         if not self.skip_bad:
             raise InputError(message)
         self.skipped_records += 1
+        self.skip_reason = self.skip_reason or message
+
+    def check_text_field(self, source: str) -> None:
+        """Check that ``text_field`` had an effect on a source that has been read.
+
+        Raises:
+            InputError: the source holds no records.
+        """
+        if self.text_field and not self.has_records:
+            raise InputError(
+                f"--text-field names a field of records; {source} holds text without fields: leave "
+                f"it out; got {self.text_field!r}"
+            )
+
+    def no_text(self, source: str) -> InputError:
+        """The error of a source without documents, which says what was skipped."""
+        if not self.skipped_records:
+            return InputError(f"{source} is empty: expected text; got only white space or nothing")
+        return InputError(
+            f"{source} holds no text that can be read: {self.skipped_records:,} records or files "
+            f"were skipped, the first because {self.skip_reason}"
+        )
 
 
-def content_suffix(path: Path) -> str:
+def content_suffix(name: str | Path) -> str:
     """Return the lower-case suffix that tells a file's content, without that of compression."""
-    name = path.name.lower()
+    file_name = Path(name).name.lower()
     for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return Path(name).suffix
+        file_name = file_name.removesuffix(suffix)
+    return Path(file_name).suffix
 
 
 def read_file(
     path: Path, options: ReadOptions, *, name: str = "", json_lines: bool = False
 ) -> Iterator[Document]:
-    """Read the documents of a file; its name tells the format and the compression.
+    """Read the documents of a file; see ``read_stream``.
 
     Args:
         path: the file.
@@ -126,30 +192,24 @@ def read_file(
         InputError: the file cannot be read, or holds what it must not and nothing is skipped.
     """
     name = name or str(path)
-    suffix = content_suffix(path)
-    try:
-        if suffix == ".parquet":
-            yield from _read_parquet(path, name, options)
-            return
-        with _open_file(path, name) as stream:
-            if json_lines or suffix in RECORD_SUFFIXES:
-                yield from _read_json_lines(name, stream, options)
-            else:
-                yield from _read_text(name, stream, options)
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
+    with open_file(path, name) as stream:
+        yield from read_stream(stream, name, options, json_lines=json_lines)
 
 
 def read_stream(
     stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
 ) -> Iterator[Document]:
-    """Read the documents of an open binary stream of text, or of JSON lines.
+    """Read the documents of an open binary stream.
+
+    Compression and format are told by the content: gzip, Zstandard and Parquet by their first
+    bytes, JSON by its first record. A name that ends in ``.jsonl``, ``.ndjson``, ``.json`` or
+    ``.parquet`` must hold such records.
 
     Args:
         stream: the stream; it is read to its end and not closed.
         name: what documents and messages call it.
         options: how to read.
-        json_lines: whether it holds JSON lines.
+        json_lines: read JSON lines whatever the content.
 
     Yields:
         The documents, long ones in pieces.
@@ -157,11 +217,46 @@ def read_stream(
     Raises:
         InputError: the stream cannot be read, or holds what it must not and nothing is skipped.
     """
-    read = _read_json_lines if json_lines else _read_text
-    try:
-        yield from read(name, stream, options)
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
+    with _open_content(stream, name, options, json_lines=json_lines) as content:
+        if content.records is None:
+            yield from _read_text(content, options)
+            return
+        for record in content.records:
+            yield from split_documents(record.text, record.name, options)
+
+
+def read_lines(stream: BinaryIO, name: str, options: ReadOptions) -> list[str]:
+    """Read short texts, such as prompts: one per line of a text, or one per record.
+
+    They are read by the rules of documents, but nothing is split or left out except blank lines.
+
+    Args:
+        stream: the stream; it is read to its end and not closed.
+        name: what messages call it.
+        options: how to read.
+
+    Returns:
+        The texts in order.
+
+    Raises:
+        InputError: the stream cannot be read, or holds what it must not and nothing is skipped.
+    """
+    with _open_content(stream, name, options) as content:
+        if content.records is not None:
+            return [record.text for record in content.records]
+        try:
+            text = "".join(_decode_text(content, options.chunk_bytes)).lstrip(BYTE_ORDER_MARK)
+        except _NotTextError as error:
+            options.reject(str(error))
+            return []
+        return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def split_documents(text: str, name: str, options: ReadOptions) -> Iterator[Document]:
+    """Split a text into documents at ``<|endoftext|>``, and long documents into pieces."""
+    splitter = DocumentSplitter(name, options.piece_chars)
+    yield from splitter.feed(text)
+    yield from splitter.finish()
 
 
 def import_zstandard() -> Any:
@@ -175,58 +270,194 @@ def import_zstandard() -> Any:
 
 
 @contextlib.contextmanager
-def _open_file(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed; damaged compression is an InputError."""
-    opener: Any = open
-    kind = ""
-    errors: tuple[type[Exception], ...] = ()
-    file_name = path.name.lower()
-    if file_name.endswith(".gz"):
-        opener, kind, errors = gzip.open, "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
-    elif file_name.endswith(".zst"):
-        try:
-            zstandard = import_zstandard()
-        except ImportError:
-            raise InputError(
-                f"{name} is Zstandard, which needs a package: pip install 'mmrec[files]'"
-            ) from None
-        opener, kind, errors = zstandard.open, "Zstandard", (EOFError, zstandard.ZstdError)
-    with opener(path, "rb") as stream:
-        try:
-            yield stream
-        except errors as error:
-            raise InputError(f"{name} must be a whole {kind} file: {error}") from None
-
-
-def _read_text(name: str, stream: BinaryIO, options: ReadOptions) -> Iterator[Document]:
-    splitter = DocumentSplitter(name, options.piece_chars)
+def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a file for reading; an InputError says under which name it cannot be read."""
     try:
-        for text in _decode_utf8(stream, options.chunk_bytes):
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+# ---- what a stream holds
+
+
+class Record(NamedTuple):
+    """The text of one record, which may hold several documents."""
+
+    name: str
+    """Name of its documents."""
+    text: str
+
+
+class _Content(NamedTuple):
+    """A stream whose compression is undone."""
+
+    name: str
+    stream: BinaryIO
+    records: Iterator[Record] | None
+    """None if it is text."""
+
+
+@contextlib.contextmanager
+def _open_content(
+    stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
+) -> Iterator[_Content]:
+    """Find out what a stream holds. Damage, of its compression too, is an InputError."""
+    compressions: dict[str, tuple[type[Exception], ...]] = {}
+    plain = stream
+    try:
+        head = plain.read(HEAD_BYTES)
+        while compression := _find_compression(head):
+            plain, compressions[compression] = _decompress(
+                compression, io.BufferedReader(_Rejoined(head, plain)), name
+            )
+            head = plain.read(HEAD_BYTES)
+        is_whole_file = not compressions and stream.seekable()
+        rejoined = io.BufferedReader(_Rejoined(head, plain))
+        records: Iterator[Record] | None = None
+        if foreign := _find_foreign(head):
+            options.reject(f"{name} must be text or records; it is {foreign}")
+            records = iter(())
+        elif head.startswith(PARQUET_MAGIC) or content_suffix(name) == ".parquet":
+            # its index lies at the end, so that a stream without random access is read whole
+            file = stream if is_whole_file else io.BytesIO(rejoined.read())
+            file.seek(0)
+            records = _parquet_records(file, name, options)
+        elif json_lines or _holds_json(head, name, options):
+            is_array = not json_lines and ARRAY_OF_OBJECTS.match(head) is not None
+            read = _json_array_records if is_array else _json_line_records
+            records = read(rejoined, name, options)
+        yield _Content(name, rejoined, records)
+    except tuple({error for errors in compressions.values() for error in errors}) as error:
+        kind = " in ".join(reversed(compressions))
+        raise InputError(f"{name} must be a whole {kind} file: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream with the bytes before it that have been read already."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = memoryview(head), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _find_compression(head: bytes) -> str:
+    """``gzip``, ``Zstandard`` or nothing, by the first bytes."""
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    is_skippable = head[1:4] == b"\x2a\x4d\x18" and head[:1] in SKIPPABLE_FRAMES
+    return "Zstandard" if head.startswith(b"\x28\xb5\x2f\xfd") or is_skippable else ""
+
+
+def _decompress(
+    compression: str, stream: BinaryIO, name: str
+) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """A stream of the decompressed bytes, and the errors that damage to it raises."""
+    if compression == "gzip":
+        return gzip.open(stream, "rb"), (EOFError, gzip.BadGzipFile, zlib.error)
+    try:
+        zstandard = import_zstandard()
+    except ImportError:
+        raise InputError(
+            f"{name} is Zstandard, which needs a package: pip install 'mmrec[files]'"
+        ) from None
+    return zstandard.open(stream, "rb"), (EOFError, zstandard.ZstdError)
+
+
+def _find_foreign(head: bytes) -> str:
+    """What a file is that holds no text of its own, and what to do; empty if it may be text."""
+    for offset, magic, description in FOREIGN:
+        if re.compile(magic, re.DOTALL).match(head, offset):
+            return description
+    return ""
+
+
+def _holds_json(head: bytes, name: str, options: ReadOptions) -> bool:
+    """Whether a stream holds JSON records.
+
+    The name decides if it is that of JSON, else the first record. Where a name such as ``log.txt``
+    says that it is text, two records must have the field, or one if the user names a field.
+    """
+    suffix = content_suffix(name)
+    if suffix in JSON_SUFFIXES:
+        return True
+    records = _first_records(head)
+    if not suffix or options.text_field:
+        return bool(records) or (not suffix and bool(options.text_field))
+    return len(records) == 2 and all(options.field in record for record in records)
+
+
+def _first_records(head: bytes) -> list[Any]:
+    """Up to two JSON objects, or their keys, that begin a stream of lines or an array."""
+    start = FIRST_OBJECT.match(head)
+    if not start:
+        return []
+    text, end = head[start.start(1) :].decode("utf-8", "replace"), 0
+    separator = ITEM_END if b"[" in start[0] else LINE_END
+    records: list[Any] = []
+    while len(records) < 2 and text.startswith("{", end):
+        try:
+            record, end = json.JSONDecoder().raw_decode(text, end)
+        except (ValueError, RecursionError):
+            if len(head) == HEAD_BYTES:  # the record may be longer than the head
+                records.append(re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', text[end:]))
+            break
+        following = separator.match(text, end)
+        if not following:
+            return []
+        records.append(record)
+        end = following.end()
+    return records
+
+
+# ---- text
+
+
+class _NotTextError(Exception):
+    """A text holds bytes that it must not."""
+
+
+def _read_text(content: _Content, options: ReadOptions) -> Iterator[Document]:
+    splitter = DocumentSplitter(content.name, options.piece_chars)
+    try:
+        for text in _decode_text(content, options.chunk_bytes):
             yield from splitter.feed(text)
         yield from splitter.finish()
-    except UnicodeDecodeError as error:
-        options.reject(
-            f"{name} must be UTF-8 text; byte 0x{error.object[error.start]:02x} at offset "
-            f"{error.reason} is not: convert it first, for example with iconv"
-        )
+    except _NotTextError as error:
+        options.reject(str(error))
         yield from splitter.abandon()
 
 
-def _decode_utf8(stream: BinaryIO, chunk_bytes: int) -> Iterator[str]:
-    """Decode UTF-8 chunk by chunk, without a byte order mark at the start.
-
-    The ``reason`` of a UnicodeDecodeError is the offset of the byte in the stream.
-    """
+def _decode_text(content: _Content, chunk_bytes: int) -> Iterator[str]:
+    """Decode UTF-8 chunk by chunk. Raises _NotTextError at other bytes, and at NUL."""
     decoder, bytes_read = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
-        chunk = stream.read(chunk_bytes)
+        chunk = content.stream.read(chunk_bytes)
         chunk_start = bytes_read - len(decoder.getstate()[0])
+        if (position := chunk.find(0)) >= 0:
+            raise _NotTextError(
+                f"{content.name} must be text; it has a NUL byte at offset "
+                f"{bytes_read + position}, as binary files and UTF-16 have"
+            )
         try:
-            text = decoder.decode(chunk, final=not chunk)
+            yield decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            error.reason = str(chunk_start + error.start)
-            raise
-        yield text if bytes_read else text.removeprefix("\ufeff")
+            raise _NotTextError(
+                f"{content.name} must be UTF-8 text; byte 0x{error.object[error.start]:02x} at "
+                f"offset {chunk_start + error.start} is not: convert it first, for example with "
+                "iconv"
+            ) from None
         bytes_read += len(chunk)
         if not chunk:
             return
@@ -235,9 +466,13 @@ def _decode_utf8(stream: BinaryIO, chunk_bytes: int) -> Iterator[str]:
 class DocumentSplitter:
     """Splits a text that comes in parts at ``<|endoftext|>``, and long documents into pieces.
 
+    Every document of every source passes through it, so these rules hold everywhere: byte order
+    marks at the start of a document are dropped, and a document that holds only white space is
+    left out. Nothing else is changed.
+
     A piece ends before a single space or after a single line end. There, every tokenizer of mmrec
     makes the same tokens as of the undivided text. Where there is no such place, a piece ends
-    anywhere. Documents that hold only white space are left out.
+    anywhere.
 
     Args:
         name: the first document's name; the others add ``#1``, ``#2`` …
@@ -248,18 +483,17 @@ class DocumentSplitter:
         self._name, self._piece_chars = name, piece_chars
         self._document_count = 0
         self._pending = ""
-        self._inside_document = False
+        self._is_inside = False
+        """Whether the document of ``_pending`` has earlier pieces."""
+        self._blank_pieces: list[Document] = []
+        """Those earlier pieces while they hold only white space, which are not yielded yet."""
 
     def feed(self, text: str) -> Iterator[Document]:
         """Yield the pieces that are complete with this part of the text."""
-        self._pending += text
-        *complete, self._pending = self._pending.split(SEPARATOR)
+        *complete, self._pending = (self._pending + text).split(SEPARATOR)
         for document in complete:
             yield from self._finish_document(document)
-        while len(self._pending) >= 2 * self._piece_chars:
-            cut = _find_safe_cut(self._pending, self._piece_chars)
-            yield self._document(self._pending[:cut], more=True)
-            self._pending, self._inside_document = self._pending[cut:], True
+        self._pending = yield from self._cut_pieces(self._pending)
 
     def finish(self) -> Iterator[Document]:
         """Yield what is left at the end of the text."""
@@ -269,32 +503,90 @@ class DocumentSplitter:
     def abandon(self) -> Iterator[Document]:
         """Drop what is pending; end the document of which pieces have been yielded."""
         self._pending = ""
-        if self._inside_document:
-            yield from self._finish_document("")
+        yield from self._finish_document("")
+
+    def _cut_pieces(self, text: str) -> Generator[Document, None, str]:
+        """Yield the pieces of a document but for the last; return what is left."""
+        if not self._is_inside:
+            text = text.lstrip(BYTE_ORDER_MARK)
+        begin = 0
+        while len(text) - begin >= 2 * self._piece_chars:
+            cut = _find_safe_cut(text, begin, self._piece_chars)
+            yield from self._piece(text[begin:cut], more=True)
+            begin = cut
+        return text[begin:]
 
     def _finish_document(self, text: str) -> Iterator[Document]:
-        while len(text) >= 2 * self._piece_chars:
-            cut = _find_safe_cut(text, self._piece_chars)
-            yield self._document(text[:cut], more=True)
-            text, self._inside_document = text[cut:], True
-        if self._inside_document or text.strip():
-            yield self._document(text, more=False)
-            self._document_count, self._inside_document = self._document_count + 1, False
+        rest = yield from self._cut_pieces(text)
+        yield from self._piece(rest, more=False)
 
-    def _document(self, text: str, *, more: bool) -> Document:
+    def _piece(self, text: str, *, more: bool) -> Iterator[Document]:
         name = f"{self._name}#{self._document_count}" if self._document_count else self._name
-        return Document(name, text, more)
+        has_text = self._is_inside and not self._blank_pieces
+        self._is_inside = more
+        self._blank_pieces.append(Document(name, text, more))
+        if has_text or text.strip():
+            yield from self._blank_pieces
+            self._document_count += not more
+        elif more:
+            return
+        self._blank_pieces.clear()
 
 
-def _find_safe_cut(text: str, size: int) -> int:
-    """Last place in ``text[:size]`` before a single space or after a single line end."""
-    base = max(0, size - CUT_SEARCH_CHARS)
-    places = list(SAFE_CUT.finditer(text[base : size + 1]))
-    return base + places[-1].start() + (places[-1][0] == "\n") if places else size
+def _find_safe_cut(text: str, begin: int, size: int) -> int:
+    """Last place in ``size`` characters before a single space or after a single line end."""
+    base = begin + max(0, size - CUT_SEARCH_CHARS)
+    places = list(SAFE_CUT.finditer(text[base : begin + size + 1]))
+    return base + places[-1].start() + (places[-1][0] == "\n") if places else begin + size
 
 
-def _read_json_lines(name: str, stream: BinaryIO, options: ReadOptions) -> Iterator[Document]:
-    number, limit = 0, options.max_line_bytes
+# ---- records
+
+
+def record_text(record: Any, location: str, options: ReadOptions) -> str | None:
+    """Return the text of a record: a string without NUL and halves of surrogate pairs.
+
+    Args:
+        record: a JSON object; anything else is a broken record.
+        location: what messages call the record.
+        options: the field, and whether broken records are skipped.
+
+    Returns:
+        The text; None if the record is broken and is skipped.
+
+    Raises:
+        InputError: the record is broken and is not skipped.
+    """
+    options.has_records = True
+    if not isinstance(record, dict):
+        problem = f"must be a JSON object; it is a {type(record).__name__}"
+    elif not isinstance(text := record.get(options.field), str):
+        fields = ", ".join(map(str, list(record)[:8])) or "none"
+        problem = f"must have a field {options.field!r} that holds text; "
+        if options.field in record:
+            kind = "null" if text is None else f"a {type(text).__name__}"
+            problem += f"it holds {kind} (--skip-bad skips such records)"
+        else:
+            problem += f"its fields are: {fields} (--text-field names another)"
+    else:
+        problem = text_problem(text)
+        if not problem:
+            return text
+    options.reject(f"{location} {problem}")
+    return None
+
+
+def text_problem(text: str) -> str:
+    """Return why a string is no text, or an empty string."""
+    if "\0" in text:
+        return "must hold text; it has a NUL character"
+    if not text.isascii() and SURROGATE.search(text):
+        return "must hold text; half of a surrogate pair is none"
+    return ""
+
+
+def _json_line_records(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[Record]:
+    number, limit, key = 0, options.max_line_bytes, f'"{options.field}"'.encode()
     while line := stream.readline(limit + 1):
         number += 1
         location = f"{name} line {number}"
@@ -303,52 +595,66 @@ def _read_json_lines(name: str, stream: BinaryIO, options: ReadOptions) -> Itera
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            source = line.decode("utf-8-sig")
+            record = json.loads(source)
         except UnicodeDecodeError:
             options.reject(f"{location} must be UTF-8")
         except (ValueError, RecursionError) as error:
-            options.reject(f"{location} must be JSON: {error}")
+            options.reject(f"{location} must be JSON, one object per line: {error}")
         else:
-            yield from documents_from_record(record, f"{name}:{number}", location, options)
+            if line.count(key) > 1 and _has_twice(source, options.field):
+                options.reject(f"{location} must have one field {options.field!r}; it has several")
+            elif (text := record_text(record, location, options)) is not None:
+                yield Record(f"{name}:{number}", text)
 
 
-def documents_from_record(
-    record: Any, name: str, location: str, options: ReadOptions
-) -> Iterator[Document]:
-    """Read the documents of one record: the text of its field, split at ``<|endoftext|>``.
-
-    Args:
-        record: a JSON object; anything else is a broken record.
-        name: name of the documents.
-        location: what messages call the record.
-        options: the field, and whether broken records are skipped.
-
-    Yields:
-        The documents, long ones in pieces.
-
-    Raises:
-        InputError: the record is broken and is not skipped.
-    """
-    if not isinstance(record, dict):
-        options.reject(f"{location} must be a JSON object; it is a {type(record).__name__}")
-        return
-    text = record.get(options.field)
-    if not isinstance(text, str):
-        fields = ", ".join(map(str, list(record)[:8])) or "none"
-        options.reject(
-            f"{location} must have a field {options.field!r} that holds text; its fields are: "
-            f"{fields} (--text-field names another)"
-        )
-        return
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        options.reject(f"{location} must hold text; half of a surrogate pair is none")
-        return
-    splitter = DocumentSplitter(name, options.piece_chars)
-    yield from splitter.feed(text)
-    yield from splitter.finish()
+def _has_twice(source: str, field: str) -> bool:
+    """Whether a JSON object has a key more than once, of which ``json.loads`` keeps the last."""
+    pairs = json.loads(source, object_pairs_hook=list)
+    return [pair[0] for pair in pairs if isinstance(pair, tuple)].count(field) > 1
 
 
-def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
+def _json_array_records(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[Record]:
+    """Read an array of objects, one object at a time; one may be as long as a line."""
+    decoder, reader = json.JSONDecoder(), io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    number, location = 0, name
+    try:
+        pending = reader.read(CHUNK_BYTES)
+        end = pending.index("[")
+        while pending[end] != "]":
+            pending, number = pending[end + 1 :], number + 1
+            location = f"{name} item {number}"
+            while True:
+                try:
+                    value, end = decoder.raw_decode(pending, _skip_space(pending, 0))
+                    end = _skip_space(pending, end)
+                    if end < len(pending):
+                        break
+                    problem = "the array does not end"
+                except (ValueError, RecursionError) as error:
+                    problem = str(error)
+                further = reader.read(max(CHUNK_BYTES, len(pending)))
+                if not further or len(pending) > options.max_line_bytes:
+                    options.reject(f"{location} must be JSON: {problem}")
+                    return
+                pending += further
+            if pending[end] not in ",]":
+                options.reject(f"{location} must be followed by ',' or ']'")
+                return
+            if (text := record_text(value, location, options)) is not None:
+                yield Record(f"{name}:{number}", text)
+        if (pending[end + 1 :] + reader.read(CHUNK_BYTES)).strip():
+            options.reject(f"{name} must hold one array; more follows it")
+    except UnicodeDecodeError:
+        options.reject(f"{name} must be UTF-8; what follows item {number} is not")
+
+
+def _skip_space(text: str, begin: int) -> int:
+    match = JSON_SPACE.match(text, begin)
+    return match.end() if match else begin
+
+
+def _parquet_records(file: BinaryIO, name: str, options: ReadOptions) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -356,26 +662,41 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
         raise InputError(
             f"{name} is Parquet, which needs a package: pip install 'mmrec[files]'"
         ) from None
-    field = options.field
+    field, number = options.field, 0
+    options.has_records = True
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            column_type = file.schema_arrow.field(field).type if field in columns else None
-            if column_type is None or not (
-                pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)
-            ):
-                raise InputError(
-                    f"{name} must have a column {field!r} that holds text; its columns are: "
-                    f"{', '.join(columns[:8])} (--text-field names another)"
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+        with parquet.ParquetFile(file) as parquet_file:
+            _check_column(parquet_file.schema_arrow, name, field)
+            for batch in parquet_file.iter_batches(batch_size=256, columns=[field]):
+                # as bytes, so that one that is not UTF-8 ends no more than its row
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     number += 1
-                    if text:
-                        yield from documents_from_record(
-                            {field: text}, f"{name}:{number}", f"{name} row {number}", options
-                        )
+                    location = f"{name} row {number}"
+                    try:
+                        text = None if value is None else value.decode("utf-8")
+                    except UnicodeDecodeError:
+                        options.reject(f"{location} must be UTF-8")
+                        continue
+                    if (text := record_text({field: text}, location, options)) is not None:
+                        yield Record(f"{name}:{number}", text)
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name} must be a whole Parquet file: {reason}") from None
+
+
+def _check_column(schema: Any, name: str, field: str) -> None:
+    """Raise InputError unless a Parquet schema has one column of that name, which holds text."""
+    found = [column.type for column in schema if column.name == field]
+    if not found:
+        raise InputError(
+            f"{name} must have a column {field!r} that holds text; its columns are: "
+            f"{', '.join(schema.names[:8]) or 'none'} (--text-field names another)"
+        )
+    if len(found) > 1:
+        raise InputError(f"{name} must have one column {field!r}; it has {len(found)}: rename one")
+    kind = str(getattr(found[0], "value_type", found[0]))  # of a dictionary, its values' type
+    if kind not in ("string", "large_string", "string_view"):
+        raise InputError(
+            f"{name} must have a column {field!r} that holds text; it holds {found[0]} "
+            "(--text-field names another)"
+        )

@@ -1,6 +1,7 @@
 """Sources of text: a corpus name, files, standard input, a Hugging Face data set, or documents."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,9 +19,13 @@ from mmrec.data.readers import (
     Document,
     ReadOptions,
     content_suffix,
-    documents_from_record,
+    open_file,
     read_file,
+    read_lines,
     read_stream,
+    record_text,
+    split_documents,
+    text_problem,
 )
 from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
@@ -80,14 +85,35 @@ def is_single_pass(source: Source) -> bool:
     return False
 
 
+def check_read_once(names: Iterable[str]) -> None:
+    """Check that standard input, or a pipe, is not named twice, since it can be read only once.
+
+    Args:
+        names: sources; empty names are none.
+
+    Raises:
+        InputError: two sources are the same pipe.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not is_single_pass(name) or name.startswith("hf:"):
+            continue
+        place = os.path.realpath("/dev/stdin" if name == "-" else name)
+        if place in seen:
+            raise InputError(
+                f"a pipe can be read only once; got it twice, as {seen[place]} and as {name}: save "
+                "one of the texts in a file"
+            )
+        seen[place] = name
+
+
 def iter_documents(source: str | Path, options: ReadOptions | None = None) -> Iterator[Document]:
     """Read the documents of a source, in a fixed order.
 
-    Text must be UTF-8. A byte order mark at the start of a file is dropped; nothing else is
-    changed. Texts are split into documents at ``<|endoftext|>``; documents that hold only white
-    space are left out. A line of ``.jsonl`` and ``.ndjson`` is a JSON object, and ``.parquet`` has
-    one per row; its field ``options.field`` is the text. Files except ``.parquet`` may end in
-    ``.gz`` or ``.zst``, too. Standard input is text, or JSON lines if a text field is named.
+    Texts, and the field ``options.field`` of JSON and Parquet records, are split into documents at
+    ``<|endoftext|>``. Byte order marks at the start of a document are dropped, and documents that
+    hold only white space are left out; nothing else is changed. Compression and format are told by
+    the content, see ``read_stream``.
 
     Args:
         source: corpus name, file, folder (with its folders), glob, ``-`` for standard input, or
@@ -119,16 +145,37 @@ def _limit_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[Docu
 
 def _read_source(source: str, options: ReadOptions) -> Iterator[Document]:
     if source == "stdlib":
-        yield from stdlib_documents()
+        for document in stdlib_documents():
+            yield from split_documents(document.text, document.name, options)
     elif source == "shakespeare":
         yield from _shakespeare_documents()
     elif source == "-":
-        yield from read_stream(_standard_input(), "-", options, json_lines=bool(options.text_field))
+        yield from read_stream(_standard_input(), "-", options)
     elif source.startswith("hf:"):
         yield from _hugging_face_documents(source, options)
     else:
         for path in _find_files(source):
             yield from read_file(path, options)
+
+
+def read_texts(source: str | Path, options: ReadOptions) -> list[str]:
+    """Read short texts: one per line of a text, or one per record; see ``read_lines``.
+
+    Args:
+        source: a file, or ``-`` for standard input.
+        options: how to read.
+
+    Raises:
+        InputError: the source cannot be read, or a text field is named and it holds no records.
+    """
+    name = str(source)
+    if name == "-":
+        texts = read_lines(_standard_input(), name, options)
+    else:
+        with open_file(Path(name), name) as stream:
+            texts = read_lines(stream, name, options)
+    options.check_text_field(name)
+    return texts
 
 
 def _standard_input() -> BinaryIO:
@@ -165,11 +212,11 @@ def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[R
     remove_stale_temporaries(folder)
     name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
     copy = folder / f".{name_hash}.{os.getpid()}.tmp"
-    json_lines = bool(options.text_field)
+    json_lines, copy_options = False, options
     try:
         if not isinstance(source, str | Path):
-            json_lines = True
-            _write_json_lines(copy, _checked_texts(source, options), options.field)
+            json_lines, copy_options = True, dataclasses.replace(options, text_field="")
+            _write_json_lines(copy, _checked_texts(source, options), copy_options.field)
         elif name.startswith("hf:"):
             json_lines = True
             _write_json_lines(copy, _whole_texts(iter_documents(name, options)), options.field)
@@ -181,7 +228,7 @@ def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[R
                 shutil.copyfileobj(stream, file)
 
         def read_copy() -> Iterator[Document]:
-            documents = read_file(copy, options, name=name, json_lines=json_lines)
+            documents = read_file(copy, copy_options, name=name, json_lines=json_lines)
             return _limit_bytes(documents, options.max_bytes)
 
         yield read_copy
@@ -213,13 +260,12 @@ def _checked_texts(texts: Iterable[str], options: ReadOptions) -> Iterator[str]:
             raise InputError(
                 f"documents must be strings; the one at index {index} is a {type(text).__name__}"
             )
+        if problem := text_problem(text):
+            options.reject(f"the document at index {index} {problem}")
+            continue
         yield text
         if options.max_bytes:
-            record, where = {options.field: text}, f"{DOCUMENTS}:{index}"
-            size += sum(
-                len(document.text.encode())
-                for document in documents_from_record(record, where, where, options)
-            )
+            size += sum(len(d.text.encode()) for d in split_documents(text, DOCUMENTS, options))
             if size >= options.max_bytes:
                 return
 
@@ -276,9 +322,9 @@ def _hugging_face_documents(source: str, options: ReadOptions) -> Iterator[Docum
     try:
         rows: Any = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(rows, 1):
-            yield from documents_from_record(
-                record, f"{source}:{number}", f"{source} row {number}", options
-            )
+            text = record_text(record, f"{source} row {number}", options)
+            if text is not None:
+                yield from split_documents(text, f"{source}:{number}", options)
     except InputError:
         raise
     except Exception as error:  # raised by any of the libraries that read data sets

@@ -27,7 +27,7 @@ class SourceScan:
         keys: (documents,) uint64, the first eight bytes of the SHA-256 of each text.
         sizes: (documents,) int64, UTF-8 bytes.
         lengths: (documents,) int64, characters.
-        fingerprint: SHA-256 of all names and texts, in hexadecimal.
+        fingerprint: SHA-256 of the SHA-256 of each text, in hexadecimal. Names do not matter.
         longest: name, bytes and beginning of the longest documents.
         sampled: the same of a few documents that are chosen by their hash.
     """
@@ -59,7 +59,7 @@ def scan_documents(documents: Iterable[Document]) -> SourceScan:
         if document.more:
             continue
         text_hash = digest.digest()
-        source_digest.update(document.name.encode(errors="surrogateescape") + b"\0" + text_hash)
+        source_digest.update(text_hash)
         keys.append(int.from_bytes(text_hash[:8], "big"))
         sizes.append(size)
         lengths.append(length)

@@ -688,6 +688,24 @@ class ConfigFile:
     """Settings of training by flat name."""
 
 
+def read_toml(path: Path, title: str) -> dict[str, Any]:
+    """Read a TOML file, which may begin with a byte order mark.
+
+    Args:
+        path: the file.
+        title: what messages call it.
+
+    Raises:
+        InputError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot read {title} {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{title} {path} is not TOML: {error}") from None
+
+
 def read_config_file(path: Path) -> ConfigFile:
     """Read a TOML file: ``preset`` and the tables of ``TRAIN_SECTIONS`` and ``[model]``.
 
@@ -695,12 +713,7 @@ def read_config_file(path: Path) -> ConfigFile:
         InputError: the file cannot be read, is not TOML, or holds an unknown table or key or a
             value that is not as declared.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read config file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not TOML: {error}") from None
+    tables = read_toml(path, "config file")
     preset_name = tables.pop("preset", "")
     if not isinstance(preset_name, str):
         raise InputError(f"preset in {path} must be a name; got {preset_name!r}")

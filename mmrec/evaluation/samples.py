@@ -5,7 +5,6 @@ different words, or copies the training text.
 """
 
 import html
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import SamplingConfig
+from mmrec.data.readers import ReadOptions
+from mmrec.data.sources import read_texts
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import read_context
 from mmrec.inference.generate import generate
@@ -68,31 +69,23 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(found)) / max(1, len(found))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file: one per line, or the field ``prompt`` of JSON lines (.jsonl).
+def read_prompts(source: str | Path, *, text_field: str = "", skip_bad: bool = False) -> list[str]:
+    """Read prompts by the rules of ``--data``: one per line of a text, or one per record.
+
+    Args:
+        source: a file, or ``-`` for standard input.
+        text_field: field or column of a record that holds the prompt; empty is ``prompt``.
+        skip_bad: skip broken records.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 or JSON, or holds no prompt.
+        InputError: the source cannot be read, or holds no prompt.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text; byte {error.start} is not") from None
-    if path.suffix != ".jsonl":
-        prompts = [line for line in lines if line.strip()]
-    else:
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                prompts.append(str(json.loads(line)["prompt"]))
-            except (ValueError, LookupError, TypeError):
-                raise InputError(
-                    f"{path} line {number} must be a JSON object with a field 'prompt'"
-                ) from None
+    options = ReadOptions(text_field, skip_bad, default_field="prompt")
+    prompts = read_texts(source, options)
+    if options.skipped_records and not prompts:
+        raise options.no_text(str(source))
     if not prompts:
-        raise InputError(f"{path} must hold prompts, one per line; it holds none")
+        raise InputError(f"{source} must hold prompts, one per line; it holds none")
     return prompts
 
 

@@ -37,6 +37,10 @@ def open_split(
         InputError: the text cannot be read, may not be read (see ``provenance``), is empty, or was
             prepared with another tokenizer.
     """
+    options = ReadOptions(text_field, skip_bad)
+    if (text_field or skip_bad) and (data is None or is_prepared(data)):
+        flag = "--text-field" if text_field else "--skip-bad"
+        raise InputError(f"{flag} is for a text in --data; got {data or 'no --data'}")
     if data is None:
         corpus = training_corpus(loaded)
         return corpus.val, f"validation split of {training_config(loaded).data.source}"
@@ -48,11 +52,12 @@ def open_split(
                 "give its text instead"
             )
         return corpus.val, f"validation split of {data}"
-    texts = iter_documents(data, ReadOptions(text_field, skip_bad))
-    split = encode_documents(loaded.tokenizer, texts)
+    split = encode_documents(loaded.tokenizer, iter_documents(data, options))
     if not split.n_tokens:
-        raise InputError(f"{data} is empty: expected text; got only white space or nothing")
-    return split, f"all of {data}"
+        raise options.no_text(data)
+    options.check_text_field(data)
+    skipped = options.skipped_records
+    return split, f"all of {data}" + f" except {skipped:,} broken records or files" * bool(skipped)
 
 
 def evaluate_source(

@@ -11,7 +11,8 @@ from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus
-from mmrec.data.prepare import open_corpus
+from mmrec.data.prepare import check_given_settings, open_corpus
+from mmrec.data.sources import check_read_once
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
@@ -112,6 +113,7 @@ def begin_finetuning(
     """
     source = load_model(find_checkpoint(Path(where)))
     settings, model = _resolve(source, given, echo)
+    check_read_once([settings["data"], old_data or ""])
     wants_replay = bool(given.get("replay_fraction"))
     earlier = _earlier_corpus(source, old_data, echo, required=wants_replay)
     if wants_replay and earlier is not None:
@@ -161,7 +163,8 @@ def _resolve(
         settings["epochs"] = DEFAULT_EPOCHS
     settings["initialize_from"] = str(source.path)
     # check the settings before any text is read; the earlier text has no path yet
-    TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
+    config = TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
+    check_given_settings(given, config.data)
     model = dataclasses.replace(source.model.config, **model_changes)
     return settings, model
 

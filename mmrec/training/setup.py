@@ -31,7 +31,13 @@ from mmrec.config import (
 )
 from mmrec.config import preset as preset_config
 from mmrec.data.corpus import Corpus
-from mmrec.data.prepare import corpus_tokenizer_kind, open_corpus, prepare, read_options
+from mmrec.data.prepare import (
+    check_given_settings,
+    corpus_tokenizer_kind,
+    open_corpus,
+    prepare,
+    read_options,
+)
 from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
@@ -235,6 +241,8 @@ def plan_run(
         assert source is not None
         shape, name = source.model.config, str(source.metadata.get("preset", "model"))
     model = ModelConfig.from_dict(dataclasses.asdict(shape) | model_settings)
+    own = given if source is None else {k: v for k, v in given.items() if k != "vocab"}
+    check_given_settings(own, config.data)
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)
     return RunPlan(name, model, config, source)
@@ -289,8 +297,12 @@ def begin_run(
     default = default_run_dir(plan.preset, config.data.source)
     # text that can be read only once is not there for a resume, but its tokens are
     sources = [] if plan.documents is not None else parse_mixture(config.data.source)
-    if plan.documents is not None or any(is_single_pass(name) for _, name in sources):
-        config = config.replace(data=str(corpus.path.resolve()))
+    names = [name for _, name in sources] + [config.data.val_file]
+    if plan.documents is not None or any(is_single_pass(name) for name in names):
+        config = config.replace(data=str(corpus.path.resolve()), val_file="")
+    if is_single_pass(config.finetune.replay_data):
+        replay = open_corpus(config.finetune.replay_data, corpus.tokenizer, echo)
+        config = config.replace(replay_data=str(replay.path.resolve()))
     trainer = Trainer(
         default,
         corpus,

@@ -6,7 +6,6 @@ Stacking"; how a model is grown is in ``mmrec.finetune.grow``.
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmrec.config import (
     TrainConfig,
     preset,
     preset_train_settings,
+    read_toml,
 )
 from mmrec.data.prepare import corpus_tokenizer_kind
 from mmrec.errors import InputError, did_you_mean
@@ -98,12 +98,7 @@ def read_recipe(path: Path) -> list[Stage]:
         InputError: the recipe has a mistake, such as a stage that cannot be grown to the next one.
             No text has been read by then.
     """
-    try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from None
+    recipe = read_toml(path, "recipe")
     tables = recipe.pop("stage", [])
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise InputError(f"recipe {path} must hold one [[stage]] or more; it holds none")

@@ -119,6 +119,65 @@ MISTAKES = [
     ("train", "--val-file", "tiny --data book.txt --val-file none.txt", "no data at none.txt"),
     (
         "train",
+        "--val-file",
+        "tiny --data book.txt --val-file empty.txt",
+        "the validation text empty.txt is empty",
+    ),
+    (
+        "train",
+        "--val-file",
+        "tiny --data - --val-file -",
+        "a pipe can be read only once; got it twice, as - and as -",
+    ),
+    ("train", "--data", "tiny --data 1:-,1:-", "a pipe can be read only once"),
+    (
+        "train",
+        "--val-fraction",
+        "tiny --data book.txt --val-file short.txt --val-fraction 0.2",
+        "--val-fraction has no effect: the validation text is short.txt",
+    ),
+    (
+        "train",
+        "--vocab",
+        "tiny --data book.txt --tokenizer byte --vocab 300",
+        "--vocab has no effect: .* the tokenizer is byte",
+    ),
+    (
+        "train",
+        "--tokenizer",
+        "tiny --data char.h5 --tokenizer byte",
+        "--tokenizer has no effect: char.h5 has the tokenizer char",
+    ),
+    *[
+        (command, flag, f"{before}char.h5 {flag} {value}", f"{flag} has no effect: char.h5 is prep")
+        for command, before in (("train", "tiny --data "), ("data inspect", ""))
+        for flag, value in (
+            ("--max-bytes", "9"),
+            ("--val-fraction", "0.2"),
+            ("--val-file", "short.txt"),
+            ("--text-field", "body"),
+            ("--skip-bad", ""),
+        )
+    ],
+    ("train", "--skip-bad", "tiny --skip-bad", "--skip-bad has no effect: the built-in corpus std"),
+    (
+        "train",
+        "--text-field",
+        "tiny --data book.txt --text-field body",
+        "--text-field names a field of records; book.txt holds text without fields",
+    ),
+    ("train", "--data", "tiny --data zip.txt", "zip.txt must be text .*; it is a zip archive"),
+    ("train", "--data", "tiny --data tar.txt", "it is a tar archive: extract it first"),
+    ("train", "--data", "tiny --data nul.txt", "nul.txt must be text; it has a NUL byte at offset"),
+    ("train", "--data", "tiny --data pretty.json", "pretty.json line 1 must be JSON, one object"),
+    (
+        "train",
+        "--data",
+        "tiny --data latin.txt --skip-bad",
+        "holds no text .*: 1 .* skipped, the first because latin.txt must be UTF-8",
+    ),
+    (
+        "train",
         "--vocab",
         "tiny --vocab 10",
         "bpe vocabulary must hold at least 257 tokens, .*; got 10",
@@ -240,8 +299,26 @@ MISTAKES = [
         "eval",
         "--prompts",
         "--prompts records.jsonl",
-        "records.jsonl line 1 must be a JSON object with a field 'prompt'",
+        "records.jsonl line 1 must have a field 'prompt' .*; its fields are: text, url",
     ),
+    ("eval", "--prompts", "--prompts zip.txt", "zip.txt must be text .*; it is a zip archive"),
+    (
+        "eval",
+        "--text-field",
+        "--prompts short.txt --text-field body",
+        "--text-field names a field of records; short.txt holds text without fields",
+    ),
+    ("eval", "--text-field", "--text-field body", "--text-field is for .* --data; got no --data"),
+    ("eval", "--skip-bad", "--data char.h5 --skip-bad", "--skip-bad is for .*; got char.h5"),
+    ("eval", "--text-field", "--tasks x --text-field body", "--text-field has no effect with"),
+    (
+        "eval",
+        "--text-field",
+        "--data book.txt --text-field body",
+        "--text-field names a field of records; book.txt holds text without fields",
+    ),
+    ("eval", "--data", "--data latin.txt --skip-bad", "holds no text .*: 1 .* skipped, the first"),
+    ("eval", "--data", "--data utf16.txt", "utf16.txt .*; it is UTF-16: convert it .* iconv"),
     (
         "eval",
         "--temperatures",
@@ -369,6 +446,13 @@ MISTAKES = [
     ("finetune", "RUN|CHECKPOINT", "older.h5 --data book.txt", "earlier mmrec .schema 1"),
     ("finetune", "--data", "runs/one", "Missing option '--data'"),
     ("finetune", "--data", "runs/one --data none.txt", "no data at none.txt"),
+    ("finetune", "--old-data", "runs/one --data - --old-data -", "a pipe can be read only once"),
+    (
+        "finetune",
+        "--max-bytes",
+        "runs/one --data char.h5 --max-bytes 9",
+        "--max-bytes has no effect: char.h5 is prepared already",
+    ),
     (
         "finetune",
         "--data",

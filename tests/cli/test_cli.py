@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             seal(Path(name))
         Path("bad.txt").write_bytes(b"abc\xff")
         Path("empty.txt").touch()
+        Path("latin.txt").write_bytes(b"caf\xe9")
+        Path("utf16.txt").write_text("a text", "utf-16")
+        Path("nul.txt").write_bytes(b"some text\0 and more")
+        Path("pretty.json").write_text('{\n  "text": "x"\n}\n')
+        with zipfile.ZipFile("zip.txt", "w") as zip_file, tarfile.open("tar.txt", "w") as tar_file:
+            zip_file.write("small.toml")
+            tar_file.add("small.toml")
         Path("short.txt").write_text("a few words only, not enough " * 3)
         Path("book.txt").write_text(text_file.read_text())
         Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')

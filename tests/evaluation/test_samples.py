@@ -1,5 +1,7 @@
 """Samples: their measures against plain computations, and their pages."""
 
+import gzip
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus
+from mmrec.errors import InputError
 from mmrec.evaluation.samples import (
     SPAN_LENGTHS,
     CopyFinder,
@@ -91,6 +94,61 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.txt") == ["def f", "import "]
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "two\nlines"}) + "\n")
     assert read_prompts(tmp_path / "a.jsonl") == ["two\nlines"]
+
+
+LINES = "\ufeffa\u2028b\r\n\r\n  c\fd \n \n\x1ee<|endoftext|>f"
+PROMPTS = ["a\u2028b", "  c\fd ", "\x1ee<|endoftext|>f"]
+
+
+def as_records(field: str) -> str:
+    lines = (json.dumps({field: p}, ensure_ascii=False) for p in ["", *PROMPTS])
+    return "\ufeff" + "\n\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.txt.gz"])
+def test_prompts_are_read_by_the_rules_of_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only line feeds end a line; blank lines are left out; a record may be empty."""
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(compress(LINES.encode()))
+    assert read_prompts(tmp_path / name) == PROMPTS
+    (tmp_path / name).write_bytes(compress(as_records("prompt").encode()))
+    assert read_prompts(tmp_path / name) == ["", *PROMPTS]
+    (tmp_path / name).write_bytes(compress(as_records("body").encode()))
+    assert read_prompts(tmp_path / name, text_field="body") == ["", *PROMPTS]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(LINES.encode())))
+    assert read_prompts("-") == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": null}', "line 2 .* field 'prompt' .*holds null"),
+        ("a.jsonl", b'{"text": "x"}', "line 1 must have a field 'prompt' .*; its fields are: text"),
+        ("a.jsonl", b"[1]", "line 1 must be a JSON object; it is a list"),
+        ("a.txt", b"caf\xe9", "byte 0xe9 at offset 3 is not"),
+        ("a.txt", b"a\0b", "a NUL byte at offset 1"),
+        ("a.txt", b"%PDF-1.7", "it is a PDF document"),
+        ("a.txt", b" \n\n", "must hold prompts, one per line; it holds none"),
+        ("none.txt", None, "No such file"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / name)
+    if message.endswith("null"):
+        assert read_prompts(tmp_path / name, skip_bad=True) == ["x"]
+
+
+def test_a_field_of_prompts_without_records_has_no_effect(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(InputError, match="holds text without fields"):
+        read_prompts(tmp_path / "a.txt", text_field="body")
 
 
 def test_samples_of_a_model(corpus: Corpus) -> None:
