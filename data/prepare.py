@@ -352,6 +352,7 @@ class _Preparation:
                 f"note: {self.skipped_records:,} broken records or files were skipped; the first: "
                 f"{reason}"
             )
+        ends = self.component_ends if len(self.mixture) > 1 else [0]  # documents
         tokenizer_key: Any = self.vocab_size
         if self.given_tokenizer:
             tokenizer_key = hashlib.sha256(self.given_tokenizer.to_json().encode()).hexdigest()
@@ -360,9 +361,9 @@ class _Preparation:
             self.kind,
             tokenizer_key,
             self.val_documents or self.options.val_fraction,
-            [[w, end] for (w, _), end in zip(self.mixture, self.component_ends, strict=True)],
-            self.skipped_records,
+            [[weight, end] for (weight, _), end in zip(self.mixture, ends, strict=True)],
             SCHEMA,
+            self.skipped_records,
             *["compressed"] * self.compress,
         ]
         stem = Path(self.source).stem or self.source

@@ -161,8 +161,8 @@ class ReadOptions:
         if not self.skipped_records:
             return InputError(f"{source} is empty: expected text; got only white space or nothing")
         return InputError(
-            f"{source} holds no text that can be read: {self.skipped_records:,} records or files "
-            f"were skipped, the first because {self.skip_reason}"
+            f"{source} holds no text that can be read; records and files that were skipped: "
+            f"{self.skipped_records:,}, the first because {self.skip_reason}"
         )
 
 
@@ -250,6 +250,18 @@ def read_lines(stream: BinaryIO, name: str, options: ReadOptions) -> list[str]:
             options.reject(str(error))
             return []
         return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def holds_text_records(path: Path) -> bool:
+    """Whether a file begins with a JSON object, on a line or in an array, with a field ``text``.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    name = str(path)
+    with open_file(path, name) as file, _open_content(file, name, ReadOptions(skip_bad=True)) as c:
+        records = _first_records(c.stream.read(HEAD_BYTES))
+        return bool(records) and ReadOptions().field in records[0]
 
 
 def split_documents(text: str, name: str, options: ReadOptions) -> Iterator[Document]:
@@ -365,7 +377,8 @@ def _decompress(
 ) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
     """A stream of the decompressed bytes, and the errors that damage to it raises."""
     if compression == "gzip":
-        return gzip.open(stream, "rb"), (EOFError, gzip.BadGzipFile, zlib.error)
+        unzipped: Any = gzip.GzipFile(fileobj=stream)
+        return unzipped, (EOFError, gzip.BadGzipFile, zlib.error)
     try:
         zstandard = import_zstandard()
     except ImportError:
@@ -448,7 +461,8 @@ def _decode_text(content: _Content, chunk_bytes: int) -> Iterator[str]:
         if (position := chunk.find(0)) >= 0:
             raise _NotTextError(
                 f"{content.name} must be text; it has a NUL byte at offset "
-                f"{bytes_read + position}, as binary files and UTF-16 have"
+                f"{bytes_read + position}: it is binary, or UTF-16, which iconv -f UTF-16 -t UTF-8 "
+                "converts"
             )
         try:
             yield decoder.decode(chunk, final=not chunk)
@@ -559,13 +573,12 @@ def record_text(record: Any, location: str, options: ReadOptions) -> str | None:
     """
     options.has_records = True
     if not isinstance(record, dict):
-        problem = f"must be a JSON object; it is a {type(record).__name__}"
+        problem = f"must be a JSON object; it is {_json_kind(record)}"
     elif not isinstance(text := record.get(options.field), str):
         fields = ", ".join(map(str, list(record)[:8])) or "none"
         problem = f"must have a field {options.field!r} that holds text; "
         if options.field in record:
-            kind = "null" if text is None else f"a {type(text).__name__}"
-            problem += f"it holds {kind} (--skip-bad skips such records)"
+            problem += f"it holds {_json_kind(text)} (--skip-bad skips such records)"
         else:
             problem += f"its fields are: {fields} (--text-field names another)"
     else:
@@ -574,6 +587,12 @@ def record_text(record: Any, location: str, options: ReadOptions) -> str | None:
             return text
     options.reject(f"{location} {problem}")
     return None
+
+
+def _json_kind(value: Any) -> str:
+    """What JSON calls a value."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return "null" if value is None else kinds.get(type(value), "a number")
 
 
 def text_problem(text: str) -> str:
@@ -694,8 +713,12 @@ def _check_column(schema: Any, name: str, field: str) -> None:
         )
     if len(found) > 1:
         raise InputError(f"{name} must have one column {field!r}; it has {len(found)}: rename one")
-    kind = str(getattr(found[0], "value_type", found[0]))  # of a dictionary, its values' type
-    if kind not in ("string", "large_string", "string_view"):
+    is_dictionary = hasattr(found[0], "index_type")
+    if str(found[0].value_type if is_dictionary else found[0]) not in (
+        "string",
+        "large_string",
+        "string_view",
+    ):
         raise InputError(
             f"{name} must have a column {field!r} that holds text; it holds {found[0]} "
             "(--text-field names another)"

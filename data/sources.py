@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmrec.data.readers import (
-    COMPRESSION_SUFFIXES,
     RECORD_SUFFIXES,
     Document,
     ReadOptions,
     content_suffix,
+    holds_text_records,
     open_file,
     read_file,
     read_lines,
@@ -299,12 +299,14 @@ def _find_files(source: str) -> list[Path]:
 
 
 def _is_text_file(path: Path) -> bool:
-    """Whether a file in a folder is read; ``metrics.jsonl`` is the log of a run, not text."""
-    if path.suffix.lower() in COMPRESSION_SUFFIXES and content_suffix(path) == ".parquet":
-        return False
-    return path.name != "metrics.jsonl" and content_suffix(path) in TEXT_SUFFIXES.union(
-        RECORD_SUFFIXES
-    )
+    """Whether a file in a folder is read; ``metrics.jsonl`` is the log of a run, not text.
+
+    A file ``.json`` is read if it holds records, since many folders have others for settings.
+    """
+    suffix = content_suffix(path)
+    if suffix == ".json" and path.is_file():
+        return holds_text_records(path)
+    return path.name != "metrics.jsonl" and suffix in TEXT_SUFFIXES.union(RECORD_SUFFIXES)
 
 
 def _hugging_face_documents(source: str, options: ReadOptions) -> Iterator[Document]:
