@@ -287,7 +287,7 @@ class DataConfig(Section):
         flat_name="data",
     )
     text_field: str = setting("", "Field or column of a record that holds the text; empty: text.")
-    skip_bad: bool = setting(False, "Skip broken records and files that are not UTF-8; count them.")
+    skip_bad: bool = setting(False, "Skip broken records and files that are not text; count them.")
     max_bytes: int = count(0, "Read at most this many bytes of text; 0 reads all.", minimum=0)
     val_fraction: float = setting(
         0.1,

@@ -1,6 +1,7 @@
 """The Python API as a notebook uses it: train, resume after a kill, load, generate, evaluate."""
 
 import inspect
+import io
 import json
 import signal
 import subprocess
@@ -85,6 +86,19 @@ def test_data_may_be_a_list_or_an_iterator_of_documents(text_file: Path, tmp_pat
     assert losses[0] == losses[1]
     resumed = mmrec.train(resume=tmp_path / "iterator", steps=5, progress=False)
     assert resumed.summary["steps"] == 5  # a resume reads the prepared corpus, not the documents
+
+
+def test_a_validation_text_from_a_pipe_is_there_for_a_resume(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = io.BytesIO(text_file.read_bytes()[:5000])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(text))
+    common: dict[str, Any] = {"steps": 2, "tokenizer": "byte", "progress": False, **SHORT, **SIZES}
+    out = tmp_path / "run"
+    mmrec.train(["some other text " * 99], val_file="-", out=out, **common)
+    assert mmrec.train(resume=out, steps=3, progress=False).summary["steps"] == 3
+    monkeypatch.setattr("sys.stdin", None)
+    assert mmrec.evaluate(out).bytes == 5000
 
 
 def test_the_command_line_trains_the_same_model(

@@ -57,7 +57,7 @@ def open_split(
         raise options.no_text(data)
     options.check_text_field(data)
     skipped = options.skipped_records
-    return split, f"all of {data}" + f" except {skipped:,} broken records or files" * bool(skipped)
+    return split, f"all of {data}" + f" (records or files skipped: {skipped:,})" * bool(skipped)
 
 
 def evaluate_source(

@@ -1,6 +1,7 @@
 """The corpus file: its tokens give the text back, it is prepared again only when it must be, and a
 kill loses no more than a shard."""
 
+import io
 import re
 import subprocess
 import sys
@@ -292,6 +293,26 @@ def test_a_mixture_of_sources(tmp_path: Path, few: bool, library: Library) -> No
             assert (text[:500] in decoded) or not few
         others = [t for t in texts if t not in documents]
         assert not any(t[:500] in decoded for t in others)
+
+
+def test_the_cache_tells_mixtures_apart_by_what_is_in_each_source(tmp_path: Path) -> None:
+    """The same documents in the same order, divided in another way."""
+    ends = []
+    for first in (1, 2):
+        texts = [f"document {i} of several words " * 9 for i in range(4)]
+        (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts[:first]))
+        (tmp_path / "b.txt").write_text("<|endoftext|>".join(texts[first:]))
+        corpus = Corpus.open(prepare(f"1:{tmp_path}/a.txt,1:{tmp_path}/b.txt", "byte"))
+        ends.append(corpus.info["mixture"][0]["end"])
+    assert ends[1] == 2 * ends[0]
+
+
+def test_the_text_to_grow_a_vocabulary_may_come_from_a_pipe(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read three times."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text_file.read_bytes())))
+    assert "".join(training_texts("-")) == "".join(training_texts(text_file))
 
 
 def test_mixtures_that_are_none() -> None:

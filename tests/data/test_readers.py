@@ -1,11 +1,15 @@
 """Documents from every kind of source, whole or in pieces, and the errors of bad ones."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +24,7 @@ from pyarrow import parquet
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
 from mmrec.data.readers import (
+    HEAD_BYTES,
     PIECE_CHARS,
     Document,
     DocumentSplitter,
@@ -241,10 +246,161 @@ def test_mixtures_are_parsed() -> None:
         parse_mixture("0:a,1:b")
 
 
+ONE_LINE = b'{"id": 1, "text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", ONE_LINE, ["x"]),
+        ("a.json", b"[" + ONE_LINE + b"]", ["x"]),
+        ("a.jsonl", b" [\n" + ONE_LINE + b"," + ONE_LINE + b"]\n", ["x", "x"]),
+        ("a", ONE_LINE, ["x"]),
+        ("a", b'\xef\xbb\xbf[ {"text": "x"} , {"text": "y"} ]', ["x", "y"]),
+        ("a.txt", ONE_LINE, [ONE_LINE.decode()]),  # one object may well be a text
+        ("a.txt", ONE_LINE * 2, ["x", "x"]),
+        ("a.txt", b'{"level": 1}\n' * 2, ['{"level": 1}\n' * 2]),
+        ("a.txt", b"{ not JSON", ["{ not JSON"]),
+        ("a", b"[link](page)", ["[link](page)"]),
+        ("a.txt", gzip.compress(gzip.compress(b"twice")), ["twice"]),
+        ("a.gz", b"not compressed", ["not compressed"]),
+        ("a.gz", b"", []),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "x"}\r\n\r\n\xef\xbb\xbf{"text": "y"}', ["x", "y"]),
+    ],
+)
+def test_the_content_tells_the_format(
+    tmp_path: Path, name: str, content: bytes, expected: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert texts(tmp_path / name) == expected
+
+
+def test_a_long_record_tells_the_format_too(tmp_path: Path) -> None:
+    long = "many words " * (HEAD_BYTES // 10)
+    for content in (json.dumps({"text": long}), json.dumps([{"text": long}, {"text": "x"}])):
+        (tmp_path / "a").write_text(content)
+        joined = join_pieces(list(iter_documents(tmp_path / "a")))
+        assert joined[0] == long
+        assert len(joined) == (2 if content[0] == "[" else 1)
+
+
+def test_json_of_a_folder_is_read_if_it_holds_texts(tmp_path: Path) -> None:
+    """Data sets such as C4 and Dolma are named so, and so are the settings of many programs."""
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(ONE_LINE))
+    (tmp_path / "package.json").write_text('{\n  "name": "x"\n}')
+    (tmp_path / "short.json").write_text('{"name": "x"}')
+    assert texts(tmp_path) == ["x"]
+
+
+def as_bad_parquet() -> bytes:
+    """Rows of text, bytes that are not UTF-8, nothing, an empty text, a NUL, and text."""
+    rows = pyarrow.array([b"x", b"\xff", None, b"", b"a\0b", b"y"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": column}), file)
+    return file.getvalue()
+
+
+BAD_LINES = [b'{"text": "x"}', b'{"text": "\xff"}', b'{"text": null}', b'{"text": ""}']
+BAD_LINES += [b'{"text": "a\\u0000b"}', b'{"text": "y"}']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.parquet", as_bad_parquet(), "row"),
+        ("a.jsonl", b"\n".join(BAD_LINES), "line"),
+    ],
+)
+def test_broken_records_are_told_and_counted_alike(
+    tmp_path: Path, name: str, content: bytes, place: str
+) -> None:
+    """Not UTF-8, null and NUL are broken; an empty text is a document without text."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} {place} 2 must be UTF-8"):
+        texts(tmp_path / name)
+    options = ReadOptions(skip_bad=True)
+    assert [d.text for d in iter_documents(tmp_path / name, options)] == ["x", "y"]
+    assert options.skipped_records == 3
+    assert options.skip_reason.endswith(f"{name} {place} 2 must be UTF-8")
+
+
+def test_skipped_records_of_a_changed_file_are_not_those_of_the_cache(tmp_path: Path) -> None:
+    options = ReadOptions(skip_bad=True)
+    for bad in (b"\xff", b"", b"\xff"):
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "some text"}\n' + bad)
+        lines: list[str] = []
+        corpus = Corpus.open(
+            prepare(tmp_path / "a.jsonl", "byte", options=options, progress=lines.append)
+        )
+        assert corpus.info["skipped"] == len(bad)
+        assert any("1 broken records or files were skipped" in x for x in lines) == bool(bad)
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    column, other = pyarrow.array(["x"]), pyarrow.array(["y"])
+    for names, columns in ((["text", "text"], 2), (["id", "id", "text"], 1)):
+        table = pyarrow.Table.from_arrays([other, column, column][-len(names) :], names=names)
+        parquet.write_table(table, tmp_path / "a.parquet")
+        if columns == 1:
+            assert texts(tmp_path / "a.parquet") == ["x"]
+            continue
+        with pytest.raises(InputError, match="must have one column 'text'; it has 2"):
+            texts(tmp_path / "a.parquet")
+
+
+def archives() -> Iterator[tuple[bytes, str]]:
+    zipped, tarred = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as zip_file, tarfile.open(fileobj=tarred, mode="w") as tar:
+        zip_file.writestr("a.txt", "text")
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    yield zipped.getvalue(), "a zip archive or an office document"
+    yield tarred.getvalue(), "a tar archive: extract it first"
+    yield gzip.compress(tarred.getvalue()), "a tar archive: extract it first"
+    yield lzma.compress(b"text"), "compressed with xz: .* xz -d"
+    yield bz2.compress(b"text"), "compressed with bzip2: .* bzip2 -d"
+    yield b"%PDF-1.7\n", "a PDF document: .* pdftotext"
+    yield b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a picture"
+    yield b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"
+    yield b"\x89HDF\r\n\x1a\n\0", "HDF5: the name of a prepared corpus must end in .h5"
+    yield "text".encode("utf-16"), "UTF-16: .* iconv -f UTF-16"
+    yield "text".encode("utf-16-le"), "NUL byte at offset 1: .* UTF-16"
+    yield b"text and then \0 and \xff", "NUL byte at offset 14"
+
+
+@pytest.mark.parametrize(("content", "message"), list(archives()))
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.csv.gz"])
+def test_what_is_no_text_is_refused_with_what_to_do(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    """And not with the advice to convert its encoding, unless that is what helps."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        texts(tmp_path / name)
+    assert ("iconv" in str(caught.value)) == ("UTF-16" in str(caught.value))
+    options = ReadOptions(skip_bad=True)
+    assert not list(iter_documents(tmp_path / name, options))
+    assert options.skipped_records == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl line 2 must be JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "id": {"text": 1}, "text": "y"}',
+            "one field 'text'; it has se",
+        ),
+        ("a.jsonl", b'{"text": null}', "line 1 .* 'text' that holds text; it holds null"),
+        ("a.json", b'{\n"text": "x"\n}', "line 1 must be JSON, one object per line"),
+        ("a.json", b'[{"text": "x"}, {"text": "y"', "item 2 must be JSON"),
+        ("a.json", b'[{"text": "x"} {"text": "y"}]', "item 1 must be followed by ',' or '\\]'"),
+        ("a.json", b'[{"text": "x"}, 3]', "item 2 must be a JSON object; it is a number"),
+        ("a.json", b'[{"text": "x"}] [1]', "must hold one array; more follows it"),
+        ("a.json", b'[{"text": "x"}, {"text": "\xff"}]', "must be UTF-8"),
+        ("a", b'{"content": "x"}', "line 1 .* 'text' .*; its fields are: content"),
+        ("a.parquet.gz", gzip.compress(b"no"), "must be a whole Parquet file"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 must be JSON"),
         ("a.jsonl", b"[1]", "line 1 must be a JSON object; it is a list"),
         ("a.jsonl", b'{"content": "x", "id": 1}', "'text'.*; its fields are: content, id"),
@@ -362,8 +518,7 @@ def test_joined_pieces_are_the_text(text: str, step: int, piece_chars: int) -> N
     pieces += splitter.finish()
     assert all(len(piece.text) < 2 * piece_chars + step for piece in pieces)
     parts = text.split("<|endoftext|>")
-    if all(part.strip() for part in parts if len(part) >= piece_chars):
-        assert join_pieces(pieces) == [part for part in parts if part.strip()]
+    assert join_pieces(pieces) == [part for part in parts if part.strip()]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])

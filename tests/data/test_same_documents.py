@@ -193,6 +193,24 @@ def test_the_same_documents_are_the_same_corpus(
     assert contents(corpus) == contents(expected)
 
 
+def test_a_limit_ends_every_source_at_the_same_place(
+    documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the first long document, at the end of a piece."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "stdin", None)
+    ends = {}
+    for number, door in enumerate(DOORS):
+        (tmp_path / f"{number}").mkdir()
+        source = DOORS[door](tmp_path / f"{number}", documents[:3])
+        options = ReadOptions(max_bytes=50_000)
+        corpus = Corpus.open(prepare(source, "byte", out=tmp_path / "made.h5", options=options))
+        sizes = (corpus.train.doc_bytes + corpus.val.doc_bytes).tolist()
+        ends[door] = (corpus.info["fingerprint"], *sizes)
+    assert len(set(ends.values())) == 1, ends
+    assert 50_000 <= sum(sizes) < len(documents[1].encode())
+
+
 @pytest.mark.parametrize("door", [door for door in DOORS if door not in ("list", "iterator")])
 def test_the_same_documents_are_the_same_validation_text(
     door: str, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
