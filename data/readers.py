@@ -5,18 +5,23 @@ What a stream holds is told by its content, whether it is a file, standard input
 
 import codecs
 import contextlib
-import gzip
-import importlib
 import io
 import json
 import re
-import sys
-import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from mmrec.data.formats import (
+    ARRAY_OF_OBJECTS,
+    JSON_SUFFIXES,
+    PARQUET_MAGIC,
+    content_suffix,
+    decompressed,
+    find_foreign,
+    first_records,
+)
 from mmrec.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
@@ -33,40 +38,7 @@ MAX_BYTES_LIMIT = 10**15
 SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 BYTE_ORDER_MARK = "\ufeff"
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-COMPRESSION_SUFFIXES = (".gz", ".zst")
-
-HEAD_BYTES = 1 << 20
-"""Bytes at the start of a stream that tell what it holds."""
-PARQUET_MAGIC = b"PAR1"
-SKIPPABLE_FRAMES = tuple(bytes([0x50 + i]) for i in range(16))
-"""First bytes of a Zstandard frame that holds no data."""
-ARRAY_OF_OBJECTS = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
-FIRST_OBJECT = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?(\{\s*")')
-LINE_END = re.compile(r"[ \t\r]*(\n\s*|$)")
-ITEM_END = re.compile(r"\s*([,\]]\s*|$)")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
-_EXTRACT = "extract its text first"
-FOREIGN = [
-    (257, rb"ustar", "a tar archive: extract it first, with tar -xf"),
-    (0, rb"PK\x03\x04", f"a zip archive or an office document: {_EXTRACT}"),
-    (0, rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", f"an office document: {_EXTRACT}"),
-    (0, rb"%PDF-", f"a PDF document: {_EXTRACT}, for example with pdftotext"),
-    (0, rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*", "a picture"),
-    (0, rb"RIFF.{4}(WAVE|AVI )|OggS\0|fLaC\0|ID3[\2-\4]\0|\0\0..ftyp", "a sound or film"),
-    (0, rb"\xfd7zXZ\0", "compressed with xz: decompress it first, with xz -d"),
-    (0, rb"BZh[1-9]1AY&SY", "compressed with bzip2: decompress it first, with bzip2 -d"),
-    (0, rb"\x04\x22\x4d\x18", "compressed with lz4: decompress it first, with lz4 -d"),
-    (0, rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive: extract it first"),
-    (0, rb"\x89HDF\r\n\x1a\n", "HDF5: the name of a prepared corpus must end in .h5"),
-    (0, rb"SQLite format 3\0", "an SQLite database: export its text as JSON lines"),
-    (0, rb"ARROW1\0\0|ORC.{0,64}\0|Obj\x01|\x93NUMPY", "a table or array: write it as Parquet"),
-    (0, rb"\x7fELF|MZ\x90\0", "a program"),
-    (0, rb"\{\\rtf1", f"an RTF document: {_EXTRACT}"),
-    (0, rb"\xff\xfe|\xfe\xff", "UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8"),
-]
-"""Offset, pattern and description of what holds no text that can be read."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +138,6 @@ class ReadOptions:
         )
 
 
-def content_suffix(name: str | Path) -> str:
-    """Return the lower-case suffix that tells a file's content, without that of compression."""
-    file_name = Path(name).name.lower()
-    for suffix in COMPRESSION_SUFFIXES:
-        file_name = file_name.removesuffix(suffix)
-    return Path(file_name).suffix
-
-
 def read_file(
     path: Path, options: ReadOptions, *, name: str = "", json_lines: bool = False
 ) -> Iterator[Document]:
@@ -259,8 +223,8 @@ def holds_text_records(path: Path) -> bool:
         InputError: the file cannot be read.
     """
     name = str(path)
-    with open_file(path, name) as file, _open_content(file, name, ReadOptions(skip_bad=True)) as c:
-        records = _first_records(c.stream.read(HEAD_BYTES))
+    with open_file(path, name) as stream, decompressed(stream, name) as opened:
+        records = first_records(opened.head)
         return bool(records) and ReadOptions().field in records[0]
 
 
@@ -269,16 +233,6 @@ def split_documents(text: str, name: str, options: ReadOptions) -> Iterator[Docu
     splitter = DocumentSplitter(name, options.piece_chars)
     yield from splitter.feed(text)
     yield from splitter.finish()
-
-
-def import_zstandard() -> Any:
-    """Return the Zstandard module: Python's own from 3.14 on, else ``backports.zstd``.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
-    own = sys.version_info >= (3, 14)
-    return importlib.import_module("compression.zstd" if own else "backports.zstd")
 
 
 @contextlib.contextmanager
@@ -316,84 +270,22 @@ def _open_content(
     stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
 ) -> Iterator[_Content]:
     """Find out what a stream holds. Damage, of its compression too, is an InputError."""
-    compressions: dict[str, tuple[type[Exception], ...]] = {}
-    plain = stream
-    try:
-        head = plain.read(HEAD_BYTES)
-        while compression := _find_compression(head):
-            plain, compressions[compression] = _decompress(
-                compression, io.BufferedReader(_Rejoined(head, plain)), name
-            )
-            head = plain.read(HEAD_BYTES)
-        is_whole_file = not compressions and stream.seekable()
-        rejoined = io.BufferedReader(_Rejoined(head, plain))
+    with decompressed(stream, name) as (head, plain, is_compressed):
         records: Iterator[Record] | None = None
-        if foreign := _find_foreign(head):
+        if foreign := find_foreign(head):
             options.reject(f"{name} must be text or records; it is {foreign}")
             records = iter(())
         elif head.startswith(PARQUET_MAGIC) or content_suffix(name) == ".parquet":
             # its index lies at the end, so that a stream without random access is read whole
-            file = stream if is_whole_file else io.BytesIO(rejoined.read())
+            is_file = stream.seekable() and not is_compressed
+            file = stream if is_file else io.BytesIO(plain.read())
             file.seek(0)
             records = _parquet_records(file, name, options)
         elif json_lines or _holds_json(head, name, options):
             is_array = not json_lines and ARRAY_OF_OBJECTS.match(head) is not None
             read = _json_array_records if is_array else _json_line_records
-            records = read(rejoined, name, options)
-        yield _Content(name, rejoined, records)
-    except tuple({error for errors in compressions.values() for error in errors}) as error:
-        kind = " in ".join(reversed(compressions))
-        raise InputError(f"{name} must be a whole {kind} file: {error}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-class _Rejoined(io.RawIOBase):
-    """A stream with the bytes before it that have been read already."""
-
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head, self._rest = memoryview(head), rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head[: len(buffer)] or self._rest.read(len(buffer))
-        self._head = self._head[len(data) :]
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _find_compression(head: bytes) -> str:
-    """``gzip``, ``Zstandard`` or nothing, by the first bytes."""
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip"
-    is_skippable = head[1:4] == b"\x2a\x4d\x18" and head[:1] in SKIPPABLE_FRAMES
-    return "Zstandard" if head.startswith(b"\x28\xb5\x2f\xfd") or is_skippable else ""
-
-
-def _decompress(
-    compression: str, stream: BinaryIO, name: str
-) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
-    """A stream of the decompressed bytes, and the errors that damage to it raises."""
-    if compression == "gzip":
-        unzipped: Any = gzip.GzipFile(fileobj=stream)
-        return unzipped, (EOFError, gzip.BadGzipFile, zlib.error)
-    try:
-        zstandard = import_zstandard()
-    except ImportError:
-        raise InputError(
-            f"{name} is Zstandard, which needs a package: pip install 'mmrec[files]'"
-        ) from None
-    return zstandard.open(stream, "rb"), (EOFError, zstandard.ZstdError)
-
-
-def _find_foreign(head: bytes) -> str:
-    """What a file is that holds no text of its own, and what to do; empty if it may be text."""
-    for offset, magic, description in FOREIGN:
-        if re.compile(magic, re.DOTALL).match(head, offset):
-            return description
-    return ""
+            records = read(plain, name, options)
+        yield _Content(name, plain, records)
 
 
 def _holds_json(head: bytes, name: str, options: ReadOptions) -> bool:
@@ -405,33 +297,10 @@ def _holds_json(head: bytes, name: str, options: ReadOptions) -> bool:
     suffix = content_suffix(name)
     if suffix in JSON_SUFFIXES:
         return True
-    records = _first_records(head)
+    records = first_records(head)
     if not suffix or options.text_field:
         return bool(records) or (not suffix and bool(options.text_field))
     return len(records) == 2 and all(options.field in record for record in records)
-
-
-def _first_records(head: bytes) -> list[Any]:
-    """Up to two JSON objects, or their keys, that begin a stream of lines or an array."""
-    start = FIRST_OBJECT.match(head)
-    if not start:
-        return []
-    text, end = head[start.start(1) :].decode("utf-8", "replace"), 0
-    separator = ITEM_END if b"[" in start[0] else LINE_END
-    records: list[Any] = []
-    while len(records) < 2 and text.startswith("{", end):
-        try:
-            record, end = json.JSONDecoder().raw_decode(text, end)
-        except (ValueError, RecursionError):
-            if len(head) == HEAD_BYTES:  # the record may be longer than the head
-                records.append(re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', text[end:]))
-            break
-        following = separator.match(text, end)
-        if not following:
-            return []
-        records.append(record)
-        end = following.end()
-    return records
 
 
 # ---- text

@@ -13,11 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmrec.data.formats import RECORD_SUFFIXES, content_suffix
 from mmrec.data.readers import (
-    RECORD_SUFFIXES,
     Document,
     ReadOptions,
-    content_suffix,
     holds_text_records,
     open_file,
     read_file,

@@ -20,6 +20,14 @@ from mmrec.config import (
 from mmrec.errors import InputError
 
 
+def test_toml_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As editors on Windows write it."""
+    path = tmp_path / "c.toml"
+    path.write_bytes(b'\xef\xbb\xbfpreset = "mini"\r\n[optimizer]\r\nlr = 0.5\r\n')
+    file = read_config_file(path)
+    assert (file.preset, file.train) == ("mini", {"lr": 0.5})
+
+
 def test_toml_round_trip(tmp_path: Path) -> None:
     """Also of text that is hard to quote."""
     hard = 'a "quoted" \\ path\nwith a line end, a tab\t, [brackets] and é'

@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from mmrec.data.corpus import Corpus
+from mmrec.data.formats import HEAD_BYTES, import_zstandard
 from mmrec.data.prepare import prepare
 from mmrec.data.readers import (
-    HEAD_BYTES,
     PIECE_CHARS,
     Document,
     DocumentSplitter,
     ReadOptions,
-    import_zstandard,
 )
 from mmrec.data.sources import is_single_pass, iter_documents, parse_mixture, rereadable
 from mmrec.data.tokenize import encode_documents

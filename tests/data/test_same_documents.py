@@ -14,8 +14,9 @@ import pytest
 from pyarrow import parquet
 
 from mmrec.data.corpus import Corpus
+from mmrec.data.formats import import_zstandard
 from mmrec.data.prepare import prepare
-from mmrec.data.readers import PIECE_CHARS, Document, ReadOptions, import_zstandard
+from mmrec.data.readers import PIECE_CHARS, Document, ReadOptions
 from mmrec.data.sources import Source
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.evaluation.source import open_split
