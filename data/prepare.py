@@ -156,6 +156,8 @@ def prepare(
         check_tokenizer_settings(tokenizer, vocab_size)
     if len(components) > 1 and any(is_prepared(name) for _, name, _ in components):
         raise InputError(f"a mixture must be of texts; got the corpus file in {source}")
+    if is_prepared(options.val_file):
+        raise InputError(f"val_file must be a text; got the corpus file {options.val_file}")
     check_read_once([*(name for _, name, _ in components), options.val_file])
     folder = out.parent if out else cache_folder()
     try:

@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,16 +140,13 @@ class ReadOptions:
         )
 
 
-def read_file(
-    path: Path, options: ReadOptions, *, name: str = "", json_lines: bool = False
-) -> Iterator[Document]:
+def read_file(path: Path, options: ReadOptions, *, name: str = "") -> Iterator[Document]:
     """Read the documents of a file; see ``read_stream``.
 
     Args:
         path: the file.
         options: how to read.
         name: what documents and messages call the file; empty is its path.
-        json_lines: read JSON lines whatever the file is called.
 
     Yields:
         The documents, long ones in pieces.
@@ -157,12 +156,10 @@ def read_file(
     """
     name = name or str(path)
     with open_file(path, name) as stream:
-        yield from read_stream(stream, name, options, json_lines=json_lines)
+        yield from read_stream(stream, name, options)
 
 
-def read_stream(
-    stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
-) -> Iterator[Document]:
+def read_stream(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[Document]:
     """Read the documents of an open binary stream.
 
     Compression and format are told by the content: gzip, Zstandard and Parquet by their first
@@ -173,7 +170,6 @@ def read_stream(
         stream: the stream; it is read to its end and not closed.
         name: what documents and messages call it.
         options: how to read.
-        json_lines: read JSON lines whatever the content.
 
     Yields:
         The documents, long ones in pieces.
@@ -181,7 +177,7 @@ def read_stream(
     Raises:
         InputError: the stream cannot be read, or holds what it must not and nothing is skipped.
     """
-    with _open_content(stream, name, options, json_lines=json_lines) as content:
+    with _open_content(stream, name, options) as content:
         if content.records is None:
             yield from _read_text(content, options)
             return
@@ -266,24 +262,23 @@ class _Content(NamedTuple):
 
 
 @contextlib.contextmanager
-def _open_content(
-    stream: BinaryIO, name: str, options: ReadOptions, *, json_lines: bool = False
-) -> Iterator[_Content]:
+def _open_content(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[_Content]:
     """Find out what a stream holds. Damage, of its compression too, is an InputError."""
-    with decompressed(stream, name) as (head, plain, is_compressed):
+    with contextlib.ExitStack() as stack:
+        head, plain, is_compressed = stack.enter_context(decompressed(stream, name))
         records: Iterator[Record] | None = None
         if foreign := find_foreign(head):
             options.reject(f"{name} must be text or records; it is {foreign}")
             records = iter(())
         elif head.startswith(PARQUET_MAGIC) or content_suffix(name) == ".parquet":
-            # its index lies at the end, so that a stream without random access is read whole
-            is_file = stream.seekable() and not is_compressed
-            file = stream if is_file else io.BytesIO(plain.read())
+            file: Any = stream
+            if is_compressed or not stream.seekable():  # its index lies at the end
+                file = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(plain, file)
             file.seek(0)
             records = _parquet_records(file, name, options)
-        elif json_lines or _holds_json(head, name, options):
-            is_array = not json_lines and ARRAY_OF_OBJECTS.match(head) is not None
-            read = _json_array_records if is_array else _json_line_records
+        elif _holds_json(head, name, options):
+            read = _json_array_records if ARRAY_OF_OBJECTS.match(head) else _json_line_records
             records = read(plain, name, options)
         yield _Content(name, plain, records)
 

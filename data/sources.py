@@ -1,12 +1,10 @@
 """Sources of text: a corpus name, files, standard input, a Hugging Face data set, or documents."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -211,49 +209,31 @@ def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[R
     remove_stale_temporaries(folder)
     name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
     copy = folder / f".{name_hash}.{os.getpid()}.tmp"
-    json_lines, copy_options = False, options
     try:
-        if not isinstance(source, str | Path):
-            json_lines, copy_options = True, dataclasses.replace(options, text_field="")
-            _write_json_lines(copy, _checked_texts(source, options), copy_options.field)
-        elif name.startswith("hf:"):
-            json_lines = True
-            _write_json_lines(copy, _whole_texts(iter_documents(name, options)), options.field)
-        elif name == "-":
-            with copy.open("wb") as file:
-                shutil.copyfileobj(_standard_input(), file)
+        if isinstance(source, str | Path):
+            _write_copy(copy, iter_documents(source, options))
         else:
-            with Path(name).open("rb") as stream, copy.open("wb") as file:
-                shutil.copyfileobj(stream, file)
-
-        def read_copy() -> Iterator[Document]:
-            documents = read_file(copy, copy_options, name=name, json_lines=json_lines)
-            return _limit_bytes(documents, options.max_bytes)
-
-        yield read_copy
+            _write_copy(copy, _limit_bytes(_given_documents(source, options), options.max_bytes))
+        yield lambda: _read_copy(copy)
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _write_json_lines(path: Path, texts: Iterable[str], field: str) -> None:
-    with path.open("w", encoding="utf-8") as lines:
-        for text in texts:
-            lines.write(json.dumps({field: text}) + "\n")
+def _write_copy(path: Path, documents: Iterable[Document]) -> None:
+    """Write documents into a file, one piece per line."""
+    with path.open("w", encoding="ascii") as lines:
+        for document in documents:
+            lines.write(json.dumps([document.name, document.text, document.more]) + "\n")
 
 
-def _whole_texts(documents: Iterable[Document]) -> Iterator[str]:
-    """The text of every document, its pieces joined."""
-    pieces: list[str] = []
-    for document in documents:
-        pieces.append(document.text)
-        if not document.more:
-            yield "".join(pieces)
-            pieces.clear()
+def _read_copy(path: Path) -> Iterator[Document]:
+    with path.open(encoding="ascii") as lines:
+        for line in lines:
+            yield Document(*json.loads(line))
 
 
-def _checked_texts(texts: Iterable[str], options: ReadOptions) -> Iterator[str]:
-    """The strings that a caller gave, up to the byte limit. Raises InputError at anything else."""
-    size = 0
+def _given_documents(texts: Iterable[str], options: ReadOptions) -> Iterator[Document]:
+    """The documents of a caller's strings. Raises InputError at anything else."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(
@@ -261,12 +241,8 @@ def _checked_texts(texts: Iterable[str], options: ReadOptions) -> Iterator[str]:
             )
         if problem := text_problem(text):
             options.reject(f"the document at index {index} {problem}")
-            continue
-        yield text
-        if options.max_bytes:
-            size += sum(len(d.text.encode()) for d in split_documents(text, DOCUMENTS, options))
-            if size >= options.max_bytes:
-                return
+        else:
+            yield from split_documents(text, f"{DOCUMENTS}:{index}", options)
 
 
 def _find_files(source: str) -> list[Path]:

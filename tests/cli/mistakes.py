@@ -129,6 +129,12 @@ MISTAKES = [
         "tiny --data - --val-file -",
         "a pipe can be read only once; got it twice, as - and as -",
     ),
+    (
+        "train",
+        "--val-file",
+        "tiny --data book.txt --val-file char.h5",
+        "val_file must be a text; got the corpus file char.h5",
+    ),
     ("train", "--data", "tiny --data 1:-,1:-", "a pipe can be read only once"),
     (
         "train",

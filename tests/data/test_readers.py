@@ -196,6 +196,19 @@ def test_endless_documents_end_at_the_byte_limit(tmp_path: Path) -> None:
         assert [d.text for d in read()] == ["12345"] * 20
 
 
+def test_an_endless_pipe_ends_at_the_byte_limit(tmp_path: Path) -> None:
+    command = f"yes 'to be or not' | {sys.executable} -m mmrec data prepare - --tokenizer byte"
+    done = subprocess.run(
+        f"{command} --max-bytes 100000 --out {tmp_path}/made.h5",
+        shell=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0
+    corpus = Corpus.open(tmp_path / "made.h5")
+    assert 100_000 <= corpus.train.n_bytes + corpus.val.n_bytes < 100_000 + 2 * PIECE_CHARS
+
+
 LIMITED = ReadOptions(max_bytes=100)
 
 
