@@ -20,6 +20,7 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 
 HEAD_BYTES = 1 << 20
 """Bytes at the start of a stream that tell what it holds."""
+BUFFER_BYTES = 1 << 16
 PARQUET_MAGIC = b"PAR1"
 SKIPPABLE_FRAMES = tuple(bytes([0x50 + i]) for i in range(16))
 """First bytes of a Zstandard frame that holds no data."""
@@ -105,7 +106,7 @@ def decompressed(stream: BinaryIO, name: str) -> Iterator[Opened]:
 def _peek(stream: BinaryIO) -> tuple[bytes, BinaryIO]:
     """The first bytes of a stream, and the stream from its start."""
     head = stream.read(HEAD_BYTES)
-    return head, io.BufferedReader(_Rejoined(head, stream), HEAD_BYTES)
+    return head, io.BufferedReader(_Rejoined(head, stream), BUFFER_BYTES)
 
 
 class _Rejoined(io.RawIOBase):

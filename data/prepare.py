@@ -346,6 +346,10 @@ class _Preparation:
             raise self.val_options.no_text(f"the validation text {self.options.val_file}")
         if len(self.scan.keys) == self.val_documents:
             raise self.options.no_text(self.source)
+        division = [self.val_documents, *self.component_ends]
+        if len(division) > 2 or self.val_documents:  # which text is of which source
+            divided = f"{self.scan.fingerprint} {division}"
+            self.scan.fingerprint = hashlib.sha256(divided.encode()).hexdigest()
         if not self.val_options.has_records:
             self.options.check_text_field(self.source)
         if self.skipped_records:
@@ -354,7 +358,6 @@ class _Preparation:
                 f"note: {self.skipped_records:,} broken records or files were skipped; the first: "
                 f"{reason}"
             )
-        ends = self.component_ends if len(self.mixture) > 1 else [0]  # documents
         tokenizer_key: Any = self.vocab_size
         if self.given_tokenizer:
             tokenizer_key = hashlib.sha256(self.given_tokenizer.to_json().encode()).hexdigest()
@@ -363,7 +366,7 @@ class _Preparation:
             self.kind,
             tokenizer_key,
             self.val_documents or self.options.val_fraction,
-            [[weight, end] for (weight, _), end in zip(self.mixture, ends, strict=True)],
+            [weight for weight, _ in self.mixture],
             SCHEMA,
             self.skipped_records,
             *["compressed"] * self.compress,

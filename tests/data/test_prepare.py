@@ -297,14 +297,18 @@ def test_a_mixture_of_sources(tmp_path: Path, few: bool, library: Library) -> No
 
 def test_the_cache_tells_mixtures_apart_by_what_is_in_each_source(tmp_path: Path) -> None:
     """The same documents in the same order, divided in another way."""
-    ends = []
+    ends, fingerprints = [], set()
     for first in (1, 2):
         texts = [f"document {i} of several words " * 9 for i in range(4)]
         (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts[:first]))
         (tmp_path / "b.txt").write_text("<|endoftext|>".join(texts[first:]))
         corpus = Corpus.open(prepare(f"1:{tmp_path}/a.txt,1:{tmp_path}/b.txt", "byte"))
         ends.append(corpus.info["mixture"][0]["end"])
+        fingerprints.add(corpus.info["fingerprint"])
     assert ends[1] == 2 * ends[0]
+    options = ReadOptions(val_file=f"{tmp_path}/a.txt")
+    with_val_file = Corpus.open(prepare(tmp_path / "b.txt", "byte", options=options))
+    assert len({with_val_file.info["fingerprint"], *fingerprints}) == 3
 
 
 def test_the_text_to_grow_a_vocabulary_may_come_from_a_pipe(
