@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
 
 EVAL_SETTINGS = ("text_field", "skip_bad")
+DEFAULT_TEMPERATURES = "0,0.8,1"
+DEFAULT_MAX_TOKENS = 120
 
 
 @settings_options(EVAL_SETTINGS)
@@ -31,8 +33,10 @@ def evaluate(
     ] = None,
     temperatures: Annotated[
         str, typer.Option(help="Temperatures for --prompts, joined by commas.")
-    ] = "0,0.8,1",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.", min=1)] = 120,
+    ] = DEFAULT_TEMPERATURES,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens per prompt.", min=1)
+    ] = DEFAULT_MAX_TOKENS,
     report: Annotated[
         Path | None, typer.Option(help="Write the continuations of --prompts: .md or .html.")
     ] = None,
@@ -53,6 +57,20 @@ def evaluate(
     for option, path in (("--plot", plot), ("--report", report)):
         if path is not None and path.is_dir():
             raise InputError(f"{option} must be a file to write; {path} is a folder")
+    mode = "--prompts" if prompts else "--tasks" if tasks else ""
+    for option, is_given, modes in (
+        ("--data", data is not None, [""]),
+        ("--plot", plot is not None, [""]),
+        *((ALL_SETTINGS[name].flag, True, ["", "--prompts"]) for name in settings),
+        ("--temperatures", temperatures != DEFAULT_TEMPERATURES, ["--prompts"]),
+        ("--max-tokens", max_tokens != DEFAULT_MAX_TOKENS, ["--prompts"]),
+        ("--report", report is not None, ["--prompts"]),
+        ("--tasks", bool(tasks), ["--tasks"]),
+        ("--include-path", include_path is not None, ["--tasks"]),
+    ):
+        if is_given and mode not in modes:
+            reason = f"with {mode}" if mode else f"without {modes[0]}"
+            raise InputError(f"{option} has no effect {reason}: leave it out")
     if len(where or ()) > 1 and not prompts:
         raise InputError(
             f"one model at a time is scored; got {len(where or ())}: --prompts takes "
@@ -63,9 +81,6 @@ def evaluate(
     if prompts:
         _write_samples(models, prompts, settings, temperatures, max_tokens, report, as_json)
     elif tasks:
-        if settings:
-            flag = ALL_SETTINGS[next(iter(settings))].flag
-            raise InputError(f"{flag} has no effect with --tasks: leave it out")
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
         _score(models[0], data, settings, plot, as_json)

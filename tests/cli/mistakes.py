@@ -316,7 +316,24 @@ MISTAKES = [
     ),
     ("eval", "--text-field", "--text-field body", "--text-field is for .* --data; got no --data"),
     ("eval", "--skip-bad", "--data char.h5 --skip-bad", "--skip-bad is for .*; got char.h5"),
-    ("eval", "--text-field", "--tasks x --text-field body", "--text-field has no effect with"),
+    *[
+        (
+            "eval",
+            option.split()[0],
+            f"{mode} {option}",
+            f"{option.split()[0]} has no effect {reason}",
+        )
+        for mode, option, reason in (
+            ("--tasks x", "--text-field body", "with --tasks"),
+            ("--prompts short.txt", "--data book.txt", "with --prompts"),
+            ("--prompts short.txt", "--plot a.png", "with --prompts"),
+            ("--prompts short.txt", "--tasks x", "with --prompts"),
+            ("--tasks x", "--report a.md", "with --tasks"),
+            ("", "--temperatures 1", "without --prompts"),
+            ("", "--max-tokens 9", "without --prompts"),
+            ("--data book.txt", "--include-path runs", "without --tasks"),
+        )
+    ],
     (
         "eval",
         "--text-field",
