@@ -29,7 +29,7 @@ from mmrec.evaluation.evaluate import evaluate_split  # noqa: E402
 from mmrec.model import Model  # noqa: E402
 from mmrec.optimizer import build_optimizer  # noqa: E402
 from mmrec.profiling.kernel_bench import describe_machine  # noqa: E402
-from mmrec.runtime.hardware import bfloat16_is_faster  # noqa: E402
+from mmrec.runtime.hardware import bfloat16_instructions  # noqa: E402
 from mmrec.training.lr_schedule import lr_factor  # noqa: E402
 from mmrec.training.replicas import Replicas, forward_backward, replica_count  # noqa: E402
 
@@ -48,7 +48,7 @@ def main() -> None:
     corpus = Corpus.open(prepare(args.data, "bpe", 5000, None, print))
     torch.manual_seed(args.seed)
     model = Model(preset("tiny"))
-    model.set_precision("bfloat16" if bfloat16_is_faster() else "float32")
+    model.set_precision("bfloat16" if bfloat16_instructions() else "float32")
     config = OptimizerConfig()
     replicas = Replicas(replica_count(model, BATCH))
     optimizer = build_optimizer(model, config, run_tasks=replicas.run)

@@ -3,17 +3,25 @@
 import dataclasses
 import json
 import math
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from mmrec.cli.options import PRESET_HELP, VocabSize, settings_options
-from mmrec.config import TrainConfig, preset_train_settings
+from mmrec.config import ModelConfig, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
-    from mmrec.profiling.kernel_bench import Row
+    from mmrec.profiling.kernel_bench import Case, Row
+    from mmrec.profiling.step import StepProfile
+
+MAX_SECONDS = 40
+"""Without --full no case begins after this many seconds; the longest takes about ten."""
+PROGRESS_DELAY = 0.5
+"""Seconds after which progress is shown, so that a mistake is reported alone."""
 
 app = typer.Typer(
     help="Time the kernels beside other implementations; each is checked before it is timed."
@@ -21,6 +29,10 @@ app = typer.Typer(
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="All shapes and implementations, which takes minutes."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -44,19 +56,30 @@ def _print_row(row: "Row", ours: float) -> None:
         return
     shares = [r / row.bound if r and row.bound else None for r in (row.forward_rate, row.both_rate)]
     rates = "".join(f"{share:8.0%}" if share else f"{'':8}" for share in shares)
-    times = "" if math.isnan(row.both_ms) else f"{row.both_ms / ours:9.1f}×"
+    times = "" if math.isnan(row.both_ms / ours) else f"{row.both_ms / ours:9.1f}×"
     cells = f"{_milliseconds(row.forward_ms):>10}{_milliseconds(row.both_ms):>12}"
     typer.echo(f"  {row.name:<26}{cells}{rates}{times}")
 
 
-def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: bool) -> None:
+def _progress_bar(total: int) -> "tqdm[Any]":
+    """A line on standard error: what is measured, how far it is, and the time left."""
+    return tqdm(
+        total=total,
+        leave=False,
+        delay=PROGRESS_DELAY,
+        bar_format="{desc} {percentage:3.0f}% [{elapsed}<{remaining}]",
+    )
+
+
+def _run(
+    name: str, axes: int, shapes: list[str] | None, repeats: int, full: bool, as_json: bool
+) -> None:
     sizes = [_parse(s, axes) for s in shapes] if shapes else None
     import torch
 
-    from mmrec.profiling.kernel_bench import BENCHMARKS, describe_machine, to_json
+    from mmrec.profiling.kernel_bench import BENCHMARKS, Effort, describe_machine, to_json
 
     torch.manual_seed(0)
-    rows, case, ours = [], None, 1.0
     if not as_json:
         m = describe_machine()
         typer.echo(
@@ -64,39 +87,71 @@ def _run(name: str, axes: int, shapes: list[str] | None, repeats: int, as_json: 
         )
         typer.echo(f"torch {m['torch']}, numba {m['numba']}")
         typer.echo("%: share of the rate of torch.add or torch.mm; time: both, beside mmrec")
-    for row in BENCHMARKS[name](sizes, repeats):
-        rows.append(row)
-        if as_json:
-            continue
-        if (row.op, row.shape) != case:
-            case = row.op, row.shape
-            head = f"{row.op} {row.shape}"
-            typer.echo(
-                f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'fwd %':>8}{'both %':>8}{'time':>10}"
-            )
-        if row.name.startswith("mmrec"):  # comes before its baselines
-            ours = row.both_ms
-        _print_row(row, ours)
+    cases, rows, began = BENCHMARKS[name](sizes, Effort(repeats, full)), [], time.monotonic()
+    with _progress_bar(len(cases)) as bar:
+        try:
+            for n, case in enumerate(cases):
+                if not full and n and time.monotonic() - began > MAX_SECONDS:
+                    left = ", ".join(f"{c.op} {'x'.join(map(str, c.shape))}" for c in cases[n:])
+                    with bar.external_write_mode():
+                        typer.echo(f"left out after {MAX_SECONDS} s: {left} (--full)", err=True)
+                    break
+
+                def report(share: float, what: str, n: int = n, case: "Case" = case) -> None:
+                    bar.set_description_str(f"{case.op} {case.shape}: {what}", refresh=False)
+                    bar.update(max(0.0, n + share - bar.n))
+
+                case_rows = []
+                try:
+                    for row in case.run(report):
+                        case_rows.append(row)
+                finally:
+                    rows += case_rows
+                    if case_rows and not as_json:
+                        with bar.external_write_mode():
+                            _print_case(case_rows)
+        except KeyboardInterrupt:
+            bar.close()
+            if as_json:
+                typer.echo(json.dumps(to_json(rows) | {"interrupted": True}, indent=1))
+            done = f"{len(rows)} rows" if rows else "nothing"
+            typer.echo(f"interrupted: {done} measured so far", err=True)
+            raise
     if as_json:
         typer.echo(json.dumps(to_json(rows), indent=1))
 
 
+def _print_case(rows: "list[Row]") -> None:
+    """Print the rows of one op and shape."""
+    head = f"{rows[0].op} {rows[0].shape}"
+    typer.echo(f"\n{head:<28}{'fwd ms':>10}{'fwd+bwd ms':>12}{'fwd %':>8}{'both %':>8}{'time':>10}")
+    ours = next((row.both_ms for row in rows if row.name.startswith("mmrec")), math.nan)
+    for row in rows:
+        _print_row(row, ours)
+
+
 @app.command()
-def scan(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+def scan(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
     """First-order scan and product scan, shapes BxTxD."""
-    _run("scan", 3, shape, repeats, as_json)
+    _run("scan", 3, shape, repeats, full, as_json)
 
 
 @app.command("gated-recurrence")
-def gated_recurrence(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+def gated_recurrence(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
     """Gated recurrence beside torch.nn.GRU and LSTM, shapes BxTxD."""
-    _run("gated_recurrence", 3, shape, repeats, as_json)
+    _run("gated_recurrence", 3, shape, repeats, full, as_json)
 
 
 @app.command("gated-delta-rule")
-def gated_delta_rule(shape: Shapes = None, repeats: Repeats = 15, as_json: Json = False) -> None:
+def gated_delta_rule(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
     """Gated delta rule beside other implementations, shapes BxTxHxP."""
-    _run("gated_delta_rule", 4, shape, repeats, as_json)
+    _run("gated_delta_rule", 4, shape, repeats, full, as_json)
 
 
 @app.command()
@@ -107,6 +162,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the time of each part of a step.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Repeat slow parts too; else each for about a second.")
+    ] = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -115,10 +173,31 @@ def train(
     if vocab is not None:
         model = dataclasses.replace(model, vocab_size=vocab)
     config = TrainConfig.from_flat(preset_train_settings(preset) | settings)
-    from mmrec.profiling.kernel_bench import describe_machine
     from mmrec.profiling.step import profile_step
 
-    result = profile_step(model, config)
+    with _progress_bar(1) as bar:
+
+        def report(share: float, part: str) -> None:
+            bar.set_description_str(f"{preset}: timing {part}", refresh=False)
+            bar.update(max(0.0, share - bar.n))
+
+        result = profile_step(model, config, full=full, report=report)
+    _print_step(preset, model, config, result, profile, as_json)
+    if result.interrupted:
+        typer.echo("interrupted: only what was measured so far is shown", err=True)
+        raise KeyboardInterrupt
+
+
+def _print_step(
+    preset: str,
+    model: ModelConfig,
+    config: TrainConfig,
+    result: "StepProfile",
+    profile: bool,
+    as_json: bool,
+) -> None:
+    from mmrec.profiling.kernel_bench import describe_machine
+
     if as_json:
         about = {"machine": describe_machine(), "preset": preset, "vocab": model.vocab_size}
         about |= {"peak_fraction": result.peak_fraction, **dataclasses.asdict(result)}
@@ -126,7 +205,8 @@ def train(
         return
     typer.echo(
         f"{preset}, vocabulary {model.vocab_size:,}, {config.data.batch_size} x "
-        f"{config.data.seq_len} tokens per step, products in {result.precision}"
+        f"{config.data.seq_len} tokens per step, products in {result.precision} "
+        f"({result.precision_reason})"
     )
     if profile:
         typer.echo(f"{'part':<24}{'ms':>8}{'of step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'of peak':>9}")
@@ -135,10 +215,13 @@ def train(
             if part.flops:
                 rate = part.flops / part.seconds
                 share = rate / result.peak_flops
-                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}{share:9.0%}"
+                line += f"{part.flops / 1e9:9.2f}{rate / 1e9:9.0f}"
+                line += "" if result.interrupted else f"{share:9.0%}"
             typer.echo(line)
-    typer.echo(
-        f"step {result.seconds * 1e3:.1f} ms, {result.tokens / result.seconds:,.0f} tokens/s, "
-        f"{result.flops / result.seconds / 1e9:.0f} GFLOP/s = {result.peak_fraction:.0%} of the "
-        f"{result.peak_flops / 1e9:.0f} that a large product reaches here"
-    )
+    line = f"step {result.seconds * 1e3:.1f} ms, {result.tokens / result.seconds:,.0f} tokens/s"
+    if not result.interrupted:
+        line += (
+            f", {result.flops / result.seconds / 1e9:.0f} GFLOP/s = {result.peak_fraction:.0%} of "
+            f"the {result.peak_flops / 1e9:.0f} that a large product reaches here"
+        )
+    typer.echo(line)

@@ -39,16 +39,15 @@ def info(
         model = dataclasses.replace(model, vocab_size=vocab)
     train = TrainConfig.from_flat(preset_train_settings(preset) | settings)
     from mmrec.profiling.cost import estimate_cost
-    from mmrec.runtime.hardware import bfloat16_is_faster
+    from mmrec.runtime.hardware import bfloat16_instructions, resolve_precision
 
-    precision = train.optimizer.precision
-    if precision == "auto":
-        precision = "bfloat16" if bfloat16_is_faster() else "float32"
+    precision, reason = resolve_precision(train.optimizer.precision, bfloat16_instructions())
     cost = estimate_cost(model, train.replace(precision=precision))
     batch_size, seq_len = train.data.batch_size, train.data.seq_len
     if as_json:
         about = {"preset": preset, "batch_size": batch_size, "seq_len": seq_len}
-        typer.echo(json.dumps(about | {"precision": precision} | cost, indent=1))
+        about |= {"precision": precision, "precision_reason": reason}
+        typer.echo(json.dumps(about | cost, indent=1))
         return
     typer.echo(
         f"{preset}: width {model.width}, {model.depth} layers ({model.resolved_layer_types}), "
@@ -72,3 +71,4 @@ def info(
     typer.echo(f"  FLOPs to generate   {flops['forward'] / 1e6:,.0f} M per token")
     seconds = _duration(cost["seconds_per_million_tokens"])
     typer.echo(f"  time here           at least {seconds} per million training tokens")
+    typer.echo(f"  precision           {precision} ({reason})")

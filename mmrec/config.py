@@ -251,6 +251,11 @@ class ModelConfig(Section):
             divisor = getattr(self, name)
             if self.width % divisor:
                 raise InputError(f"{name} must divide the width {self.width}; got {divisor}")
+        if self.ffn_width < 1:
+            raise InputError(
+                f"ffn_multiplier times the width {self.width} must be at least 1; got "
+                f"{self.ffn_multiplier:g}"
+            )
         if not self.layer_types or not set(self.layer_types) <= set("slbn"):
             raise InputError(
                 f"layer_types must be letters out of 's', 'l', 'b', 'n'; got {self.layer_types!r}"
@@ -387,7 +392,8 @@ class OptimizerConfig(Section):
     )
     precision: str = setting(
         "auto",
-        "Matrix products in float32 or bfloat16; auto takes bfloat16 where it is faster here. "
+        "Matrix products in float32 or bfloat16; auto takes bfloat16 where the processor has "
+        "instructions for it (AVX-512 BF16, AMX, Arm BF16). "
         "Recurrences always run in float32.",
         choices=("auto", "float32", "bfloat16"),
     )

@@ -6,6 +6,7 @@ W x becomes W x + (α / r) B A x. A has shape (r, inputs) and is drawn at random
 Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685, section 4.1).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -58,11 +59,13 @@ def apply_lora(model: Model, rank: int, alpha: float) -> None:
         alpha: The product of the factors counts ``alpha / rank``.
 
     Raises:
-        InputError: The rank is out of range.
+        InputError: The rank is no whole number in range, or alpha is not finite and positive.
     """
     width = model.config.width
-    if not 1 <= rank <= width:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
         raise InputError(f"lora_rank must lie in 1 to {width}, the width of the model; got {rank}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"lora_alpha must be finite and > 0; got {alpha}")
     model.requires_grad_(False)
     for layer in model.layers:
         for name, child in list(layer.named_children()):

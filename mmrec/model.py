@@ -86,7 +86,7 @@ class State(NamedTuple):
 
 
 class Linear(nn.Module):
-    """Matrix product without bias, in the dtype of its input (float32 or bfloat16)."""
+    """Matrix product without bias, in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int, *, zero_init: bool = False) -> None:
         """Draw the weight from N(0, 1 / in_features), or set it to zero if ``zero_init``."""
@@ -215,7 +215,7 @@ class Layer(nn.Module):
             The gated outputs of the memories (B, T, D), of projected's dtype, and the new state.
         """
         hidden_state, delta_state, outputs = state.hidden_state, state.delta_state, []
-        full_precision = projected.float() if projected.dtype == torch.bfloat16 else projected
+        full_precision = projected if projected.dtype == torch.float64 else projected.float()
         *parts, output_gate = full_precision.split(self.projection_sizes, dim=-1)
         if self.has_recurrence:
             candidate, forget, gate = parts[:3]
@@ -223,7 +223,7 @@ class Layer(nn.Module):
                 candidate,
                 gate,
                 forget + self.forget_bias,
-                self.recurrent_weight,
+                None if self.recurrent_weight is None else self.recurrent_weight.to(forget.dtype),
                 state.hidden_state,
                 cu_seqlens=cu_seqlens,
             )
@@ -316,7 +316,13 @@ class Model(nn.Module):
         """Whether backward recomputes each layer from its input instead of keeping activations."""
 
     def set_precision(self, precision: str) -> None:
-        """Run matrix products in ``float32`` or ``bfloat16``; everything else stays float32."""
+        """Run matrix products in ``float32`` or ``bfloat16``; everything else stays float32.
+
+        Raises:
+            ValueError: the precision is neither.
+        """
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
         self.bf16 = precision == "bfloat16"
 
     def initial_state(self, batch_size: int) -> State:

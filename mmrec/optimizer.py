@@ -12,11 +12,13 @@ from torch import Tensor
 from mmrec.config import OptimizerConfig
 from mmrec.model import Layer, Linear, Model
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mmrec.runtime.hardware import bfloat16_instructions, fastest_dtype
 
 # Coefficients of the quintic Newton-Schulz iteration (see newton_schulz).
 A, B, C = 3.4445, -4.7750, 2.0315
 MAX_BATCH_ELEMENTS = 1 << 24
-"""Elements of the matrices that are orthogonalised at once. Each takes 20 bytes meanwhile."""
+"""Elements of the matrices that are orthogonalised at once. Each takes 20 bytes meanwhile; 28 in
+float32."""
 
 Task = Callable[[], object]
 
@@ -27,12 +29,14 @@ def run_in_turn(tasks: Sequence[Task]) -> None:
         task()
 
 
-def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Approximately orthogonalise matrices: their singular values move to about 0.7 to 1.2.
 
     Args:
-        x: (N, rows, columns), any floating dtype; computed in bfloat16.
+        x: (N, rows, columns), any floating dtype.
         steps: iterations.
+        dtype: that of the iteration. bfloat16 suffices; float32 is faster on a processor without
+            bfloat16 instructions.
 
     Returns:
         (N, rows, columns) float32.
@@ -41,7 +45,7 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     (kellerjordan.github.io/posts/muon), with its coefficients.
     """
     is_tall = x.shape[-2] > x.shape[-1]
-    x = (x.mT if is_tall else x).bfloat16()
+    x = (x.mT if is_tall else x).to(dtype)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -68,6 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         matrix_lr: float,
         betas: tuple[float, float],
         momentum: float = 0.95,
+        newton_schulz_dtype: torch.dtype | None = None,
         run_tasks: Callable[[Sequence[Task]], object] = run_in_turn,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
@@ -80,10 +85,13 @@ class MuonAdamW(torch.optim.Optimizer):
             matrix_lr: Muon's peak learning rate.
             betas: AdamW's moment decays.
             momentum: Muon's momentum.
+            newton_schulz_dtype: that of Muon's iteration; None for the fastest on this processor
+                (``mmrec.runtime.hardware``). All processes need the same.
             run_tasks: runs the independent parts of a step; may run them in threads.
             process_group: the processes that train together.
         """
         self._run_tasks, self._process_group = run_tasks, process_group
+        self.newton_schulz_dtype = newton_schulz_dtype or fastest_dtype(bfloat16_instructions())
         muon_groups = [g for g in groups if g["use_muon"]]
         adamw_groups = [g for g in groups if not g["use_muon"]]
         self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, fused=True)
@@ -131,17 +139,21 @@ class MuonAdamW(torch.optim.Optimizer):
             momentum.lerp_(grad, 1 - group["momentum"])
             updates.append(grad.lerp(momentum, group["momentum"]))
         shapes = [p.shape for p in params]
-        directions = self._process_group.map_sharded(_orthogonalise, updates, shapes)
+        dtype = self.newton_schulz_dtype
+        directions = self._process_group.map_sharded(
+            partial(_orthogonalise, dtype=dtype), updates, shapes, dtype
+        )
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         for p, direction in zip(params, directions, strict=True):
             decay = 1 - group["lr"] * group["weight_decay"]
             local_shard(p).mul_(decay).add_(direction, alpha=-lr)
 
 
-def _orthogonalise(updates: list[Tensor]) -> list[Tensor]:
-    """Orthogonalise each matrix of tensors (…, rows, columns), all in one batch."""
+def _orthogonalise(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Orthogonalise each matrix of tensors (…, rows, columns), all in one batch, in ``dtype``."""
     matrices = [u.view(-1, *u.shape[-2:]) for u in updates]
-    directions = newton_schulz(torch.cat(matrices)).split([len(m) for m in matrices])
+    batch = newton_schulz(torch.cat(matrices), dtype=dtype)
+    directions = batch.split([len(m) for m in matrices])
     return [d.view_as(u) for d, u in zip(directions, updates, strict=True)]
 
 
@@ -217,6 +229,7 @@ def build_optimizer(
     config: OptimizerConfig = OptimizerConfig(),
     *,
     layerwise_lr_decay: float = 1.0,
+    newton_schulz_dtype: torch.dtype | None = None,
     run_tasks: Callable[[Sequence[Task]], object] = run_in_turn,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> MuonAdamW:
@@ -226,7 +239,7 @@ def build_optimizer(
         model: frozen parameters get no gradient and are left as they are.
         config: rates, decays and betas.
         layerwise_lr_decay: see ``layerwise_lr_groups``; 1 gives all layers one rate.
-        run_tasks, process_group: see ``MuonAdamW``.
+        newton_schulz_dtype, run_tasks, process_group: see ``MuonAdamW``.
 
     Returns:
         The optimizer, with no state yet.
@@ -239,6 +252,7 @@ def build_optimizer(
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
+        newton_schulz_dtype=newton_schulz_dtype,
         run_tasks=run_tasks,
         process_group=process_group,
     )

@@ -93,6 +93,7 @@ def test_wrong_training_settings(values: dict[str, Any], message: str) -> None:
     [
         ({"heads": 3}, "heads must divide the width 128; got 3"),
         ({"recurrent_blocks": 7}, "recurrent_blocks must divide the width 128; got 7"),
+        ({"ffn_multiplier": 0.001}, "ffn_multiplier times the width 128 must be at least 1; got 0"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
         ({"layer_types": "x"}, "layer_types must be letters out of"),
         ({"ffn_multiplier": 0.0}, r"ffn_multiplier must lie in \(0, 64\]"),

@@ -130,9 +130,12 @@ def test_forged_settings_are_refused(tmp_path: Path, stored: dict[str, object]) 
 
 
 def test_wrong_ranks_are_refused() -> None:
-    for rank in (0, 33):
+    for rank in (0, 33, 2.0, True):
         with pytest.raises(InputError, match=f"1 to 32, .*; got {rank}"):
-            apply_lora(Model(SMALL), rank, 16.0)
+            apply_lora(Model(SMALL), rank, 16.0)  # type: ignore[arg-type]
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(InputError, match=f"lora_alpha must be finite and > 0; got {alpha}"):
+            apply_lora(Model(SMALL), 2, alpha)
     with pytest.raises(InputError, match="lora_alpha"):
         TrainConfig.from_flat({"lora_alpha": 0.0})
     with pytest.raises(InputError, match="lora"):

@@ -177,6 +177,11 @@ def test_bfloat16_products_stay_near_float32() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_precision_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="must be 'float32' or 'bfloat16'; got 'float16'"):
+        awake(SMALL).set_precision("float16")
+
+
 def test_weight_decay_reaches_matrices_only() -> None:
     model = Model(SMALL)
     decayed, rest = parameter_groups(model, 0.1)
@@ -211,3 +216,42 @@ def test_a_single_tap_leaves_the_convolution_out() -> None:
     logits, state = model(torch.randint(0, 40, (1, 5)))
     assert logits.shape == (1, 5, 40)
     assert state.layers[0].conv_state.shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("layers", ["n", "s", "l", "b"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float64, None, 1e-10),
+        (torch.float16, None, 1e-2),
+        (torch.bfloat16, None, 5e-2),
+        (torch.float32, torch.bfloat16, 2e-2),
+        (torch.float32, torch.float16, 5e-3),
+        (torch.bfloat16, torch.bfloat16, 5e-2),
+    ],
+)
+def test_dtypes_and_autocast(
+    layers: str, dtype: torch.dtype, autocast: torch.dtype | None, tolerance: float
+) -> None:
+    """``model.half()`` and its like, and autocast, over two pieces of a text, with gradients."""
+    model = awake(dataclasses.replace(SMALL, layer_types=layers, depth=2))
+    exact = awake(dataclasses.replace(SMALL, layer_types=layers, depth=2)).double()
+    model.to(dtype)
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 40, (2, 13))
+    losses = []
+    for each in (model, exact):
+        enabled = each is model and autocast is not None
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=enabled):
+            first, state = each.loss(tokens[:, :6], tokens[:, 1:7])
+            second, _ = each.loss(tokens[:, 6:12], tokens[:, 7:13], state)
+            logits, _ = each(tokens)
+        (first + second).backward()
+        losses.append((first.double(), second.double()))
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=0)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {dtype}
+    got, want = (
+        torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (model, exact)
+    )
+    assert (got - want).norm() < 5 * tolerance * want.norm()

@@ -6,17 +6,55 @@ from torch import nn
 
 from mmrec.optimizer import MuonAdamW, newton_schulz
 
+DTYPES = [torch.bfloat16, torch.float32]
 
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 16), (2, 16, 96)])
-def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
+def test_singular_values_come_near_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    out = newton_schulz(u * torch.linspace(0.02, 1, s.shape[-1]) @ vh)
+    out = newton_schulz(u * torch.linspace(0.02, 1, s.shape[-1]) @ vh, dtype=dtype)
+    assert out.dtype == torch.float32
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.4
     assert values.max() < 1.3
     nearest = torch.einsum("nij,nij->n", out, u @ vh) / out.flatten(1).norm(dim=1)
     assert (nearest / s.shape[-1] ** 0.5 > 0.97).all()
+
+
+def test_the_dtype_is_that_of_the_iteration() -> None:
+    """bfloat16 rounds to multiples of 2^-8 of each element; float32 follows the polynomial."""
+    x = torch.randn(1, 16, 48)
+    exact = x.double() / x.double().norm()
+    for _ in range(5):
+        gram = exact @ exact.mT
+        exact = 3.4445 * exact + (-4.7750 * gram + 2.0315 * gram @ gram) @ exact
+    errors = [float((newton_schulz(x, dtype=d) - exact).abs().max()) for d in DTYPES]
+    assert errors[1] < 1e-4 < 2e-3 < errors[0]
+    low = newton_schulz(x, dtype=torch.bfloat16)
+    assert torch.equal(low, low.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"), [("", torch.float32), ("AVX-512 BF16", torch.bfloat16)]
+)
+def test_the_processor_decides_the_dtype(
+    instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrec.optimizer.bfloat16_instructions", lambda: instructions)
+    p, q = nn.Parameter(torch.zeros(8, 24)), nn.Parameter(torch.zeros(8, 24))
+    rest = {"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.0, "use_muon": False}
+    rates = {"lr": 1.0, "betas": (0.9, 0.95), "matrix_lr": 1.0}
+    for x, options in ((p, {}), (q, {"newton_schulz_dtype": dtype})):
+        group = {"params": [x], "weight_decay": 0.0, "use_muon": True}
+        optimizer = MuonAdamW([group, rest], **rates, **options)  # type: ignore[arg-type]
+        assert optimizer.newton_schulz_dtype == dtype
+        torch.manual_seed(1)
+        x.grad = torch.randn_like(x)
+        optimizer.step()
+    assert torch.equal(p, q)
+    assert torch.equal(p, p.bfloat16().float()) == (dtype == torch.bfloat16)
 
 
 def run(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: int) -> None:
@@ -26,8 +64,9 @@ def run(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_agrees_with_torch(shape: tuple[int, int]) -> None:
+def test_agrees_with_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         pytest.skip("this torch has no Muon")
@@ -35,7 +74,10 @@ def test_agrees_with_torch(shape: tuple[int, int]) -> None:
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     group = {"params": [ours], "weight_decay": 0.1, "use_muon": True}
     rest = {"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.0, "use_muon": False}
-    run(MuonAdamW([group, rest], lr=1.0, betas=(0.9, 0.95), matrix_lr=0.02), ours, 3)
+    optimizer = MuonAdamW(
+        [group, rest], lr=1.0, betas=(0.9, 0.95), matrix_lr=0.02, newton_schulz_dtype=dtype
+    )
+    run(optimizer, ours, 3)
     run(muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95), theirs, 3)
     moved = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.03 * moved  # bfloat16 products in another order

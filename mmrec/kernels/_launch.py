@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,16 +51,20 @@ _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 PARALLEL_THRESHOLD = 60_000
 """Nanoseconds of work below which waking a second thread costs more than it saves."""
 
+NOTICE_AFTER = 3.0
+"""Seconds of compiling in one process before the user is told of it."""
+
 
 def _find_cache_folder() -> Path | None:
     """The folder for compiled kernels, or None if no folder can be written.
 
     Numba keys the files in it on the processor and on the argument types. It does not see a change
-    in a helper function of another file, so the folder's name has a digest of all kernel sources
-    and of Numba's version.
+    in a helper function of another file, so the folder's name has a digest of Numba's version and
+    of all files that hold compiled code: ``kernel.py`` of each op, and the helpers beside this one.
     """
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("_[a-z]*.py"), *here.rglob("kernel.py")]):
         digest.update(path.read_bytes())
     root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec") / "kernels"
     folder = Path(root) / f"mmrec-{digest.hexdigest()[:16]}"
@@ -180,26 +185,47 @@ parallel_kernel = ParallelKernel  # as a decorator
 
 
 class _CompileNotice(event.Listener):
-    """Prints once, on standard error, that kernels are being compiled: it takes seconds each."""
+    """Says once, on standard error, that kernels are being compiled, if that takes a while."""
 
-    printed = False
+    def __init__(self) -> None:
+        self.depth, self.seconds, self.began, self.printed = 0, 0.0, 0.0, False
+        self.timer: threading.Timer | None = None
 
     def on_start(self, event: Any) -> None:
-        ours = str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
-        if ours and not self.printed:
-            self.printed = True
-            cache = (
-                f"cached in {CACHE_FOLDER}" if CACHE_FOLDER else "no cache folder can be written"
-            )
-            print(
-                "mmrec: compiling kernels for this processor, once, half a minute or more; "
-                f"{cache}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if not _is_ours(event):
+            return
+        self.depth += 1  # a kernel compiles the functions that it calls; Numba lets no two run
+        if self.depth == 1 and not self.printed:
+            self.began = time.monotonic()
+            self.timer = threading.Timer(max(0.0, NOTICE_AFTER - self.seconds), self.print)
+            self.timer.daemon = True
+            self.timer.start()
 
     def on_end(self, event: Any) -> None:
-        """Required by Numba; prints nothing."""
+        if not _is_ours(event):
+            return
+        self.depth -= 1
+        if self.depth == 0 and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+            self.seconds += time.monotonic() - self.began
+
+    def print(self) -> None:
+        """Print the notice."""
+        self.printed = True
+        where = f"kept in {CACHE_FOLDER}"
+        if CACHE_FOLDER is None:
+            where = "in every process again, as no cache folder can be written; see NUMBA_CACHE_DIR"
+        print(
+            "mmrec: compiling kernels that this machine has not used before, which can take half "
+            f"a minute; {where}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_ours(event: Any) -> bool:
+    return str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
 
 
 if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]

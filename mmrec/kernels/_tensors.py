@@ -148,8 +148,27 @@ def empty(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
-    """A bfloat16 or float16 tensor in float32; any other tensor as it is."""
-    return x.float() if x.dtype in LOW_PRECISION else x
+    """A bfloat16 or float16 tensor in float32; anything else as it is."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x
+
+
+def promote(*inputs: Any) -> tuple[Any, ...]:
+    """Under autocast, cast real tensors to the widest dtype among them; else leave all as they are.
+
+    This is autocast's rule for ops of several inputs that need no particular precision, such as
+    ``torch.cat``. Without autocast, mixed dtypes remain an error, as in ``torch.nn.GRU``.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return inputs
+    real = (*FULL_PRECISION, *LOW_PRECISION)
+    widest: torch.dtype | None = None
+    for x in inputs:
+        if isinstance(x, Tensor) and x.dtype in real:
+            widest = x.dtype if widest is None else torch.promote_types(widest, x.dtype)
+    return tuple(
+        cast(x, widest) if widest and isinstance(x, Tensor) and x.dtype in real else x
+        for x in inputs
+    )
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -273,8 +292,7 @@ def resolve_initial_state(
     """
     if state is None:
         return like.new_full(shape, fill)
-    if isinstance(state, Tensor):
-        state = to_compute_dtype(state)
+    state = to_compute_dtype(state)
     check_tensor("initial_state", state, shape, axes, like.dtype)
     return state
 

@@ -23,6 +23,7 @@ from mmrec.kernels.scan import reference as scan_reference
 Call = Callable[..., Tensor]
 MAX_LOOP_ELEMENTS = 1 << 22
 MAX_LOOP_STEPS = 4096
+MAX_QUICK_LOOP_STEPS = 512
 MIN_COMPILED_ELEMENTS = 1 << 16  # below, compilation takes longer than it saves
 REFERENCE_CHUNK = 32  # steps per chunk of the chunked reference of the delta rule
 
@@ -55,19 +56,26 @@ def _optional(module: str, attribute: str) -> Any | None:
         return None
 
 
-def loop_is_feasible(shape: tuple[int, ...]) -> bool:
-    """Whether a Python loop over the time axis of a shape (B, T, …) ends in reasonable time."""
-    return math.prod(shape) <= MAX_LOOP_ELEMENTS and shape[1] <= MAX_LOOP_STEPS
+def loop_is_feasible(shape: tuple[int, ...], full: bool = True) -> bool:
+    """Whether a Python loop over the time axis of a shape (B, T, …) ends in reasonable time.
+
+    That is a minute if ``full``, else a second.
+    """
+    steps = MAX_LOOP_STEPS if full else MAX_QUICK_LOOP_STEPS
+    return math.prod(shape) <= MAX_LOOP_ELEMENTS and shape[1] <= steps
 
 
-def scan_baselines(shape: tuple[int, ...]) -> list[Implementation]:
-    """Return implementations of the first-order scan of a and b, both (B, T, D)."""
+def scan_baselines(shape: tuple[int, ...], full: bool = True) -> list[Implementation]:
+    """Return implementations of the first-order scan of a and b, both (B, T, D).
+
+    Without ``full`` those that take long to compile or to run are left out.
+    """
 
     def loop(a: Tensor, b: Tensor) -> Tensor:
         return scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]
 
     found = [Implementation("mmrec", lambda a, b: kernels.scan(a, b)[0])]
-    if loop_is_feasible(shape):
+    if loop_is_feasible(shape, full):
         found.append(Implementation("Python loop", loop, slow=True))
     associative_scan = _optional("torch._higher_order_ops", "associative_scan")
     if associative_scan is not None:
@@ -79,7 +87,7 @@ def scan_baselines(shape: tuple[int, ...]) -> list[Implementation]:
             return associative_scan(combine, (a, b), dim=1, combine_mode="generic")[1]
 
         found.append(Implementation("torch associative_scan", torch_scan, slow=True))
-        if shutil.which("c++") and math.prod(shape) >= MIN_COMPILED_ELEMENTS:
+        if full and shutil.which("c++") and math.prod(shape) >= MIN_COMPILED_ELEMENTS:
             compiled = torch.compile(torch_scan)
             found.append(Implementation("the same, compiled", compiled, slow=True))
     pscan = _optional("mambapy.pscan", "pscan")

@@ -31,12 +31,22 @@ from mmrec.kernels.scan import reference as scan_reference
 from mmrec.profiling import baselines
 from mmrec.profiling.baselines import Call, HardwareLimit, Implementation
 
-SCAN_SHAPES = [(8, 256, 128), (4, 2048, 512), (64, 512, 64), (1, 131072, 4)]
+QUICK_SCAN_SHAPES = [(8, 256, 128), (64, 512, 64)]
+SCAN_SHAPES = [(8, 256, 128), (64, 512, 64), (4, 2048, 512), (1, 131072, 4)]
 RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
 DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64)]
+QUICK_SECONDS = 0.4
+"""Total time of one implementation in one direction, after which it is not timed again."""
 MAX_SECONDS = 3.0
-"""Total time of one implementation in a case, after which it is not timed again."""
+"""The same of a full benchmark."""
 NAN = float("nan")
+
+Report = Callable[[float, str], object]
+"""Told which share of a case is done, from 0 to 1, and what comes next."""
+
+
+def ignore(share: float, what: str) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +108,39 @@ def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     )
 
 
-def _median_times(calls: list[Callable[[], object]], repeats: list[int]) -> list[float]:
-    """Median milliseconds of each call. The calls take turns; a slow one takes fewer."""
-    for call in calls:
+def _time_in_turns(
+    calls: dict[str, Callable[[], object]],
+    repeats: list[int],
+    times: dict[str, list[float]],
+    max_seconds: float,
+    report: Callable[[float, str], object],
+) -> None:
+    """Time calls in turns, after one of each that does not count; a slow one takes fewer turns.
+
+    Args:
+        calls: by name.
+        repeats: turns of each call.
+        times: by name, gets the milliseconds of each call as soon as they are known.
+        max_seconds: total time of a call, after which it is not timed again.
+        report: told the share that is done.
+    """
+    for name, call in calls.items():
+        report(0, f"timing {name}")
         call()
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(max(repeats)):
-        for call, durations, count in zip(calls, times, repeats, strict=True):
-            if turn < count and sum(durations) < MAX_SECONDS * 1e3:
+    turns = max(repeats, default=0)
+    for turn in range(turns):
+        for (name, call), count in zip(calls.items(), repeats, strict=True):
+            durations = times.setdefault(name, [])
+            if turn < count and sum(durations) < max_seconds * 1e3:
+                report(turn / turns, f"timing {name}")
                 begin = time.perf_counter()
                 call()
                 durations.append((time.perf_counter() - begin) * 1e3)
-    return [statistics.median(durations) for durations in times]
+
+
+def _median(durations: list[float] | None) -> float:
+    """The median; NaN of nothing."""
+    return statistics.median(durations) if durations else NAN
 
 
 def compare(
@@ -122,6 +153,8 @@ def compare(
     limit: HardwareLimit | None = None,
     repeats: int = 15,
     tolerance: float = 2e-4,
+    max_seconds: float = MAX_SECONDS,
+    report: Report = ignore,
 ) -> Iterator[Row]:
     """Check every implementation against the reference, then time the right ones in turns.
 
@@ -134,16 +167,24 @@ def compare(
         limit: the hardware limit of the op, if it has a simple one.
         repeats: calls that are timed.
         tolerance: largest relative error of a right implementation.
+        max_seconds: total time of an implementation in one direction, after which it is not timed
+            again.
+        report: told how far this is.
 
     Yields:
         One row for the limit, if there is one, and one row per implementation. An implementation
         that is wrong or fails has NaN times.
+
+    Raises:
+        KeyboardInterrupt: as it came, after the rows of what was timed until then.
     """
+    report(0, "reference")
     exact = [x.double() for x in inputs]
     upstream = torch.randn(reference(*exact).shape)
     want = _output_and_gradients(reference, exact, upstream.double())
     errors = {}
-    for implementation in implementations:
+    for n, implementation in enumerate(implementations):
+        report((n + 1) / (2 * len(implementations) + 2), f"checking {implementation.name}")
         try:
             got = _output_and_gradients(implementation.call, inputs, upstream)
             errors[implementation.name] = relative_error(got, want)
@@ -160,34 +201,56 @@ def compare(
         return lambda: implementation.call(*plain)
 
     counts = [max(3, repeats // 5) if i.slow else repeats for i in right]
-    limit_calls = [limit.call] if limit else []
-    with torch.no_grad():
-        forward_ms = _median_times(
-            [*map(forward, right), *limit_calls], [*counts, *[repeats] * len(limit_calls)]
+    forward_calls = {i.name: forward(i) for i in right}
+    forward_counts = counts
+    if limit:  # timed in the same turns
+        forward_calls, forward_counts = {limit.name: limit.call} | forward_calls, [repeats, *counts]
+    forward_times: dict[str, list[float]] = {}
+    both_times: dict[str, list[float]] = {}
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        with torch.no_grad():
+            _time_in_turns(
+                forward_calls,
+                forward_counts,
+                forward_times,
+                max_seconds,
+                lambda share, what: report(0.5 + share / 4, what),
+            )
+        _time_in_turns(
+            {i.name: both(i) for i in right},
+            counts,
+            both_times,
+            max_seconds,
+            lambda share, what: report(0.75 + share / 4, f"{what}, backward"),
         )
-    both_ms = _median_times([both(i) for i in right], counts)
-    limit_rate = limit.work[0] / forward_ms[-1] / 1e6 if limit else None
+    except KeyboardInterrupt as error:
+        interrupt = error
+    limit_ms = _median(forward_times.get(limit.name)) if limit else NAN
+    limit_rate = limit.work[0] / limit_ms / 1e6 if limit else None
     if limit:
-        yield Row(op, shape, limit.name, forward_ms[-1], NAN, limit_rate, None, limit_rate)
+        yield Row(op, shape, limit.name, limit_ms, NAN, limit_rate, None, limit_rate)
     for implementation in implementations:
         name = implementation.name
         if implementation not in right:
             yield Row(op, shape, name, NAN, NAN, error=errors[name])
             continue
-        index = right.index(implementation)
-        forward_rate = limit.work[1] / forward_ms[index] / 1e6 if limit else None
-        both_rate = limit.work[2] / both_ms[index] / 1e6 if limit else None
+        forward_ms, both_ms = _median(forward_times.get(name)), _median(both_times.get(name))
+        if interrupt and math.isnan(forward_ms):
+            continue
         yield Row(
             op,
             shape,
             name,
-            forward_ms[index],
-            both_ms[index],
-            forward_rate,
-            both_rate,
+            forward_ms,
+            both_ms,
+            limit.work[1] / forward_ms / 1e6 if limit else None,
+            limit.work[2] / both_ms / 1e6 if limit and not math.isnan(both_ms) else None,
             limit_rate,
             errors[name],
         )
+    if interrupt:
+        raise interrupt
 
 
 def _memory_limit(shape: tuple[int, ...], forward_arrays: int, both_arrays: int) -> HardwareLimit:
@@ -199,87 +262,132 @@ def _memory_limit(shape: tuple[int, ...], forward_arrays: int, both_arrays: int)
     )
 
 
-def bench_scan(shapes: list[tuple[int, ...]] | None = None, repeats: int = 15) -> Iterator[Row]:
-    """Benchmark the first-order scan and the cumulative product.
+@dataclass(frozen=True)
+class Case:
+    """An op on one shape."""
+
+    op: str
+    shape: tuple[int, ...]
+    run: Callable[[Report], Iterator[Row]]
+    """Check and time its implementations, see ``compare``."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of a benchmark is done."""
+
+    repeats: int = 15
+    """Calls that are timed."""
+    full: bool = False
+    """All shapes and implementations; without it those that take at most about a second a call."""
+
+    @property
+    def max_seconds(self) -> float:
+        """See ``compare``."""
+        return MAX_SECONDS if self.full else QUICK_SECONDS
+
+
+def scan_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of the first-order scan and the cumulative product.
 
     Args:
-        shapes: shapes (B, T, D); None for SCAN_SHAPES.
-        repeats: calls that are timed.
+        shapes: shapes (B, T, D); None for SCAN_SHAPES, or for QUICK_SCAN_SHAPES if not full.
+        effort: how much is done.
     """
-    for shape in shapes or SCAN_SHAPES:
-        a, b = torch.rand(shape) * 0.5 + 0.5, torch.randn(shape)
-        # where a loop takes too long, the op itself in float64, which tests compare with the loop
-        reference: Call = lambda a, b: scan(a, b)[0]  # noqa: E731
-        if baselines.loop_is_feasible(shape):
-            reference = lambda a, b: scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]  # noqa: E731
-        yield from compare(
-            "scan",
-            shape,
-            baselines.scan_baselines(shape),
-            reference,
-            [a, b],
-            limit=_memory_limit(shape, 3, 8),
-            repeats=repeats,
-        )
-    for shape in shapes or SCAN_SHAPES:
-        # factors near one, so that the product neither vanishes nor overflows
-        gamma = 1 + 0.02 * (torch.rand(shape) - 0.5) * min(1.0, 2048 / shape[1])
-        yield from compare(
-            "cumprod",
-            shape,
-            baselines.cumprod_baselines(),
-            lambda gamma: torch.cumprod(gamma, 1),
-            [gamma],
-            limit=_memory_limit(shape, 2, 6),
-            repeats=repeats,
-        )
+    default: list[tuple[int, ...]] = [*(SCAN_SHAPES if effort.full else QUICK_SCAN_SHAPES)]
+    return [
+        *(Case("scan", s, partial(_compare_scans, s, effort)) for s in shapes or default),
+        *(Case("cumprod", s, partial(_compare_cumprods, s, effort)) for s in shapes or default),
+    ]
 
 
-def bench_gated_recurrence(
-    shapes: list[tuple[int, ...]] | None = None, repeats: int = 15
-) -> Iterator[Row]:
-    """Benchmark the gated recurrence against torch.nn.GRU and LSTM of the same width.
+def _compare_scans(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    a, b = torch.rand(shape) * 0.5 + 0.5, torch.randn(shape)
+    # where a loop takes too long, the op itself in float64, which tests compare with the loop
+    reference: Call = lambda a, b: scan(a, b)[0]  # noqa: E731
+    if baselines.loop_is_feasible(shape, effort.full):
+        reference = lambda a, b: scan_reference.scan(a, b, torch.zeros_like(b[:, 0]))[0]  # noqa: E731
+    yield from compare(
+        "scan",
+        shape,
+        baselines.scan_baselines(shape, effort.full),
+        reference,
+        [a, b],
+        limit=_memory_limit(shape, 3, 8),
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
+def _compare_cumprods(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    # factors near one, so that the product neither vanishes nor overflows
+    gamma = 1 + 0.02 * (torch.rand(shape) - 0.5) * min(1.0, 2048 / shape[1])
+    yield from compare(
+        "cumprod",
+        shape,
+        baselines.cumprod_baselines(),
+        lambda gamma: torch.cumprod(gamma, 1),
+        [gamma],
+        limit=_memory_limit(shape, 2, 6),
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
+def recurrence_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of the gated recurrence, against torch.nn.GRU and LSTM of the same width.
 
     GRU and LSTM include their input projections, which torch does not offer separately; their
     weights get gradients too. mmrec has rows for the recurrence alone and with its projection.
 
     Args:
         shapes: shapes (B, T, D); None for RECURRENCE_SHAPES.
-        repeats: calls that are timed.
+        effort: how much is done.
     """
-    for shape in shapes or RECURRENCE_SHAPES:
-        width = shape[2]
-        z, gate, decay = (torch.randn(shape) for _ in range(3))
-        weight = torch.randn(width, width) * width**-0.5
-
-        def reference(z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
-            initial_state = torch.zeros_like(z[:, 0])
-            return recurrence_reference.gated_recurrence(
-                z, gate, decay, weight[None], initial_state
-            )[0]
-
-        implementations = [
-            Implementation("mmrec gated_recurrence", lambda *x: gated_recurrence(*x)[0]),
-            Implementation("Python loop", lambda *x: reference(*x), slow=True),
-        ]
-        square = torch.randn(1024, 1024)
-        flops = 2.0 * math.prod(shape) * width
-        limit = HardwareLimit(
-            "torch.mm", partial(torch.mm, square, square), (2.0 * 1024**3, flops, 3 * flops)
+    return [
+        case
+        for s in shapes or RECURRENCE_SHAPES
+        for case in (
+            Case("gated_recurrence", s, partial(_compare_recurrences, s, effort)),
+            Case("recurrent layer", s, partial(_time_recurrent_layers, s, effort)),
         )
-        yield from compare(
-            "gated_recurrence",
-            shape,
-            implementations,
-            reference,
-            [z, gate, decay, weight],
-            limit=limit,
-            repeats=repeats,
-        )
-        yield from _recurrent_layers(shape, repeats)
+    ]
 
 
-def _recurrent_layers(shape: tuple[int, ...], repeats: int) -> Iterator[Row]:
+def _compare_recurrences(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    width = shape[2]
+    z, gate, decay = (torch.randn(shape) for _ in range(3))
+    weight = torch.randn(width, width) * width**-0.5
+
+    def reference(z: Tensor, gate: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
+        initial_state = torch.zeros_like(z[:, 0])
+        return recurrence_reference.gated_recurrence(z, gate, decay, weight[None], initial_state)[0]
+
+    implementations = [
+        Implementation("mmrec gated_recurrence", lambda *x: gated_recurrence(*x)[0]),
+        Implementation("Python loop", lambda *x: reference(*x), slow=True),
+    ]
+    square = torch.randn(1024, 1024)
+    flops = 2.0 * math.prod(shape) * width
+    limit = HardwareLimit(
+        "torch.mm", partial(torch.mm, square, square), (2.0 * 1024**3, flops, 3 * flops)
+    )
+    yield from compare(
+        "gated_recurrence",
+        shape,
+        implementations,
+        reference,
+        [z, gate, decay, weight],
+        limit=limit,
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
+def _time_recurrent_layers(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
     """Time whole layers: projection and recurrence, with gradients of the input and all weights."""
     width, x, upstream = shape[2], torch.randn(shape, requires_grad=True), torch.randn(shape)
     projection = torch.nn.Linear(width, 3 * width)
@@ -300,41 +408,61 @@ def _recurrent_layers(shape: tuple[int, ...], repeats: int) -> Iterator[Row]:
     def both(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(call(), leaves, upstream)
 
-    counts = [repeats] * len(layers)
-    with torch.no_grad():
-        forward_ms = _median_times([call for _, call, _ in layers], counts)
-    both_ms = _median_times([both(call, leaves) for _, call, leaves in layers], counts)
-    for (name, _, _), f, b in zip(layers, forward_ms, both_ms, strict=True):
-        yield Row("recurrent layer", shape, name, f, b)
+    forward_calls: dict[str, Callable[[], object]] = {name: call for name, call, _ in layers}
+    both_calls = {name: both(call, leaves) for name, call, leaves in layers}
+    counts, seconds = [effort.repeats] * len(layers), effort.max_seconds
+    forward_times: dict[str, list[float]] = {}
+    both_times: dict[str, list[float]] = {}
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        with torch.no_grad():
+            _time_in_turns(
+                forward_calls, counts, forward_times, seconds, lambda s, w: report(s / 2, w)
+            )
+        _time_in_turns(both_calls, counts, both_times, seconds, lambda s, w: report(0.5 + s / 2, w))
+    except KeyboardInterrupt as error:
+        interrupt = error
+    for name in forward_times:
+        times = _median(forward_times[name]), _median(both_times.get(name))
+        if not math.isnan(times[0]):
+            yield Row("recurrent layer", shape, name, *times)
+    if interrupt:
+        raise interrupt
 
 
-def bench_gated_delta_rule(
-    shapes: list[tuple[int, ...]] | None = None, repeats: int = 15
-) -> Iterator[Row]:
-    """Benchmark the gated delta rule against the forms that a torch user could run.
+def delta_rule_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of the gated delta rule, against the forms that a torch user could run.
 
     Args:
         shapes: shapes (B, T, H, P); None for DELTA_RULE_SHAPES.
-        repeats: calls that are timed.
+        effort: how much is done.
     """
-    for shape in shapes or DELTA_RULE_SHAPES:
-        inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(shape[:3]) for _ in range(2)]
-        yield from compare(
-            "gated_delta_rule",
-            shape,
-            baselines.delta_rule_baselines(shape),
-            baselines.delta_rule_loop,
-            inputs,
-            repeats=repeats,
-        )
+    return [
+        Case("gated_delta_rule", s, partial(_compare_delta_rules, s, effort))
+        for s in shapes or DELTA_RULE_SHAPES
+    ]
+
+
+def _compare_delta_rules(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(shape[:3]) for _ in range(2)]
+    yield from compare(
+        "gated_delta_rule",
+        shape,
+        baselines.delta_rule_baselines(shape),
+        baselines.delta_rule_loop,
+        inputs,
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
 
 
 BENCHMARKS = {
-    "scan": bench_scan,
-    "gated_recurrence": bench_gated_recurrence,
-    "gated_delta_rule": bench_gated_delta_rule,
+    "scan": scan_cases,
+    "gated_recurrence": recurrence_cases,
+    "gated_delta_rule": delta_rule_cases,
 }
-"""By name of the op."""
+"""The cases of each benchmark, by name."""
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
     """
     with FakeTensorMode():
         model = Model(config)
-        model.set_precision(train.optimizer.precision)
+        model.set_precision("bfloat16" if train.optimizer.precision == "bfloat16" else "float32")
         model.activation_checkpointing = train.optimizer.activation_checkpointing
         replicas = replica_count(model, train.data.batch_size)
         optimizer = build_optimizer(model)

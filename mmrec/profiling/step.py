@@ -8,6 +8,8 @@ is the part "other".
 Axes: B sequences, T tokens per sequence, D width.
 """
 
+import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +31,17 @@ from mmrec.kernels import (
 )
 from mmrec.model import Layer, Model
 from mmrec.optimizer import build_optimizer
-from mmrec.runtime.hardware import bfloat16_is_faster, matrix_product_rate
+from mmrec.runtime.hardware import (
+    bfloat16_instructions,
+    matrix_product_rate,
+    resolve_precision,
+)
 from mmrec.runtime.numeric import cdiv
 from mmrec.training.replicas import Replicas, forward_backward, replica_count
 
 REPEATS = 9
+QUICK_SECONDS = 1.0
+"""Total time of a part that is not measured in full, after which it is not repeated."""
 PEAK_SHAPE = (2048, 2048, 2048)  # of the matrix product that sets the peak rate
 
 
@@ -60,9 +68,13 @@ class StepProfile:
     """Operations of the matrix products of the step, without those of the optimizer."""
     peak_flops: float
     """Operations per second of a large matrix product on this machine, in the precision of the
-    step."""
+    step; NaN if interrupted."""
     precision: str
     """``float32`` or ``bfloat16``."""
+    precision_reason: str
+    """Why that precision was chosen."""
+    interrupted: bool = False
+    """Whether parts are missing, because Ctrl-C ended the measurement."""
 
     @property
     def peak_fraction(self) -> float:
@@ -70,15 +82,37 @@ class StepProfile:
         return self.flops / self.seconds / self.peak_flops
 
 
-def median_seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Return the median duration of a call, after two calls that do not count."""
-    times = []
-    for i in range(repeats + 2):
-        begin = time.perf_counter()
-        call()
-        if i >= 2:
+class Stopwatch:
+    """Measures one part after another, tells how far it is, and can be stopped."""
+
+    def __init__(self, total: int, full: bool, report: Callable[[float, str], object]) -> None:
+        """
+        Args:
+            total: parts that will be measured.
+            full: repeat each part REPEATS times, however long it takes.
+            report: told the share that is done, and the name of the next part.
+        """
+        self.total, self.report, self.done = total, report, 0
+        self.max_seconds = math.inf if full else QUICK_SECONDS
+        self.stopped = threading.Event()
+
+    def median_seconds(self, name: str, call: Callable[[], object]) -> float:
+        """Return the median duration of a call, after one or two calls that do not count.
+
+        Raises:
+            KeyboardInterrupt: ``stopped`` is set; other threads measure at the same time.
+        """
+        self.report(min(1.0, self.done / self.total), name)
+        times: list[float] = []
+        while len(times) < REPEATS + 2 and (len(times) < 2 or sum(times) < self.max_seconds):
+            if self.stopped.is_set():
+                raise KeyboardInterrupt
+            begin = time.perf_counter()
+            call()
             times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
+        self.done += 1
+        counted = sorted(times[2:] or times[1:])
+        return counted[len(counted) // 2]
 
 
 def _forward_backward(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
@@ -97,14 +131,15 @@ def _forward_backward(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[
     return run
 
 
-def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
+def _time_layer(layer: Layer, x: Tensor, bf16: bool, watch: Stopwatch) -> list[StepPart]:
     """Time the parts of one layer for x (B, T, D) float32."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     batch, length, width = x.shape
     parts = []
 
     def add(name: str, call: Callable[..., Tensor], *inputs: Tensor, flops: float = 0.0) -> None:
-        parts.append(StepPart(name, median_seconds(_forward_backward(call, *inputs)), flops))
+        seconds = watch.median_seconds(name, _forward_backward(call, *inputs))
+        parts.append(StepPart(name, seconds, flops))
 
     for linear in (layer.in_proj, layer.out_proj, layer.up_proj, layer.down_proj):
         rows = torch.randn(batch, length, linear.weight.shape[1]).to(dtype)
@@ -158,28 +193,37 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool) -> list[StepPart]:
         lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], projected.to(dtype)
     )
     memories = sum(part.seconds for part in parts if part.name in ("recurrence", "delta rule"))
-    parts.append(StepPart("norms and gates", max(0.0, median_seconds(mixer) - memories)))
+    mixer_seconds = watch.median_seconds("norms and gates", mixer)
+    parts.append(StepPart("norms and gates", max(0.0, mixer_seconds - memories)))
     return parts
 
 
 def _time_model(
-    model: Model, config: ModelConfig, tokens: Tensor, targets: Tensor, bf16: bool
-) -> list[StepPart]:
-    """Time the parts of the model for the tokens and targets (B, T) int64 of one replica."""
-    parts: list[StepPart] = []
+    model: Model,
+    config: ModelConfig,
+    tokens: Tensor,
+    targets: Tensor,
+    bf16: bool,
+    watch: Stopwatch,
+    parts: list[StepPart],
+) -> None:
+    """Time the parts of the model for the tokens and targets (B, T) int64 of one replica.
+
+    They are appended to ``parts`` as soon as they are known.
+    """
     x = torch.randn(*tokens.shape, config.width)
     by_type: dict[str, list[StepPart]] = {}
     for layer, layer_type in zip(model.layers, config.resolved_layer_types, strict=True):
         assert isinstance(layer, Layer)
         if layer_type not in by_type:
-            by_type[layer_type] = _time_layer(layer, x, bf16)
+            by_type[layer_type] = _time_layer(layer, x, bf16, watch)
         parts += by_type[layer_type]
-    norm = median_seconds(_forward_backward(model.norm, x))
+    norm = watch.median_seconds("final norm", _forward_backward(model.norm, x))
     parts.append(StepPart("norm and convolution", norm))
     tables = [model.embedding] + ([model.ngram_embedding] if config.ngram_buckets else [])
     recent = model.initial_state(len(tokens)).recent_tokens
-    embedding = median_seconds(
-        lambda: torch.autograd.grad(model.embed(tokens, recent).sum(), tables)
+    embedding = watch.median_seconds(
+        "embedding", lambda: torch.autograd.grad(model.embed(tokens, recent).sum(), tables)
     )
     parts.append(StepPart("embedding", embedding))
     loss = _forward_backward(
@@ -188,21 +232,41 @@ def _time_model(
         model.embedding,
     )
     flops = 6.0 * tokens.numel() * model.embedding.numel()
-    parts.append(StepPart("loss", median_seconds(loss), flops))
-    return parts
+    parts.append(StepPart("loss", watch.median_seconds("loss", loss), flops))
 
 
-def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
+def _count_parts(config: ModelConfig, replicas: int) -> int:
+    """The number of parts that ``profile_step`` measures: all replicas measure the model's."""
+    in_layers = {t: 7 + (1 if t == "n" else 3 if t == "b" else 2) for t in "nslb"}
+    types = set(config.resolved_layer_types)
+    return 3 + replicas * (3 + sum(in_layers[t] for t in types))
+
+
+def profile_step(
+    config: ModelConfig,
+    train: TrainConfig,
+    *,
+    full: bool = True,
+    report: Callable[[float, str], object] = lambda share, part: None,
+) -> StepProfile:
     """Measure a training step on random tokens, and its parts.
 
     Args:
         config: the model.
         train: batch_size, seq_len and precision count.
+        full: repeat each part nine times, however long it takes; else for about a second.
+        report: told the share that is done, from 0 to 1, and the name of the next part.
+
+    Returns:
+        The profile. After Ctrl-C it holds what was measured so far.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came before the whole step was measured.
     """
-    batch, length, precision = train.data.batch_size, train.data.seq_len, train.optimizer.precision
+    batch, length = train.data.batch_size, train.data.seq_len
     model = Model(config)
-    bf16 = precision == "bfloat16" or (precision == "auto" and bfloat16_is_faster())
-    precision = "bfloat16" if bf16 else "float32"
+    precision, reason = resolve_precision(train.optimizer.precision, bfloat16_instructions())
+    bf16 = precision == "bfloat16"
     model.set_precision(precision)
     replicas = Replicas(replica_count(model, batch))
     optimizer = build_optimizer(model, run_tasks=replicas.run)
@@ -219,12 +283,22 @@ def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
         forward_backward(model, replicas, *loader.batch_at(0))
         update()
 
-    step_seconds = median_seconds(step)
-    parts = [StepPart("optimizer", median_seconds(update))]
-    parts.append(StepPart("data", median_seconds(lambda: loader.batch_at(0))))
-    tokens, targets = (t[: cdiv(batch, replicas.count)] for t in loader.batch_at(0))
-    time_model = partial(_time_model, model, config, tokens, targets, bf16)
-    parts += replicas.run([time_model] * replicas.count)[0]
+    watch = Stopwatch(_count_parts(config, replicas.count), full, report)
+    step_seconds = watch.median_seconds("step", step)
+    parts: list[StepPart] = []
+    interrupted = False
+    try:
+        parts.append(StepPart("optimizer", watch.median_seconds("optimizer", update)))
+        seconds = watch.median_seconds("data", lambda: loader.batch_at(0))
+        parts.append(StepPart("data", seconds))
+        tokens, targets = (t[: cdiv(batch, replicas.count)] for t in loader.batch_at(0))
+        time_model = partial(_time_model, model, config, tokens, targets, bf16, watch)
+        of_others: list[StepPart] = []
+        lists = [parts] + [of_others] * (replicas.count - 1)
+        replicas.run([partial(time_model, each) for each in lists])
+    except KeyboardInterrupt:
+        watch.stopped.set()
+        interrupted = True
     sums: dict[str, list[float]] = {}
     for part in parts:
         total = sums.setdefault(part.name, [0.0, 0.0])
@@ -232,13 +306,19 @@ def profile_step(config: ModelConfig, train: TrainConfig) -> StepProfile:
         total[1] += part.flops * replicas.count  # parts outside the model have none
     parts = [StepPart(name, *total) for name, total in sums.items()]
     parts.sort(key=lambda part: -part.seconds)
-    explained = sum(part.seconds for part in parts)
-    parts.append(StepPart("other", max(0.0, step_seconds - explained)))
+    peak_flops = math.nan
+    if not interrupted:
+        explained = sum(part.seconds for part in parts)
+        parts.append(StepPart("other", max(0.0, step_seconds - explained)))
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        peak_flops = matrix_product_rate(dtype, PEAK_SHAPE)
     return StepProfile(
         parts,
         step_seconds,
         tokens=batch * length,
         flops=sum(part.flops for part in parts),
-        peak_flops=matrix_product_rate(torch.bfloat16 if bf16 else torch.float32, PEAK_SHAPE),
+        peak_flops=peak_flops,
         precision=precision,
+        precision_reason=reason,
+        interrupted=interrupted,
     )

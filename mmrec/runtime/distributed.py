@@ -101,17 +101,18 @@ class ProcessGroup:
         return x.copy_(value)
 
     def map_sharded(
-        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size]
+        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype
     ) -> list[Tensor]:
         """Apply a function to full tensors of which each rank holds a shard.
 
-        Each full tensor is computed by one rank. Shards travel in bfloat16, so inputs and results
-        lose no precision only if they are bfloat16 numbers.
+        Each full tensor is computed by one rank.
 
         Args:
             work: Maps a list of full tensors to as many tensors of the same shapes.
             shards: This rank's shards.
             shapes: The full shapes.
+            dtype: That in which shards travel. Inputs and results lose no precision only if they
+                are numbers of this dtype.
 
         Returns:
             This rank's shards of the results, in float32.
@@ -244,16 +245,17 @@ class TorchrunGroup(ProcessGroup):
         return x
 
     def map_sharded(
-        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size]
+        self, work: Work, shards: list[Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype
     ) -> list[Tensor]:
         ranks, sizes = range(self.size), [self._shard_sizes(shape) for shape in shapes]
         owned = [range(rank, len(shards), self.size) for rank in ranks]
         mine = owned[self.rank]
         if self.sharded:
-            flat = [x.reshape(-1).bfloat16() for x in shards]
+            flat = [x.reshape(-1).to(dtype) for x in shards]
             received = self._all_to_all(
                 [[flat[i] for i in owned[r]] for r in ranks],
                 [[sizes[i][r] for i in mine] for r in ranks],
+                dtype,
             )
             full = [
                 torch.cat(x).view(shapes[i])
@@ -261,7 +263,7 @@ class TorchrunGroup(ProcessGroup):
             ]
         else:
             full = [shards[i] for i in mine]
-        results = [x.reshape(-1).bfloat16() for x in work(full)] if full else []
+        results = [x.reshape(-1).to(dtype) for x in work(full)] if full else []
         split = [
             x.split(sizes[i]) if self.sharded else [x] * self.size
             for i, x in zip(mine, results, strict=True)
@@ -269,6 +271,7 @@ class TorchrunGroup(ProcessGroup):
         received = self._all_to_all(
             [[x[r] for x in split] for r in ranks],
             [[shards[i].numel() for i in owned[r]] for r in ranks],
+            dtype,
         )
         return [
             received[i % self.size][i // self.size].float().view_as(x) for i, x in enumerate(shards)
@@ -285,19 +288,22 @@ class TorchrunGroup(ProcessGroup):
         ]
         return [n * shape[1:].numel() for n in rows]
 
-    def _all_to_all(self, sent: list[list[Tensor]], sizes: list[list[int]]) -> list[list[Tensor]]:
-        """Send bfloat16 tensors of shape (n,) to each rank, and receive some from each.
+    def _all_to_all(
+        self, sent: list[list[Tensor]], sizes: list[list[int]], dtype: torch.dtype
+    ) -> list[list[Tensor]]:
+        """Send tensors of shape (n,) to each rank, and receive some from each.
 
         Args:
             sent: For each rank, the tensors that it gets.
             sizes: For each rank, the lengths of the tensors that come from it.
+            dtype: That of all tensors.
 
         Returns:
             For each rank, the tensors that came from it.
         """
-        empty = torch.empty(0, dtype=torch.bfloat16)
+        empty = torch.empty(0, dtype=dtype)
         messages = [torch.cat([empty, *x]) for x in sent]
-        received = torch.empty(sum(map(sum, sizes)), dtype=torch.bfloat16)
+        received = torch.empty(sum(map(sum, sizes)), dtype=dtype)
         lengths = [sum(x) for x in sizes]
         dist.all_to_all_single(received, torch.cat(messages), lengths, [len(x) for x in messages])
         return [list(x.split(n)) for x, n in zip(received.split(lengths), sizes, strict=True)]

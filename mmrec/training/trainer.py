@@ -60,7 +60,7 @@ from mmrec.optimizer import build_optimizer
 from mmrec.runtime import malloc
 from mmrec.runtime.atomic import atomic_write_text, never_retry, write_with_retry
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from mmrec.runtime.hardware import bfloat16_is_faster
+from mmrec.runtime.hardware import bfloat16_instructions, fastest_dtype, resolve_precision
 from mmrec.runtime.interrupts import StopSignal
 from mmrec.runtime.locking import FolderLock
 from mmrec.training import divergence
@@ -138,15 +138,15 @@ class Trainer:
         self._retry, self._show_progress, self._draw_curve = retry, show_progress, draw_curve
         data, finetune, training = config.data, config.finetune, config.optimizer
         self._check_process_group()
-        # before the seed is set: a resume does not measure this again
-        use_bf16 = training.precision == "bfloat16" or (
-            training.precision == "auto" and bfloat16_is_faster()
-        )
+        # bfloat16 is chosen only where every process has the instructions: all compute the same
+        found = process_group.all_gather_object(bfloat16_instructions())
+        instructions = found[0] if all(found) else ""
+        precision, self.precision_reason = resolve_precision(training.precision, instructions)
         torch.manual_seed(training.seed)
         model_config = dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         self.model = Model(model_config, process_group.shard_layer)
         process_group.shard_model(self.model)
-        self._set_precision("bfloat16" if use_bf16 else "float32")
+        self._set_precision(precision)
         self.model.activation_checkpointing = training.activation_checkpointing
         if training.activation_checkpointing:
             malloc.return_large_blocks()
@@ -177,6 +177,7 @@ class Trainer:
             self.model,
             training,
             layerwise_lr_decay=finetune.layerwise_lr_decay,
+            newton_schulz_dtype=fastest_dtype(instructions),
             run_tasks=self.replicas.run,
             process_group=process_group,
         )
@@ -232,7 +233,7 @@ class Trainer:
         self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
 
     def _set_precision(self, precision: str) -> None:
-        """Resolve ``auto`` for good, so that a later measurement cannot decide otherwise."""
+        """Resolve ``auto`` for good, so that a resume on another machine keeps it."""
         self.config = self.config.replace(precision=precision)
         self.model.set_precision(precision)
 
@@ -639,9 +640,11 @@ class Trainer:
         count = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         trained_text = "" if trained == count else f", {trained / 1e6:.2f} M of them trained"
+        precision, muon = self.config.optimizer.precision, self._environment()["newton_schulz"]
+        muon_text = "" if muon == precision else f", Muon in {muon}"
         self.echo(
             f"model   {self.preset}: {count / 1e6:.2f} M parameters{trained_text}, "
-            f"{self.config.optimizer.precision}"
+            f"{precision} ({self.precision_reason}){muon_text}"
         )
         self.echo(
             f"data    {self.corpus.info['source']}: {train.n_tokens:,} training tokens, "
@@ -709,6 +712,9 @@ class Trainer:
             reason = explain_best_model(p.validations, best_loss, best_step)
         summary = {
             "ended": ended,
+            "precision": self.config.optimizer.precision,
+            "precision_reason": self.precision_reason,
+            "newton_schulz": self._environment()["newton_schulz"],
             "steps": p.step,
             "tokens": tokens,
             "seconds": round(p.seconds, 1),
@@ -759,7 +765,7 @@ class Trainer:
             "source": self.corpus.info["source"],
             "precision": self.config.optimizer.precision,
             **self.fingerprints,
-            "environment": environment(),
+            "environment": self._environment(),
         }
         training_state: dict[str, Any] = {}
         if resumable:
@@ -847,6 +853,8 @@ class Trainer:
             self.recurrent_state = split_state(state, group.size)[group.rank]
         self._recurrent_state_before = None
         info = group.broadcast_object(info)
+        if info["precision"] != self.config.optimizer.precision:
+            self.precision_reason = "as the run began"
         self._set_precision(info["precision"])
         self.scores = from_plain(Evaluation, info["val"]) if info["val"] else None
         self._find_newer_best()
@@ -894,7 +902,9 @@ class Trainer:
             self.echo(f"resume  {self.run_dir} ended before its first checkpoint: from the start")
             return
         path, info = self._load_latest()
-        saved, now = info.get("environment", {}), environment()
+        # runs of 0.2.0 and before do not say it: they always took bfloat16
+        saved = {"newton_schulz": "bfloat16"} | info.get("environment", {})
+        now = self._environment()
         self.echo(f"resume  {path}, step {self.progress.step:,}")
         changes = [f"{k} {saved[k]}, now {now[k]}" for k in saved if saved[k] != now.get(k)]
         if changes:
@@ -903,16 +913,16 @@ class Trainer:
                 "uninterrupted one, not equal bit for bit"
             )
 
-
-def environment() -> dict[str, Any]:
-    """Facts that the exact numbers of a run depend on, besides its settings and its data."""
-    is_distributed = dist.is_available() and dist.is_initialized()
-    return {
-        "threads": torch.get_num_threads(),
-        "processes": dist.get_world_size() if is_distributed else 1,
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        **{name: metadata.version(name) for name in ("torch", "numba", "numpy")},
-    }
+    def _environment(self) -> dict[str, Any]:
+        """Facts that the exact numbers of a run depend on, besides its settings and its data."""
+        is_distributed = dist.is_available() and dist.is_initialized()
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": dist.get_world_size() if is_distributed else 1,
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "newton_schulz": str(self.optimizer.newton_schulz_dtype).removeprefix("torch."),
+            **{name: metadata.version(name) for name in ("torch", "numba", "numpy")},
+        }
 
 
 def _all_finite(x: Tensor) -> bool:

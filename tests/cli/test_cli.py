@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -257,6 +258,75 @@ def test_bench(
     rows = json.loads(capsys.readouterr().out)["rows"]
     ours = [r for r in rows if r["name"].startswith("mmrec")]
     assert all(r["error"] < 2e-4 and r["both_ms"] > 0 for r in ours)
+
+
+def test_bench_shows_progress_and_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.cli import bench
+
+    monkeypatch.setattr(bench, "PROGRESS_DELAY", 0)
+    monkeypatch.setattr(bench, "MAX_SECONDS", 0)  # no time for a second case
+    assert call(monkeypatch, "bench scan --shape 2x8x4 --shape 1x4x4 --repeats 3") == 0
+    out, err = capsys.readouterr()
+    assert "scan (2, 8, 4)" in out
+    assert "(1, 4, 4)" not in out
+    assert "left out after 0 s: scan 1x4x4, cumprod 2x8x4, cumprod 1x4x4 (--full)" in err
+    assert re.search(r"scan \(2, 8, 4\): \w+ .* \d+% \[\d\d:\d\d<\d\d:\d\d\]", err)
+    assert call(monkeypatch, "bench scan --shape 2x8x4 --shape 1x4x4 --repeats 3 --full") == 0
+    assert "cumprod (1, 4, 4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_shows_what_bench_measured_so_far(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    calls = []
+
+    def cumprod(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 8:  # a reference, a check, a first call, then those that are timed
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = torch.cumprod
+    monkeypatch.setattr(torch, "cumprod", cumprod)
+    arguments = "bench scan --shape 2x8x4 --repeats 9" + " --json" * as_json
+    assert call(monkeypatch, arguments) == 130
+    out, err = capsys.readouterr()
+    assert "measured so far" in err
+    if as_json:
+        result = json.loads(out)
+        assert result["interrupted"]
+        measured = {r["name"]: r["forward_ms"] for r in result["rows"] if r["op"] == "cumprod"}
+        assert measured["mmrec"] > 0
+    else:
+        assert "scan (2, 8, 4)" in out
+        assert re.search(r"cumprod \(2, 8, 4\).*\n.*\n  mmrec +[\d.]+ ", out)
+
+
+def test_ctrl_c_shows_the_step_that_bench_train_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.profiling.step import Stopwatch
+
+    real = Stopwatch.median_seconds
+
+    def median_seconds(self: Stopwatch, name: str, call: Any) -> float:
+        if name == "loss":
+            raise KeyboardInterrupt
+        return real(self, name, call)
+
+    monkeypatch.setattr(Stopwatch, "median_seconds", median_seconds)
+    arguments = "bench train tiny --vocab 50 --batch-size 1 --seq-len 16 --profile"
+    assert call(monkeypatch, arguments) == 130
+    out, err = capsys.readouterr()
+    assert re.search(r"\nstep [\d.]+ ms, [\d,]+ tokens/s\n$", out)
+    assert "\nrecurrence " in out
+    assert "\nother " not in out
+    assert "interrupted" in err
 
 
 def test_a_wrong_implementation_is_not_timed() -> None:

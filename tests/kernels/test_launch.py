@@ -145,7 +145,8 @@ import os, time
 import torch
 begin = time.perf_counter()
 import mmrec
-from mmrec.kernels import scan
+from mmrec.kernels import _launch, scan
+_launch.NOTICE_AFTER = float(os.environ.get("NOTICE_AFTER", "0"))
 imported = time.perf_counter() - begin
 begin = time.perf_counter()
 scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
@@ -161,7 +162,8 @@ COMPILED = pytest.mark.skipif(
 @COMPILED
 def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path) -> None:
     first = python(START, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first.stderr.startswith("mmrec: compiling kernels for this processor, once")
+    assert first.stderr.startswith("mmrec: compiling kernels that this machine has not used before")
+    assert first.stderr.count("\n") == 1
     assert str(tmp_path) in first.stderr
     assert list(tmp_path.rglob("*.nbc"))
     second = python(START, NUMBA_CACHE_DIR=str(tmp_path))
@@ -172,10 +174,17 @@ def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path
 
 
 @COMPILED
+def test_a_short_compilation_is_not_worth_a_word(tmp_path: Path) -> None:
+    run = python(START, NUMBA_CACHE_DIR=str(tmp_path), NOTICE_AFTER="1000")
+    assert run.stderr == ""
+    assert list(tmp_path.rglob("*.nbc"))
+
+
+@COMPILED
 def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = python(START, NUMBA_CACHE_DIR=str(tmp_path / "file"))
-    assert "no cache folder can be written" in run.stderr
+    assert "in every process again, as no cache folder can be written" in run.stderr
 
 
 def test_other_layers_than_openmp_work_and_posix_is_not_needed() -> None:

@@ -117,7 +117,7 @@ def test_is_a_valid_torch_op() -> None:
             "initial_state must have shape (B, D) = (2, 4); got (1, 4)",
         ),
         (
-            lambda p, b, h: (p.half(), b, h),
+            lambda p, b, h: (p.int(), b, h),
             "projected must have one of the dtypes float32, float64, b",
         ),
         (lambda p, b, h: (p, b.double(), h), "forget_bias must have dtype float32; got float64"),

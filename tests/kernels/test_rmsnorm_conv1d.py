@@ -107,7 +107,8 @@ def test_is_a_valid_torch_op() -> None:
         (lambda x, w, b: (x[0], w, b), "x must have axes (B, T, D); got shape (3, 4)"),
         (lambda x, w, b: (x, w[0], b), "weight must have shape (K, D) = (1, 4); got (4,)"),
         (lambda x, w, b: (x, w, b[:1]), "initial_state must have shape (B, K - 1, D) = (2, 2, 4)"),
-        (lambda x, w, b: (x.half(), w, b), "x must have one of the dtypes float32, float64"),
+        (lambda x, w, b: (x.int(), w, b), "x must have one of the dtypes float32, float64"),
+        (lambda x, w, b: (x, w.double(), b), "weight must have dtype float32; got float64"),
     ],
 )
 def test_bad_input_is_named(change, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -104,7 +104,13 @@ with TorchrunGroup(sys.argv[1]) as group:
         calls.append([t.shape for t in tensors])
         return [2 * t for t in tensors]
     shards = [group.local_shard(p.grad) for p, _ in pairs]
-    results = group.map_sharded(double, shards, [q.shape for _, q in pairs])
+    shapes = [q.shape for _, q in pairs]
+    thirds = [x / 3 for x in shards]  # not exact in bfloat16
+    for dtype in (torch.float32, torch.bfloat16):
+        results = group.map_sharded(lambda full: full, thirds, shapes, dtype)
+        for got, want in zip(results, thirds, strict=True):
+            assert torch.equal(got, want.to(dtype).float())
+    results = group.map_sharded(double, shards, shapes, torch.bfloat16)
     for (p, q), result in zip(pairs, results, strict=True):
         assert result.dtype == torch.float32
         group.local_shard(p.grad).copy_(result)

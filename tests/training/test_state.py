@@ -17,8 +17,9 @@ from mmrec.checkpoint.checkpoint import load_model, read_metadata, restore_train
 from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import TrainingDivergedError, WeightsDivergedError
 from mmrec.evaluation.evaluate import Evaluation
+from mmrec.runtime.distributed import ProcessGroup
 from mmrec.training.divergence import MAX_CONSECUTIVE_SKIPS, MAX_ROLLBACKS
-from mmrec.training.trainer import Trainer, environment
+from mmrec.training.trainer import Trainer
 from tests.conftest import make_trainer
 
 
@@ -212,17 +213,23 @@ def test_a_best_model_of_a_later_step_is_not_replaced_by_a_worse_one(
     assert_same(uninterrupted, run(corpus, tmp_path / "resumed", resume=True, **settings))
 
 
-def test_auto_precision_is_resolved_once(corpus: Corpus, tmp_path: Path) -> None:
-    """A resume keeps the precision of the run, whatever it would measure now."""
+def test_auto_precision_is_resolved_once(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume keeps the precision of the run, whatever the processor has now."""
     for precision in ("bfloat16", "float32"):
         folder = tmp_path / precision
         make_trainer(corpus, folder, precision=precision, steps=2).fit()
         assert f'precision = "{precision}"' in (folder / "config.toml").read_text()
+        monkeypatch.setattr("mmrec.training.trainer.bfloat16_instructions", lambda: "")
         again = make_trainer(corpus, folder, precision="auto", steps=3)
         again.fit(resume=True)
         assert again.config.optimizer.precision == precision
-    resolved = make_trainer(corpus, tmp_path / "auto", precision="auto").config
-    assert resolved.optimizer.precision in ("bfloat16", "float32")
+        assert again.precision_reason == (
+            "as the run began"
+            if precision == "bfloat16"
+            else "auto: the processor has no bfloat16 instructions"
+        )
 
 
 def test_a_resume_in_another_environment_prints_a_note(corpus: Corpus, tmp_path: Path) -> None:
@@ -236,7 +243,53 @@ def test_a_resume_in_another_environment_prints_a_note(corpus: Corpus, tmp_path:
         torch.set_num_threads(threads)
     text = "\n".join(again.lines)  # type: ignore[attr-defined]
     assert f"trained with threads {threads}, now {threads + 1}" in text
-    assert environment()["threads"] == threads
+    assert "newton_schulz" not in text
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "reason"),
+    [
+        ("", "float32", "auto: the processor has no bfloat16 instructions"),
+        ("AMX", "bfloat16", "auto: the processor has AMX"),
+    ],
+)
+def test_the_processor_decides_and_the_run_says_so(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    instructions: str,
+    precision: str,
+    reason: str,
+) -> None:
+    """Printed, in the summary and in the checkpoint; a resume on another machine says so."""
+    use = "mmrec.training.trainer.bfloat16_instructions"
+    monkeypatch.setattr(use, lambda: instructions)
+    trainer = make_trainer(corpus, tmp_path, precision="auto", steps=2)
+    trainer.fit()
+    text = "\n".join(trainer.lines)  # type: ignore[attr-defined]
+    assert f"M parameters, {precision} ({reason})" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["precision"] == summary["newton_schulz"] == precision
+    assert summary["precision_reason"] == reason
+    assert trainer.optimizer.newton_schulz_dtype == getattr(torch, precision)
+    assert read_metadata(tmp_path / "last.h5")[1]["environment"]["newton_schulz"] == precision
+    monkeypatch.setattr(use, lambda: "" if instructions else "AMX")
+    again = make_trainer(corpus, tmp_path, precision="auto", steps=3)
+    again.fit(resume=True)
+    other = "bfloat16" if precision == "float32" else "float32"
+    text = "\n".join(again.lines)  # type: ignore[attr-defined]
+    assert f"trained with newton_schulz {precision}, now {other}: the resumed run is clo" in text
+    assert f"M parameters, {precision} (as the run began), Muon in {other}" in text
+
+
+def test_one_process_without_the_instructions_decides_for_all(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrec.training.trainer.bfloat16_instructions", lambda: "AMX")
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [value, ""])
+    trainer = make_trainer(corpus, tmp_path, precision="auto")
+    assert trainer.config.optimizer.precision == "float32"
+    assert trainer.optimizer.newton_schulz_dtype == torch.float32
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

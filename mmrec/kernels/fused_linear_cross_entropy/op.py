@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrec.kernels._register import register
-from mmrec.kernels._tensors import FULL_PRECISION, KERNEL_DTYPES, check_tensor, empty, flat
+from mmrec.kernels._tensors import (
+    KERNEL_DTYPES,
+    cast,
+    check_input,
+    check_tensor,
+    empty,
+    flat,
+    promote,
+    to_compute_dtype,
+)
 from mmrec.kernels.fused_linear_cross_entropy import kernel
 
 LOGITS_CHUNK = 1024
@@ -134,10 +143,12 @@ def fused_linear_cross_entropy(
     """Mean cross-entropy of the logits ``hidden @ weight.T``, without storing the logits.
 
     Args:
-        hidden: (R, D) float32 or float64, the last hidden state of each token, R >= 1.
+        hidden: (R, D) float32, float64, bfloat16 or float16, the last hidden state of each token,
+            R >= 1.
         weight: (V, D) of the dtype of hidden, the embedding of each token of the vocabulary.
         targets: (R,) int64, the token to predict, each in [0, V).
-        bf16: compute the matrix products in bfloat16. Sums of the softmax stay in float32.
+        bf16: compute the matrix products in bfloat16, as under autocast to bfloat16 and for
+            bfloat16 inputs. Sums of the softmax stay in float32.
 
     Returns:
         The mean loss in nats per token, a scalar of the dtype of hidden. Differentiable with
@@ -148,14 +159,19 @@ def fused_linear_cross_entropy(
 
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv:2410.10989, section 3).
     """
-    if hidden.dtype not in FULL_PRECISION or hidden.ndim != 2 or hidden.shape[0] == 0:
-        raise ValueError(
-            "hidden must have axes (R, D), R >= 1, and dtype float32 or float64; "
-            f"got shape {tuple(hidden.shape)} and {hidden.dtype}"
-        )
+    hidden, weight = promote(hidden, weight)
+    check_input("hidden", hidden, "R, D", None)
     rows, width = hidden.shape
+    if rows == 0:
+        raise ValueError(f"hidden must have R >= 1 rows; got shape {tuple(hidden.shape)}")
+    dtype = hidden.dtype
     vocabulary = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 1
-    check_tensor("weight", weight, (max(1, vocabulary), width), "V, D", hidden.dtype)
+    check_tensor("weight", weight, (max(1, vocabulary), width), "V, D", dtype)
     check_tensor("targets", targets, (rows,), "R", torch.int64)
-    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, bf16)
-    return loss
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        bf16 = bf16 or torch.get_autocast_dtype("cpu") == torch.bfloat16
+    bf16 = bf16 or dtype == torch.bfloat16
+    hidden, weight = to_compute_dtype(hidden), to_compute_dtype(weight)
+    with torch.autocast("cpu", enabled=False):  # the dtypes of the products are chosen above
+        loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, bf16)
+    return cast(loss, dtype)

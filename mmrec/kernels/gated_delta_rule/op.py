@@ -19,6 +19,7 @@ from mmrec.kernels._tensors import (
     empty,
     flat_with_strides,
     make_sequence_bounds,
+    promote,
     require_finite,
     resolve_initial_state,
     sequence_count,
@@ -224,6 +225,7 @@ def gated_delta_rule(
     Source: Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule"
     (arXiv:2412.06464), eq. 10.
     """
+    q, k, v, g_logits, beta_logits = promote(q, k, v, g_logits, beta_logits)
     check_input("q", q, "B, T, H, P", cu_seqlens)
     batch, time, heads, width = q.shape
     if width == 0:

@@ -24,6 +24,7 @@ from mmrec.kernels._tensors import (
     flat,
     flat_with_strides,
     make_sequence_bounds,
+    promote,
     require_finite,
     resolve_initial_state,
     sequence_count,
@@ -285,6 +286,7 @@ def gated_recurrence(
     Source: docs/concepts/model.md; the gate on the recurrent product follows the minimal gated unit
     (Zhou et al. 2016, arXiv:1603.09420, eq. 5).
     """
+    z, gate_logits, decay_logits, weight = promote(z, gate_logits, decay_logits, weight)
     check_input("z", z, "B, T, D", cu_seqlens)
     shape, dtype = tuple(z.shape), z.dtype
     gate_logits = broadcast_to("gate_logits", gate_logits, shape, "B, T, D", dtype)

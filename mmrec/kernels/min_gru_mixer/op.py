@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmrec.kernels._register import register
 from mmrec.kernels._tensors import (
-    KERNEL_DTYPES,
+    cast,
     check_input,
     check_tensor,
     empty,
@@ -19,6 +19,7 @@ from mmrec.kernels._tensors import (
     make_sequence_bounds,
     resolve_initial_state,
     sequence_count,
+    to_compute_dtype,
 )
 from mmrec.kernels.min_gru_mixer import kernel
 
@@ -156,18 +157,19 @@ def min_gru_mixer(
     and a gate, for at most a quarter of the memory traffic.
 
     Args:
-        projected: (B, T, 4 D) float32, float64 or bfloat16: z, f, g and r, each (B, T, D), side by
-            side along the last axis, as one projection of the input gives them.
-        forget_bias: (D,), added to the forget logits f. float64 if projected is, else float32.
-        initial_state: (N, D) of the dtype of forget_bias, h before the first step; zero if None. N
-            is B, or the number of packed sequences.
+        projected: (B, T, 4 D) float32, float64, bfloat16 or float16: z, f, g and r, each (B, T, D),
+            side by side along the last axis, as one projection of the input gives them.
+        forget_bias: (D,), added to the forget logits f. float64 if projected is, else float32,
+            bfloat16 or float16.
+        initial_state: (N, D), h before the first step; zero if None. N is B, or the number of
+            packed sequences. float64 if projected is, else float32.
         cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1, as in ``scan``.
 
     Returns:
         output: y (B, T, D) of the dtype of projected.
-        final_state: (N, D), the last h of each sequence, of the dtype of forget_bias.
+        final_state: (N, D), the last h of each sequence; float64 if projected is, else float32.
 
-        Both are differentiable once, in reverse mode.
+        Both are differentiable once, in reverse mode. bfloat16 and float16 are computed in float32.
 
     Raises:
         ValueError: a shape, dtype, device or cu_seqlens is not as above.
@@ -175,18 +177,21 @@ def min_gru_mixer(
     Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1; the input
     gate g, the norm and the output gate are MM-Rec's.
     """
-    check_input("projected", projected, "B, T, 4 D", cu_seqlens, KERNEL_DTYPES)
+    check_input("projected", projected, "B, T, 4 D", cu_seqlens)
     if projected.shape[2] % 4:
         raise ValueError(
             f"projected must have axes (B, T, 4 D); got shape {tuple(projected.shape)}"
         )
-    width = projected.shape[2] // 4
-    dtype = torch.float32 if projected.dtype == torch.bfloat16 else projected.dtype
-    check_tensor("forget_bias", forget_bias, (width,), "D", dtype)
+    width, dtype = projected.shape[2] // 4, projected.dtype
+    if dtype == torch.float16:  # the kernel reads and writes bfloat16 itself
+        projected = projected.float()
+    forget_bias = to_compute_dtype(forget_bias)
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    check_tensor("forget_bias", forget_bias, (width,), "D", compute_dtype)
     shape = (sequence_count(projected.shape[0], cu_seqlens), width)
     axes = "B, D" if cu_seqlens is None else "N, D"
     initial_state = resolve_initial_state(initial_state, forget_bias, shape, axes)
     inputs = (projected, forget_bias, initial_state)
     save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, _, final_state = _op(*inputs, cu_seqlens, save_states)
-    return y, final_state
+    return cast(y, dtype), final_state

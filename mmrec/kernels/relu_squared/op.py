@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmrec.kernels._math import cdiv
 from mmrec.kernels._register import register
-from mmrec.kernels._tensors import KERNEL_DTYPES, empty, flat
+from mmrec.kernels._tensors import FULL_PRECISION, LOW_PRECISION, cast, empty, flat
 from mmrec.kernels.relu_squared import kernel
 
 
@@ -58,11 +59,11 @@ def relu_squared(x: Tensor) -> Tensor:
     """Squared ReLU, ``max(x, 0)²``, elementwise.
 
     Args:
-        x: float32, float64 or bfloat16, any shape.
+        x: float32, float64, bfloat16 or float16, any shape.
 
     Returns:
-        A tensor of the shape and dtype of x. Differentiable once, in reverse mode. bfloat16 is
-        computed in float32 and rounded once.
+        A tensor of the shape and dtype of x. Differentiable once, in reverse mode. bfloat16 and
+        float16 are computed in float32 and rounded once.
 
     Raises:
         ValueError: x has another dtype, or is not on the CPU.
@@ -70,9 +71,11 @@ def relu_squared(x: Tensor) -> Tensor:
     Source: So et al. 2021, "Primer: Searching for Efficient Transformers for Language Modeling"
     (arXiv:2109.08668, section 3).
     """
-    if x.dtype not in KERNEL_DTYPES or x.device.type != "cpu":
+    if x.dtype not in (*FULL_PRECISION, *LOW_PRECISION) or x.device.type != "cpu":
         raise ValueError(
-            f"x must be float32, float64 or bfloat16 on the CPU; got {x.dtype} on {x.device}"
+            "x must be float32, float64, bfloat16 or float16 on the CPU; got "
+            f"{x.dtype} on {x.device}"
         )
-    y: Tensor = _op(x)
-    return y
+    # the kernel reads and writes bfloat16 itself
+    y: Tensor = _op(x.float() if x.dtype == torch.float16 else x)
+    return cast(y, x.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmrec.kernels._register import register
 from mmrec.kernels._tensors import (
-    FULL_PRECISION,
+    cast,
     check_input,
     check_tensor,
     empty,
@@ -19,6 +19,7 @@ from mmrec.kernels._tensors import (
     make_sequence_bounds,
     resolve_initial_state,
     sequence_count,
+    to_compute_dtype,
 )
 from mmrec.kernels.rmsnorm_conv1d import kernel
 
@@ -133,18 +134,20 @@ def rmsnorm_conv1d(
     ``torch.nn.functional.rms_norm`` with a weight.
 
     Args:
-        x: (B, T, D) float32 or float64.
-        weight: (K, D), K >= 1, of the dtype of x; its last row weighs the newest step.
-        initial_state: (N, K - 1, D) of the dtype of x, the rows of n before the first step; zero if
-            None. N is B, or the number of packed sequences.
+        x: (B, T, D) float32, float64, bfloat16 or float16.
+        weight: (K, D), K >= 1; its last row weighs the newest step. float64 if x is, else float32,
+            bfloat16 or float16.
+        initial_state: (N, K - 1, D), the rows of n before the first step; zero if None. N is B, or
+            the number of packed sequences. float64 if x is, else float32.
         cu_seqlens: (N + 1,) int32 or int64, packs N sequences in one row, B = 1, as in ``scan``.
         output_bf16: round the output to bfloat16, for a matrix product that takes it so.
 
     Returns:
         output: u (B, T, D), of the dtype of x, or bfloat16.
-        final_state: (N, K - 1, D), the last rows of n of each sequence, of the dtype of x.
+        final_state: (N, K - 1, D), the last rows of n of each sequence; float64 if x is, else
+            float32.
 
-        Both are differentiable once, in reverse mode.
+        Both are differentiable once, in reverse mode. bfloat16 and float16 are computed in float32.
 
     Raises:
         ValueError: a shape, dtype, device or cu_seqlens is not as above.
@@ -152,12 +155,15 @@ def rmsnorm_conv1d(
     Source: the norm is that of Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"
     (arXiv:1910.07467, eq. 4), without a weight of its own.
     """
-    check_input("x", x, "B, T, D", cu_seqlens, FULL_PRECISION)
+    check_input("x", x, "B, T, D", cu_seqlens)
+    dtype = torch.bfloat16 if output_bf16 else x.dtype
+    x, weight = to_compute_dtype(x), to_compute_dtype(weight)
     kernel_size = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 1
     width = x.shape[2]
     check_tensor("weight", weight, (max(1, kernel_size), width), "K, D", x.dtype)
     shape = (sequence_count(x.shape[0], cu_seqlens), kernel_size - 1, width)
     axes = "B, K - 1, D" if cu_seqlens is None else "N, K - 1, D"
     initial_state = resolve_initial_state(initial_state, x, shape, axes)
-    results: tuple[Tensor, Tensor] = _op(x, weight, initial_state, cu_seqlens, output_bf16)
-    return results
+    # the kernel writes bfloat16 itself
+    u, final_state = _op(x, weight, initial_state, cu_seqlens, dtype == torch.bfloat16)
+    return cast(u, dtype), final_state

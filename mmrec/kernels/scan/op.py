@@ -21,6 +21,7 @@ from mmrec.kernels._tensors import (
     empty,
     flat_with_strides,
     make_sequence_bounds,
+    promote,
     require_finite,
     resolve_initial_state,
     sequence_count,
@@ -270,6 +271,7 @@ def scan(
     Source: Blelloch 1990, "Prefix Sums and Their Applications", section 1.4 defines the operator.
     On a CPU the sequential scan reads and writes each array once.
     """
+    a, b = promote(a, b)
     check_input("b", b, "B, T, D", cu_seqlens, (*FULL_PRECISION, *LOW_PRECISION, *COMPLEX))
     shape, dtype = tuple(b.shape), b.dtype
     a = to_compute_dtype(broadcast_to("a", a, shape, "B, T, D", dtype))
