@@ -24,7 +24,7 @@ def bfloat16_instructions() -> str:
         return ""
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
-    else:  # before torch 2.11; there oneDNN's answer on Arm is what the processor has
+    else:  # older versions of torch; their oneDNN asks an Arm processor for its instructions
         found = {
             "amx_bf16": torch.cpu._is_amx_tile_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
