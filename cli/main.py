@@ -1,5 +1,6 @@
 """The ``mmrec`` command: one Typer app, one file per command."""
 
+import contextlib
 import itertools
 import os
 import sys
@@ -19,6 +20,7 @@ from mmrec.cli.startup import prepare_process
 from mmrec.cli.train import train
 from mmrec.config import VERSION
 from mmrec.errors import InputError
+from mmrec.runtime.interrupts import end_at_second_signal
 
 app = typer.Typer(
     help="Train and run recurrent language models on a CPU.", pretty_exceptions_enable=False
@@ -59,6 +61,13 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of Typer's own 
 def run() -> None:
     """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 128 + n signal."""
     prepare_process(sys.argv[1:3])
+    # torchrun sends each of its processes several signals, one of which stops all of them together
+    is_distributed = "RANK" in os.environ
+    with contextlib.nullcontext() if is_distributed else end_at_second_signal():
+        _run_command()
+
+
+def _run_command() -> None:
     try:
         command = typer.main.get_command(app)
         code = command.main(sys.argv[1:] or ["--help"], "mmrec", standalone_mode=False)

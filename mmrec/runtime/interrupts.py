@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ STOP_SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # SIGBREAK is that of Windows
     if name in signal.Signals.__members__
 )
+NOTICE_SECONDS = 0.5
+"""After a first signal the user is told that work is still going on, if it is after this time."""
+GRACE_SECONDS = 0.7
+"""Time that the main thread has to end tidily after a second signal."""
+NOTICE = "stopping after the work in progress; again to stop at once"
 
 
 class StopSignal:
@@ -107,6 +113,59 @@ def exit_on_signal(message: str) -> Iterator[None]:
         yield
     finally:
         _restore(previous)
+
+
+@contextlib.contextmanager
+def end_at_second_signal() -> Iterator[None]:
+    """End the process within a second of the second stop signal, whatever the main thread does.
+
+    Python runs signal handlers in its main thread, between two of its instructions. A handler
+    therefore waits for a library call, such as the training of a tokenizer, that may take minutes.
+    The system's own handler does not wait: it writes the number of each signal to a socket, which a
+    thread reads. The library must let other threads run, as tokenizers, HDF5 and LLVM do.
+
+    Outside the main thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    block_ended = threading.Event()
+    thread = threading.Thread(
+        target=_watch_signals, args=(receiver, block_ended), name="mmrec-signals", daemon=True
+    )
+    previous = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        block_ended.set()
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
+def _watch_signals(receiver: socket.socket, block_ended: threading.Event) -> None:
+    """Read signal numbers; end the process after the second stop signal, unless it ends itself."""
+    count = number = 0
+    while count < 2:
+        try:
+            received = receiver.recv(1)
+        except TimeoutError:
+            receiver.settimeout(None)
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                begin = "\n" if sys.stderr.isatty() else ""  # after ^C or a progress bar
+                print(f"{begin}{NOTICE}", file=sys.stderr, flush=True)
+            continue
+        if not received:
+            return
+        if received[0] in STOP_SIGNALS:
+            count, number = count + 1, received[0]
+            receiver.settimeout(NOTICE_SECONDS)
+    if not block_ended.wait(GRACE_SECONDS):
+        os._exit(128 + number)  # every file is written under another name first
 
 
 class _TolerantStream:
