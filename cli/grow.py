@@ -24,7 +24,10 @@ def grow(
         int | None, typer.Option(help="Vocabulary size of bpe; new tokens join old ones.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text for --vocab; by default the run's.")
+        str | None,
+        typer.Option(
+            help="Text for --vocab, by default the run's; or whose characters a char model gets."
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -42,20 +45,25 @@ def grow(
     from mmrec.checkpoint.checkpoint import load_model, read_metadata
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.config import ModelConfig, preset
-    from mmrec.finetune.grow import GrowthPlan, grow_checkpoint
+    from mmrec.data.sources import iter_documents
+    from mmrec.data.tokenizer import extend_characters
+    from mmrec.finetune.grow import GrowthPlan, added_character_pieces, grow_checkpoint
 
-    if to is None and vocab is None and not sizes:
+    if to is None and vocab is None and data is None and not sizes:
         flags = ", ".join(ALL_SETTINGS[name].flag for name in SIZES)
-        raise InputError(f"say what to grow: --to PRESET, --vocab, or {flags}")
-    if data is not None and vocab is None:
-        raise InputError("--data is the text that --vocab takes new tokens from; give both")
+        raise InputError(f"say what to grow: --to PRESET, --vocab, --data, or {flags}")
     path = find_checkpoint(where)
     _, info, old = read_metadata(path)
     tokenizer_kind = str(info.get("train", {}).get("data", {}).get("tokenizer", "bpe"))
+    if data is not None and vocab is None and tokenizer_kind != "char":
+        raise InputError(
+            "--data is the text that --vocab takes new tokens from; give both (a char model gets "
+            f"the characters of --data; this one is {tokenizer_kind})"
+        )
     base = dataclasses.asdict(preset(to, tokenizer_kind) if to else old)
     new = ModelConfig.from_dict(base | sizes | {"vocab_size": old.vocab_size})
     GrowthPlan(old, new, method)  # a mistake is found before the weights are read
-    if new == old and vocab is None:
+    if new == old and vocab is None and data is None:
         raise InputError(f"nothing to grow: {path} has this shape already")
     target = out or path.with_name(f"grown-{to or f'{new.width}x{new.depth}'}.h5")
     if target.is_dir():
@@ -67,7 +75,12 @@ def grow(
     pieces: list[list[int]] = []
     if vocab is not None:
         tokenizer, pieces = _extend_vocabulary(source, vocab, data)
-        new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)
+    elif data is not None:
+        tokenizer = extend_characters(tokenizer, (d.text for d in iter_documents(data)))
+        pieces = added_character_pieces(source, tokenizer)
+        if not pieces and new == old:
+            raise InputError(f"nothing to grow: {path} knows every character of {data} already")
+    new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)
     model = grow_checkpoint(
         source,
         new,

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
 from mmrec.config import DataConfig
@@ -33,10 +32,16 @@ from mmrec.data.sources import (
     rereadable,
 )
 from mmrec.data.split import TRAIN, SplitPlan, plan_split, scan_documents
-from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards
-from mmrec.data.tokenizer import Tokenizer, check_tokenizer_settings, train_tokenizer
+from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards, check_characters
+from mmrec.data.tokenizer import (
+    Tokenizer,
+    check_tokenizer_settings,
+    extend_characters,
+    train_tokenizer,
+)
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.progress import progress_bar
 
 TOKENIZER_SAMPLE_BYTES = 1 << 26
 """Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
@@ -117,6 +122,7 @@ def prepare(
     progress: Echo | None = None,
     options: ReadOptions | None = None,
     *,
+    add_characters: bool = False,
     compress: bool = False,
     shard_chars: int = SHARD_CHARS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
@@ -137,6 +143,7 @@ def prepare(
         out: the file to write; None writes to the cache.
         progress: called with a line of text at each stage.
         options: how the source is read and split.
+        add_characters: add the characters of the source to a given ``char`` tokenizer.
         compress: compress the tokens, which are then read into memory as a whole.
         shard_chars: characters of text in a shard.
         tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
@@ -144,7 +151,7 @@ def prepare(
 
     Raises:
         InputError: the source cannot be read, is empty or too small to split, a document is not a
-            string, or the tokenizer is unknown.
+            string, the tokenizer is unknown, or a given one does not know a character.
         StorageError: the file cannot be written.
     """
     echo = progress or (lambda line: None)
@@ -185,6 +192,7 @@ def prepare(
             options=options,
             val_options=val_options,
             echo=echo,
+            add_characters=add_characters,
             compress=compress,
             shard_chars=shard_chars,
             tokenizer_sample_bytes=tokenizer_sample_bytes,
@@ -215,19 +223,27 @@ def open_corpus(
     tokenizer: Tokenizer,
     progress: Echo | None = None,
     options: ReadOptions | None = None,
+    *,
+    add_characters: bool = False,
 ) -> Corpus:
     """Open the corpus of a source under a given tokenizer, such as that of a trained model.
 
     Args:
-        source, progress, options: as for ``prepare``.
-        tokenizer: the tokenizer that the corpus must have.
+        source, progress, options, add_characters: as for ``prepare``.
+        tokenizer: the tokenizer that the corpus must have. With ``add_characters`` the corpus has
+            it with the characters that are new to it at the end.
 
     Raises:
         InputError: as for ``prepare``, or a prepared file has another tokenizer.
         StorageError: the file cannot be written.
     """
-    corpus = Corpus.open(prepare(source, tokenizer, progress=progress, options=options))
-    if corpus.tokenizer.to_json() != tokenizer.to_json():
+    path = prepare(
+        source, tokenizer, progress=progress, options=options, add_characters=add_characters
+    )
+    corpus = Corpus.open(path)
+    if tokenizer.extends(corpus.tokenizer):  # a prepared file may know fewer characters
+        return dataclasses.replace(corpus, tokenizer=tokenizer)
+    if not (add_characters and corpus.tokenizer.extends(tokenizer)):
         raise InputError(
             f"{source} must have the tokenizer of the model; it has another: give the text itself, "
             "which is tokenised anew"
@@ -236,7 +252,7 @@ def open_corpus(
 
 
 def training_texts(source: str | Path, options: ReadOptions | None = None) -> Iterator[str]:
-    """Read the training text of a source.
+    """Read the training text of a source, or a random sample of about 64 MB if it is longer.
 
     Args:
         source: see ``iter_documents``.
@@ -254,9 +270,8 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
         if not len(scan.keys):
             raise options.no_text(str(source))
         plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
-        for split, document in plan.assign(read()):
-            if split == TRAIN:
-                yield document.text
+        fraction = TOKENIZER_SAMPLE_BYTES / int(scan.sizes.sum())
+        yield from sample_training_text(plan.assign(read()), fraction)
 
 
 @contextlib.contextmanager
@@ -293,19 +308,6 @@ def exclusive_preparation(folder: Path, echo: Echo) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _progress_bar(total: int | None, stage: str) -> Any:
-    return tqdm(
-        total=total,
-        desc=stage,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        delay=2,
-        mininterval=0.5 if os.isatty(2) else 30.0,
-        dynamic_ncols=True,
-    )
-
-
 @dataclasses.dataclass
 class _Preparation:
     """One source on its way to a corpus file. The arguments are those of ``prepare``."""
@@ -321,6 +323,7 @@ class _Preparation:
     options: ReadOptions
     val_options: ReadOptions
     echo: Echo
+    add_characters: bool
     compress: bool
     shard_chars: int
     tokenizer_sample_bytes: int
@@ -337,8 +340,17 @@ class _Preparation:
             InputError: the source cannot be read, or is empty.
         """
         self.component_ends: list[int] = []
-        with _progress_bar(None, "reading") as bar:
-            self.scan = scan_documents(self._counted_documents(bar))
+        tokenizer, new_characters = self.given_tokenizer, set[str]()
+        with progress_bar(None, "reading") as bar:
+            documents = self._counted_documents(bar)
+            if tokenizer and tokenizer.kind == "char":
+                if self.add_characters:
+                    documents = _collect_characters(documents, new_characters)
+                else:
+                    documents = check_characters(tokenizer, documents)
+            self.scan = scan_documents(documents)
+        if tokenizer and new_characters:
+            self.given_tokenizer = extend_characters(tokenizer, new_characters)
         # of this reading: the ones that follow count the same records again
         self.skipped_records = self.options.skipped_records + self.val_options.skipped_records
         self.val_documents = self.component_ends.pop(0) if self.val_reader else 0
@@ -401,7 +413,7 @@ class _Preparation:
             StorageError: the file cannot be written.
         """
         scan, size = self.scan, int(self.scan.sizes.sum())
-        with _progress_bar(size, "comparing") as bar:
+        with progress_bar(size, "comparing") as bar:
             plan = plan_split(
                 scan,
                 self.options,
@@ -428,7 +440,7 @@ class _Preparation:
         begin, remaining = time.perf_counter(), size - shards.bytes
         earlier = f", {shards.bytes:,} bytes were done before" if shards.bytes else ""
         self.echo(f"corpus {self.source}: tokenising{earlier}")
-        with _progress_bar(size, "tokenising") as bar:
+        with progress_bar(size, "tokenising") as bar:
             bar.update(shards.bytes)
             shards.fill(tokenizer, plan.assign(self._documents()), bar.update)
         rate = remaining / 1e6 / (time.perf_counter() - begin)
@@ -465,6 +477,13 @@ class _Preparation:
             return train_tokenizer(self.kind, (document.text for _, document in pieces))
         fraction = self.tokenizer_sample_bytes / int(self.scan.sizes.sum())
         return train_tokenizer(self.kind, sample_training_text(pieces, fraction), self.vocab_size)
+
+
+def _collect_characters(documents: Iterable[Document], characters: set[str]) -> Iterator[Document]:
+    """Pass documents on, and add their characters to a set."""
+    for document in documents:
+        characters.update(document.text)
+        yield document
 
 
 def sample_training_text(pieces: Iterable[AssignedPiece], fraction: float) -> Iterator[str]:

@@ -29,6 +29,7 @@ from mmrec.data.split import VAL
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_write_text
+from mmrec.runtime.progress import progress_bar
 
 BATCH_CHARS = 1 << 20
 """Characters that are tokenised at once."""
@@ -134,6 +135,30 @@ class SplitWriter:
         return tokens
 
 
+def check_characters(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Document]:
+    """Pass documents on, and check that a ``char`` tokenizer knows their characters.
+
+    Args:
+        tokenizer: the tokenizer; any other kind knows every character.
+        documents: the documents, long ones in pieces.
+
+    Raises:
+        InputError: a character is unknown. The message names its document, line and column.
+    """
+    line = column = 1
+    for document in documents:
+        text = document.text
+        if tokenizer.kind == "char":
+            tokenizer.check_text(text, document.name, line, column)
+        yield document
+        if not document.more:
+            line = column = 1
+        else:
+            end_of_line = text.rfind("\n")
+            column = len(text) - end_of_line + (column - 1 if end_of_line < 0 else 0)
+            line += text.count("\n")
+
+
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Split:
     """Tokenise documents in memory, each followed by the end token.
 
@@ -145,8 +170,10 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Spl
         InputError: the text holds a character that a ``char`` tokenizer does not know.
     """
     writer = SplitWriter()
-    for _, document, tokens in tokenize_documents(tokenizer, ((VAL, d) for d in documents)):
-        writer.add(document, tokens)
+    pieces = ((VAL, document) for document in check_characters(tokenizer, documents))
+    with progress_bar(None, "tokenising") as bar:
+        for _, document, tokens in tokenize_documents(tokenizer, pieces):
+            bar.update(writer.add(document, tokens))
     return Split(writer.pop_tokens(token_dtype(tokenizer)), *writer.document_index())
 
 

@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 
 from mmrec.errors import InputError
+from mmrec.runtime.progress import progress_bar, ticking_bar
 
 KINDS = ("bpe", "char", "byte")
 EOT = "<|endoftext|>"
+MAX_WORD_BYTES = 256
+"""Bytes of a word from which BPE training learns. Longer ones are cut there: the time of training
+grows with the length of the words, and a text without spaces is one word."""
 
 
 class Tokenizer:
@@ -54,20 +58,29 @@ class Tokenizer:
         elif kind == "char":
             vocabulary.encode()  # halves of a surrogate pair are no characters
             self.vocab_size = len(vocabulary) + 1
-            self._ids = {c: i + 1 for i, c in enumerate(vocabulary)}
-            if len(self._ids) != len(vocabulary):
+            code_points = _code_points(vocabulary)
+            # id of each code point; 0, which no character has, if it is unknown
+            self._ids = np.zeros(int(code_points.max(initial=0)) + 2, np.uint32)
+            self._ids[code_points] = np.arange(1, self.vocab_size)
+            if np.count_nonzero(self._ids) != len(vocabulary):
                 raise ValueError("its vocabulary holds a character twice")
         elif kind == "byte":
             self.vocab_size = 257
         else:
             raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, name: str = "the text") -> np.ndarray:
         """Return the token ids (n,) int64 of a text.
 
+        Args:
+            text: the text.
+            name: what an error calls it.
+
         Raises:
-            InputError: the text holds a character that a ``char`` tokenizer does not know.
+            InputError: the text holds a character that a ``char`` tokenizer does not know, or half
+                of a surrogate pair, which is no character.
         """
+        self.check_text(text, name)
         return self.encode_batch([text])[0].astype(np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -77,7 +90,7 @@ class Tokenizer:
             The token ids of each text, (n,) of an integer dtype that depends on the kind.
 
         Raises:
-            InputError: a text holds a character that a ``char`` tokenizer does not know.
+            InputError: as for ``encode``.
         """
         if self.kind == "bpe":
             encodings = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -85,13 +98,46 @@ class Tokenizer:
             return [np.frombuffer(array("I", e.ids), np.uint32) for e in encodings]
         if self.kind == "byte":
             return [np.frombuffer(t.encode(), np.uint8) for t in texts]
-        try:
-            return [np.array([self._ids[c] for c in t], np.int64) for t in texts]
-        except KeyError as error:
-            raise InputError(
-                f"the character {error.args[0]!r} is not among the {self.vocab_size - 1} that this "
-                "char tokenizer knows; bpe and byte know every character"
-            ) from None
+        batch = [self._char_ids(text) for text in texts]
+        for text, ids in zip(texts, batch, strict=True):
+            if not ids.all():
+                self.check_text(text)
+        return batch
+
+    def _char_ids(self, text: str) -> np.ndarray:
+        """Ids (n,) of characters, 0 for those that a ``char`` tokenizer does not know."""
+        return np.take(self._ids, _code_points(text), mode="clip")
+
+    def check_text(self, text: str, name: str = "the text", line: int = 1, column: int = 1) -> None:
+        """Check that every character of a text can be tokenised.
+
+        Args:
+            text: the text, or a piece of one.
+            name: what an error calls it.
+            line: line of the text, from 1, in which the piece begins.
+            column: character of that line, from 1, with which the piece begins.
+
+        Raises:
+            InputError: as for ``encode``.
+        """
+        bad = _find_surrogate(text)
+        if bad is None and self.kind == "char":
+            ids = self._char_ids(text)
+            bad = None if ids.all() else int(np.argmin(ids))
+        if bad is None:
+            return
+        start_of_line = text.rfind("\n", 0, bad) + 1
+        line += text.count("\n", 0, bad)
+        column = bad - start_of_line + (1 if start_of_line else column)
+        place = f"{name}, line {line:,}, character {column:,}"
+        character, code_point = text[bad], f"U+{ord(text[bad]):04X}"
+        if "\ud800" <= character <= "\udfff":
+            raise InputError(f"{place}: {code_point} is half of a surrogate pair, not a character")
+        raise InputError(
+            f"{place}: the character {character!r} ({code_point}) is not among the "
+            f"{self.vocab_size - 1:,} that this char tokenizer knows; bpe and byte know every "
+            "character, and mmrec finetune and mmrec grow --data add characters to a model"
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of a token; those of the end token are empty."""
@@ -104,6 +150,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether this tokenizer makes the same tokens as another one of all that the other knows.
+
+        Equal tokenizers do, and a ``char`` tokenizer to which characters were added.
+        """
+        if self.kind == other.kind == "char":
+            return self._vocabulary.startswith(other._vocabulary)
+        return self.to_json() == other.to_json()
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of each token as it comes; a character waits for all of its bytes."""
@@ -132,6 +187,20 @@ class Tokenizer:
             raise InputError(f"the stored tokenizer is damaged: {error!r}") from None
 
 
+def _code_points(text: str) -> np.ndarray:
+    """Code points (n,) uint32 of a text. Half of a surrogate pair has one, too."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _find_surrogate(text: str) -> int | None:
+    """Index of the first half of a surrogate pair; None if the text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def _byte_table(tokens: list[str], merges: list[list[str]]) -> list[bytes]:
     """Bytes of every token id of a byte-level BPE, which writes each byte as a printable character.
 
@@ -148,16 +217,31 @@ def _byte_table(tokens: list[str], merges: list[list[str]]) -> list[bytes]:
     return [b"", *(bytes(table[c] for c in word) for word in tokens[1:])]
 
 
+def _pre_tokenizer(*, cut_long_words: bool = False) -> Any:
+    """Build what divides a text into words, each a string of characters that stand for bytes.
+
+    Args:
+        cut_long_words: cut words at ``MAX_WORD_BYTES``, for training.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not cut_long_words:
+        return words
+    pieces = pre_tokenizers.Split(Regex(f".{{{MAX_WORD_BYTES}}}"), "isolated")
+    return pre_tokenizers.Sequence([words, pieces])
+
+
 def _build_bpe(tokens: list[str], merges: list[list[str]]) -> Any:
     """Build the ``tokenizers`` object of a byte-level BPE."""
     # encode_batch uses threads of its own; without this a later fork prints a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as LibraryTokenizer
 
     ids = {word: i for i, word in enumerate(tokens)}
     bpe = LibraryTokenizer(models.BPE(ids, [(a, b) for a, b in merges]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = _pre_tokenizer()
     bpe.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
     bpe.encode_special_tokens = True  # the letters of EOT stay letters
     return bpe
@@ -196,25 +280,56 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 5000) -> 
     """
     check_tokenizer_settings(kind, vocab_size)
     if kind == "char":
-        return Tokenizer("char", "".join(sorted(set().union(*texts))))
+        return Tokenizer("char", "".join(sorted(_characters(texts))))
     if kind != "bpe":
         return Tokenizer(kind, "")
     from tokenizers import Tokenizer as LibraryTokenizer
     from tokenizers import models, pre_tokenizers, trainers
 
     bpe = LibraryTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = _pre_tokenizer(cut_long_words=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    with ticking_bar("training the tokenizer") as bar:
+        bpe.train_from_iterator(_counted(texts, bar), trainer)
     model = json.loads(bpe.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].__getitem__)
     vocabulary = {"tokens": words, "merges": model["merges"]}
     return Tokenizer("bpe", json.dumps(vocabulary, ensure_ascii=False))
+
+
+def _characters(texts: Iterable[str]) -> set[str]:
+    """The characters of texts, of which one at a time is in memory."""
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    return characters
+
+
+def _counted(texts: Iterable[str], bar: Any) -> Iterator[str]:
+    """Pass texts on, and add the size of each to a progress bar."""
+    for text in texts:
+        bar.update(len(text.encode()))
+        yield text
+
+
+def extend_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
+    """Add to a ``char`` tokenizer the characters of texts that it does not know.
+
+    Args:
+        tokenizer: of kind ``char``.
+        texts: the texts, of which one at a time is in memory.
+
+    Returns:
+        A tokenizer with the new characters after the old ones, in the order of their code points.
+    """
+    assert tokenizer.kind == "char"
+    known = tokenizer._vocabulary
+    return Tokenizer("char", known + "".join(sorted(_characters(texts).difference(known))))
 
 
 def extend_tokenizer(
@@ -234,20 +349,25 @@ def extend_tokenizer(
         InputError: the tokenizer is of another kind, or has as many tokens already.
     """
     if tokenizer.kind != "bpe":
-        raise InputError(f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}")
+        hint = ": grow --data without --vocab adds characters" if tokenizer.kind == "char" else ""
+        raise InputError(
+            f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}{hint}"
+        )
     if not tokenizer.vocab_size < vocab_size <= 1 << 32:
         raise InputError(
             f"a grown vocabulary must hold more than the {tokenizer.vocab_size:,} "
             f"tokens that there are, and at most 2^32; got {vocab_size}"
         )
-    from tokenizers import pre_tokenizers
-
     stored = json.loads(tokenizer._vocabulary)
     tokens, merges = list(stored["tokens"]), list(stored["merges"])
     joined_ids: dict[str, list[int]] = {token: [i] for i, token in enumerate(tokens)}
-    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    word_counts = Counter(word for t in texts for word, _ in pre_tokenizer.pre_tokenize_str(t))
+    pre_tokenizer = _pre_tokenizer(cut_long_words=True)
+    with progress_bar(None, "reading") as bar:
+        word_counts = Counter(
+            word for t in _counted(texts, bar) for word, _ in pre_tokenizer.pre_tokenize_str(t)
+        )
     words = [[t.value for t in tokenizer._bpe.model.tokenize(word)] for word in word_counts]
+    bar = progress_bar(vocab_size - len(tokens), "adding tokens", "tok")
     frequencies = list(word_counts.values())
     pair_counts: Counter[tuple[str, str]] = Counter()
     words_with_pair: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -272,6 +392,7 @@ def extend_tokenizer(
         if token not in joined_ids:
             tokens.append(token)
             joined_ids[token] = joined_ids[pair[0]] + joined_ids[pair[1]]
+            bar.update()
         changed_pairs = set()
         for word in sorted(words_with_pair.pop(pair)):
             count_pairs(word, -1)
@@ -281,6 +402,7 @@ def extend_tokenizer(
             changed_pairs |= set(pairwise(words[word]))
         for changed in changed_pairs:
             heappush(queue, (-pair_counts[changed], changed))
+    bar.close()
     vocabulary = json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False)
     new_tokens = tokens[tokenizer.vocab_size :]
     return Tokenizer("bpe", vocabulary), [joined_ids[token] for token in new_tokens]

@@ -176,6 +176,9 @@ def write_samples(
         InputError: see ``generate``.
     """
     samples: list[Sample] = []
+    for loaded in models:  # before any text is generated
+        for number, prompt in enumerate(prompts, 1):
+            loaded.tokenizer.check_text(prompt, f"prompt {number}")
     for loaded, training_text in zip(models, training_texts, strict=True):
         drafts, texts = [], []
         for prompt in prompts:

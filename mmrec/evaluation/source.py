@@ -46,7 +46,7 @@ def open_split(
         return corpus.val, f"validation split of {training_config(loaded).data.source}"
     if is_prepared(data):
         corpus = Corpus.open(Path(data))
-        if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
+        if not loaded.tokenizer.extends(corpus.tokenizer):
             raise InputError(
                 f"{data} must have the tokenizer of {loaded.path}; it has another: "
                 "give its text instead"

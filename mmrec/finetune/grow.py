@@ -17,6 +17,7 @@ Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking". docs/g
 derives the arithmetic.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,10 @@ from mmrec.runtime.numeric import cdiv
 METHODS = ("preserve", "stack", "random")
 MEMORIES = {"n": {"h"}, "s": {"h", "w"}, "l": {"s"}, "b": {"h", "w", "s"}}
 """What a layer of each type has: the recurrence h, its weight W_g, the delta rule's state S."""
+
+LEAST_EXPECTED = 3
+"""Characters whose mean a new character starts from."""
+CONTEXTS_AT_ONCE = 256
 
 
 class ParameterMapping(NamedTuple):
@@ -263,8 +268,10 @@ class GrowthPlan:
             if mapping.new.endswith("norm.weight"):
                 weight.fill_(value.mean())  # a new channel gets the mean weight of the old ones
             weight[mapping.index] = value
-        for token, pieces in enumerate(self.pieces, self.old.vocab_size):
-            model.embedding[token] = model.embedding[pieces].mean(0)
+        new_tokens = range(self.old.vocab_size, self.new.vocab_size)
+        pieces_of = dict(zip(new_tokens, self.pieces, strict=True))
+        for pieces, tokens in itertools.groupby(new_tokens, pieces_of.__getitem__):
+            model.embedding[list(tokens)] = model.embedding[pieces].mean(0)
 
     def _prepare_layer(self, layer: Layer, old_type: str) -> None:
         """Initialise what is new in a layer that holds an old one: zero output, able to learn."""
@@ -325,6 +332,36 @@ class GrowthPlan:
             if grown:
                 result[mapping.new] = grown
         return result
+
+
+def added_character_pieces(source: LoadedModel, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return what the rows of characters that were added to a ``char`` tokenizer start from.
+
+    A new row is the mean of those of a few characters that the model expects least. Its logit is
+    the mean of their logits, so by Jensen's inequality its probability is at most the mean p of
+    their probabilities. n new characters raise the loss on old text by at most log(1 + n p).
+
+    Args:
+        source: the model.
+        tokenizer: the model's own, or the same with more characters after the old ones.
+
+    Returns:
+        ``pieces`` as ``GrowthPlan`` takes them.
+    """
+    count = tokenizer.vocab_size - source.tokenizer.vocab_size
+    return [_least_expected_tokens(source)] * count if count else []
+
+
+@torch.no_grad()
+def _least_expected_tokens(source: LoadedModel) -> list[int]:
+    """Tokens with the lowest probability, in the geometric mean over texts of one token."""
+    model, eot = source.model, source.tokenizer.eot
+    score = torch.zeros(model.config.vocab_size)
+    for tokens in torch.arange(len(score)).split(CONTEXTS_AT_ONCE):
+        texts = torch.stack((torch.full_like(tokens, eot), tokens), 1)
+        score += model(texts)[0][:, -1].log_softmax(-1).sum(0)
+    score[eot] = torch.inf  # as an input it begins a document, which no character does
+    return score.argsort()[:LEAST_EXPECTED].tolist()
 
 
 def initialize_from(

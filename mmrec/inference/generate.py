@@ -66,7 +66,7 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
+    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt, "the prompt").tolist()]
     ids = _generate_ids(
         model,
         prompt_ids,

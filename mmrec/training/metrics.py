@@ -53,6 +53,9 @@ class Progress:
     rollbacks: int = 0
     optimizer_step_offset: int = 0
     """Steps of the earlier run that the optimizer's moments come from; 0 if they began at zero."""
+    first_new_token: int = 0
+    """First of the token ids that were added to the vocabulary of the model that training began
+    from; 0 if there are none."""
     last_spike_step: int = 0
     """Step of the last warning of a loss spike."""
     current_epoch: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -41,7 +41,7 @@ from mmrec.data.prepare import (
 from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
-from mmrec.finetune.grow import GrowthPlan, initialize_from
+from mmrec.finetune.grow import GrowthPlan, added_character_pieces, initialize_from
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.training.callbacks import Callback
@@ -317,6 +317,11 @@ def begin_run(
         initialize_trainer(trainer, source, plan.method)
         moments = ", with its moments" if trainer.progress.optimizer_step_offset else ""
         echo(f"start   {source.path}, step {source.step:,}{moments}")
+        count = corpus.tokenizer.vocab_size - source.tokenizer.vocab_size
+        if count:
+            echo(
+                f"note    characters new to the model, which get embeddings of their own: {count:,}"
+            )
     lock = open_run_dir(config.output.out, default, force=force)
     trainer.run_dir = lock.folder
     return lock, trainer
@@ -331,10 +336,10 @@ def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus,
         path = prepare(text, config.data.tokenizer, config.data.vocab, None, echo, options)
         return Corpus.open(path), config
     tokenizer = source.tokenizer
-    config = config.replace(tokenizer=tokenizer.kind, vocab=tokenizer.vocab_size)
     shape = dataclasses.replace(plan.model, vocab_size=tokenizer.vocab_size)
     GrowthPlan(source.model.config, shape, plan.method)  # a mistake is found before text is read
-    return open_corpus(text, tokenizer, echo, options), config
+    corpus = open_corpus(text, tokenizer, echo, options, add_characters=True)
+    return corpus, config.replace(tokenizer=tokenizer.kind, vocab=corpus.tokenizer.vocab_size)
 
 
 def default_run_dir(preset: str, source: str) -> Path:
@@ -354,11 +359,17 @@ def initialize_trainer(trainer: Trainer, source: LoadedModel, method: str = "pre
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trainer.config.optimizer.seed)
-        offset = initialize_from(trainer.model, source, trainer.optimizer, method=method)
+        pieces = added_character_pieces(source, trainer.corpus.tokenizer)
+        offset = initialize_from(
+            trainer.model, source, trainer.optimizer, method=method, pieces=pieces
+        )
     if trainer.config.finetune.lora_rank:  # the factors that are trained have no moments yet
         trainer.optimizer.state.clear()
         offset = 0
     trainer.progress.optimizer_step_offset = offset
+    if pieces:
+        trainer.progress.first_new_token = source.tokenizer.vocab_size
+        trainer.train_new_tokens()
 
 
 def resume_run(
@@ -397,15 +408,15 @@ def resume_run(
             settings = {k: v for k, v in settings.items() if k not in LENGTHS}
         config = TrainConfig.from_flat(settings | changes)
         model = ModelConfig.from_dict(file.model)
-        tokenizer: str | Tokenizer = config.data.tokenizer
+        source, options_of_text = config.data.source, read_options(config.data)
         if config.finetune.initialize_from:
-            tokenizer = run_tokenizer(folder)
-        path = prepare(
-            config.data.source, tokenizer, config.data.vocab, None, echo, read_options(config.data)
-        )
+            corpus = open_corpus(source, run_tokenizer(folder), echo, options_of_text)
+        else:
+            kind, size = config.data.tokenizer, config.data.vocab
+            corpus = Corpus.open(prepare(source, kind, size, None, echo, options_of_text))
         trainer = Trainer(
             folder,
-            Corpus.open(path),
+            corpus,
             model,
             config,
             file.preset,
@@ -463,14 +474,12 @@ def receive_plan(process_group: ProcessGroup) -> tuple[Trainer, bool]:
         InputError: the text cannot be read here, or is another one than rank 0's.
     """
     plan: DistributedPlan = process_group.broadcast_object(None)  # type: ignore[assignment]
-    config = plan.train
+    config, tokenizer = plan.train, Tokenizer.from_json(plan.tokenizer)
 
     def open_here() -> Corpus:
         if plan.corpus.exists():  # the same machine as rank 0, or a disk that machines share
-            return Corpus.open(plan.corpus)
-        tokenizer = Tokenizer.from_json(plan.tokenizer)
-        options = read_options(config.data)
-        return Corpus.open(prepare(config.data.source, tokenizer, options=options))
+            return open_corpus(plan.corpus, tokenizer)
+        return open_corpus(config.data.source, tokenizer, options=read_options(config.data))
 
     corpus = process_group.local_rank_zero_first(open_here)
     if corpus.info["fingerprint"] != plan.fingerprint:

@@ -201,6 +201,8 @@ class Trainer:
         agree = process_group.all_reduce_max if process_group.size > 1 else None
         self.stop_signal = StopSignal(agree)
         self._stop_requested = False
+        self._frozen_tokens = 0
+        """So many rows of the embedding are frozen while those of new tokens learn."""
         self.metrics: MetricsLog = NullMetricsLog()
 
     def _check_process_group(self) -> None:
@@ -231,6 +233,26 @@ class Trainer:
         )
         assert not isinstance(self.loader, ReplayLoader)
         self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
+
+    def train_new_tokens(self) -> None:
+        """Let the embeddings of new tokens learn where LoRA or ``freeze`` has frozen the embedding.
+
+        Raises:
+            InputError: the embedding is sharded over processes.
+        """
+        count, embedding = self.progress.first_new_token, self.model.embedding
+        if not count or embedding.requires_grad:
+            return
+        if self.process_group.sharded:
+            raise InputError(
+                "embeddings of new characters beside frozen ones learn in one process or with "
+                "--parallel ddp; got fsdp"
+            )
+        self._frozen_tokens = count
+        embedding.requires_grad_(True)
+        for moment in ("exp_avg", "exp_avg_sq"):  # else what is frozen would move on
+            if moment in self.optimizer.state[embedding]:
+                self.optimizer.state[embedding][moment][:count] = 0
 
     def _set_precision(self, precision: str) -> None:
         """Resolve ``auto`` for good, so that a resume on another machine keeps it."""
@@ -489,6 +511,9 @@ class Trainer:
                 process_group=group,
             )
             total += loss / count
+        if self._frozen_tokens:
+            assert self.model.embedding.grad is not None
+            self.model.embedding.grad[: self._frozen_tokens] = 0
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return group.all_reduce_gradients(total, gradients)
 
@@ -639,6 +664,7 @@ class Trainer:
         parameters = list(self.model.parameters())
         count = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
+        trained -= self._frozen_tokens * self.model.config.width
         trained_text = "" if trained == count else f", {trained / 1e6:.2f} M of them trained"
         precision, muon = self.config.optimizer.precision, self._environment()["newton_schulz"]
         muon_text = "" if muon == precision else f", Muon in {muon}"
@@ -847,6 +873,7 @@ class Trainer:
                 raise InputError(str(error)) from None
             raise
         self.progress = from_plain(Progress, progress)
+        self.train_new_tokens()
         state = group.broadcast_object(state)
         self.recurrent_state = None
         if state is not None:

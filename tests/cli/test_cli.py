@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             tar_file.add("small.toml")
         Path("short.txt").write_text("a few words only, not enough " * 3)
         Path("book.txt").write_text(text_file.read_text())
+        Path("snow.txt").write_text("def\nin ☃: pass\n" * 40)
         Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
         assert call(patch, "data prepare book.txt --tokenizer char --out other.h5") == 0
         Path("lr.toml").write_text("[optimizer]\nlr = nan\n")
@@ -144,6 +145,20 @@ def test_a_text_that_only_the_checkpoint_names_is_not_read(
         )
     finally:
         shutil.rmtree(alone)
+
+
+def test_a_char_model_gets_the_characters_of_a_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert call(monkeypatch, "grow char --data snow.txt --out snow.h5") == 0
+    assert call(monkeypatch, "generate --model snow.h5 --prompt ☃ --max-tokens 1") == 0
+    assert "☃" in capsys.readouterr().out
+    assert call(monkeypatch, "eval snow.h5 --data snow.txt") == 0
+    small = "--batch-size 2 --seq-len 32 --steps 1 --out runs/snow --eval-tokens 99"
+    assert call(monkeypatch, f"train {small} --initialize-from char --data snow.txt") == 0
+    assert "new to the model, which get embeddings of their own: 1\n" in capsys.readouterr().out
+    shutil.rmtree("runs/snow")
 
 
 def test_the_char_tokenizer_gets_longer_ngrams_for_text_and_for_a_corpus_file(

@@ -1,12 +1,23 @@
 """Tokenizers give back the text that they encoded, at once and as a stream."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.data.tokenizer import EOT, Tokenizer, extend_tokenizer, train_tokenizer
+from mmrec.data import tokenizer as tokenizer_module
+from mmrec.data.readers import Document
+from mmrec.data.tokenize import check_characters, encode_documents
+from mmrec.data.tokenizer import (
+    EOT,
+    MAX_WORD_BYTES,
+    Tokenizer,
+    extend_characters,
+    extend_tokenizer,
+    train_tokenizer,
+)
 from mmrec.errors import InputError
 
 TEXT = "the cat sat on the mat; the thé was thin. 漢字 🙂\n" * 20
@@ -47,8 +58,80 @@ def test_bpe_learns_merges() -> None:
     assert KINDS[0].vocab_size <= 300
 
 
+def test_a_text_without_spaces_is_learned_in_pieces() -> None:
+    """The time of a merge grows with the length of the words that it is searched in."""
+    text = "ab" * 40_000
+    trained = train_tokenizer("bpe", [text], 300)
+    longest = max(len(trained.token_bytes(i)) for i in range(trained.vocab_size))
+    assert longest == MAX_WORD_BYTES
+    assert len(trained.encode(text)) == -(-len(text) // MAX_WORD_BYTES)
+    grown, _ = extend_tokenizer(KINDS[0], ["漢" * 40_000], 400)
+    longest = max(len(grown.token_bytes(i)) for i in range(grown.vocab_size))
+    assert 128 < longest <= MAX_WORD_BYTES
+    assert grown.decode(grown.encode("漢" * 1000)) == "漢" * 1000
+
+
+def test_cutting_long_words_changes_nothing_for_ordinary_text(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = text_file.read_text()
+    cut = train_tokenizer("bpe", [text], 500)
+    monkeypatch.setattr(tokenizer_module, "MAX_WORD_BYTES", 1 << 14)
+    assert train_tokenizer("bpe", [text], 500).to_json() == cut.to_json()
+
+
+def test_the_characters_are_collected_text_by_text() -> None:
+    texts = (chr(97 + i) * 1_000_000 for i in range(20))
+    tracemalloc.start()
+    try:
+        tokenizer = train_tokenizer("char", texts)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert tokenizer.vocab_size == 21
+
+
+def test_characters_are_added_at_the_end() -> None:
+    old = KINDS[1]
+    new = extend_characters(old, ["the $", "é漢ß$"])
+    assert new.vocab_size == old.vocab_size + 2
+    assert new.encode(TEXT).tolist() == old.encode(TEXT).tolist()
+    assert new.encode("$ß").tolist() == [old.vocab_size, old.vocab_size + 1]
+    assert new.decode(new.encode("the $ß")) == "the $ß"
+    assert new.extends(old)
+    assert new.extends(new)
+    assert not old.extends(new)
+    assert not new.extends(KINDS[2])
+
+
+def test_an_unknown_character_is_named_with_its_place() -> None:
+    """In the lines of the document, whose pieces may end anywhere."""
+    known = train_tokenizer("char", ["ab\n"])
+    pieces = ["ab\nab", "ab", "b\n", "ab$\U0001f642"]
+    documents = [
+        Document("x.txt", "ab"),
+        *(Document("x.txt#1", piece, more=True) for piece in pieces),
+    ]
+    place = r"x\.txt#1, line 3, character 3: the character '\$' \(U\+0024\) is not among the 3 "
+    for read in (list, lambda checked: encode_documents(known, checked)):
+        with pytest.raises(InputError, match=place):
+            read(check_characters(known, documents))
+    documents[2] = Document("x.txt#1", "ab\udc80", more=True)
+    with pytest.raises(InputError, match=r"x\.txt#1, line 2, character 5: U\+DC80 is half of a"):
+        list(check_characters(known, documents))
+    assert len(list(check_characters(KINDS[2], documents))) == len(documents)
+    with pytest.raises(InputError, match=r"the prompt, line 1, character 2: .*U\+1F642"):
+        known.encode("a\U0001f642", "the prompt")
+    for tokenizer in KINDS:
+        with pytest.raises(InputError, match=r"line 2, character 1: U\+D83D is half of a surr"):
+            tokenizer.encode("a\n\ud83d")
+
+
 def test_bad_input() -> None:
-    with pytest.raises(InputError, match="character 'Q' is not among the"):
+    with pytest.raises(
+        InputError,
+        match=r"the text, line 1, character 1: the character .Q. \(U\+0051\) is not among the 19",
+    ):
         KINDS[1].encode("Q")
     with pytest.raises(InputError, match="at least 257 tokens, .*; got 100"):
         train_tokenizer("bpe", [TEXT], 100)
