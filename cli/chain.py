@@ -1,6 +1,7 @@
 """``mmrec chain``."""
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ def chain(
     """
     from mmrec.training import staged
 
-    continue_with = f"mmrec chain {recipe}"
+    continue_with = f"mmrec chain {shlex.quote(str(recipe))}"
     lock, stages, start_scores = staged.open_stages(recipe, force=force)
     folder = lock.folder
     with tolerate_closed_output(), lock:
@@ -43,12 +44,17 @@ def chain(
                     )
                     stack.enter_context(stage_lock)
                 run_to_end(trainer, stage_lock, resume=resume, continue_with=continue_with)
-        rows = staged.write_report(folder, stages, start_scores)
+        rows = staged.write_report(folder, stages, start_scores, say)
     say(staged.HEADER)
     for row in rows:
         say(staged.report_row(row))
+    written = [
+        f"; {title} {folder / name}"
+        for title, name in (("report", "report.json"), ("curve", "chain.png"))
+        if (folder / name).exists()
+    ]
     total = {name: sum(row[name] for row in rows) for name in ("tokens", "seconds", "flops")}
     say(
         f"in all {total['tokens'] / 1e6:.2f} M tokens, {total['seconds']:,.0f} s, "
-        f"{total['flops']:.2e} FLOPs; report {folder / 'report.json'}, curve {folder / 'chain.png'}"
+        f"{total['flops']:.2e} FLOPs{''.join(written)}"
     )

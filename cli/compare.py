@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mmrec.runtime.names import printable
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
@@ -24,8 +26,8 @@ def compare(
         return
     if out.is_dir():
         raise InputError(f"--out must be a file to write the picture in; {out} is a folder")
-    draw_curves(curves, out)
-    width = max(4, *(len(c.run) for c in curves))
+    names = {c.run: printable(c.run) for c in curves}
+    width = max(4, *map(len, names.values()))
     typer.echo(
         f"{'run':<{width}} {'steps':>8} {'tokens':>9} {'time':>8} {'best b/B':>9} "
         f"{'at step':>8} {'whole split':>12}  ended"
@@ -36,7 +38,7 @@ def compare(
         step, best = c.best
         tokens = f"{c.steps * c.tokens_per_step / 1e6:.2f} M"
         typer.echo(
-            f"{c.run:<{width}} {c.steps:>8,} {tokens:>9} {time:>8} {best:>9.4f} "
+            f"{names[c.run]:<{width}} {c.steps:>8,} {tokens:>9} {time:>8} {best:>9.4f} "
             f"{step:>8,} {whole:>12}  {c.ended}"
         )
     if len({c.fingerprint for c in curves if c.fingerprint}) > 1:
@@ -44,4 +46,5 @@ def compare(
             "note: these runs were not trained on the same tokens; where their texts "
             "differ, so do the bytes that are scored"
         )
-    typer.echo(f"curves: {out}")
+    draw_curves(curves, out)  # last: without a picture there is still the table
+    typer.echo(f"curves: {printable(out)}")

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmrec.cli.options import ALL_SETTINGS, settings_options
+from mmrec.cli.session import say
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
+    from mmrec.evaluation.evaluate import Evaluation
+    from mmrec.evaluation.report import Report
 
 EVAL_SETTINGS = ("text_field", "skip_bad")
 DEFAULT_TEMPERATURES = "0,0.8,1"
@@ -98,7 +101,7 @@ def _write_samples(
     from tqdm import tqdm
 
     from mmrec.config import SamplingConfig
-    from mmrec.errors import InputError
+    from mmrec.errors import InputError, StorageError
     from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
     from mmrec.runtime.atomic import atomic_write_text
 
@@ -124,9 +127,13 @@ def _write_samples(
     elif report is None:
         typer.echo(to_markdown(samples), nl=False)
     if report is not None:
-        atomic_write_text(
-            report, to_html(samples) if report.suffix == ".html" else to_markdown(samples)
-        )
+        page = to_html(samples) if report.suffix == ".html" else to_markdown(samples)
+        try:
+            atomic_write_text(report, page)
+        except StorageError:
+            if not as_json:
+                typer.echo(to_markdown(samples), nl=False)  # the texts are not lost
+            raise
         typer.echo(f"{count} texts: {report}", err=as_json)
 
 
@@ -179,15 +186,23 @@ def _score(
             bar.update(count)
 
         scores, report, description = evaluate_source(loaded, data, progress=show, **settings)
-    if plot is not None:
-        draw_report(report, plot, f"{loaded.path}, step {loaded.step:,}")
+    title = f"{loaded.path}, step {loaded.step:,}"
     if as_json:
         extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": description}
         typer.echo(
             json.dumps(extra | dataclasses.asdict(scores) | dataclasses.asdict(report), indent=1)
         )
-        return
-    typer.echo(f"{loaded.path}, step {loaded.step:,}, on the {description}\n")
+    else:
+        _print_scores(scores, report, f"{title}, on the {description}")
+    if plot is not None:  # last: without a picture there are still the scores
+        draw_report(report, plot, title)
+        if not as_json:
+            say(f"  picture         {plot}")
+
+
+def _print_scores(scores: "Evaluation", report: "Report", heading: str) -> None:
+    say(heading)
+    typer.echo()
     typer.echo(f"  loss            {scores.loss:.4f} nats per token")
     typer.echo(f"  perplexity      {scores.perplexity:.2f}")
     typer.echo(f"  bits per byte   {scores.bits_per_byte:.4f}{_interval(report.interval)}")
@@ -198,8 +213,6 @@ def _score(
         f"  scored          {scores.tokens:,} tokens, {scores.bytes:,} bytes, {report.documents:,} "
         f"documents, {rate:,.0f} tokens/s"
     )
-    if plot is not None:
-        typer.echo(f"  picture         {plot}")
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

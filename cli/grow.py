@@ -1,12 +1,14 @@
 """``mmrec grow``."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmrec.cli.options import ALL_SETTINGS, SEED_BOUNDS, settings_options
+from mmrec.cli.session import say
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ def grow(
             f"{title:<5}width {shape.width}, {shape.depth} layers ({shape.resolved_layer_types}), "
             f"{shape.heads} heads, vocabulary {shape.vocab_size:,}, {count / 1e6:.2f} M parameters"
         )
-    typer.echo(f"wrote {target}; train it with: mmrec train --initialize-from {target}")
+    quoted = shlex.quote(str(target))
+    say(f"wrote {target}; train it with: mmrec train --initialize-from {quoted}")
 
 
 def _extend_vocabulary(

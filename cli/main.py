@@ -21,6 +21,7 @@ from mmrec.cli.train import train
 from mmrec.config import VERSION
 from mmrec.errors import InputError
 from mmrec.runtime.interrupts import end_at_second_signal
+from mmrec.runtime.names import printable
 
 app = typer.Typer(
     help="Train and run recurrent language models on a CPU.", pretty_exceptions_enable=False
@@ -107,7 +108,7 @@ def _usage_message(error: Any) -> str:
 
 def _fail(message: str) -> None:
     if _may_print():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,20 +1,26 @@
 """What the training commands share: run a trainer to its end, and print the result."""
 
-import functools
+import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from mmrec.cli.retry import ask_to_free_space
 from mmrec.cli.torchrun import command_line
 from mmrec.errors import TrainingDivergedError
+from mmrec.runtime.names import printable
 
 if TYPE_CHECKING:
     from mmrec.runtime.locking import FolderLock
     from mmrec.training.trainer import Trainer
 
-say = functools.partial(print, flush=True)
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print one line at once. A control character in a name does not reach the terminal."""
+    print(printable(line), file=file, flush=True)
+
+
 TRAINER_OPTIONS: dict[str, Any] = {"echo": say, "retry": ask_to_free_space}
 """Arguments of every trainer that a command builds."""
 NOTHING_TO_SAVE = "stopped before training began: there was nothing to save"
@@ -41,7 +47,8 @@ def run_to_end(
         typer.Exit: code 1 if training diverged, 128 + n after signal n.
     """
     folder = trainer.run_dir
-    resume_command = command_line(f"train --resume --out {folder}", parallel)
+    quoted = shlex.quote(str(folder))  # commands can be copied into a shell
+    resume_command = command_line(f"train --resume --out {quoted}", parallel)
     try:
         summary = trainer.fit(resume=resume, lock=lock)
     except TrainingDivergedError as error:
@@ -71,4 +78,5 @@ def run_to_end(
     )
     best = f"best model {folder / 'best.h5'}, of step {summary['best_step']:,}"
     say(f"{best}: {summary['best_reason']}")
-    say(f'curve {folder / "loss.png"}; next: mmrec generate --model {folder} --prompt "..."')
+    curve = f"curve {folder / 'loss.png'}; " if (folder / "loss.png").exists() else ""
+    say(f'{curve}next: mmrec generate --model {quoted} --prompt "..."')

@@ -220,7 +220,8 @@ def write_json(file: h5py.File, name: str, value: Any) -> None:
     Raises:
         ValueError: It is longer than ``JSON_BYTES``.
     """
-    data = json.dumps(value, ensure_ascii=False).encode()
+    # a file name that is not UTF-8 holds half surrogates, which stay JSON escapes
+    data = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
     if len(data) > JSON_BYTES:
         raise ValueError(f"{name} must be at most {JSON_BYTES:,} bytes of JSON; got {len(data):,}")
     write_array(file, name, np.frombuffer(data, np.uint8), compress=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmrec.checkpoint.checkpoint import read_metadata
 from mmrec.config import TrainConfig, read_config_file
 from mmrec.errors import InputError
-from mmrec.runtime.atomic import atomic_path
+from mmrec.runtime.pictures import legend_label, picture
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,21 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
     no curve against seconds.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the picture cannot be drawn or written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.6, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    for curve in curves:
-        steps, values = zip(*curve.validations, strict=True)
-        seconds_per_step = curve.seconds / max(1, curve.steps)
-        scales = (1, curve.tokens_per_step / 1e6, seconds_per_step)
-        for ax, scale in zip(axes, scales, strict=True):
-            if math.isfinite(scale):
-                ax.plot([s * scale for s in steps], values, "o-", markersize=3, label=curve.run)
-    labels = ("step", "training tokens (millions)", "seconds of training")
-    for ax, label in zip(axes, labels, strict=True):
-        ax.set_xlabel(label)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("bits per byte, validation subset")
-    axes[0].legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with picture(path, 12.6) as figure:
+        axes = figure.subplots(1, 3, sharey=True)
+        for curve in curves:
+            steps, values = zip(*curve.validations, strict=True)
+            seconds_per_step = curve.seconds / max(1, curve.steps)
+            scales = (1, curve.tokens_per_step / 1e6, seconds_per_step)
+            label = legend_label(curve.run)
+            for ax, scale in zip(axes, scales, strict=True):
+                if math.isfinite(scale):
+                    ax.plot([s * scale for s in steps], values, "o-", markersize=3, label=label)
+        labels = ("step", "training tokens (millions)", "seconds of training")
+        for ax, label in zip(axes, labels, strict=True):
+            ax.set_xlabel(label)
+            ax.grid(alpha=0.3)
+        axes[0].set_ylabel("bits per byte, validation subset")
+        axes[0].legend()

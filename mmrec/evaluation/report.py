@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mmrec.evaluation.evaluate import TokenScores
-from mmrec.runtime.atomic import atomic_path
+from mmrec.runtime.names import shorten
+from mmrec.runtime.pictures import LABEL_CHARS, picture
 
 RESAMPLES = 2_000
 RESAMPLED_AT_ONCE = 1 << 20  # documents that are drawn in one batch of resamples, for memory
@@ -122,28 +123,29 @@ def draw_report(report: Report, path: Path, title: str) -> None:
     """Write a PNG with two plots: loss against position in the document, and calibration.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the picture cannot be drawn or written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.2), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    middles = [math.sqrt((b["from"] + 1) * (b["to"] + 1)) for b in report.positions]
-    left.plot(middles, [b["loss"] for b in report.positions], "o-", color="tab:orange")
-    left.set(
-        xscale="log", xlabel="position in the document", ylabel="loss (nats/token)", title=title
-    )
-    right.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="perfectly calibrated")
-    confidence = [b["confidence"] for b in report.calibration]
-    right.plot(confidence, [b["correct"] for b in report.calibration], "o-", label="the model")
-    right.set(
-        xlabel="probability of the most likely token",
-        ylabel="fraction of tokens that were it",
-        title=f"calibration error {report.calibration_error:.3f}",
-    )
-    right.legend()
-    axes: Any
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with picture(path, 10.0) as figure:
+        left, right = figure.subplots(1, 2)
+        middles = [math.sqrt((b["from"] + 1) * (b["to"] + 1)) for b in report.positions]
+        left.plot(middles, [b["loss"] for b in report.positions], "o-", color="tab:orange")
+        left.set(
+            xscale="log",
+            xlabel="position in the document",
+            ylabel="loss (nats/token)",
+            title=shorten(title, LABEL_CHARS),
+        )
+        left.xaxis.set_major_formatter("{x:g}")  # 100 for 10^2, which would be a formula
+        left.xaxis.set_minor_formatter("")
+        right.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="perfectly calibrated")
+        confidence = [b["confidence"] for b in report.calibration]
+        right.plot(confidence, [b["correct"] for b in report.calibration], "o-", label="the model")
+        right.set(
+            xlabel="probability of the most likely token",
+            ylabel="fraction of tokens that were it",
+            title=f"calibration error {report.calibration_error:.3f}",
+        )
+        right.legend()
+        axes: Any
+        for axes in (left, right):
+            axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ different words, or copies the training text.
 """
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmrec.data.sources import read_texts
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import read_context
 from mmrec.inference.generate import generate
+from mmrec.runtime.names import printable
 
 SPAN_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Bytes of the spans that are looked for by their hash."""
@@ -248,15 +250,25 @@ def _summary(sample: Sample) -> str:
     )
 
 
+def _escape_markdown(text: str) -> str:
+    """One line of text without what Markdown would read as markup, or as the end of a cell."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", printable(text))
+
+
 def to_markdown(samples: Sequence[Sample]) -> str:
-    """Return a Markdown page: the table, then every prompt with the texts that continue it."""
+    """Return a Markdown page: the table, then every prompt with the texts that continue it.
+
+    Names and prompts are escaped; the texts are blocks of code.
+    """
     lines = ["# Generated samples", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in sample_rows(samples)]
+    lines += [f"| {' | '.join(map(_escape_markdown, row))} |" for row in sample_rows(samples)]
     for prompt in dict.fromkeys(s.prompt for s in samples):
-        lines += ["", f"## {prompt.strip().splitlines()[0] if prompt.strip() else '(empty)'}"]
+        title = prompt.strip().splitlines()[0] if prompt.strip() else "(empty)"
+        lines += ["", f"## {_escape_markdown(title)}"]
         for s in samples:
             if s.prompt == prompt:
-                lines += ["", f"{s.checkpoint}, temperature {s.temperature:g}, {_summary(s)}:", ""]
+                name = _escape_markdown(s.checkpoint)
+                lines += ["", f"{name}, temperature {s.temperature:g}, {_summary(s)}:", ""]
                 lines += [f"    {line}" for line in (s.prompt + s.text).splitlines()]
     return "\n".join(lines) + "\n"
 
@@ -269,7 +281,7 @@ def to_html(samples: Sequence[Sample]) -> str:
     checkpoints = list(dict.fromkeys(s.checkpoint for s in samples))
     header = "".join(f"<th>{title}</th>" for title in COLUMNS)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(printable(cell))}</td>" for cell in row) + "</tr>"
         for row in sample_rows(samples)
     )
     page = [
@@ -277,16 +289,16 @@ def to_html(samples: Sequence[Sample]) -> str:
         f"<style>{STYLE}</style><h1>Generated samples</h1><table><tr>{header}</tr>{rows}</table>"
     ]
     for prompt in dict.fromkeys(s.prompt for s in samples):
-        header = "".join(f"<th>{html.escape(checkpoint)}</th>" for checkpoint in checkpoints)
+        header = "".join(f"<th>{html.escape(printable(name))}</th>" for name in checkpoints)
         page.append(f"<h2>{html.escape(prompt)}</h2><table><tr><th>temperature</th>{header}</tr>")
         for temperature in dict.fromkeys(s.temperature for s in samples):
             page.append(f"<tr><td>{temperature:g}</td>")
             for s in samples:
                 if (s.prompt, s.temperature) == (prompt, temperature):
                     text = html.escape(s.text)
-                    if s.copied:
-                        span = html.escape(s.copied)
-                        text = text.replace(span, f"<mark>{span}</mark>", 1)
+                    if s.copied:  # split first: the escaped span may stand elsewhere by chance
+                        parts = s.text.partition(s.copied)
+                        text = "{}<mark>{}</mark>{}".format(*map(html.escape, parts))
                     page.append(f"<td><pre>{text}</pre><small>{_summary(s)}</small></td>")
             page.append("</tr>")
         page.append("</table>")

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from mmrec.errors import InputError, StorageError
 from mmrec.runtime.atomic import (
     append_all_or_nothing,
-    atomic_path,
     atomic_write_text,
     never_retry,
     write_with_retry,
@@ -112,6 +111,7 @@ class MetricsLog:
         *,
         retry: Callable[[StorageError], bool] = never_retry,
         draw_curve: bool = True,
+        warn: Callable[[str], None] = print,
     ) -> None:
         """Open the log of a run folder.
 
@@ -121,12 +121,14 @@ class MetricsLog:
                 begins a new file.
             retry: asked whether to write again after a failure; see ``write_with_retry``.
             draw_curve: whether to draw ``loss.png``.
+            warn: called with a line of text if the curve cannot be drawn; training goes on.
         """
         self.folder = folder
         self.lines: list[dict[str, Any]] = []
         self._last_drawing = 0.0
         self._path = folder / "metrics.jsonl"
-        self._retry, self._draw_curve = retry, draw_curve
+        self._retry, self._draw_curve, self._warn = retry, draw_curve, warn
+        self._warnings: set[str] = set()
         if resumed is not None and self._path.exists():
             for text in self._path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # the last line, if its writer was killed
@@ -162,7 +164,13 @@ class MetricsLog:
         data = f"{json.dumps(line)}\n".encode()
         write_with_retry(lambda: append_all_or_nothing(self._file, self._path, data), self._retry)
         if time.monotonic() - self._last_drawing > SECONDS_BETWEEN_DRAWINGS:
-            write_with_retry(self.draw, self._retry)  # this also notices a folder that vanished
+            write_with_retry(self._check_folder, self._retry)
+            self.draw()
+
+    def _check_folder(self) -> None:
+        """Raise StorageError if the run folder vanished: appending to an open file does not."""
+        if not self.folder.is_dir():
+            raise StorageError(f"could not write {self._path}: the folder vanished")
 
     def sync(self) -> int:
         """Wait until all lines are on the disk; return their number."""
@@ -174,15 +182,19 @@ class MetricsLog:
         return [x["loss"] for x in self.lines[-count:] if x["kind"] == "train"]
 
     def draw(self) -> None:
-        """Write loss.png."""
+        """Write loss.png. A failure is one warning: no picture ends a run."""
         if self._draw_curve:
-            with atomic_path(self.folder / "loss.png") as temporary:
-                draw_loss_curve(self.lines, temporary, self.folder.name)
+            try:
+                draw_loss_curve(self.lines, self.folder / "loss.png", self.folder.name)
+            except StorageError as error:
+                if str(error) not in self._warnings:
+                    self._warn(f"warning: {error}; training goes on")
+                self._warnings.add(str(error))
         self._last_drawing = time.monotonic()
 
     def close(self) -> None:
         """Draw the curve a last time and close the file."""
-        with contextlib.suppress(StorageError):  # an error that ended the run is reported instead
+        if self.folder.is_dir():  # else the error that ended the run says so
             self.draw()
         self._file.close()
 

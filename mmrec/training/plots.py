@@ -1,20 +1,13 @@
-"""Pictures of training: the loss curve of a run, and the curves of staged training.
-
-Names come from users, so they are drawn as plain text: matplotlib would read ``$`` as mathematics.
-"""
+"""Pictures of training: the loss curve of a run, and the curves of staged training."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmrec.runtime.atomic import atomic_path
+from mmrec.runtime.names import shorten
+from mmrec.runtime.pictures import LABEL_CHARS, legend_label, picture
 
 if TYPE_CHECKING:
     from mmrec.evaluation.compare import Curve
-
-
-def plain_text(text: str) -> str:
-    """Escape what matplotlib would read as mathematics."""
-    return text.replace("$", r"\$")
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -24,31 +17,31 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path, title: str) -> None
         lines: those of metrics.jsonl.
         path: the file.
         title: the name of the run.
-    """
-    from matplotlib.figure import Figure
 
+    Raises:
+        StorageError: the picture could not be drawn or written.
+    """
     train = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
     val = [(x["step"], x["loss"]) for x in lines if x["kind"] == "val"]
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    if train:
-        steps, losses = zip(*train, strict=True)
-        smooth, mean = [], losses[0]
-        for loss in losses:
-            mean += 0.1 * (loss - mean)
-            smooth.append(mean)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color="tab:blue", label="training")
-    if val:
-        steps, losses = zip(*val, strict=True)
-        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
-        step, loss = min(val, key=lambda pair: pair[1])
-        axes.plot([step], [loss], "*", color="tab:red", markersize=12, label=f"best {loss:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=plain_text(title))
-    axes.grid(alpha=0.3)
-    if train or val:
-        axes.legend()
-    figure.savefig(path, format="png")
+    with picture(path, 7.2) as figure:
+        axes = figure.add_subplot()
+        if train:
+            steps, losses = zip(*train, strict=True)
+            smooth, mean = [], losses[0]
+            for loss in losses:
+                mean += 0.1 * (loss - mean)
+                smooth.append(mean)
+            axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth, color="tab:blue", label="training")
+        if val:
+            steps, losses = zip(*val, strict=True)
+            axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
+            step, loss = min(val, key=lambda pair: pair[1])
+            axes.plot([step], [loss], "*", color="tab:red", markersize=12, label=f"best {loss:.3f}")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shorten(title, LABEL_CHARS))
+        axes.grid(alpha=0.3)
+        if train or val:
+            axes.legend()
 
 
 def draw_stages(curves: list["Curve"], start_scores: list[float | None], path: Path) -> None:
@@ -58,22 +51,21 @@ def draw_stages(curves: list["Curve"], start_scores: list[float | None], path: P
         curves: one per stage.
         start_scores: bits per byte of each stage before its first step; None if not measured.
         path: the file.
-    """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
-    axes, begin = figure.add_subplot(), 0.0
-    for curve, start_score in zip(curves, start_scores, strict=True):
-        seconds_per_step = curve.seconds / max(1, curve.steps)  # as in compare.draw_curves
-        points = [(0, start_score)] if start_score is not None else []
-        steps, values = zip(*points, *curve.validations, strict=True)
-        seconds = [begin + step * seconds_per_step for step in steps]
-        label = plain_text(Path(curve.run).name)
-        axes.plot(seconds, values, "o-", markersize=3, label=label)
-        begin += curve.seconds
-    axes.set(xlabel="seconds of training", ylabel="bits per byte, validation subset")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    Raises:
+        StorageError: the picture could not be drawn or written.
+    """
+    with picture(path, 7.2) as figure:
+        axes, begin = figure.add_subplot(), 0.0
+        for curve, start_score in zip(curves, start_scores, strict=True):
+            seconds_per_step = curve.seconds / max(1, curve.steps)  # as in compare.draw_curves
+            points = [(0, start_score)] if start_score is not None else []
+            steps, values = zip(*points, *curve.validations, strict=True)
+            seconds = [begin + step * seconds_per_step for step in steps]
+            label = legend_label(Path(curve.run).name)
+            axes.plot(seconds, values, "o-", markersize=3, label=label)
+            begin += curve.seconds
+        axes.set(xlabel="seconds of training", ylabel="bits per byte, validation subset")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.legend()

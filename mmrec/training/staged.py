@@ -23,7 +23,7 @@ from mmrec.config import (
     read_toml,
 )
 from mmrec.data.prepare import corpus_tokenizer_kind
-from mmrec.errors import InputError, did_you_mean
+from mmrec.errors import InputError, StorageError, did_you_mean
 from mmrec.evaluation.compare import read_run
 from mmrec.evaluation.evaluate import evaluate
 from mmrec.finetune.grow import GrowthPlan
@@ -335,22 +335,25 @@ def begin_stage(
 
 
 def write_report(
-    folder: Path, stages: list[Stage], start_scores: list[float | None]
+    folder: Path,
+    stages: list[Stage],
+    start_scores: list[float | None],
+    warn: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Write ``report.json`` and ``chain.png`` of finished stages.
+
+    A file that cannot be written is one warning: the stages are trained, whatever happens to it.
 
     Args:
         folder: the folder of all stages.
         stages: all stages, each of them finished.
         start_scores: bits per byte before the first step of each stage; None if not measured.
+        warn: called with a line of text for each file that cannot be written.
 
     Returns:
         One row per stage. ``start`` and ``end`` are bits per byte on the fixed validation subset,
         ``whole_split`` those on the whole validation split at the end. ``flops`` counts training as
         ``mmrec info`` does.
-
-    Raises:
-        StorageError: a file could not be written.
     """
     rows, curves = [], [read_run(stage.folder) for stage in stages]
     for stage, curve, start in zip(stages, curves, start_scores, strict=True):
@@ -370,8 +373,15 @@ def write_report(
                 "ended": curve.ended,
             }
         )
-    atomic_write_text(folder / "report.json", json.dumps(rows, indent=1) + "\n")
-    draw_stages(curves, start_scores, folder / "chain.png")
+    text = json.dumps(rows, indent=1) + "\n"
+    for write in (
+        lambda: atomic_write_text(folder / "report.json", text),
+        lambda: draw_stages(curves, start_scores, folder / "chain.png"),
+    ):
+        try:
+            write()
+        except StorageError as error:
+            warn(f"warning: {error}")
     return rows
 
 

@@ -344,6 +344,7 @@ class Trainer:
                     self.progress if resume else None,
                     retry=self._retry,
                     draw_curve=self._draw_curve,
+                    warn=lambda line: self.echo(line),
                 )
             try:
                 ended = self._run()
