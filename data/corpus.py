@@ -16,6 +16,8 @@ import platformdirs
 from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
 from mmrec.data.sources import CORPUS_NAMES
 from mmrec.data.tokenizer import Tokenizer
+from mmrec.errors import InputError
+from mmrec.runtime.names import user_path
 
 KIND, SCHEMA = "corpus", 4
 SPLITS = ("train", "val")
@@ -140,10 +142,27 @@ def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
+def _user_cache_folder() -> str:
+    """The user's cache folder; ``~`` if it is not known."""
+    try:
+        return platformdirs.user_cache_dir("mmrec")
+    except RuntimeError:  # older versions of platformdirs return a path that begins with ~
+        return "~"
+
+
 def cache_folder() -> Path:
-    """Where prepared corpora are kept: under ``$MMREC_CACHE``, else in the user's cache folder."""
-    root = os.environ.get("MMREC_CACHE") or platformdirs.user_cache_dir("mmrec")
-    return Path(root) / "corpora"
+    """Where prepared corpora are kept: under ``$MMREC_CACHE``, else in the user's cache folder.
+
+    Raises:
+        InputError: no variable names a folder, and this user has no home.
+    """
+    root = user_path(os.environ.get("MMREC_CACHE") or _user_cache_folder())
+    if root.parts[:1] == ("~",):
+        raise InputError(
+            "no folder is known for prepared corpora, as this user has no home: set MMREC_CACHE to "
+            "a folder that you can write"
+        )
+    return root / "corpora"
 
 
 def is_prepared(source: str | Path) -> bool:

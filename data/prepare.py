@@ -41,6 +41,7 @@ from mmrec.data.tokenizer import (
 )
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.names import MAX_STEM_CHARS, user_path
 from mmrec.runtime.progress import progress_bar
 
 TOKENIZER_SAMPLE_BYTES = 1 << 26
@@ -111,7 +112,10 @@ def corpus_tokenizer_kind(source: str | Path, tokenizer: str) -> str:
     Raises:
         InputError: the corpus file cannot be opened.
     """
-    return Corpus.open(Path(source)).tokenizer.kind if is_prepared(source) else tokenizer
+    components = parse_mixture(str(source))
+    if len(components) > 1 or not is_prepared(components[0][1]):
+        return tokenizer
+    return Corpus.open(user_path(components[0][1])).tokenizer.kind
 
 
 def prepare(
@@ -158,7 +162,7 @@ def prepare(
     options = dataclasses.replace(options or ReadOptions())  # with counts of its own
     components = _components(source)
     if len(components) == 1 and is_prepared(components[0][1]):
-        return Path(components[0][1])
+        return user_path(components[0][1])
     if isinstance(tokenizer, str):
         check_tokenizer_settings(tokenizer, vocab_size)
     if len(components) > 1 and any(is_prepared(name) for _, name, _ in components):
@@ -167,10 +171,13 @@ def prepare(
         raise InputError(f"val_file must be a text; got the corpus file {options.val_file}")
     check_read_once([*(name for _, name, _ in components), options.val_file])
     folder = out.parent if out else cache_folder()
+    advice = "" if out else "; set MMREC_CACHE to a folder that you can write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}{advice}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):  # before the text is read, not after
+        raise InputError(f"the folder {folder} cannot be written{advice}")
     with contextlib.ExitStack() as stack:
         val_options = dataclasses.replace(options, max_bytes=0, val_file="")
         readers = [
@@ -384,7 +391,7 @@ class _Preparation:
             *["compressed"] * self.compress,
         ]
         stem = Path(self.source).stem or self.source
-        stem = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "text"
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", stem[:MAX_STEM_CHARS]).strip("-") or "text"
         key_hash = hashlib.sha256(json.dumps(self.cache_key).encode()).hexdigest()[:16]
         self.file_name = f"{stem}-{self.kind}-{key_hash}.h5"
 

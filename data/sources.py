@@ -1,11 +1,14 @@
 """Sources of text: a corpus name, files, standard input, a Hugging Face data set, or documents."""
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +30,7 @@ from mmrec.data.readers import (
 from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
 from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.names import path_exists, shorten, user_path
 
 CORPUS_NAMES = ["stdlib", "shakespeare"]
 DOCUMENTS = "documents"
@@ -41,7 +45,8 @@ TEXT_SUFFIXES = frozenset(
 """What is read of a folder; a file that is named itself may have any suffix."""
 SPLIT_NAMES = ("train", "validation", "test")
 """Splits of ``hf:NAME:SPLIT``; any other word is a configuration."""
-WEIGHTED_SOURCE = re.compile(r"(\d+\.?\d*|\.\d+):(.+)")
+WEIGHTED_SOURCE = re.compile(r"\s*(\d+\.?\d*|\.\d+):(.+)", re.DOTALL)
+MIXTURE_COMMA = re.compile(r",(?=\s*(?:\d+\.?\d*|\.\d+):)")
 
 Source = str | Path | Iterable[str]
 """A source of text: a name or path, or the documents themselves."""
@@ -52,6 +57,9 @@ ReadSource = Callable[[], Iterator[Document]]
 def parse_mixture(source: str) -> list[tuple[float, str]]:
     """Parse a mixture such as ``0.7:stdlib,0.3:book.txt``.
 
+    A name that holds a comma may stand in a mixture: a component begins at a comma that a weight
+    follows. A file or folder that exists is itself, even if its name reads like a mixture.
+
     Args:
         source: a mixture, or a single source.
 
@@ -61,10 +69,10 @@ def parse_mixture(source: str) -> list[tuple[float, str]]:
     Raises:
         InputError: a weight is 0.
     """
-    matches = [WEIGHTED_SOURCE.fullmatch(component) for component in source.split(",")]
-    if not all(matches):
+    matches = [WEIGHTED_SOURCE.fullmatch(part) for part in MIXTURE_COMMA.split(source)]
+    if not all(matches) or path_exists(user_path(source)):
         return [(1.0, source)]
-    components = [(float(match[1]), match[2]) for match in matches if match]
+    components = [(float(match[1]), match[2].strip()) for match in matches if match]
     if not all(weight > 0 for weight, _ in components):
         raise InputError(f"the weights of a mixture must be > 0; got {source}")
     return components
@@ -77,9 +85,8 @@ def is_single_pass(source: Source) -> bool:
     name = str(source)
     if name == "-" or name.startswith("hf:"):
         return True
-    with contextlib.suppress(OSError):  # a name that is too long, for one
-        return Path(name).is_fifo()
-    return False
+    path = user_path(name)
+    return path_exists(path) and path.is_fifo()
 
 
 def check_read_once(names: Iterable[str]) -> None:
@@ -207,7 +214,7 @@ def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[R
     name = str(source) if isinstance(source, str | Path) else DOCUMENTS
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(folder)
-    name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
+    name_hash = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
     copy = folder / f".{name_hash}.{os.getpid()}.tmp"
     try:
         if isinstance(source, str | Path):
@@ -246,31 +253,114 @@ def _given_documents(texts: Iterable[str], options: ReadOptions) -> Iterator[Doc
 
 
 def _find_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    try:
-        path.exists()
-    except OSError as error:
-        raise InputError(f"cannot read {source[:80]}…: {error.strerror}") from None
+    """The files of a source: itself, those of a folder, or those that match a glob, in order."""
+    path = user_path(source)
+    if not path_exists(path):
+        found = _glob(path) if glob.has_magic(source) else []
+        files = sorted({p for p in found if _is_file(p)})
+        if not files:
+            raise InputError(_nothing_found(path, source, has_folders=bool(found)))
+        return files
     if path.is_file() or path.is_fifo():
         return [path]
-    if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if _is_text_file(p) and p.is_file()]
-        found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-        if not found:
-            raise InputError(f"folder {source} holds no text files (.txt, .md, .py, .jsonl, …)")
-        return found
-    if any(character in source for character in "*?["):
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        found = sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
-        if not found:
-            raise InputError(f"no file matches {source}")
-        return found
+    if not path.is_dir():
+        raise InputError(f"{source} must be a file, a folder or a pipe; it is a device or a socket")
+    found = [entry for folder in _folders(path) for entry in _entries(folder)]
+    files = sorted(p for p in found if _is_text_file(p) and _is_file(p))
+    if not files:
+        raise InputError(f"folder {source} holds no text files (.txt, .md, .py, .jsonl, …)")
+    return files
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is to be read as a file. A link to nothing is one, and found to be missing."""
+    return path.is_file() or (path.is_symlink() and not path_exists(path))
+
+
+def _nothing_found(path: Path, source: str, *, has_folders: bool) -> str:
+    """Why a source that does not exist is none, and what was perhaps meant."""
+    shown = shorten(source, 120)
+    if glob.has_magic(source):
+        hint = "; it matches folders: end it with /** to read what is in them" * has_folders
+        return f"no file matches {shown}{hint}"
+    if "," in source:
+        return (
+            f"no data at {shown}: no such file or folder; a mixture is written "
+            "WEIGHT:SOURCE,WEIGHT:SOURCE, such as 3:code/,1:book.txt"
+        )
     if "/" in source or os.sep in source or "." in source:
-        raise InputError(f"no data at {source}: no such file or folder")
-    raise InputError(
-        f"unknown corpus {source!r}: expected {', '.join(CORPUS_NAMES)}, -, hf:NAME, or an "
+        reason = "no such file or folder"
+        try:
+            path.stat()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                reason = error.strerror or reason
+        except ValueError:  # a NUL, which no name may hold
+            pass
+        return f"no data at {shown}: {reason}"
+    return (
+        f"unknown corpus '{shown}': expected {', '.join(CORPUS_NAMES)}, -, hf:NAME, or an "
         f"existing file, folder or glob{did_you_mean(source, CORPUS_NAMES)}"
     )
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, but nothing hidden. Raises InputError if it cannot be read."""
+    try:
+        return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read folder {folder}: {error.strerror}") from None
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and all below it, hidden ones excepted, each once. Links are followed, but not up.
+
+    Links come last, so that a folder that is there itself has its own name.
+    """
+    seen = {_identity(parent) for parent in top.resolve().parents}
+    folders, links = [top], deque[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        if _identity(folder) in seen:
+            continue
+        seen.add(_identity(folder))
+        yield folder
+        for entry in sorted(_entries(folder)):
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from all others, by whatever path it was reached."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """Files and folders that match a pattern, as in a shell.
+
+    ``**`` stands for any number of folders, and at the end of a pattern for everything in them.
+    Within a name it is ``*``. Hidden files match only a part that begins with a dot.
+    """
+    parts = list(pattern.relative_to(pattern.anchor).parts)
+    parts += ["*"] * (parts[-1] == "**")
+    found = [Path(pattern.anchor)]
+    for number, part in enumerate(parts, 1):
+        if part == "**":
+            found = list({below: None for folder in found for below in _folders(folder)})
+        elif glob.has_magic(part):
+            name = re.sub(r"\*{2,}", "*", part)
+            found = [
+                entry
+                for folder in found
+                for entry in folder.glob(name)
+                if part.startswith(".") or not entry.name.startswith(".")
+            ]
+        else:
+            found = [folder / part for folder in found if path_exists(folder / part)]
+        if number < len(parts):
+            found = [entry for entry in found if entry.is_dir()]
+    return found
 
 
 def _is_text_file(path: Path) -> bool:

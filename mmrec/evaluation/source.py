@@ -1,7 +1,6 @@
 """Evaluate a loaded model on its validation split or on any other text."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation, TokenScores, evaluate_split
 from mmrec.evaluation.provenance import training_config, training_corpus
 from mmrec.evaluation.report import Report, make_report
+from mmrec.runtime.names import user_path
 
 COPY_SEARCH_TOKENS = 20_000_000  # tokens of the training text that are searched for copies
 
@@ -45,7 +45,7 @@ def open_split(
         corpus = training_corpus(loaded)
         return corpus.val, f"validation split of {training_config(loaded).data.source}"
     if is_prepared(data):
-        corpus = Corpus.open(Path(data))
+        corpus = Corpus.open(user_path(data))
         if not loaded.tokenizer.extends(corpus.tokenizer):
             raise InputError(
                 f"{data} must have the tokenizer of {loaded.path}; it has another: "

@@ -3,6 +3,10 @@
 import unicodedata
 from pathlib import Path
 
+MAX_STEM_CHARS = 60
+"""Characters that the name of a file or folder takes over from the name of a text. Systems allow
+255 bytes, and other parts are added."""
+
 
 def user_path(name: str | Path) -> Path:
     """The path that a name means: ``~`` stands for a home folder.

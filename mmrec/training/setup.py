@@ -44,6 +44,7 @@ from mmrec.errors import InputError, did_you_mean
 from mmrec.finetune.grow import GrowthPlan, added_character_pieces, initialize_from
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
 from mmrec.training.callbacks import Callback
 from mmrec.training.run_dir import open_run_dir
 from mmrec.training.trainer import Trainer
@@ -344,8 +345,9 @@ def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus,
 
 def default_run_dir(preset: str, source: str) -> Path:
     """The run folder if the user names none: ``runs/PRESET-CORPUS``."""
-    stem = Path(source).stem if Path(source).exists() else source
-    stem = re.sub(r"[^\w.]+", "-", stem).strip("-.") or "data"
+    path = user_path(source)
+    stem = path.stem if path_exists(path) else source
+    stem = re.sub(r"[^\w.]+", "-", stem[:MAX_STEM_CHARS]).strip("-.") or "data"
     return Path("runs") / f"{preset}-{stem}"
 
 
