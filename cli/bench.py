@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from mmrec.cli.options import PRESET_HELP, VocabSize, settings_options
+from mmrec.cli.options import PRESET_HELP, App, VocabSize, settings_options
 from mmrec.config import ModelConfig, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
@@ -23,9 +23,7 @@ MAX_SECONDS = 40
 PROGRESS_DELAY = 0.5
 """Seconds after which progress is shown, so that a mistake is reported alone."""
 
-app = typer.Typer(
-    help="Time the kernels beside other implementations; each is checked before it is timed."
-)
+app = App(help="Time the kernels beside other implementations; each is checked before it is timed.")
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]

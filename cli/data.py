@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import settings_options
+from mmrec.cli.options import App, settings_options
 from mmrec.config import PRESETS, DataConfig
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
     from mmrec.data.corpus import Corpus
 
-app = typer.Typer(help="Tokenise text into a corpus file, or look into one.")
+app = App(help="Tokenise text into a corpus file, or look into one.")
 
 SETTINGS = (
     "tokenizer",

@@ -16,6 +16,7 @@ from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
+from mmrec.cli.options import App
 from mmrec.cli.startup import prepare_process
 from mmrec.cli.train import train
 from mmrec.config import VERSION
@@ -23,9 +24,7 @@ from mmrec.errors import InputError
 from mmrec.runtime.interrupts import end_at_second_signal
 from mmrec.runtime.names import printable
 
-app = typer.Typer(
-    help="Train and run recurrent language models on a CPU.", pretty_exceptions_enable=False
-)
+app = App(help="Train and run recurrent language models on a CPU.", pretty_exceptions_enable=False)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("compare")(compare)

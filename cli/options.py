@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mmrec.config import (
     MODEL_SETTINGS,
@@ -16,6 +17,7 @@ from mmrec.config import (
     Section,
     Setting,
 )
+from mmrec.errors import InputError
 
 SECTIONS: list[type[Section]] = [ModelConfig, *TRAIN_SECTIONS.values()]
 PANELS = {cls.section: cls.title for cls in SECTIONS}
@@ -30,6 +32,45 @@ SEED_BOUNDS: dict[str, Any] = {"min": _SEED.minimum, "max": _SEED.maximum}
 """The range of every ``--seed``."""
 VocabSize = Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")]
 """The ``--vocab`` of commands that need no tokenizer."""
+MAY_BE_EMPTY = ("prompt", "stop")
+"""Options whose value is a text of the user; all others name something."""
+
+
+class Command(TyperCommand):
+    """A command that refuses what others let pass: an empty value, or a second one.
+
+    An empty value is mostly a shell variable that is not set. Of two values the first would be
+    lost.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Check the values as they were typed, and parse them."""
+        if not ctx.resilient_parsing:  # the shell completes a command that is not finished
+            given, _, order = self.make_parser(ctx).parse_args(list(args))
+            for parameter in order:
+                self._check(parameter, given.get(parameter.name), order.count(parameter))
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _check(parameter: Any, value: Any, count: int) -> None:
+        is_option = parameter.param_type_name == "option"
+        name = parameter.opts[0] if is_option else parameter.metavar or parameter.name.upper()
+        values = value if isinstance(value, list | tuple) else [value]
+        if "" in values and parameter.name not in MAY_BE_EMPTY:
+            raise InputError(
+                f"{name} must not be empty; got '' (a shell variable that is not set?)"
+            )
+        if is_option and count > 1 and not (parameter.multiple or parameter.is_flag):
+            hint = "; a mixture is written 3:code/,1:book.txt" * (name == "--data")
+            raise InputError(f"{name} must be given once; got it {count} times{hint}")
+
+
+class App(typer.Typer):
+    """A Typer app whose commands are ``Command``s."""
+
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        """Register a command; see ``typer.Typer.command``."""
+        return super().command(*arguments, **{"cls": Command} | options)
 
 
 def literal(text: str) -> str:

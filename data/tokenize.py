@@ -29,6 +29,7 @@ from mmrec.data.split import VAL
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.runtime.atomic import atomic_write_text
+from mmrec.runtime.names import extensible
 from mmrec.runtime.progress import progress_bar
 
 BATCH_CHARS = 1 << 20
@@ -194,7 +195,10 @@ class TokenShards:
             cache_key: what identifies text and settings, as JSON.
             shard_chars: characters of text in a shard.
         """
-        self._folder, self._cache_key = path.with_name(f".{path.name}.shards"), cache_key
+        self._folder, self._cache_key = (
+            path.with_name(f".{extensible(path.name)}.shards"),
+            cache_key,
+        )
         self._shard_chars = shard_chars
         self._files: list[Path] = []
         self._writers = SplitWriter(), SplitWriter()

@@ -90,6 +90,11 @@ class Setting:
         if not isinstance(value, self.type) or (self.type is int and isinstance(value, bool)):
             wanted = self.type.__name__ + (" or left out" if self.optional else "")
             raise InputError(f"{self.flat_name} must be of type {wanted}; got {value!r}")
+        if self.type is str and not _is_writable(str(value)):
+            raise InputError(
+                f"{self.flat_name} must be text in UTF-8 without a NUL, so that config.toml can "
+                f"hold it; got {value!r}"
+            )
         if self.rule and not self._is_allowed(value):
             shown = repr(value) if self.type is str else value
             hint = did_you_mean(str(value), self.choices) if self.choices else ""
@@ -108,6 +113,11 @@ class Setting:
         if value == highest and self.exclusive_maximum:
             return False
         return bool(lowest <= value <= highest)
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a TOML file can hold a text. A file name that is not UTF-8 has half surrogates."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def _integer(value: float) -> str:
@@ -312,6 +322,11 @@ class DataConfig(Section):
         "carry, at each document only, so that windows continue where the ones before ended.",
         choices=("window", "document", "carry"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source:
+            raise InputError("data must name a text; got ''")
 
 
 @dataclass(frozen=True)
@@ -708,7 +723,7 @@ def read_toml(path: Path, title: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {title} {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and tables without end
         raise InputError(f"{title} {path} is not TOML: {error}") from None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmrec.errors import StorageError
+from mmrec.runtime.names import extensible
 
 Retry = Callable[[StorageError], bool]
 """Decides whether to write again after an error, for instance once a person has freed space."""
@@ -55,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The system refused (disk full, no permission …). ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{extensible(path.name)}.{os.getpid()}.tmp")
     try:
         yield temporary
         _flush_file(temporary)

@@ -1,5 +1,7 @@
 """Names that users choose, such as paths: looked up as they are meant, and shown on one line."""
 
+import hashlib
+import os
 import unicodedata
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def path_exists(path: str | Path) -> bool:
         return Path(path).exists()
     except (OSError, ValueError):  # too long, not readable, or with a NUL
         return False
+
+
+def extensible(file_name: str) -> str:
+    """A file name to which 50 bytes can be added: itself, or a digest of it if it is too long."""
+    encoded = os.fsencode(file_name)
+    return file_name if len(encoded) <= 205 else hashlib.sha256(encoded).hexdigest()[:32]
 
 
 def printable(name: str | Path) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmrec.errors import StorageError
 from mmrec.runtime.atomic import atomic_path
@@ -35,7 +35,7 @@ def picture(path: Path, width: float, height: float = 4.2) -> Iterator["Figure"]
         import matplotlib
         from matplotlib.figure import Figure
 
-        plain = {"text.usetex": False, "text.parse_math": False}
+        plain: Any = {"text.usetex": False, "text.parse_math": False}
         with matplotlib.rc_context(plain), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure = Figure(figsize=(width, height), dpi=120, layout="constrained")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mmrec.errors import InputError, RunLockedError
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.names import user_path
 
 FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
 """The files of a run besides its ``step-N.h5`` checkpoints."""
@@ -25,7 +26,7 @@ def open_run_dir(out: str, default: Path, *, force: bool) -> FolderLock:
         RunLockedError: another process writes in the folder, with ``force`` or without.
         InputError: the folder already holds a run, is a file, or cannot be written.
     """
-    folder, number = Path(out) if out else default, 1
+    folder, number = user_path(out) if out else default, 1
     while True:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"the run folder {folder} must be a folder; it is a file")

@@ -259,7 +259,7 @@ def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:
     Raises:
         InputError: there is no such model, or another tokenizer is asked for than its own.
     """
-    source = load_model(find_checkpoint(Path(where)))
+    source = load_model(find_checkpoint(user_path(where)))
     tokenizer = source.tokenizer
     kind, size = settings.get("tokenizer", tokenizer.kind), settings.get("vocab", 0)
     if kind != tokenizer.kind or size not in (0, tokenizer.vocab_size):
@@ -399,7 +399,7 @@ def resume_run(
         if name not in RESUMABLE_SETTINGS:
             raise InputError(f"a resume keeps the settings of its run; {name} cannot be given")
     changes = dict(given)
-    folder = Path(changes.pop("out")) if "out" in changes else newest_run()
+    folder = user_path(changes.pop("out")) if "out" in changes else newest_run()
     if not (folder / "config.toml").exists():
         raise InputError(f"no run at {folder} to resume: expected a folder with a config.toml")
     lock = FolderLock(folder)

@@ -30,6 +30,7 @@ from mmrec.finetune.grow import GrowthPlan
 from mmrec.model import flops_per_token, parameter_counts
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.names import user_path
 from mmrec.training.plots import draw_stages
 from mmrec.training.run_dir import remove_run_files
 from mmrec.training.setup import RunPlan, begin_run, resume_run
@@ -118,7 +119,7 @@ def read_recipe(path: Path) -> list[Stage]:
         try:
             _check_names(table, stage_names, "a stage")
             stages.append(
-                _stage(number, table, constant_rate | recipe, Path(out), tokenizer, stages)
+                _stage(number, table, constant_rate | recipe, user_path(out), tokenizer, stages)
             )
         except InputError as error:
             raise InputError(f"stage {number}: {error}") from None
