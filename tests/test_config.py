@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from mmrec.config import (
@@ -18,6 +20,7 @@ from mmrec.config import (
     read_config_file,
 )
 from mmrec.errors import InputError
+from mmrec.runtime.atomic import atomic_write_text
 
 
 def test_toml_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -28,16 +31,21 @@ def test_toml_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert (file.preset, file.train) == ("mini", {"lr": 0.5})
 
 
-def test_toml_round_trip(tmp_path: Path) -> None:
-    """Also of text that is hard to quote."""
-    hard = 'a "quoted" \\ path\nwith a line end, a tab\t, [brackets] and é'
-    train = TrainConfig.from_flat(
-        {"data": hard, "minutes": 2.5, "lr": 1e-4, "skip_bad": True, "out": "runs/$HOME"}
-    )
-    path = tmp_path / "c.toml"
-    path.write_text(config_to_toml(PRESETS["mini"], train, "mini"), encoding="utf-8")
+@hypothesis.given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    st.sampled_from([n for n, s in TRAIN_SETTINGS.items() if s.type is str and not s.choices]),
+)
+@hypothesis.example(
+    'a "quoted" \\ path\nwith a line end,\r\n a tab\t, [brackets], """ and é', "data"
+)
+@hypothesis.example("runs/x\ny\u2028\x1b\x7f\ufeff", "out")
+def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
+    """Of any text, in every setting that takes one, and as the name of the preset."""
+    train = TrainConfig.from_flat({"minutes": 2.5, "lr": 1e-4, "skip_bad": True, name: text})
+    path = tmp_path_factory.mktemp("toml") / "c.toml"
+    atomic_write_text(path, config_to_toml(PRESETS["mini"], train, text))
     file = read_config_file(path)
-    assert file.preset == "mini"
+    assert file.preset == text
     assert ModelConfig.from_dict(file.model) == PRESETS["mini"]
     assert TrainConfig.from_flat(file.train) == train
 
@@ -78,6 +86,9 @@ def test_flat_names_are_unique_and_every_setting_has_help() -> None:
         ({"batch_size": True}, "batch_size must be of type int; got True"),
         ({"steps": "x"}, "steps must be of type int or left out; got 'x'"),
         ({"data": 3}, "data must be of type str; got 3"),
+        ({"data": ""}, "data must name a text; got ''"),
+        ({"data": "caf\udce9"}, r"data must be text in UTF-8 without a NUL, .*; got 'caf\\udce9'"),
+        ({"out": "a\0b"}, r"out must be text in UTF-8 without a NUL, .*; got 'a\\x00b'"),
         ({"lora_rank": 2}, "lora_rank needs initialize_from"),
         ({"replay_fraction": 0.1}, "replay_fraction needs replay_data"),
         ({"keep_checkpoints": 0, "on_nan": "rollback"}, "keep_checkpoints must be >= 1"),
@@ -111,6 +122,8 @@ def test_wrong_model_settings(values: dict[str, Any], message: str) -> None:
     ("text", "message"),
     [
         ("a = [", "is not TOML"),
+        ("a = " + "[" * 9999, "is not TOML"),
+        ("[length]\nsteps = " + "9" * 9999, "is not TOML"),
         ("[trian]\nlr = 1", "got 'trian'"),
         ("[optimiser]\nlr = 1", "got 'optimiser'; did you mean 'optimizer'"),
         ("lr = 1", "got 'lr'"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 
 from mmrec.checkpoint.hdf5 import seal
 from mmrec.cli import main
+from mmrec.config import read_config_file
+from mmrec.runtime.names import printable
 from tests.cli.mistakes import MISTAKES
 
 
@@ -71,7 +74,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 def call(patch: pytest.MonkeyPatch, arguments: str) -> int:
     """Run a command in this process; return its exit code."""
-    patch.setattr(sys, "argv", ["mmrec", *arguments.split()])
+    return call_words(patch, arguments.split())
+
+
+def call_words(patch: pytest.MonkeyPatch, words: list[str]) -> int:
+    """The same, of arguments that may hold white space."""
+    patch.setattr(sys, "argv", ["mmrec", *words])
     with pytest.raises(SystemExit) as caught:
         main.run()
     return int(caught.value.code or 0)
@@ -252,6 +260,52 @@ def test_commands_that_work(
     ]
     assert curve["ended"] == "done"
     assert call(monkeypatch, "--version") == 0
+
+
+def test_results_are_printed_before_a_picture_or_report_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for arguments, printed in {
+        "eval runs/one --plot none/p.png": "bits per byte",
+        "compare runs/one --out none/p.png": "whole split",
+        "eval runs/one --prompts short.txt --temperatures 0 --max-tokens 3 --report none/r.md": (
+            "# Generated samples"
+        ),
+    }.items():
+        assert call(monkeypatch, arguments) == 2
+        out, errors = capsys.readouterr()
+        assert printed in out
+        assert "error: could not write none" in errors
+
+
+@pytest.mark.parametrize("name", ["$HOME_$USER", "[bold] %s", "x\ny", "\x1b[31m日本😀", "v" * 250])
+def test_a_run_folder_may_have_any_name(
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is trained in, resumed, scored and compared. What is printed is quoted for a shell."""
+    monkeypatch.chdir(tmp_path)
+    config, text = folder / "small.toml", folder / "book.txt"
+    for words in (
+        ["train", f"--config={config}", f"--data={text}", "--steps=1", f"--out={name}"],
+        ["train", "--resume", f"--out={name}", "--steps=2"],
+    ):
+        assert call_words(monkeypatch, words) == 0
+        out, errors = capsys.readouterr()
+        assert "\x1b[31m" not in out
+        assert "warning" not in (out + errors).lower()
+        [line] = [line for line in out.splitlines() if "next: " in line]
+        assert shlex.split(line)[-3] == printable(name)
+        assert (Path(name) / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        assert read_config_file(Path(name) / "config.toml").train["out"] == name
+    assert call_words(monkeypatch, ["eval", name, "--plot=p.png"]) == 0
+    assert call_words(monkeypatch, ["compare", name, name, "--out=c.png"]) == 0
+    assert printable(name) in capsys.readouterr().out
+    assert call_words(monkeypatch, ["generate", "--model", name, "--prompt=x"]) == 0
 
 
 @pytest.mark.parametrize(
