@@ -97,7 +97,7 @@ def _run_command() -> None:
 
 def _usage_message(error: Any) -> str:
     """Typer's message, with the value that was given, which Typer leaves out, and where help is."""
-    message = error.format_message().rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")
     for option in getattr(getattr(error, "param", None), "opts", []):
         values = [b for a, b in itertools.pairwise(sys.argv) if a == option]
         values += [a.split("=", 1)[1] for a in sys.argv if a.startswith(f"{option}=")]
@@ -107,7 +107,7 @@ def _usage_message(error: Any) -> str:
 
 def _fail(message: str) -> None:
     if _may_print():
-        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -283,6 +283,8 @@ def _nothing_found(path: Path, source: str, *, has_folders: bool) -> str:
     if glob.has_magic(source):
         hint = "; it matches folders: end it with /** to read what is in them" * has_folders
         return f"no file matches {shown}{hint}"
+    if len(parse_mixture(source)) > 1:
+        return f"no data at {shown}: a mixture is for training text; here one source is read"
     if "," in source:
         return (
             f"no data at {shown}: no such file or folder; a mixture is written "

@@ -306,6 +306,9 @@ def test_a_run_folder_may_have_any_name(
     assert call_words(monkeypatch, ["compare", name, name, "--out=c.png"]) == 0
     assert printable(name) in capsys.readouterr().out
     assert call_words(monkeypatch, ["generate", "--model", name, "--prompt=x"]) == 0
+    capsys.readouterr()
+    assert call_words(monkeypatch, ["data", "inspect", f"{name}/  none.txt"]) == 2
+    assert len(name) > 99 or f" {printable(name)}/  none.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

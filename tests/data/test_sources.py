@@ -142,6 +142,7 @@ def test_mixtures(mixture: str, components: list[tuple[float, str]]) -> None:
     ("source", "message"),
     [
         ("a,b", "no data at a,b: .*; a mixture is written .* 3:code/,1:book.txt"),
+        ("3:a,1:b", "no data at 3:a,1:b: a mixture is for training text; here one source is read"),
         ("~nosuchuser/x", "no data at ~nosuchuser/x: no such file or folder"),
         ("fold*", r"no file matches fold\*; it matches folders: end it with /\*\*"),
         ("none*", r"no file matches none\*$"),

@@ -15,9 +15,10 @@ from mmrec.checkpoint.checkpoint import load_model
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
 from mmrec.errors import InputError
-from mmrec.evaluation.compare import read_run
+from mmrec.evaluation.compare import Curve, read_run
 from mmrec.evaluation.evaluate import evaluate
 from mmrec.model import flops_per_token
+from mmrec.training import staged
 from mmrec.training.staged import read_recipe
 from tests.runtime.test_interrupts import lines, wait_for
 
@@ -111,6 +112,26 @@ def test_an_interrupted_chain_continues(folder: Path) -> None:
     again, _ = finish(start(folder), 0)
     assert again.count("finished before") == 3
     assert json.loads((folder / "c/report.json").read_text()) == rows
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages are trained by then, and their table is printed in any case."""
+    path = tmp_path / "r.toml"
+    path.write_text(COMMON + FIRST + THIRD)
+    stages = read_recipe(path)
+    models = {stage.folder: stage.model for stage in stages}
+    monkeypatch.setattr(
+        staged, "read_run", lambda run: Curve(str(run), "", 64, 12, 1.0, [(12, 2.0)], 2.0, "done")
+    )
+    monkeypatch.setattr(staged, "read_metadata", lambda path: (12, {}, models[path.parent]))
+    warnings: list[str] = []
+    rows = staged.write_report(tmp_path / "none", stages, [None, 3.0], warnings.append)
+    assert [row["stage"] for row in rows] == ["1-tiny", "2-tiny"]
+    assert [line.split(":")[0] for line in warnings] == ["warning", "warning"]
+    assert "report.json" in warnings[0]
+    assert "chain.png" in warnings[1]
 
 
 def test_stages_use_the_training_settings_of_their_presets(tmp_path: Path) -> None:
