@@ -290,16 +290,15 @@ def _nothing_found(path: Path, source: str, *, has_folders: bool) -> str:
             f"no data at {shown}: no such file or folder; a mixture is written "
             "WEIGHT:SOURCE,WEIGHT:SOURCE, such as 3:code/,1:book.txt"
         )
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            return f"cannot read {shown}: {error.strerror}"
+    except ValueError:  # a NUL, which no name may hold
+        pass
     if "/" in source or os.sep in source or "." in source:
-        reason = "no such file or folder"
-        try:
-            path.stat()
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                reason = error.strerror or reason
-        except ValueError:  # a NUL, which no name may hold
-            pass
-        return f"no data at {shown}: {reason}"
+        return f"no data at {shown}: no such file or folder"
     return (
         f"unknown corpus '{shown}': expected {', '.join(CORPUS_NAMES)}, -, hf:NAME, or an "
         f"existing file, folder or glob{did_you_mean(source, CORPUS_NAMES)}"
@@ -319,23 +318,23 @@ def _folders(top: Path) -> Iterator[Path]:
 
     Links come last, so that a folder that is there itself has its own name.
     """
-    seen = {_identity(parent) for parent in top.resolve().parents}
+    real_top, seen = top.resolve(), set[tuple[int, int]]()
     folders, links = [top], deque[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
-        if _identity(folder) in seen:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
             continue
-        seen.add(_identity(folder))
+        seen.add(identity)
         yield folder
         for entry in sorted(_entries(folder)):
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from all others, by whatever path it was reached."""
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+            if not entry.is_dir():
+                continue
+            if not entry.is_symlink():
+                folders.append(entry)
+            elif not real_top.is_relative_to(entry.resolve()):
+                links.append(entry)
 
 
 def _glob(pattern: Path) -> list[Path]:
