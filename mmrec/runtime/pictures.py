@@ -13,7 +13,7 @@ from mmrec.runtime.names import printable, shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABEL_CHARS = 60
+LABEL_CHARS = 48
 """Longest title, or entry of a legend, in characters."""
 
 

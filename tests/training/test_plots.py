@@ -14,6 +14,7 @@ from mmrec.data.corpus import Corpus
 from mmrec.errors import StorageError
 from mmrec.evaluation.compare import Curve, draw_curves
 from mmrec.evaluation.report import Report, draw_report
+from mmrec.runtime.pictures import LABEL_CHARS
 from mmrec.training import metrics
 from mmrec.training.metrics import MetricsLog
 from mmrec.training.plots import draw_loss_curve, draw_stages
@@ -68,10 +69,10 @@ def test_any_name_is_drawn_as_it_is(name: str, tex: bool, tmp_path: Path, drawn:
         assert matplotlib.rcParams["text.usetex"] == tex
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
     title = name if name.isprintable() else name.encode("unicode_escape").decode()
-    if 0 < len(title) <= 60:
+    if 0 < len(title) <= LABEL_CHARS:
         assert {title, "./_hidden" if title == "_hidden" else title} <= set(drawn)
     assert "100" in drawn  # on the logarithmic axis, and not as a formula
-    assert max(map(len, drawn)) <= 60
+    assert max(map(len, drawn)) <= LABEL_CHARS + 2
 
 
 def break_matplotlib(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
