@@ -66,11 +66,11 @@ def _find_cache_folder() -> Path | None:
     here = Path(__file__).parent
     for path in sorted([*here.glob("_[a-z]*.py"), *here.rglob("kernel.py")]):
         digest.update(path.read_bytes())
-    root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec") / "kernels"
-    folder = Path(root) / f"mmrec-{digest.hexdigest()[:16]}"
     try:
+        root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec/kernels")
+        folder = Path(root).expanduser() / f"mmrec-{digest.hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return None
     return folder if os.access(folder, os.W_OK) else None
 

@@ -187,6 +187,11 @@ def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> N
     assert "in every process again, as no cache folder can be written" in run.stderr
 
 
+def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "~no-such-user/cache")
+    assert _launch._find_cache_folder() is None
+
+
 def test_other_layers_than_openmp_work_and_posix_is_not_needed() -> None:
     """The workqueue layer, without what Windows and macOS lack: forks and huge pages."""
     code = (
