@@ -36,7 +36,7 @@ def compare(
         time = f"{c.seconds:,.0f} s" if math.isfinite(c.seconds) else "-"
         whole = f"{c.split_bits_per_byte:.4f}" if math.isfinite(c.split_bits_per_byte) else "-"
         step, best = c.best
-        tokens = f"{c.steps * c.tokens_per_step / 1e6:.2f} M"
+        tokens = f"{c.tokens / 1e6:.2f} M"
         typer.echo(
             f"{names[c.run]:<{width}} {c.steps:>8,} {tokens:>9} {time:>8} {best:>9.4f} "
             f"{step:>8,} {whole:>12}  {c.ended}"

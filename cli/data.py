@@ -70,6 +70,9 @@ def inspect(
         name: {"documents": len(s.doc_bytes), "bytes": s.n_bytes, "tokens": s.n_tokens}
         for name, s in (("train", corpus.train), ("validation", corpus.val))
     }
+    total = sum(split["bytes"] for split in splits.values())
+    for split in splits.values():
+        split["share"] = split["bytes"] / total if total else 0.0
     if as_json:
         info = {k: v for k, v in corpus.info.items() if k != "cache_key"}
         tokenizer = {"kind": corpus.tokenizer.kind, "vocabulary": corpus.tokenizer.vocab_size}
@@ -85,14 +88,16 @@ def _print(corpus: "Corpus", splits: dict[str, Any]) -> None:
     typer.echo(f"source {_printable(info['source'])}")
     typer.echo(
         f"left out: {info['duplicates']:,} exact duplicates, {info['skipped']:,} broken records; "
-        f"moved between splits as near-duplicates: {info['near_duplicates']:,}"
+        f"moved between splits as near-duplicates: {info['near_duplicates']:,}; cut, with text in "
+        f"both splits: {info.get('cut_documents', 0):,}"
     )
     typer.echo(f"tokenizer {corpus.tokenizer.kind}, {corpus.tokenizer.vocab_size:,} tokens\n")
-    typer.echo(f"{'':12}{'documents':>12}{'bytes':>14}{'tokens':>14}{'bytes/token':>13}")
+    heading = f"{'documents':>12}{'bytes':>14}{'share':>8}{'tokens':>14}{'bytes/token':>13}"
+    typer.echo(f"{'':12}{heading}")
     for name, split in splits.items():
         rate = split["bytes"] / max(1, split["tokens"])
-        counts = f"{split['documents']:>12,}{split['bytes']:>14,}{split['tokens']:>14,}"
-        typer.echo(f"{name:12}{counts}{rate:>13.2f}")
+        counts = f"{split['documents']:>12,}{split['bytes']:>14,}{split['share']:>8.1%}"
+        typer.echo(f"{name:12}{counts}{split['tokens']:>14,}{rate:>13.2f}")
     for (weight, begin, end), part in zip(corpus.mixture_streams, info["mixture"], strict=True):
         if len(info["mixture"]) > 1:
             name = _printable(part["source"])

@@ -59,8 +59,8 @@ class Corpus:
         val: the validation text.
         tokenizer: what the text was tokenised with.
         info: JSON: ``source``, ``fingerprint`` (SHA-256 of the texts), ``duplicates``,
-            ``near_duplicates`` and ``skipped`` (counts), ``longest`` and ``random``
-            (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``.
+            ``near_duplicates``, ``cut_documents`` and ``skipped`` (counts), ``longest`` and
+            ``random`` (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``.
     """
 
     path: Path
@@ -77,6 +77,11 @@ class Corpus:
             streams.append((component["weight"], begin, component["end"]))
             begin = component["end"]
         return streams
+
+    @property
+    def mixture_names(self) -> list[str]:
+        """The source of each component of a mixture."""
+        return [component["source"] for component in self.info["mixture"]]
 
     @classmethod
     def open(cls, path: Path) -> "Corpus":

@@ -12,8 +12,14 @@ from torch import Tensor
 from mmrec.errors import InputError
 from mmrec.runtime.numeric import cdiv
 
+TRAINING_SPLIT = "the training split"
 MIXTURE_BLOCK = 256
 """Windows in which a mixture keeps the shares of its components exactly."""
+
+
+def count_windows(tokens: np.ndarray, seq_len: int) -> int:
+    """Number of windows in tokens (n,): ``seq_len`` inputs each, and the target of the last one."""
+    return max(0, len(tokens) - 1) // seq_len
 
 
 class WindowLoader:
@@ -23,13 +29,23 @@ class WindowLoader:
     targets, one token later, and visits them in a new random order. Both come from (seed, epoch).
     With ``carry`` each row of a batch continues where that row of the batch before ended.
 
+    An epoch visits as many windows as fill whole batches. The offset decides which tokens are left
+    out, less than one batch of them.
+
     Attributes:
         batch_size, seq_len, seed: as given.
-        steps_per_epoch: batches per epoch.
+        batches_per_epoch: whole batches in one pass over the tokens, at least 1.
     """
 
     def __init__(
-        self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int, *, carry: bool = False
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        *,
+        carry: bool = False,
+        name: str = TRAINING_SPLIT,
     ) -> None:
         """Make the loader.
 
@@ -39,25 +55,26 @@ class WindowLoader:
             seq_len: T.
             seed: seed of offsets and orders.
             carry: whether rows continue from batch to batch.
+            name: what messages call the tokens.
 
         Raises:
             InputError: the tokens do not fill one batch.
         """
         self._tokens, self._carry = tokens, carry
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.steps_per_epoch = (len(tokens) - 1) // seq_len // batch_size
-        if self.steps_per_epoch == 0:
+        self.batches_per_epoch = count_windows(tokens, seq_len) // batch_size
+        if self.batches_per_epoch == 0:
             raise InputError(
-                f"one batch needs {batch_size} windows of {seq_len} tokens = "
-                f"{batch_size * seq_len + 1:,}; the training split has {len(tokens):,}: use more "
-                "text, a smaller batch or seq_len"
+                f"one batch needs {batch_size:,} windows of {seq_len:,} tokens = "
+                f"{batch_size * seq_len + 1:,}; {name} has {len(tokens):,}: use more text, a "
+                "smaller batch_size or seq_len"
             )
         self._epoch = -1
         self._starts = np.empty(0, np.int64)
 
     def _begin_epoch(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
-        windows = self.steps_per_epoch * self.batch_size
+        windows = self.batches_per_epoch * self.batch_size
         slack = len(self._tokens) - 1 - windows * self.seq_len
         offset = rng.integers(0, slack + 1)
         order = rng.permutation(windows)
@@ -67,7 +84,7 @@ class WindowLoader:
 
     def starts_epoch(self, number: int) -> bool:
         """Whether a batch is the first of an epoch, where no row continues another."""
-        return number % self.steps_per_epoch == 0
+        return number % self.batches_per_epoch == 0
 
     def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of a batch.
@@ -78,7 +95,7 @@ class WindowLoader:
         Returns:
             Inputs (B, T) int64 and targets (B, T) int64.
         """
-        epoch, position = divmod(number, self.steps_per_epoch)
+        epoch, position = divmod(number, self.batches_per_epoch)
         if epoch != self._epoch:
             self._begin_epoch(epoch)
         starts = self._starts[position * self.batch_size : (position + 1) * self.batch_size]
@@ -96,7 +113,7 @@ class MixtureLoader:
 
     Attributes:
         batch_size, seq_len, seed: as given.
-        steps_per_epoch: batches that hold as many windows as all streams together.
+        batches_per_epoch: whole batches that the windows of all streams together fill.
     """
 
     def __init__(
@@ -106,6 +123,7 @@ class MixtureLoader:
         batch_size: int,
         seq_len: int,
         seed: int,
+        names: Sequence[str] = (),
     ) -> None:
         """Make the loader.
 
@@ -115,19 +133,28 @@ class MixtureLoader:
             batch_size: B.
             seq_len: T.
             seed: seed of offsets and orders.
+            names: what messages call the components; by default their numbers.
 
         Raises:
             InputError: a stream does not fill a window, the streams do not fill one batch, or a
                 weight is too small for a window in 256.
         """
+        for i, stream in enumerate(streams):
+            if not count_windows(stream, seq_len):
+                name = names[i] if names else f"number {i + 1}"
+                raise InputError(
+                    f"each source of a mixture must hold one window of {seq_len + 1:,} training "
+                    f"tokens; {name} has {len(stream):,}: use more of it or a smaller seq_len, or "
+                    "leave it out"
+                )
         self._loaders = [WindowLoader(s, 1, seq_len, seed + i) for i, s in enumerate(streams)]
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        windows = sum(loader.steps_per_epoch for loader in self._loaders)
-        self.steps_per_epoch = windows // batch_size
-        if self.steps_per_epoch == 0:
+        windows = sum(loader.batches_per_epoch for loader in self._loaders)
+        self.batches_per_epoch = windows // batch_size
+        if self.batches_per_epoch == 0:
             raise InputError(
-                f"one batch needs {batch_size} windows of {seq_len} tokens; the training "
-                f"text has {windows}: use more text or a smaller batch"
+                f"one batch needs {batch_size:,} windows of {seq_len:,} tokens; the training "
+                f"text has {windows:,}: use more text or a smaller batch_size"
             )
         exact = np.asarray(weights) / sum(weights) * MIXTURE_BLOCK
         self._counts = exact.astype(np.int64)
@@ -140,9 +167,17 @@ class MixtureLoader:
             )
         self._block, self._order = -1, np.empty(0, np.int64)
 
+    def passes(self, batches: float) -> list[float]:
+        """How many times each stream is read in so many batches."""
+        windows = batches * self.batch_size
+        return [
+            windows * int(count) / MIXTURE_BLOCK / loader.batches_per_epoch
+            for count, loader in zip(self._counts, self._loaders, strict=True)
+        ]
+
     def starts_epoch(self, number: int) -> bool:
-        """Whether a batch is the first of an epoch."""
-        return number % self.steps_per_epoch == 0
+        """Whether no row of a batch continues another: always so."""
+        return True
 
     def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of a batch.
@@ -178,6 +213,7 @@ def make_loader(
     seed: int,
     *,
     carry: bool,
+    names: Sequence[str] = (),
 ) -> WindowLoader | MixtureLoader:
     """Make the loader of a corpus's training batches.
 
@@ -188,6 +224,7 @@ def make_loader(
         seq_len: T.
         seed: seed of offsets and orders.
         carry: whether rows continue from batch to batch.
+        names: what messages call the components of a mixture.
 
     Raises:
         InputError: the text is too short, or rows of a mixture are to continue.
@@ -198,16 +235,18 @@ def make_loader(
         raise InputError("state carry needs a single source to continue in; got a mixture")
     components = [tokens[begin:end] for _, begin, end in streams]
     weights = [weight for weight, _, _ in streams]
-    return MixtureLoader(components, weights, batch_size, seq_len, seed)
+    return MixtureLoader(components, weights, batch_size, seq_len, seed, names)
 
 
 class ReplayLoader:
     """Batches in which a share of the windows comes from earlier text, against forgetting.
 
-    A batch depends only on the seeds and its number.
+    The windows of the new text are those of its own loader, in the same order and none left out. So
+    an epoch, one pass over the new text, has more batches. A batch depends only on the seeds and
+    its number.
 
     Attributes:
-        steps_per_epoch, starts_epoch: those of the new text's loader.
+        batches_per_epoch: mean number of batches in one pass over the new text.
 
     Source:
         Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal".
@@ -221,11 +260,15 @@ class ReplayLoader:
         Args:
             new: loader of the new text.
             earlier: loader of the earlier text, of the same batch size and window length.
-            fraction: mean share of the windows that come from the earlier text.
+            fraction: mean share of the windows that come from the earlier text, in [0, 1).
         """
         self._new, self._earlier = new, earlier
         self._replayed_per_batch = fraction * new.batch_size
-        self.steps_per_epoch, self.starts_epoch = new.steps_per_epoch, new.starts_epoch
+        self.batches_per_epoch = new.batches_per_epoch / (1 - fraction)
+
+    def starts_epoch(self, number: int) -> bool:
+        """Whether no row of a batch continues another: always so."""
+        return True
 
     def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of a batch; its first rows are earlier text.
@@ -236,12 +279,20 @@ class ReplayLoader:
         Returns:
             Inputs (B, T) int64 and targets (B, T) int64.
         """
-        inputs, targets = self._new.batch_at(number)
-        per_batch = self._replayed_per_batch
-        count = int((number + 1) * per_batch) - int(number * per_batch)
+        size = self._new.batch_size
+        replayed = int(number * self._replayed_per_batch)  # windows of the batches before
+        count = int((number + 1) * self._replayed_per_batch) - replayed
+        batch, row = divmod(number * size - replayed, size)  # the next window of the new text
+        inputs, targets = self._new.batch_at(batch)
+        if row > count:  # its rest is too short
+            more_inputs, more_targets = self._new.batch_at(batch + 1)
+            inputs, targets = torch.cat((inputs, more_inputs)), torch.cat((targets, more_targets))
+        rows = slice(row, row + size - count)
+        inputs, targets = inputs[rows], targets[rows]
         if count:
             earlier_inputs, earlier_targets = self._earlier.batch_at(number)
-            inputs[:count], targets[:count] = earlier_inputs[:count], earlier_targets[:count]
+            inputs = torch.cat((earlier_inputs[:count], inputs))
+            targets = torch.cat((earlier_targets[:count], targets))
         return inputs, targets
 
 

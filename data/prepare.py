@@ -31,7 +31,7 @@ from mmrec.data.sources import (
     parse_mixture,
     rereadable,
 )
-from mmrec.data.split import TRAIN, SplitPlan, plan_split, scan_documents
+from mmrec.data.split import DROPPED, TRAIN, VAL, SplitPlan, plan_split, scan_documents
 from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards, check_characters
 from mmrec.data.tokenizer import (
     Tokenizer,
@@ -46,6 +46,8 @@ from mmrec.runtime.progress import progress_bar
 
 TOKENIZER_SAMPLE_BYTES = 1 << 26
 """Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
+MANY_COPIES = 0.1
+"""Share of exact copies among the documents from which on they are mentioned."""
 LOCK_NAME = ".prepare.lock"
 READING_SETTINGS = ("text_field", "skip_bad", "max_bytes", "val_fraction", "val_file")
 """Settings of how a text is read and split, which a prepared corpus does not need."""
@@ -269,7 +271,7 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
         The texts of the training documents, long ones in pieces.
 
     Raises:
-        InputError: the source cannot be read, or holds no text.
+        InputError: the source cannot be read, or has no training text.
     """
     options = options or ReadOptions()
     with rereadable(source, options, cache_folder()) as read:
@@ -277,6 +279,9 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
         if not len(scan.keys):
             raise options.no_text(str(source))
         plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
+        if not plan.in_train.any():
+            size = _count(int(scan.sizes.sum()), "byte")
+            raise InputError(f"{source} is too small to have training text; it has {size}")
         fraction = TOKENIZER_SAMPLE_BYTES / int(scan.sizes.sum())
         yield from sample_training_text(plan.assign(read()), fraction)
 
@@ -426,11 +431,9 @@ class _Preparation:
                 self.options,
                 lambda: minhash_signatures(self._documents(), bar.update),
                 self.val_documents,
+                self.component_ends if len(self.mixture) > 1 else (),
             )
-        if not plan.has_both_splits(scan):
-            raise InputError(
-                f"{self.source} is too small to split into training and validation text"
-            )
+        self._check_splits(plan)
         shards = TokenShards(path, self.cache_key, self.shard_chars)
         tokenizer = self.given_tokenizer or shards.tokenizer
         if tokenizer is None:
@@ -451,12 +454,14 @@ class _Preparation:
             bar.update(shards.bytes)
             shards.fill(tokenizer, plan.assign(self._documents()), bar.update)
         rate = remaining / 1e6 / (time.perf_counter() - begin)
+        self._describe_split(plan, shards)
         info = {
             "source": self.source,
             "fingerprint": scan.fingerprint,
             "cache_key": self.cache_key,
             "duplicates": plan.duplicates,
             "near_duplicates": plan.near_duplicates,
+            "cut_documents": plan.cut_documents,
             "skipped": self.skipped_records,
             "longest": scan.longest,
             "random": scan.sampled,
@@ -470,11 +475,65 @@ class _Preparation:
         self.echo(f"corpus {self.source}: {shards.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
         shards.remove()
 
+    def _check_splits(self, plan: SplitPlan) -> None:
+        """Check that there is validation text, and training text of each source.
+
+        Raises:
+            InputError: there is not; the message counts the documents that are left out.
+        """
+        begin = self.val_documents
+        for (_, name), end in zip(self.mixture, self.component_ends, strict=True):
+            has_rule = self.val_reader or len(self.mixture) > 1
+            if has_rule and not plan.in_train[begin:end].any():
+                dropped = int((plan.cuts[begin:end] == DROPPED).sum())
+                copies = "copies of other text"
+                if self.val_reader:
+                    copies += " or near-duplicates of the validation text"
+                facts = _count(end - begin, "document")
+                if dropped:
+                    facts += f", {dropped:,} of them {copies}"
+                if dropped < end - begin:
+                    facts += ", too short to cut"
+                raise InputError(f"{name} must have training text of its own; it has {facts}")
+            begin = end
+        if plan.has_both_splits:
+            return
+        size = _count(int(self.scan.sizes.sum()), "byte")
+        facts = f"it has {_count(len(plan.cuts), 'document')} of {size}"
+        if plan.duplicates:
+            facts += f", {plan.duplicates:,} of them exact copies, which are left out"
+        advice = "use more text, or name validation text with --val-file"
+        if plan.alike:
+            raise InputError(
+                f"{self.source} must have documents that are not near-duplicates of each other, "
+                f"since those stay in one split; {facts}, and {plan.alike:,} near-duplicates: "
+                f"{advice}"
+            )
+        raise InputError(
+            f"{self.source} is too small to split into training and validation text by "
+            f"val_fraction {self.options.val_fraction:g}; {facts}: {advice}"
+        )
+
+    def _describe_split(self, plan: SplitPlan, shards: TokenShards) -> None:
+        """Say what is unusual about the split: documents that are cut, and copies."""
+        train, val = (int(shards.document_index(split)[1].sum()) for split in (TRAIN, VAL))
+        if plan.uneven:
+            self.echo(
+                f"split   documents are very uneven: {plan.cut_documents:,} of "
+                f"{len(plan.cuts):,} are cut, and their last parts are validation text; it has "
+                f"{val / (train + val):.1%} of the bytes"
+            )
+        if plan.duplicates > len(plan.cuts) * MANY_COPIES:
+            self.echo(
+                f"note    {plan.duplicates:,} of {len(plan.cuts):,} documents are exact copies of "
+                "others and left out"
+            )
+
     def _mixture_info(self, plan: SplitPlan, shards: TokenShards) -> list[dict[str, Any]]:
         """Weight of each component and where its training tokens end; they lie in this order."""
         offsets, _ = shards.document_index(TRAIN)
         return [
-            {"source": name, "weight": weight, "end": int(offsets[plan.training_documents(end)])}
+            {"source": name, "weight": weight, "end": int(offsets[plan.in_train[:end].sum()])}
             for (weight, name), end in zip(self.mixture, self.component_ends, strict=True)
         ]
 
@@ -484,6 +543,10 @@ class _Preparation:
             return train_tokenizer(self.kind, (document.text for _, document in pieces))
         fraction = self.tokenizer_sample_bytes / int(self.scan.sizes.sum())
         return train_tokenizer(self.kind, sample_training_text(pieces, fraction), self.vocab_size)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _collect_characters(documents: Iterable[Document], characters: set[str]) -> Iterator[Document]:

@@ -2,9 +2,11 @@
 
 import hashlib
 import heapq
+import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,14 @@ from mmrec.errors import InputError
 
 MIN_WHOLE_DOCUMENTS = 20
 """With fewer documents than this, each one is cut instead of going to one split undivided."""
-TRAIN, VAL, DROPPED = 0, 1, 2
+TRAIN, VAL = 0, 1
+DROPPED = -1
+"""In place of a cut: the document is in neither split."""
+MAX_SHARE = 0.5
+"""Validation takes at most this share of the documents that it is chosen from."""
+MIN_TAIL_CHARS = 256
+"""A document that is cut gives validation as much as this, or half of itself. If a few words of
+each document were enough, fewer of them are cut."""
 EXCERPTS, EXCERPT_CHARS = 5, 160  # documents shown of each kind, and characters of each
 
 
@@ -83,35 +92,46 @@ def scan_documents(documents: Iterable[Document]) -> SourceScan:
 
 @dataclass
 class SplitPlan:
-    """Which split every document of a source belongs to.
+    """Which part of every document of a source belongs to which split.
 
     Attributes:
-        splits: (documents,) int8, TRAIN, VAL or DROPPED.
-        cuts: (documents,) int64, the character at which validation text begins, where each
-            document is cut; None where documents go to one split undivided.
+        cuts: (documents,) int64, the character at which validation text begins. It is 0 if the
+            whole document is validation text, its length if the whole is training text, and DROPPED
+            if it is in neither split.
+        lengths: (documents,) int64, characters.
         duplicates: exact copies that are left out.
         near_duplicates: documents that are in another split than their own hash chooses, or left
             out of the training text, because they are near-duplicates of others.
+        alike: documents that have a near-duplicate among the others.
+        uneven: whether documents are so uneven that whole ones cannot give the share.
     """
 
-    splits: np.ndarray
-    cuts: np.ndarray | None
+    cuts: np.ndarray
+    lengths: np.ndarray
     duplicates: int = 0
     near_duplicates: int = 0
+    alike: int = 0
+    uneven: bool = False
 
-    def has_both_splits(self, scan: SourceScan) -> bool:
+    @cached_property
+    def in_train(self) -> np.ndarray:
+        """Mask (documents,) bool of those with training text."""
+        return self.cuts > 0
+
+    @cached_property
+    def in_val(self) -> np.ndarray:
+        """Mask (documents,) bool of those with validation text."""
+        return (self.cuts != DROPPED) & (self.cuts < self.lengths)
+
+    @property
+    def cut_documents(self) -> int:
+        """Number of documents that are cut, with text in both splits."""
+        return int((self.in_train & self.in_val).sum())
+
+    @property
+    def has_both_splits(self) -> bool:
         """Whether there is both training and validation text."""
-        if self.cuts is None:
-            return bool((self.splits == TRAIN).any() and (self.splits == VAL).any())
-        used = self.splits != DROPPED
-        return bool((self.cuts[used] > 0).any() and (self.cuts < scan.lengths)[used].any())
-
-    def training_documents(self, count: int) -> int:
-        """Return how many of the first ``count`` documents have training text."""
-        has_text = self.splits[:count] == TRAIN
-        if self.cuts is not None:
-            has_text = (self.splits[:count] != DROPPED) & (self.cuts[:count] > 0)
-        return int(has_text.sum())
+        return bool(self.in_train.any() and self.in_val.any())
 
     def assign(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
         """Read the source again, and give every piece its split.
@@ -127,15 +147,17 @@ class SplitPlan:
         """
         index, document_chars = 0, 0
         for document in documents:
-            if index >= len(self.splits):
+            if index >= len(self.cuts):
                 raise InputError(f"the text changed while it was read: {document.name} is new")
-            split, text = int(self.splits[index]), document.text
-            if split != DROPPED and self.cuts is None:
-                yield split, document
-            elif split != DROPPED and self.cuts is not None:
-                cut = int(self.cuts[index]) - document_chars
+            cut, text = int(self.cuts[index]), document.text
+            if cut == 0:
+                yield VAL, document
+            elif cut >= self.lengths[index]:
+                yield TRAIN, document
+            elif cut != DROPPED:
+                cut -= document_chars
                 if cut > 0:
-                    more = document.more and cut >= len(text)
+                    more = document.more and cut > len(text)
                     yield TRAIN, Document(document.name, text[:cut], more)
                 if cut < len(text):
                     yield VAL, Document(document.name, text[max(0, cut) :], document.more)
@@ -143,7 +165,7 @@ class SplitPlan:
                 document_chars += len(text)
             else:
                 index, document_chars = index + 1, 0
-        if index != len(self.splits):
+        if index != len(self.cuts):
             raise InputError("the text changed while it was read: documents are missing")
 
 
@@ -152,6 +174,7 @@ def plan_split(
     options: ReadOptions,
     signatures: Callable[[], np.ndarray],
     val_documents: int = 0,
+    source_ends: Sequence[int] = (),
 ) -> SplitPlan:
     """Drop exact copies, and hold out a share of the text for validation.
 
@@ -162,50 +185,119 @@ def plan_split(
     training and its last 10 % to validation. With more, a document goes to one split undivided. It
     is validation text if the first bytes of the SHA-256 of its text lie below ``val_fraction`` of
     their range, so adding documents moves no other. If that gives validation less than half or more
-    than double its share of the bytes, because documents are few or of very different sizes, they
-    are taken in the order of their SHA-256 until the share is reached; one that would exceed double
-    the share is passed over. Near-duplicates go to the same split.
+    than double its share of the bytes, documents are taken in the order of their SHA-256 until the
+    share is reached; one that would exceed double the share is passed over. Near-duplicates go to
+    the same split.
+
+    Some documents may be too long for that: longer than the share of all that are not longer. If
+    the long ones keep the splits from their share, or the other documents from theirs, the long
+    ones are cut by position. A cluster of near-duplicates that is too long is training text. A
+    source of a mixture that would have validation text only is cut by position, too.
 
     Args:
         scan: what reading the source found.
         options: ``val_fraction``.
         signatures: returns the MinHash signatures, (documents, 16) uint64; called only if needed.
         val_documents: the first so many documents are the given validation text; 0 is none.
+        source_ends: of a mixture, the number of documents up to the end of each source.
 
     Returns:
-        The split of every document.
+        The cut of every document.
     """
     first = np.unique(scan.keys, return_index=True)[1]
-    splits = np.full(len(scan.keys), DROPPED, np.int8)
-    splits[first] = TRAIN
-    duplicates = len(splits) - len(first)
+    duplicates, fraction = len(scan.keys) - len(first), options.val_fraction
+    cuts = np.full(len(scan.keys), DROPPED, np.int64)
+    cuts[first] = scan.lengths[first]
     if not val_documents and len(first) < MIN_WHOLE_DOCUMENTS:
-        # Python's own product of an int and a float: NumPy's could round another way
-        cuts = [int(length * (1 - options.val_fraction)) for length in scan.lengths.tolist()]
-        return SplitPlan(splits, np.array(cuts, np.int64), duplicates)
+        cuts[first] = _cut_positions(scan.lengths[first], fraction)
+        return SplitPlan(cuts, scan.lengths, duplicates)
     clusters = near_duplicate_clusters(signatures(), scan.keys)
     if val_documents:
-        splits[first[first < val_documents]] = VAL
-        cluster_in_val = np.zeros(len(splits), bool)
-        cluster_in_val[clusters[splits == VAL]] = True
-        near = cluster_in_val[clusters] & (splits == TRAIN)
-        splits[near] = DROPPED
-        return SplitPlan(splits, None, duplicates, int(near.sum()))
+        cuts[first[first < val_documents]] = 0
+        cluster_in_val = np.zeros(len(cuts), bool)
+        cluster_in_val[clusters[cuts == 0]] = True
+        near = cluster_in_val[clusters] & (cuts > 0)
+        cuts[near] = DROPPED
+        return SplitPlan(cuts, scan.lengths, duplicates, int(near.sum()))
     representatives, member = np.unique(clusters[first], return_inverse=True)
-    cluster_sizes = np.bincount(member, scan.sizes[first]).astype(np.int64)
-    chosen = _choose_by_hash(scan.keys[representatives], cluster_sizes, options.val_fraction)
-    in_val = chosen[member]
-    splits[first[in_val]] = VAL
-    in_val_alone = _choose_by_hash(scan.keys[first], scan.sizes[first], options.val_fraction)
-    return SplitPlan(splits, None, duplicates, int((in_val_alone != in_val).sum()))
+    sizes, chars = (
+        np.bincount(member, of[first]).astype(np.int64) for of in (scan.sizes, scan.lengths)
+    )
+    single = np.bincount(member) == 1
+    in_val, tails, uneven = _choose_clusters(
+        scan.keys[representatives], sizes, chars, single, fraction
+    )
+    cuts[first] -= tails[member]
+    cuts[first[in_val[member]]] = 0
+    for begin, end in itertools.pairwise((0, *source_ends)):
+        own = np.flatnonzero((first >= begin) & (first < end))
+        if not (cuts[first[own]] > 0).any():
+            alone = first[own[single[member[own]]]]
+            cuts[alone] = _cut_positions(scan.lengths[alone], fraction)
+            alike = first[np.isin(member, member[own]) & ~single[member]]
+            cuts[alike] = scan.lengths[alike]
+    has_alike = ~single[member]
+    in_val_alone = _choose_by_hash(scan.keys[first], scan.sizes[first], fraction)
+    moved = has_alike & (in_val_alone != (cuts[first] == 0))
+    return SplitPlan(cuts, scan.lengths, duplicates, int(moved.sum()), int(has_alike.sum()), uneven)
+
+
+def _cut_positions(lengths: np.ndarray, fraction: float) -> np.ndarray:
+    """Characters (n,) int64 at which documents of ``lengths`` (n,) are cut by position."""
+    # Python's own product of an int and a float: NumPy's could round another way
+    return np.array([int(length * (1 - fraction)) for length in lengths.tolist()], np.int64)
+
+
+def _choose_clusters(
+    keys: np.ndarray, sizes: np.ndarray, chars: np.ndarray, single: np.ndarray, fraction: float
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Choose which clusters of near-duplicates are validation text, and which documents are cut.
+
+    Args:
+        keys: (clusters,) uint64.
+        sizes: (clusters,) int64, bytes.
+        chars: (clusters,) int64, characters.
+        single: (clusters,) bool, whether a cluster is a single document, which may be cut.
+        fraction: the share of validation.
+
+    Returns:
+        Mask (clusters,) bool of those that are validation text as a whole; (clusters,) int64, the
+        characters at the end of each other one that are validation text; and whether there are
+        clusters that are too long.
+    """
+    chosen, tails = _choose_by_hash(keys, sizes, fraction), np.zeros(len(keys), np.int64)
+    ascending = np.sort(sizes)
+    fitting = ascending[ascending <= fraction * np.cumsum(ascending)]
+    small = sizes <= (fitting[-1] if len(fitting) else 0)
+    if _gives_share(sizes, chosen, fraction) and _gives_share(
+        sizes[small], chosen[small], fraction
+    ):
+        return chosen, tails, False
+    cut = ~small & single
+    share = fraction * sizes.sum() / max(1, sizes[small | cut].sum())
+    share = min(MAX_SHARE, float(share))
+    chosen[:] = False
+    chosen[small] = _choose_by_hash(keys[small], sizes[small], share)
+    order = np.flatnonzero(cut)[np.argsort(keys[cut])]
+    wanted = np.rint(share * chars[order]).astype(np.int64)
+    wanted = np.maximum(wanted, np.minimum(MIN_TAIL_CHARS, chars[order] // 2))
+    before = np.cumsum(wanted) - wanted
+    tails[order] = np.clip(round(share * int(chars[order].sum())) - before, 0, wanted)
+    return chosen, tails, True
+
+
+def _gives_share(sizes: np.ndarray, chosen: np.ndarray, fraction: float) -> bool:
+    """Whether the chosen documents have between half of the share of the bytes and double."""
+    target = fraction * sizes.sum()
+    return bool(target / 2 <= sizes[chosen].sum() <= 2 * target)
 
 
 def _choose_by_hash(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Mask (n,) bool of the documents, or clusters, that are validation text."""
     chosen = keys < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-    target = fraction * sizes.sum()
-    if target / 2 <= sizes[chosen].sum() <= 2 * target:
+    if _gives_share(sizes, chosen, fraction):
         return chosen
+    target = fraction * sizes.sum()
     chosen, total = np.zeros(len(keys), bool), 0
     for i in np.argsort(keys):
         if total >= target:

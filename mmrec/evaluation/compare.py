@@ -23,6 +23,8 @@ class Curve:
     tokens_per_step: int
     steps: int
     """Optimizer steps so far."""
+    tokens: int
+    """Tokens that it was trained on so far."""
     seconds: float
     """Training time; NaN while the run has no summary."""
     validations: list[tuple[int, float]]
@@ -65,11 +67,14 @@ def read_run(folder: Path) -> Curve:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     with contextlib.suppress(InputError):
         fingerprint = read_metadata(folder / "best.h5").metadata.get("fingerprint", "")
+    data, accumulation = config.data, config.optimizer.gradient_accumulation_steps
+    tokens_per_step = data.batch_size * data.seq_len * accumulation
     return Curve(
         str(folder),
         fingerprint,
-        config.data.batch_size * config.data.seq_len * config.optimizer.gradient_accumulation_steps,
+        tokens_per_step,
         steps,
+        summary["tokens"] if summary.get("steps") == steps else steps * tokens_per_step,
         float(summary.get("seconds", math.nan)),
         validations,
         split_scores[-1] if split_scores else math.nan,

@@ -35,6 +35,8 @@ class Progress:
     """Optimizer steps taken."""
     data_offset: int = 0
     """Steps whose data was skipped: the next step takes the data of ``step + data_offset``."""
+    missing_batches: int = 0
+    """Batches that the last step of a length in epochs read less than others."""
     seconds: float = 0.0
     """Training time so far; validation and saving are not counted."""
     metrics_lines: int = 0
@@ -227,6 +229,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def format_tokens(count: int) -> str:
+    """Tokens as ``16,384`` or ``4.51 M``."""
+    return f"{count:,}" if count < 1_000_000 else f"{count / 1e6:.2f} M"
+
+
 def epoch_row(epoch: dict[str, Any]) -> str:
     """Format one line of the table under ``EPOCH_HEADER``; a dash stands for a missing score."""
     val_loss = epoch.get("val_loss")
@@ -238,7 +245,7 @@ def epoch_row(epoch: dict[str, Any]) -> str:
         perplexity = math.exp(min(val_loss, 700))
         scores = f"{val_loss:8.4f} {perplexity:11.2f} {epoch['bits_per_byte']:10.4f}"
     losses = f"{epoch['mean_loss']:8.4f} {first:8.4f} {last:8.4f} {improvement:6.1f}%"
-    return f"{epoch['epoch']:>6} {losses} {scores} {format_duration(epoch['seconds']):>8}"
+    return f"{round(epoch['epoch'], 2):>6} {losses} {scores} {format_duration(epoch['seconds']):>8}"
 
 
 def overfitting_warning(validations: list[dict[str, float]], window: int = 3) -> str | None:

@@ -358,7 +358,7 @@ def write_report(
     """
     rows, curves = [], [read_run(stage.folder) for stage in stages]
     for stage, curve, start in zip(stages, curves, start_scores, strict=True):
-        tokens = curve.steps * curve.tokens_per_step
+        tokens = curve.tokens
         model = read_metadata(stage.folder / "last.h5")[2]  # with the tokenizer's vocabulary
         rows.append(
             {

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.hardware import bfloat16_instructions, fastest_dtype, resolve_precision
 from mmrec.runtime.interrupts import StopSignal
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.numeric import cdiv
 from mmrec.training import divergence
 from mmrec.training.callbacks import Callback
 from mmrec.training.lr_schedule import lr_factor
@@ -74,6 +75,7 @@ from mmrec.training.metrics import (
     epoch_row,
     explain_best_model,
     format_duration,
+    format_tokens,
     from_plain,
     overfitting_warning,
 )
@@ -85,6 +87,8 @@ from mmrec.training.replicas import (
     split_state,
 )
 
+MIN_READ_SHARE = 0.95
+"""Share of the training tokens below which an epoch is said to leave some out."""
 MANY_EPOCHS = 16
 """Beyond this many passes a strong weight decay helps too (docs/development/decisions)."""
 
@@ -160,6 +164,7 @@ class Trainer:
             data.seq_len,
             training.seed,
             carry=data.state == "carry",
+            names=corpus.mixture_names,
         )
         self.fingerprints = {"fingerprint": corpus.info["fingerprint"]}
         """SHA-256 of each text that is trained on. A run continues with the same texts only."""
@@ -229,7 +234,11 @@ class Trainer:
         earlier = open_corpus(finetune.replay_data, self.corpus.tokenizer)
         self.fingerprints["replay_fingerprint"] = earlier.info["fingerprint"]
         earlier_loader = WindowLoader(
-            earlier.train.tokens, data.batch_size, data.seq_len, self.config.optimizer.seed
+            earlier.train.tokens,
+            data.batch_size,
+            data.seq_len,
+            self.config.optimizer.seed,
+            name=f"the earlier text {earlier.info['source']}",
         )
         assert not isinstance(self.loader, ReplayLoader)
         self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
@@ -262,27 +271,56 @@ class Trainer:
     # ---- length and position of a run
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        data = self.config.data
-        return data.batch_size * data.seq_len * self.config.optimizer.gradient_accumulation_steps
+    def batch_tokens(self) -> int:
+        """Tokens of one batch."""
+        return self.config.data.batch_size * self.config.data.seq_len
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split."""
-        accumulation = self.config.optimizer.gradient_accumulation_steps
-        return max(1, self.loader.steps_per_epoch // accumulation)
+    def batches_per_step(self) -> int:
+        """Batches of an optimizer step; the last one of a length in epochs may have fewer."""
+        return self.config.optimizer.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step; the last one of a length in epochs may have fewer."""
+        return self.batch_tokens * self.batches_per_step
 
     @property
     def total_steps(self) -> int | None:
         """Length of the run in steps; None if minutes set it."""
-        length = self.config.length
+        length, per_epoch = self.config.length, self.loader.batches_per_epoch
         if length.minutes is not None:
             return None
         if length.epochs is not None:
-            return max(1, round(length.epochs * self.steps_per_epoch))
-        steps = min(DEFAULT_TOKENS // self.tokens_per_step, DEFAULT_EPOCHS * self.steps_per_epoch)
-        return length.steps or max(MIN_DEFAULT_STEPS, steps)
+            batches = max(1, round(length.epochs * per_epoch))
+            return cdiv(batches + self.progress.missing_batches, self.batches_per_step)
+        epochs = int(DEFAULT_EPOCHS * per_epoch) // self.batches_per_step
+        default = max(MIN_DEFAULT_STEPS, min(DEFAULT_TOKENS // self.tokens_per_step, epochs))
+        return length.steps or default
+
+    def batches_until(self, step: int) -> int:
+        """Batches that the run has read after so many steps, or will have read."""
+        batches, epochs = step * self.batches_per_step, self.config.length.epochs
+        batches -= self.progress.missing_batches
+        if step > self.progress.step and epochs is not None:
+            whole = max(1, round(epochs * self.loader.batches_per_epoch))
+            return max(self.batches_until(self.progress.step), min(batches, whole))
+        return batches
+
+    @property
+    def next_batches(self) -> int:
+        """Batches of the next step."""
+        step = self.progress.step
+        return max(1, self.batches_until(step + 1) - self.batches_until(step))
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens that the steps so far were trained on."""
+        return self.batches_until(self.progress.step) * self.batch_tokens
+
+    def epochs_until(self, step: int) -> float:
+        """Passes over the training split after so many steps."""
+        return self.batches_until(step) / self.loader.batches_per_epoch
 
     def fraction_done(self, steps_ahead: float = 0.0) -> float:
         """How much of the run is done, 0 to 1, or will be ``steps_ahead`` steps from now."""
@@ -386,8 +424,7 @@ class Trainer:
                 elif self._stop_requested and not is_over:
                     ended = "stopped"  # in the middle of an epoch, which a resume continues
                 else:
-                    partial_epoch = self.progress.step % self.steps_per_epoch / self.steps_per_epoch
-                    self.end_epoch(partial_epoch or 1.0)
+                    self.end_epoch()
                     ended = "early" if self.patience_exceeded else "done"
         except InterruptedTrainingError:
             pass
@@ -416,13 +453,15 @@ class Trainer:
                 self._handle_divergence(error)
                 bar.n = self.progress.step
                 continue
+            batches = self.next_batches
+            p.missing_batches += self.batches_per_step - batches
             p.step, p.consecutive_skips = p.step + 1, 0
             seconds = self.process_group.all_reduce_max(time.perf_counter() - start)
             p.seconds += seconds
             p.add_loss(loss)
             self.metrics.write("train", p.step, loss=loss, lr=lr, grad_norm=grad_norm)
             self._warn_on_spike()
-            rate = self.tokens_per_step / seconds
+            rate = batches * self.batch_tokens / seconds
             bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {rate:,.0f} tok/s", refresh=False)
             bar.update()
             for callback in self.callbacks:
@@ -494,10 +533,11 @@ class Trainer:
         Returns:
             The mean loss over all batches and processes, in nats per token.
         """
-        group, accumulation = self.process_group, self.config.optimizer.gradient_accumulation_steps
-        total, count = 0.0, accumulation * group.size
+        group, batches = self.process_group, self.next_batches
+        first = max(0, data_step * self.batches_per_step - self.progress.missing_batches)
+        total, count = 0.0, batches * group.size
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
-        for batch in range(data_step * accumulation, (data_step + 1) * accumulation):
+        for batch in range(first, first + batches):
             tokens, targets = self.loader.batch_at(batch)
             if self.config.data.state != "carry" or self.loader.starts_epoch(batch):
                 self.recurrent_state = None
@@ -535,7 +575,7 @@ class Trainer:
         is_due = p.step > 0 and (at_interval or self.fraction_done() >= 1.0)
         if is_due and not (p.validations and p.validations[-1]["step"] == p.step):
             self.validate()
-        if p.step % self.steps_per_epoch == 0:
+        if int(self.epochs_until(p.step)) > int(self.epochs_until(max(0, p.step - 1))):
             self.end_epoch()
 
     def validate(self) -> None:
@@ -566,19 +606,19 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_validation(self, scores)
 
-    def end_epoch(self, share: float = 1.0) -> None:
+    def end_epoch(self) -> None:
         """Score the whole validation split and add a row to the table of epochs.
 
-        Args:
-            share: how much of the epoch was trained on, 0 to 1.
+        The row's number is how many epochs were trained on. It is no whole number if the run ends
+        within an epoch, or if a step goes on in the next one.
         """
         p, epoch = self.progress, self.progress.current_epoch
         if not epoch:
             return
         scores = self._score(self.corpus.val.tokens, self.corpus.val.n_bytes)
-        number = len(p.epochs) + 1
+        number = round(self.epochs_until(p.step), 4)
         row = {
-            "epoch": number if share == 1 else round(number - 1 + share, 2),
+            "epoch": int(number) if number == int(number) else number,
             "mean_loss": epoch["sum"] / epoch["count"],
             "first_loss": epoch["first"],
             "last_loss": epoch["last"],
@@ -591,7 +631,7 @@ class Trainer:
         row["seconds"] = p.seconds - epoch["began"]
         p.epochs.append(row)
         p.current_epoch = {}
-        if number == 1:
+        if len(p.epochs) == 1:
             self.echo(EPOCH_HEADER)
         self.echo(epoch_row(row))
 
@@ -678,33 +718,68 @@ class Trainer:
             f"{val.n_tokens:,} validation tokens"
         )
         compile_seconds, step_seconds = self._time_steps()
-        rate = self.tokens_per_step / step_seconds
+        rate = self.next_batches * self.batch_tokens / step_seconds
         if self.total_steps is None:
-            steps = int(60 * (length.minutes or 0) / step_seconds)
-            length_text = f"{length.minutes:g} min of training, about {steps:,} steps"
+            steps = max(1, int(60 * (length.minutes or 0) / step_seconds))
+            length_text = f"{length.minutes:g} min of training, about {_count_steps(steps)}"
         else:
-            steps, length_text = self.total_steps, f"{self.total_steps:,} steps"
+            steps, length_text = self.total_steps, _count_steps(self.total_steps)
         steps_left = max(0, steps - self.progress.step)
-        epochs = math.ceil(steps / self.steps_per_epoch)  # each scores the whole split
+        epochs, tokens = self.epochs_until(steps), self.batches_until(steps) * self.batch_tokens
         scored = steps / self.config.evaluation.eval_every * len(self.subset)
-        scored += epochs * val.n_tokens
+        scored += math.ceil(epochs) * val.n_tokens  # each scores the whole split
         # scoring a token takes about half the time of training on it
         seconds_left = steps_left * step_seconds
         seconds_left += scored / (2 * rate) * steps_left / max(1, steps)
+        is_short = tokens < steps * self.tokens_per_step
         self.echo(
-            f"budget  {length_text} of {self.tokens_per_step:,} tokens = "
-            f"{steps * self.tokens_per_step / 1e6:.2f} M, "
-            f"{steps / self.steps_per_epoch:.2f} epochs"
+            f"budget  {length_text} of {'up to ' * is_short}{self.tokens_per_step:,} tokens = "
+            f"{format_tokens(tokens)}, {epochs:.2f} epochs"
         )
-        if steps > DEFAULT_EPOCHS * self.steps_per_epoch and not self.model.config.dropout:
-            limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
-            if steps > MANY_EPOCHS * self.steps_per_epoch:
-                limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
-            self.echo(f"note    in more than {limit} epochs a model memorises its text: {advice}")
+        for line in self._describe_epochs(steps, epochs):
+            self.echo(line)
         self.echo(
             f"time    about {format_duration(seconds_left)} at {rate:,.0f} tokens/s "
             f"(kernels ready after {compile_seconds:.0f} s); run folder {self.run_dir}"
         )
+
+    def _describe_epochs(self, steps: int, epochs: float) -> Iterator[str]:
+        """Notes on what the epochs of the run are, and on what so many of them do to a model."""
+        read, per_epoch = [("its text", epochs)], self.loader.batches_per_epoch
+        new_tokens = per_epoch * self.batch_tokens
+        fraction = self.config.finetune.replay_fraction
+        if fraction:
+            new_tokens *= 1 - fraction
+            yield (
+                f"note    {fraction:g} of the windows are earlier text; an epoch is one pass over "
+                "the new text"
+            )
+        if isinstance(self.loader, MixtureLoader):
+            passes = self.loader.passes(self.batches_until(steps))
+            read = list(zip(self.corpus.mixture_names, passes, strict=True))
+            listed = ", ".join(f"{name} {count:.2f} times" for name, count in read)
+            yield (
+                "note    an epoch is as many tokens as all sources have; the run reads about "
+                f"{listed}"
+            )
+        if new_tokens < MIN_READ_SHARE * self.corpus.train.n_tokens:
+            yield (
+                f"note    an epoch reads {round(new_tokens):,} of the "
+                f"{self.corpus.train.n_tokens:,} training tokens, not always the same ones: the "
+                "rest fills no batch"
+            )
+        if self.batches_per_step > per_epoch:
+            yield (
+                f"note    gradient_accumulation_steps {self.batches_per_step:,} is more than the "
+                f"{per_epoch:.4g} batches of an epoch: a step reads the text "
+                f"{min(self.batches_until(steps), self.batches_per_step) / per_epoch:.2f} times"
+            )
+        name, count = max(read, key=lambda source: source[1])
+        if count > DEFAULT_EPOCHS and not self.model.config.dropout:
+            limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
+            if count > MANY_EPOCHS:
+                limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
+            yield f"note    in more than {limit} epochs a model memorises {name}: {advice}"
 
     def _time_steps(self) -> tuple[float, float]:
         """Compile the kernels and time the gradients of a few steps. The run stays as it was.
@@ -732,7 +807,7 @@ class Trainer:
             ended: why the run ended, as ``_run`` returns it.
         """
         p = self.progress
-        tokens = p.step * self.tokens_per_step
+        tokens = self.tokens_trained
         best_loss, best_step = self.newer_best or (p.best_loss, p.best_step)
         reason = ""
         if best_loss is not None:
@@ -951,6 +1026,10 @@ class Trainer:
             "newton_schulz": str(self.optimizer.newton_schulz_dtype).removeprefix("torch."),
             **{name: metadata.version(name) for name in ("torch", "numba", "numpy")},
         }
+
+
+def _count_steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
 
 
 def _all_finite(x: Tensor) -> bool:

@@ -153,6 +153,24 @@ MISTAKES = [
         "tiny --data 0:book.txt,1:stdlib",
         "weights of a mixture must be > 0; got 0:book.txt,1:stdlib",
     ),
+    (
+        "train",
+        "--data",
+        "tiny --data 1:book.txt,1:book.txt --tokenizer byte",
+        "book.txt must have training text of its own; it has 1 document, 1 of them copies of other",
+    ),
+    (
+        "train",
+        "--data",
+        "tiny --data 1:book.txt,1:short.txt --tokenizer byte",
+        "each source of a mixture must hold one window of 257 training tokens; short.txt has 79",
+    ),
+    (
+        "train",
+        "--seq-len",
+        "tiny --data book.txt --tokenizer byte --seq-len 1000000",
+        "one batch needs 16 windows of 1,000,000 tokens = 16,000,001; the training split has",
+    ),
     ("train", "--val-file", "tiny --data book.txt --val-file none.txt", "no data at none.txt"),
     (
         "train",
@@ -218,6 +236,12 @@ MISTAKES = [
         "--data",
         "tiny --data latin.txt --skip-bad",
         "holds no text .* skipped: 1, the first because latin.txt must be UTF-8",
+    ),
+    (
+        "train",
+        "--val-file",
+        "tiny --data book.txt --val-file book.txt",
+        "book.txt must have training text of its own; .* near-duplicates of the validation text",
     ),
     (
         "train",
@@ -533,6 +557,12 @@ MISTAKES = [
         "--old-data",
         "runs/one --data book.txt --old-data none.txt",
         "no data at none.txt",
+    ),
+    (
+        "finetune",
+        "--old-data",
+        "runs/one --data book.txt --batch-size 4 --replay-fraction 0.5 --old-data short.txt",
+        "one batch needs 4 windows of .*; the earlier text short.txt has 79",
     ),
     (
         "finetune",

@@ -19,7 +19,7 @@ from mmrec.errors import InputError
 def test_an_epoch_visits_every_window_once_in_a_new_order() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     loader = WindowLoader(tokens, batch_size=3, seq_len=10, seed=1)
-    assert loader.steps_per_epoch == 33
+    assert loader.batches_per_epoch == 33
     epochs = []
     for epoch in range(2):
         starts = []
@@ -61,7 +61,7 @@ def test_carried_rows_continue_where_they_ended() -> None:
 def test_too_little_text() -> None:
     with pytest.raises(InputError, match=r"4 windows of 8 tokens = 33; .* has 32"):
         WindowLoader(np.zeros(32, np.uint16), 4, 8, 0)
-    assert WindowLoader(np.zeros(33, np.uint16), 4, 8, 0).steps_per_epoch == 1
+    assert WindowLoader(np.zeros(33, np.uint16), 4, 8, 0).batches_per_epoch == 1
 
 
 @given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 50))
@@ -91,7 +91,7 @@ def test_a_mixture_keeps_its_shares_and_visits_every_window() -> None:
     loader, other = (
         MixtureLoader(streams, (0.5, 0.3, 0.2), batch_size=4, seq_len=10, seed=2) for _ in range(2)
     )
-    assert loader.steps_per_epoch == (99 + 39 + 9) // 4
+    assert loader.batches_per_epoch == (99 + 39 + 9) // 4
     starts = torch.cat([loader.batch_at(step)[0][:, 0] for step in range(128)])  # 512 windows
     counts = [
         int(((starts >= low) & (starts < high)).sum())

@@ -87,8 +87,53 @@ def test_an_earlier_schema_is_refused_in_one_line(corpus: Corpus, tmp_path: Path
 
 def test_too_small_to_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match="too small to split"):
+    with pytest.raises(InputError, match="too small to split .* 1 document of 1 byte:"):
         prepare(str(tmp_path / "a.txt"), "byte")
+    with pytest.raises(InputError, match="too small to have training text; it has 1 byte"):
+        next(training_texts(str(tmp_path / "a.txt")))
+
+
+def test_text_of_near_copies_is_not_called_small() -> None:
+    text = " ".join(f"word{i}" for i in range(2_000))
+    copies = [f"{text} number {i}" for i in range(25)]
+    size = sum(map(len, copies)) + len(copies[0])
+    with pytest.raises(InputError, match=f"26 documents of {size:,} bytes, 1 of them exact") as e:
+        prepare([*copies, copies[0]], "byte")
+    assert "25 near-duplicates" in str(e.value)
+    assert "small" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("", "0 documents$"),
+        ("x", "1 document, too short to cut"),
+        ("book", "1 document, 1 of them copies of other text"),
+    ],
+)
+def test_a_source_of_a_mixture_without_training_text(
+    text_file: Path, tmp_path: Path, other: str, reason: str
+) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text(text_file.read_text() if other == "book" else other)
+    with pytest.raises(InputError, match=f"other.txt must have training text of its own.*{reason}"):
+        prepare(f"1:{text_file},1:{path}", "byte")
+
+
+def test_uneven_documents_are_cut_and_it_is_said(tmp_path: Path, library: Library) -> None:
+    notes = [d.text for d in library(1_000, 3_000, 29)]
+    book = "\n".join(d.text for d in library(3_000, 20_000, 60))
+    lines: list[str] = []
+    corpus = Corpus.open(prepare([book, *notes], "byte", progress=lines.append))
+    assert corpus.info["cut_documents"] == 1
+    [line] = [x for x in lines if x.startswith("split")]
+    share = corpus.val.n_bytes / (corpus.val.n_bytes + corpus.train.n_bytes)
+    assert 0.05 < share < 0.2
+    assert f"1 of 30 are cut, and their last parts are validation text; it has {share:.1%}" in line
+    assert len(corpus.train.doc_bytes) + len(corpus.val.doc_bytes) == 31
+    decoded = corpus.tokenizer.decode(corpus.val.tokens)
+    assert book[-1000:] in decoded
+    assert 1 <= sum(note in decoded for note in notes) <= 15
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_noted(text_file: Path) -> None:

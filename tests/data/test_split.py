@@ -1,12 +1,13 @@
 """Splits in which no text stands on both sides, and that added text does not change."""
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmrec.data.dedup import minhash_signatures, near_duplicate_clusters
@@ -25,14 +26,41 @@ Library = Callable[[int, int, int], list[Document]]
 
 
 def make_plan(
-    documents: list[Document], options: ReadOptions | None = None, val_documents: int = 0
+    documents: list[Document],
+    options: ReadOptions | None = None,
+    val_documents: int = 0,
+    source_ends: Sequence[int] = (),
 ) -> SplitPlan:
     return plan_split(
         scan_documents(documents),
         options or ReadOptions(),
         lambda: minhash_signatures(documents, lambda size: None),
         val_documents,
+        source_ends,
     )
+
+
+def make_plan_without_copies(documents: list[Document], fraction: float = 0.1) -> SplitPlan:
+    """The plan of documents of which no two are alike; faster than ``make_plan``."""
+    unlike = np.arange(len(documents), dtype=np.uint64)[:, None]
+    options = ReadOptions(val_fraction=fraction)
+    return plan_split(scan_documents(documents), options, lambda: unlike)
+
+
+def make_documents(sizes: Sequence[int], seed: int = 0) -> list[Document]:
+    """Documents of random words, of so many characters."""
+    rng = random.Random(seed)
+    texts = (" ".join(f"{rng.getrandbits(24):x}" for _ in range(size // 3 + 1)) for size in sizes)
+    named = enumerate(zip(sizes, texts, strict=True))
+    return [Document(f"{i}", text[:size]) for i, (size, text) in named]
+
+
+def parts(documents: list[Document], plan: SplitPlan) -> tuple[dict[str, str], dict[str, str]]:
+    """By name: the training text and the validation text of each document."""
+    found: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for split, piece in plan.assign(documents):
+        found[split][piece.name] = found[split].get(piece.name, "") + piece.text
+    return found
 
 
 def split_texts(documents: list[Document], plan: SplitPlan) -> tuple[list[str], list[str]]:
@@ -55,8 +83,25 @@ def test_one_file_is_cut_at_nine_tenths_in_pieces_too() -> None:
         assert [d.more for d in own_pieces] == [True] * (len(own_pieces) - 1) + [False]
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_cut_at_the_end_of_a_piece_ends_the_training_text(pieces: int) -> None:
+    text = "ab" * 5 * pieces
+    size = len(text) * 9 // 10 // pieces
+    bounds = [*range(0, size * pieces, size), len(text)]
+    documents = [
+        Document("a", text[begin:end], end < len(text))
+        for begin, end in itertools.pairwise([*bounds[:-1], size * pieces, len(text)])
+    ]
+    assigned = list(make_plan(documents).assign(documents))
+    assert [(split, d.more) for split, d in assigned] == [
+        *[(TRAIN, True)] * (pieces - 1),
+        (TRAIN, False),
+        (VAL, False),
+    ]
+
+
 @given(
-    st.lists(st.text("abc", min_size=1, max_size=30), min_size=MIN_WHOLE_DOCUMENTS, max_size=120),
+    st.lists(st.text("abc", min_size=10, max_size=30), min_size=MIN_WHOLE_DOCUMENTS, max_size=120),
     st.randoms(),
 )
 def test_many_documents_are_split_whole_and_without_leaks(
@@ -137,13 +182,91 @@ def test_text_that_changes_while_it_is_read_is_noticed() -> None:
             list(plan.assign(changed))
 
 
-def test_few_long_documents_among_short_ones_still_leave_validation() -> None:
-    documents = [Document(str(i), "x" * (100_000 if i == 7 else 100) + str(i)) for i in range(40)]
-    options = ReadOptions(val_fraction=0.2)
-    plan = make_plan(documents, options)
-    sizes = scan_documents(documents).sizes
-    assert plan.splits[7] == TRAIN
-    assert (plan.splits == VAL).sum() > 0
-    assert sizes[plan.splits == VAL].sum() <= 0.4 * sizes.sum()
-    assert not (plan.splits == DROPPED).any()
-    assert np.array_equal(plan.splits, make_plan(documents, options).splits)
+@given(
+    st.lists(st.integers(6_000, 20_000), max_size=5),
+    st.lists(st.integers(100, 500), min_size=MIN_WHOLE_DOCUMENTS, max_size=60),
+    st.sampled_from([0.05, 0.1, 0.2, 0.3]),
+    st.integers(0, 99),
+)
+@example([40_000], [50] * 29, 0.1, 0)
+@example([20_000] * 3, [100] * 40, 0.1, 0)
+def test_uneven_documents_give_both_splits_their_share(
+    books: list[int], notes: list[int], fraction: float, seed: int
+) -> None:
+    documents = make_documents([*books, *notes], seed)
+    plan = make_plan_without_copies(documents, fraction)
+    train, val = parts(documents, plan)
+    for document in documents:  # every text once, and in order
+        assert train.get(document.name, "") + val.get(document.name, "") == document.text
+    share = sum(map(len, val.values())) / sum(len(d.text) for d in documents)
+    assert fraction / 2 <= share <= 2 * fraction
+    names = {d.name for d in documents[len(books) :]}
+    assert names & set(val)
+    assert len(names & set(train)) >= len(names) / 4
+    if len(books) == 1 and 2 * fraction * sum([*books, *notes]) < books[0] and not plan.uneven:
+        assert books[0] == plan.cuts[0]  # too long for validation
+    shuffled = random.Random(seed).sample(documents, len(documents))
+    assert parts(shuffled, make_plan_without_copies(shuffled, fraction)) == (train, val)
+
+
+@given(st.lists(st.integers(300, 50_000), min_size=20, max_size=50), st.integers(0, 99))
+def test_documents_of_any_size_give_the_share(sizes: list[int], seed: int) -> None:
+    documents = make_documents(sizes, seed)
+    for fraction in (0.01, 0.1, 0.5):
+        val = parts(documents, make_plan_without_copies(documents, fraction))[1]
+        assert fraction / 2 <= sum(map(len, val.values())) / sum(sizes) <= 2 * fraction
+        assert sum(len(text) < 50 for text in val.values()) <= 1  # no crumbs
+
+
+def test_an_added_document_moves_few_of_uneven_ones() -> None:
+    moved = []
+    for seed in range(20):
+        documents = make_documents([50_000] * 3 + [300] * 100, seed)
+        before = make_plan_without_copies(documents[:-1])
+        after = make_plan_without_copies(documents)
+        assert before.uneven
+        moved.append(int((before.cuts != after.cuts[:-1]).sum()))
+    assert sum(moved) / len(moved) < 2
+
+
+def test_long_clusters_of_near_duplicates_are_not_cut() -> None:
+    """Forty near-copies, half of all text, and thirty notes of which one is long."""
+    template = make_documents([2_000])[0].text
+    copies = [Document(f"copy{i}", f"{template} number {i}") for i in range(40)]
+    documents = [*copies, *make_documents([1_000] * 29 + [40_000], seed=1)]
+    plan = make_plan(documents)
+    train, val = parts(documents, plan)
+    assert plan.alike == 40
+    assert plan.cut_documents == 1
+    assert not any(name.startswith("copy") for name in val)
+    share = sum(map(len, val.values())) / sum(len(d.text) for d in documents)
+    assert 0.05 <= share <= 0.2
+    assert len(train) > 60
+
+
+def test_only_near_duplicates_leave_no_validation() -> None:
+    template = make_documents([2_000])[0].text
+    copies = [Document(str(i), f"{template} number {i}") for i in range(40)]
+    plan = make_plan(copies)
+    assert not plan.has_both_splits
+    assert (plan.duplicates, plan.alike) == (0, 40)
+
+
+def test_each_source_of_a_mixture_keeps_training_text() -> None:
+    for seed in range(30):  # by its hash the last one is validation text for a tenth of the seeds
+        documents = make_documents([500] * 31, seed)
+        whole = make_plan_without_copies(documents)
+        plan = make_plan(documents, source_ends=[30, 31])
+        assert np.array_equal(plan.cuts[:-1], whole.cuts[:-1])
+        assert plan.cuts[-1] == (450 if whole.cuts[-1] == 0 else 500)
+
+
+def test_the_split_of_the_standard_library_is_by_hash(library_documents: list[Document]) -> None:
+    """Even documents go where their own hash says, whatever else is there."""
+    plan = make_plan(library_documents)
+    scan = scan_documents(library_documents)
+    by_hash = scan.keys < np.uint64(int(0.1 * 2.0**64))
+    assert not plan.uneven
+    assert plan.cut_documents == 0
+    different = (plan.cuts == 0) != by_hash
+    assert different[plan.cuts != DROPPED].sum() <= plan.near_duplicates

@@ -185,7 +185,7 @@ def test_a_share_of_the_windows_is_old() -> None:
     old = WindowLoader(np.ones(900, np.uint16), 8, 10, seed=0)
     mixed = ReplayLoader(new, old, 0.2)
     shares = []
-    for step in range(mixed.steps_per_epoch):
+    for step in range(round(mixed.batches_per_epoch)):
         x, y = mixed.batch_at(step)
         assert x.shape == y.shape == (8, 10)
         assert torch.equal(x[:, 0], y[:, 0])
@@ -193,6 +193,20 @@ def test_a_share_of_the_windows_is_old() -> None:
         shares.append(float(x.float().mean()))
     assert sum(shares) / len(shares) == pytest.approx(0.2, abs=0.02)
     assert {round(8 * share) for share in shares} == {1, 2}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
+def test_an_epoch_with_replay_is_one_pass_over_the_new_text(fraction: float) -> None:
+    new = WindowLoader(np.arange(24 * 10 + 1), 8, 10, seed=0)
+    old = WindowLoader(np.full(900, -1), 8, 10, seed=0)
+    mixed = ReplayLoader(new, old, fraction)
+    batches = round(20 * mixed.batches_per_epoch)
+    firsts = torch.cat([mixed.batch_at(number)[0][:, 0] for number in range(batches)])
+    counts = torch.bincount(firsts[firsts >= 0])
+    assert counts[counts > 0].tolist() == pytest.approx([20] * 24, abs=1)
+    order = torch.cat([new.batch_at(number)[0][:, 0] for number in range(20 * 3 + 1)])
+    read = firsts[firsts >= 0]
+    assert torch.equal(read, order[: len(read)])  # none left out, and in its own order
 
 
 def test_replay_wants_a_text() -> None:

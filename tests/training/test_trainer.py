@@ -62,7 +62,9 @@ def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
     last = load_model(trainer.run_dir / "last.h5").model
     trainer.model.eval()
     assert torch.equal(last(tokens)[0], trainer.model(tokens)[0])
-    assert summary["epochs"][0]["epoch"] == pytest.approx(12 / trainer.steps_per_epoch, abs=0.01)
+    assert summary["epochs"][0]["epoch"] == pytest.approx(
+        12 / trainer.loader.batches_per_epoch, abs=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,9 +378,9 @@ def test_a_resumed_log_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> N
 def test_a_small_text_gets_a_short_run(corpus: Corpus, tmp_path: Path) -> None:
     """The default length is four epochs, at least 100 steps and at most DEFAULT_TOKENS tokens."""
     trainer = make_trainer(corpus, tmp_path / "a", steps=None)
-    assert trainer.total_steps == 4 * trainer.steps_per_epoch
+    assert trainer.total_steps == 4 * trainer.loader.batches_per_epoch
     trainer = make_trainer(corpus, tmp_path / "b", steps=None, batch_size=256)
-    assert trainer.steps_per_epoch < 25
+    assert trainer.loader.batches_per_epoch < 25
     assert trainer.total_steps == 100
     repeated = Split(np.tile(corpus.train.tokens, 40), np.array([0, 1]), np.array([1]))
     long_text = dataclasses.replace(corpus, train=repeated)
