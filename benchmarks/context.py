@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from outputs import add_force, check_results
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
@@ -24,6 +25,7 @@ from mmrec.data.corpus import Corpus, Split
 from mmrec.data.prepare import open_corpus, read_options
 from mmrec.evaluation.provenance import training_config
 from mmrec.profiling.kernel_bench import describe_machine
+from mmrec.runtime.pictures import METADATA
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -98,7 +100,7 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def main() -> None:
@@ -108,7 +110,10 @@ def main() -> None:
         "--longest", type=int, default=16384, help="longest context, a power of two"
     )
     parser.add_argument("--out", default="context", help="name of the results")
+    add_force(parser)
     args = parser.parse_args()
+    path, picture = RESULTS / f"{args.out}.json", IMAGES / f"{args.out}.png"
+    check_results(parser, args, path, picture)
     rows: list[dict[str, object]] = []
     for run in args.runs:
         loaded = load_model(find_checkpoint(run))
@@ -130,8 +135,8 @@ def main() -> None:
         )
     RESULTS.mkdir(exist_ok=True)
     result = {"machine": describe_machine(), "longest": args.longest, "rows": rows}
-    (RESULTS / f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, IMAGES / f"{args.out}.png", Path(str(rows[0]["source"])).parent.name or "")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, picture, Path(str(rows[0]["source"])).parent.name or "")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from outputs import add_force, check_results
 from perplexity import mmrec
 
 from mmrec.profiling.kernel_bench import describe_machine
+from mmrec.runtime.pictures import METADATA
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, list[str]] = {
@@ -100,7 +102,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def main() -> None:
@@ -117,15 +119,17 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep the rows of other methods")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", required=True, help="name of the results")
+    add_force(parser)
     args = parser.parse_args()
+    path = RESULTS / f"finetune-{args.out}.json"
+    check_results(parser, args, path, path.with_suffix(".png"))
     with tempfile.TemporaryDirectory() as name:
         rows = race(args, Path(name))
-    path = RESULTS / f"finetune-{args.out}.json"
     if args.add:
         earlier = [r for r in json.loads(path.read_text())["rows"] if r["method"] != "source"]
         rows += [r for r in earlier if r["method"] not in args.methods]
         rows.sort(key=lambda r: ["source", *METHODS].index(r["method"]))
-    not_settings = ("old", "new", "out", "source", "add", "methods")
+    not_settings = ("old", "new", "out", "source", "add", "methods", "force")
     settings = {k: v for k, v in vars(args).items() if k not in not_settings}
     result = {"machine": describe_machine(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")

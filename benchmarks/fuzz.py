@@ -29,8 +29,10 @@ from typing import Any
 import h5py
 import numpy as np
 from mutations import mutate
+from outputs import add_force, check_results
 
 from mmrec.errors import InputError
+from mmrec.profiling.kernel_bench import describe_machine
 
 SECONDS_PER_FILE = 20.0
 MEMORY_BYTES = 1 << 30  # beyond what the libraries take
@@ -207,7 +209,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files that went wrong")
     parser.add_argument("--json", type=Path)
+    add_force(parser)
     options = parser.parse_args()
+    if options.json:
+        check_results(parser, options, options.json, option="--json")
+    if options.keep and options.keep.is_dir() and any(options.keep.iterdir()):
+        parser.error(f"--keep must be a new or an empty folder; {options.keep} holds files")
     text = Path(argparse.__file__).read_text()[:12_000]
     counts: Counter[str] = Counter()
     by_mutation: dict[str, Counter[str]] = {}
@@ -247,6 +254,7 @@ def main() -> None:
                 print(f"{where}: {dict(counts)}", flush=True)
         process.kill()
     result = {
+        "machine": describe_machine(),
         "files": options.files,
         "seed": options.seed,
         "hdf5": h5py.version.hdf5_version,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from outputs import add_force, check_results
 
 from mmrec.checkpoint.checkpoint import load_model
 from mmrec.config import TrainConfig, preset
@@ -29,6 +30,7 @@ from mmrec.data.prepare import prepare
 from mmrec.finetune.grow import METHODS
 from mmrec.model import flops_per_token
 from mmrec.profiling.kernel_bench import describe_machine
+from mmrec.runtime.pictures import METADATA
 from mmrec.training.setup import initialize_trainer
 from mmrec.training.trainer import Trainer
 
@@ -186,7 +188,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, key: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def main() -> None:
@@ -209,24 +211,33 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_force(parser)
     args = parser.parse_args()
     if not 0 < args.share < 1:
         parser.error(f"--share must lie in (0, 1); got {args.share}")
     settings = {
         k: str(v) if isinstance(v, Path) else v
         for k, v in vars(args).items()
-        if k not in ("data", "out")
+        if k not in ("data", "out", "force")
     }
     args.out.mkdir(exist_ok=True)
+    paths = []
     for data in args.data:
         folder = Path(data)
         name = folder.parent.name if folder.stem == "input" else folder.stem
+        paths.append(args.out / f"growth-{name}{'-time' if args.minutes else ''}.json")
+        check_results(parser, args, paths[-1], paths[-1].with_suffix(".png"))
+    for data, path in zip(args.data, paths, strict=True):
         rows = race(data, args)
-        path = args.out / f"growth-{name}{'-time' if args.minutes else ''}.json"
         result = {"machine": describe_machine(), "settings": settings, "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
         key = "seconds" if args.minutes else "flops"
-        plot(rows, path.with_suffix(".png"), f"{name}: {args.small} to {args.large}", key)
+        plot(
+            rows,
+            path.with_suffix(".png"),
+            f"{path.stem.removeprefix('growth-')}: {args.small} to {args.large}",
+            key,
+        )
         print("\n".join(table(rows)))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from outputs import add_force, check_results
 
 from mmrec.checkpoint.checkpoint import load_model, read_metadata
 from mmrec.checkpoint.hdf5 import read_json
@@ -164,7 +165,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json"
     )
+    add_force(parser)
     args = parser.parse_args()
+    check_results(parser, args, args.out)
     rng, begin = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from baselines import SETTINGS, pair, settings
+from outputs import add_force, check_results
 
 from mmrec.profiling.kernel_bench import describe_machine
+from mmrec.runtime.pictures import METADATA
 
 RESULTS = Path(__file__).parent / "results"
 # Coordinate search: each setting in turn goes up or down from its start while the loss improves.
@@ -177,7 +179,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, unit: str) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def main() -> None:
@@ -200,6 +202,7 @@ def main() -> None:
         help="validate at the end only: a large split takes minutes",
     )
     parser.add_argument("--add", action="store_true", help="keep the rows of other models")
+    add_force(parser)
     args = parser.parse_args()
     if args.search:
         for name in args.search:
@@ -212,6 +215,7 @@ def main() -> None:
     about = describe_machine()
     title = f"{stem.removeprefix('race-')}, {about['cpu']}, {about['cores']} cores"
     path, rows = RESULTS / f"{stem}.json", []
+    check_results(parser, args, path, path.with_suffix(".png"))
     if args.add and path.exists():
         replaced = {(n, s) for n in args.models for s in args.seconds}
         old = json.loads(path.read_text())["rows"]

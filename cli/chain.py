@@ -26,7 +26,7 @@ def chain(
     """
     from mmrec.training import staged
 
-    continue_with = f"mmrec chain {shlex.quote(str(recipe))}"
+    continue_with = shlex.join(["mmrec", "chain", str(recipe)])
     lock, stages, start_scores = staged.open_stages(recipe, force=force)
     folder = lock.folder
     with tolerate_closed_output(), lock:

@@ -13,19 +13,29 @@ from mmrec.runtime.names import printable
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    out: Annotated[Path, typer.Option(help="The picture of all curves.")] = Path("compare.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="The picture of all curves; default: compare.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a file --out that is no picture of mmrec.")
+    ] = False,
 ) -> None:
     """Put runs side by side: a table, and their validation curves in one picture."""
+    from mmrec.checkpoint.outputs import check_output
     from mmrec.errors import InputError
-    from mmrec.evaluation.compare import draw_curves, read_run
+    from mmrec.evaluation.compare import READ, draw_curves, read_run
 
+    if as_json and (out is not None or force):
+        raise InputError("--json draws nothing: leave out --out and --force")
+    picture = out or Path("compare.png")
+    if not as_json:
+        inputs = [run / name for run in runs for name in READ]
+        check_output(picture, "picture", inputs=inputs, force=force)
     curves = [read_run(run) for run in runs]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(c) for c in curves], indent=1))
         return
-    if out.is_dir():
-        raise InputError(f"--out must be a file to write the picture in; {out} is a folder")
     names = {c.run: printable(c.run) for c in curves}
     width = max(4, *map(len, names.values()))
     typer.echo(
@@ -46,5 +56,5 @@ def compare(
             "note: these runs were not trained on the same tokens; where their texts "
             "differ, so do the bytes that are scored"
         )
-    draw_curves(curves, out)  # last: without a picture there is still the table
-    typer.echo(f"curves: {printable(out)}")
+    draw_curves(curves, picture, force=force)  # last: without a picture there is still the table
+    typer.echo(f"curves: {printable(picture)}")

@@ -43,16 +43,19 @@ def _prepare(source: str, settings: dict[str, Any], **options: Any) -> Path:
 def prepare(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)] = "stdlib",
     out: Annotated[
-        Path | None, typer.Option(help="The corpus file; default: one in the cache.")
+        Path | None, typer.Option(help="The corpus file, .h5 or .hdf5; default: one in the cache.")
     ] = None,
     compress: Annotated[bool, typer.Option("--compress", help="Make a smaller file.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a file --out that is no corpus.")
+    ] = False,
     **settings: Any,
 ) -> None:
     """Read text, split it, train a tokenizer, and write one HDF5 file."""
-    if out is not None and out.is_dir():
-        raise InputError(f"--out must be a file to write; {out} is a folder")
+    if force and out is None:
+        raise InputError("--force overwrites --out; give both")
     echo = functools.partial(typer.echo, err=True)
-    typer.echo(_prepare(source, settings, out=out, progress=echo, compress=compress))
+    typer.echo(_prepare(source, settings, out=out, progress=echo, compress=compress, force=force))
 
 
 @app.command()

@@ -50,16 +50,22 @@ def evaluate(
         Path | None, typer.Option(help="Folder with more tasks, as YAML.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Overwrite a file --plot or --report that mmrec did not write."
+        ),
+    ] = False,
     **settings: Any,
 ) -> None:
     """Score a model on its validation split, on --data, by --prompts, or by --tasks."""
     from mmrec.checkpoint.checkpoint import load_model
     from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.checkpoint.outputs import check_output
+    from mmrec.data.sources import source_files
     from mmrec.errors import InputError
+    from mmrec.evaluation.provenance import files_of_run
 
-    for option, path in (("--plot", plot), ("--report", report)):
-        if path is not None and path.is_dir():
-            raise InputError(f"{option} must be a file to write; {path} is a folder")
     mode = "--prompts" if prompts else "--tasks" if tasks else ""
     for option, is_given, modes in (
         ("--data", data is not None, [""]),
@@ -74,19 +80,28 @@ def evaluate(
         if is_given and mode not in modes:
             reason = f"with {mode}" if mode else f"without {modes[0]}"
             raise InputError(f"{option} has no effect {reason}: leave it out")
+    if force and plot is None and report is None:
+        raise InputError("--force overwrites --plot or --report; give one of them")
     if len(where or ()) > 1 and not prompts:
         raise InputError(
             f"one model at a time is scored; got {len(where or ())}: --prompts takes "
             "several, and mmrec compare"
         )
     paths: list[Path | None] = [*where] if where else [None]
-    models = [load_model(find_checkpoint(path)) for path in paths]
+    checkpoints = [find_checkpoint(path) for path in paths]
+    inputs = [*([prompts] if prompts else []), *source_files(data or "")]
+    for path in checkpoints:
+        inputs += files_of_run(path)
+    for option, kind, output in (("--plot", "picture", plot), ("--report", "report", report)):
+        if output is not None:
+            check_output(output, kind, option=option, inputs=inputs, force=force)
+    models = [load_model(path) for path in checkpoints]
     if prompts:
         _write_samples(models, prompts, settings, temperatures, max_tokens, report, as_json)
     elif tasks:
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
-        _score(models[0], data, settings, plot, as_json)
+        _score(models[0], data, settings, plot, as_json, force)
 
 
 def _write_samples(
@@ -100,6 +115,7 @@ def _write_samples(
 ) -> None:
     from tqdm import tqdm
 
+    from mmrec.checkpoint.outputs import REPORT_MARK
     from mmrec.config import SamplingConfig
     from mmrec.errors import InputError, StorageError
     from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
@@ -129,7 +145,7 @@ def _write_samples(
     if report is not None:
         page = to_html(samples) if report.suffix == ".html" else to_markdown(samples)
         try:
-            atomic_write_text(report, page)
+            atomic_write_text(report, REPORT_MARK + page)
         except StorageError:
             if not as_json:
                 typer.echo(to_markdown(samples), nl=False)  # the texts are not lost
@@ -173,6 +189,7 @@ def _score(
     settings: dict[str, Any],
     plot: Path | None,
     as_json: bool,
+    force: bool,
 ) -> None:
     from tqdm import tqdm
 
@@ -195,7 +212,7 @@ def _score(
     else:
         _print_scores(scores, report, f"{title}, on the {description}")
     if plot is not None:  # last: without a picture there are still the scores
-        draw_report(report, plot, title)
+        draw_report(report, plot, title, force=force)
         if not as_json:
             say(f"  picture         {plot}")
 

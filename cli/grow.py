@@ -1,6 +1,7 @@
 """``mmrec grow``."""
 
 import dataclasses
+import itertools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,15 +41,17 @@ def grow(
     ] = "preserve",
     seed: Annotated[int, typer.Option(help="Seed of the new parameters.", **SEED_BOUNDS)] = 0,
     out: Annotated[Path | None, typer.Option(help="The grown checkpoint.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file --out.")] = False,
     **sizes: Any,
 ) -> None:
     """Make a larger model that computes the same: mmrec grow runs/tiny-stdlib --to mini."""
     from mmrec.checkpoint.checkpoint import load_model, read_metadata
     from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.checkpoint.outputs import check_output
     from mmrec.config import ModelConfig, preset
-    from mmrec.data.sources import iter_documents
+    from mmrec.data.sources import iter_documents, source_files
     from mmrec.data.tokenizer import extend_characters
+    from mmrec.evaluation.provenance import files_of_run
     from mmrec.finetune.grow import GrowthPlan, added_character_pieces, grow_checkpoint
 
     if to is None and vocab is None and data is None and not sizes:
@@ -68,10 +71,8 @@ def grow(
     if new == old and vocab is None and data is None:
         raise InputError(f"nothing to grow: {path} has this shape already")
     target = out or path.with_name(f"grown-{to or f'{new.width}x{new.depth}'}.h5")
-    if target.is_dir():
-        raise InputError(f"--out must be a file to write; {target} is a folder")
-    if target.exists() and not force:
-        raise InputError(f"{target} is there already: choose another --out, or add --force")
+    inputs = itertools.chain(files_of_run(path), source_files(data or ""))
+    check_output(target, "checkpoint", inputs=inputs, force=force)
     source = load_model(path)
     tokenizer = source.tokenizer
     pieces: list[list[int]] = []
@@ -92,6 +93,7 @@ def grow(
         seed=seed,
         tokenizer=tokenizer,
         pieces=pieces,
+        force=force,
     )
     for title, shape, m in (("from", old, source.model), ("to", new, model)):
         count = sum(p.numel() for p in m.parameters())
@@ -99,8 +101,8 @@ def grow(
             f"{title:<5}width {shape.width}, {shape.depth} layers ({shape.resolved_layer_types}), "
             f"{shape.heads} heads, vocabulary {shape.vocab_size:,}, {count / 1e6:.2f} M parameters"
         )
-    quoted = shlex.quote(str(target))
-    say(f"wrote {target}; train it with: mmrec train --initialize-from {quoted}")
+    train_command = shlex.join(["mmrec", "train", "--initialize-from", str(target)])
+    say(f"wrote {target}; train it with: {train_command}")
 
 
 def _extend_vocabulary(

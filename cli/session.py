@@ -8,7 +8,7 @@ import typer
 
 from mmrec.cli.retry import ask_to_free_space
 from mmrec.cli.torchrun import command_line
-from mmrec.errors import TrainingDivergedError
+from mmrec.errors import TrainingDivergedError, WeightsDivergedError
 from mmrec.runtime.names import printable
 
 if TYPE_CHECKING:
@@ -47,19 +47,12 @@ def run_to_end(
         typer.Exit: code 1 if training diverged, 128 + n after signal n.
     """
     folder = trainer.run_dir
-    quoted = shlex.quote(str(folder))  # commands can be copied into a shell
-    resume_command = command_line(f"train --resume --out {quoted}", parallel)
+    resume_command = command_line(shlex.join(["train", "--resume", "--out", str(folder)]), parallel)
     try:
         summary = trainer.fit(resume=resume, lock=lock)
     except TrainingDivergedError as error:
-        from mmrec.checkpoint.manager import list_checkpoints
-
-        good = list_checkpoints(folder)
-        saved = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         say(
-            f"error: {error}, which never reached the weights; {saved}; start again with a lower "
-            f"--lr and --matrix-lr, or continue with {resume_command} --on-nan skip (or rollback)",
-            file=sys.stderr,
+            f"error: {error}; {_divergence_advice(trainer, error, resume_command)}", file=sys.stderr
         )
         raise typer.Exit(1) from None
     if summary["ended"] == "signal":
@@ -79,4 +72,29 @@ def run_to_end(
     best = f"best model {folder / 'best.h5'}, of step {summary['best_step']:,}"
     say(f"{best}: {summary['best_reason']}")
     curve = f"curve {folder / 'loss.png'}; " if (folder / "loss.png").exists() else ""
-    say(f'{curve}next: mmrec generate --model {quoted} --prompt "..."')
+    generate_command = shlex.join(["mmrec", "generate", "--model", str(folder), "--prompt"])
+    say(f'{curve}next: {generate_command} "..."')
+
+
+def _divergence_advice(
+    trainer: "Trainer", error: TrainingDivergedError, resume_command: str
+) -> str:
+    """Which checkpoint is good, and what to do.
+
+    Each checkpoint of an earlier step is good, since a step was taken from it. That of the newest
+    step is good unless its weights are what diverged.
+    """
+    from mmrec.checkpoint.checkpoint import read_metadata
+    from mmrec.checkpoint.manager import list_checkpoints
+
+    found = list_checkpoints(trainer.run_dir)
+    good, is_lost = found, isinstance(error, WeightsDivergedError)
+    if is_lost:
+        good = [path for path in found if read_metadata(path).step < trainer.progress.step]
+    saved = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+    advice = "start again with a lower --lr and --matrix-lr"
+    policies = "rollback" if is_lost else "skip (or rollback)"
+    if good and good[-1] == found[-1] and trainer.config.evaluation.on_nan != policies:
+        advice += f", or continue with {resume_command} --on-nan {policies}"  # from that checkpoint
+    taken = "" if is_lost else "the weights are those before that step; "
+    return f"{taken}{saved}; {advice}"

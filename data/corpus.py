@@ -14,13 +14,14 @@ import numpy as np
 import platformdirs
 
 from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
-from mmrec.data.sources import CORPUS_NAMES
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.runtime.names import user_path
 
 KIND, SCHEMA = "corpus", 4
 SPLITS = ("train", "val")
+CORPUS_SUFFIXES = (".h5", ".hdf5")
+"""A source that ends so is a prepared corpus file."""
 
 
 @dataclass(frozen=True)
@@ -172,4 +173,4 @@ def cache_folder() -> Path:
 
 def is_prepared(source: str | Path) -> bool:
     """Whether a source names a prepared corpus file rather than text."""
-    return str(source).endswith((".h5", ".hdf5")) and str(source) not in CORPUS_NAMES
+    return str(source).endswith(CORPUS_SUFFIXES)

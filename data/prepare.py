@@ -18,8 +18,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
+from mmrec.checkpoint.outputs import check_not_read, check_output
 from mmrec.config import DataConfig
-from mmrec.data.corpus import KIND, SCHEMA, Corpus, cache_folder, is_prepared
+from mmrec.data.corpus import (
+    CORPUS_SUFFIXES,
+    KIND,
+    SCHEMA,
+    Corpus,
+    cache_folder,
+    is_prepared,
+)
 from mmrec.data.dedup import minhash_signatures
 from mmrec.data.readers import Document, ReadOptions
 from mmrec.data.sources import (
@@ -30,6 +38,7 @@ from mmrec.data.sources import (
     check_read_once,
     parse_mixture,
     rereadable,
+    source_files,
 )
 from mmrec.data.split import DROPPED, TRAIN, VAL, SplitPlan, plan_split, scan_documents
 from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards, check_characters
@@ -48,7 +57,7 @@ TOKENIZER_SAMPLE_BYTES = 1 << 26
 """Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
 MANY_COPIES = 0.1
 """Share of exact copies among the documents from which on they are mentioned."""
-LOCK_NAME = ".prepare.lock"
+LOCK_NAME = ".mmrec.prepare.lock"
 READING_SETTINGS = ("text_field", "skip_bad", "max_bytes", "val_fraction", "val_file")
 """Settings of how a text is read and split, which a prepared corpus does not need."""
 
@@ -130,6 +139,7 @@ def prepare(
     *,
     add_characters: bool = False,
     compress: bool = False,
+    force: bool = False,
     shard_chars: int = SHARD_CHARS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
 ) -> Path:
@@ -146,24 +156,38 @@ def prepare(
         tokenizer: ``bpe`` (trained on the training text), ``char`` or ``byte``; or a tokenizer to
             use as it is.
         vocab_size: vocabulary of ``bpe``.
-        out: the file to write; None writes to the cache.
+        out: the file to write, which ends in .h5 or .hdf5; None writes to the cache.
         progress: called with a line of text at each stage.
         options: how the source is read and split.
         add_characters: add the characters of the source to a given ``char`` tokenizer.
         compress: compress the tokens, which are then read into memory as a whole.
+        force: replace a file ``out`` that is no corpus, unless it is read.
         shard_chars: characters of text in a shard.
         tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
             bytes of the training text.
 
     Raises:
         InputError: the source cannot be read, is empty or too small to split, a document is not a
-            string, the tokenizer is unknown, or a given one does not know a character.
+            string, the tokenizer is unknown, a given one does not know a character, or ``out`` must
+            not be written.
         StorageError: the file cannot be written.
     """
     echo = progress or (lambda line: None)
     options = dataclasses.replace(options or ReadOptions())  # with counts of its own
     components = _components(source)
+    if out is not None:
+        inputs = [*source_files(source), *source_files(options.val_file)]
+        check_not_read(out, inputs)
+    if out is not None and not is_prepared(out):
+        raise InputError(
+            f"--out must end in {' or '.join(CORPUS_SUFFIXES)}, by which --data knows a corpus; "
+            f"got {out}: name it {out}.h5"
+        )
     if len(components) == 1 and is_prepared(components[0][1]):
+        if out is not None:
+            raise InputError(
+                f"{components[0][1]} is a prepared corpus already; --out takes what text becomes"
+            )
         return user_path(components[0][1])
     if isinstance(tokenizer, str):
         check_tokenizer_settings(tokenizer, vocab_size)
@@ -180,6 +204,8 @@ def prepare(
         raise InputError(f"cannot make the folder {folder}: {error.strerror}{advice}") from None
     if not os.access(folder, os.W_OK | os.X_OK):  # before the text is read, not after
         raise InputError(f"the folder {folder} cannot be written{advice}")
+    if out is not None:
+        check_output(out, "corpus", force=force)
     with contextlib.ExitStack() as stack:
         val_options = dataclasses.replace(options, max_bytes=0, val_file="")
         readers = [
@@ -395,7 +421,8 @@ class _Preparation:
             self.skipped_records,
             *["compressed"] * self.compress,
         ]
-        stem = Path(self.source).stem or self.source
+        # of the components, so that a relative and an absolute mixture have one name
+        stem = "-".join(Path(name).stem or name for _, name in self.mixture)
         stem = re.sub(r"[^A-Za-z0-9]+", "-", stem[:MAX_STEM_CHARS]).strip("-") or "text"
         key_hash = hashlib.sha256(json.dumps(self.cache_key).encode()).hexdigest()[:16]
         self.file_name = f"{stem}-{self.kind}-{key_hash}.h5"

@@ -29,7 +29,7 @@ from mmrec.data.readers import (
 )
 from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
-from mmrec.runtime.atomic import remove_stale_temporaries
+from mmrec.runtime.atomic import remove_stale_temporaries, temporary_path
 from mmrec.runtime.names import path_exists, shorten, user_path
 
 CORPUS_NAMES = ["stdlib", "shakespeare"]
@@ -109,6 +109,66 @@ def check_read_once(names: Iterable[str]) -> None:
                 "one of the texts in a file"
             )
         seen[place] = name
+
+
+def source_files(source: Source) -> Iterator[Path]:
+    """List the files that a source reads, without reading them.
+
+    Args:
+        source: a source, or a mixture of several.
+
+    Yields:
+        The files; none of a corpus name, of documents, of a data set on the hub, or of what does
+        not exist.
+    """
+    if not isinstance(source, str | Path) or str(source) in ("", DOCUMENTS):
+        return
+    for _, name in parse_mixture(str(source)):
+        if name == "-":
+            yield Path("/dev/stdin")
+        elif name.startswith("hf:"):
+            folder = Path(name.split(":")[1])
+            yield from (p for p in folder.rglob("*") if p.is_file())
+        elif name not in CORPUS_NAMES:
+            with contextlib.suppress(InputError, OSError):
+                yield from _find_files(name)
+
+
+def absolute_source(source: str) -> str:
+    """Return a source with absolute paths, so that it means the same in every folder.
+
+    Args:
+        source: a source, or a mixture of several.
+    """
+    names = [_absolute_name(name) for _, name in parse_mixture(source)]
+    if len(names) == 1:
+        return names[0]
+    weights = [component.split(":")[0].strip() for component in MIXTURE_COMMA.split(source)]
+    absolute = ",".join(f"{w}:{name}" for w, name in zip(weights, names, strict=True))
+    # the name of the current folder may hold what separates the components
+    return absolute if [name for _, name in parse_mixture(absolute)] == names else source
+
+
+def _absolute_name(name: str) -> str:
+    if not name or name in (*CORPUS_NAMES, "-", DOCUMENTS):
+        return name
+    if name.startswith("hf:"):
+        folder, *details = name.removeprefix("hf:").split(":")
+        return ":".join(
+            ["hf", _absolute_name(folder) if Path(folder).is_dir() else folder, *details]
+        )
+    path = user_path(name)
+    if glob.has_magic(name) and not path_exists(path) and not path.is_absolute():
+        return str(Path(glob.escape(str(Path.cwd())), path))
+    return str(absolute_path(path))
+
+
+def absolute_path(path: Path) -> Path:
+    """Make a path absolute and free of "..", which leads nowhere once a folder is removed.
+
+    A link keeps its own name, since its suffix tells the format.
+    """
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def iter_documents(source: str | Path, options: ReadOptions | None = None) -> Iterator[Document]:
@@ -215,7 +275,7 @@ def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[R
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(folder)
     name_hash = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    copy = folder / f".{name_hash}.{os.getpid()}.tmp"
+    copy = temporary_path(folder / name_hash)
     try:
         if isinstance(source, str | Path):
             _write_copy(copy, iter_documents(source, options))

@@ -633,7 +633,9 @@ TRAIN_SETTINGS: dict[str, Setting] = {
 MODEL_SETTINGS: dict[str, Setting] = ModelConfig.settings()
 LENGTHS = tuple(LengthConfig.settings())
 """The settings of which at most one sets the length of a run."""
-RESUMABLE_SETTINGS = {*LENGTHS, "out", "on_nan"}
+SOURCES = ("data", "val_file", "replay_data")
+"""The settings that name texts. A resume may name other places with the same texts."""
+RESUMABLE_SETTINGS = {*LENGTHS, *SOURCES, "out", "on_nan"}
 """The settings that a resume may change."""
 
 

@@ -266,6 +266,27 @@ def open_h5_file(path: Path, kind: str, schema: int, oldest: int = 1) -> Iterato
         raise error_type(f"cannot read {kind} {path}: {error.strerror or error}") from None
 
 
+def file_kind(path: Path) -> str:
+    """Return the kind of an intact HDF5 file that mmrec wrote; an empty string for any other."""
+    try:
+        with path.open("rb") as raw:
+            size = _verify_seal(raw, path, "file")
+            with _content_errors(path, "file"), h5py.File(raw, "r") as file:
+                check_structure(file, size)
+                return str(read_attribute(file, "kind", str))
+    except (InputError, OSError):
+        return ""
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file begins with a seal, so that mmrec wrote it. It may be damaged."""
+    try:
+        with path.open("rb") as file:
+            return SEAL.fullmatch(file.read(SEAL_BYTES)) is not None
+    except OSError:
+        return False
+
+
 def _verify_seal(file: BinaryIO, path: Path, kind: str) -> int:
     """Compare a file with its seal. Return its length in bytes. Raise InputError."""
     start = file.read(SEAL_BYTES)

@@ -15,6 +15,9 @@ from mmrec.errors import DamagedError, InputError
 
 RUNS = Path("runs")
 """Where run folders are created by default."""
+CHAIN_FILE = "chain.json"
+"""File of the folder of a chain, whose runs are the folders in it."""
+_CHECKPOINT = re.compile(r"best\.h5|last\.h5|step-\d{1,18}\.h5")
 
 
 def load_latest(
@@ -82,22 +85,34 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 def newest_run(runs: Path = RUNS) -> Path:
-    """Return the run folder whose checkpoints changed last.
+    """Return the run folder whose checkpoints changed last; the stages of chains count, too.
 
     Raises:
         InputError: There is none.
     """
-    files = [p for p in runs.glob("*/*.h5") if not p.name.startswith(".")]
+    folders = ("*", "*/*", "*/*/*")  # runs, and the stages of chains
+    files = [p for f in folders for p in runs.glob(f"{f}/*.h5") if _CHECKPOINT.fullmatch(p.name)]
     if not files:
         raise InputError(f"no trained model under {runs}/: train one first with 'mmrec train tiny'")
     return max(files, key=lambda p: p.stat().st_mtime_ns).parent
+
+
+def latest_stage(folder: Path) -> Path:
+    """Return the last stage with a checkpoint, of the folder of a chain; of another, the folder."""
+    if not (folder / CHAIN_FILE).is_file():
+        return folder
+    numbers = ((re.fullmatch(r"(\d{1,9})-.+", p.name), p) for p in folder.iterdir())
+    stages = sorted((int(match[1]), path) for match, path in numbers if match)
+    trained = [p for _, p in stages if any(_CHECKPOINT.fullmatch(f.name) for f in p.glob("*.h5"))]
+    return trained[-1] if trained else folder
 
 
 def find_checkpoint(where: Path | None, runs: Path = RUNS) -> Path:
     """Return the checkpoint to use.
 
     Args:
-        where: A checkpoint, which is returned; a run folder; or None for the newest run.
+        where: A checkpoint, which is returned; a run folder; the folder of a chain, for its last
+            stage; or None for the newest run.
         runs: Where run folders are, for None.
 
     Returns:
@@ -109,13 +124,16 @@ def find_checkpoint(where: Path | None, runs: Path = RUNS) -> Path:
     run = newest_run(runs) if where is None else where
     if not run.is_dir():
         return run  # a file; if it is missing, opening it says so
+    run = latest_stage(run)
     for name in ("best.h5", "last.h5"):
         if (run / name).exists():
             return run / name
     steps = step_checkpoints(run)
     if steps:
         return steps[-1][1]
-    raise InputError(f"no checkpoint in {run}: expected best.h5, last.h5 or step-N.h5")
+    others = sorted(p.name for p in run.glob("*.h5"))
+    hint = f"; it holds {others[0]}, which must be named in full" if others else ""
+    raise InputError(f"no checkpoint in {run}: expected best.h5, last.h5 or step-N.h5{hint}")
 
 
 def run_tokenizer(run: Path) -> Tokenizer:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import read_metadata
+from mmrec.checkpoint.outputs import check_output
 from mmrec.config import TrainConfig, read_config_file
 from mmrec.errors import InputError
 from mmrec.runtime.pictures import legend_label, picture
+
+READ = ("metrics.jsonl", "config.toml", "summary.json", "best.h5")
+"""The files of a run that are read."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,23 @@ def read_run(folder: Path) -> Curve:
     )
 
 
-def draw_curves(curves: list[Curve], path: Path) -> None:
+def draw_curves(curves: list[Curve], path: Path, *, force: bool = False) -> None:
     """Write a PNG of all curves against steps, training tokens and seconds of training.
 
     The log of a run holds no times, so that equal runs have equal logs. The time of a validation is
     estimated as its fraction of the steps times the seconds of the run. A run without summary has
     no curve against seconds.
 
+    Args:
+        curves: those of the runs.
+        path: the file.
+        force: replace a file that is no picture of mmrec.
+
     Raises:
+        InputError: the file must not be replaced; see ``check_output``.
         StorageError: the picture cannot be drawn or written.
     """
+    check_output(path, "picture", option="path", force=force)
     with picture(path, 12.6) as figure:
         axes = figure.subplots(1, 3, sharey=True)
         for curve in curves:

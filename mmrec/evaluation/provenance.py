@@ -1,17 +1,21 @@
 """The text that a checkpoint was trained on, and whether it may be read.
 
-A checkpoint is data from anywhere. The path that it names is read only if it is a built-in corpus,
-or if the config.toml of the run folder around the checkpoint names it too.
+A checkpoint is data from anywhere. What it names is read only if it is a built-in corpus. Otherwise
+the config.toml of the run folder around the checkpoint, which a user can look at, names the text;
+and the fingerprint says whether that is the text that the checkpoint was trained on.
 """
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import LoadedModel
-from mmrec.config import DataConfig, TrainConfig, read_config_file
+from mmrec.config import SOURCES, DataConfig, TrainConfig, read_config_file
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import open_corpus, prepare, read_options
-from mmrec.data.sources import CORPUS_NAMES
+from mmrec.data.sources import CORPUS_NAMES, source_files
 from mmrec.errors import InputError
 
 
@@ -20,40 +24,44 @@ def training_config(loaded: LoadedModel) -> TrainConfig:
     return TrainConfig.from_dict(loaded.metadata.get("train", {}))
 
 
-def may_read(data: DataConfig, checkpoint: Path) -> bool:
-    """Whether the text that a checkpoint names may be read.
+def files_of_run(checkpoint: Path) -> Iterator[Path]:
+    """List a checkpoint and the files of the text that the config.toml beside it names.
 
     Args:
-        data: the settings of the text that are stored in the checkpoint.
         checkpoint: its path.
-
-    Raises:
-        InputError: the config.toml beside the checkpoint cannot be read.
     """
-    if data.source in CORPUS_NAMES and not data.val_file:
-        return True
+    yield checkpoint
     beside = checkpoint.with_name("config.toml")
-    train = read_config_file(beside).train if beside.is_file() else {}
-    return (train.get("data"), train.get("val_file", "")) == (data.source, data.val_file)
+    with contextlib.suppress(InputError):
+        train = read_config_file(beside).train if beside.is_file() else {}
+        for name in SOURCES:
+            yield from source_files(train.get(name, ""))
 
 
 def check_provenance(loaded: LoadedModel, *, option: str = "--data") -> DataConfig:
     """Return the settings of the text that a checkpoint was trained on, if it may be read.
+
+    The text's place is that of the config.toml beside the checkpoint, if there is one: a resume may
+    have found the text elsewhere since the checkpoint was written.
 
     Args:
         loaded: the checkpoint.
         option: what the error message names as the way to give another text.
 
     Raises:
-        InputError: the text may not be read.
+        InputError: the text may not be read, or the config.toml cannot be read.
     """
     data = training_config(loaded).data
-    if not may_read(data, loaded.path):
+    if data.source in CORPUS_NAMES and not data.val_file:
+        return data
+    beside = loaded.path.with_name("config.toml")
+    train = read_config_file(beside).train if beside.is_file() else {}
+    if "data" not in train:
         raise InputError(
             f"{loaded.path} says it was trained on {data.source!r}; what a file names is not read "
             f"unless the config.toml beside it names it too: give {option}"
         )
-    return data
+    return dataclasses.replace(data, source=train["data"], val_file=train.get("val_file", ""))
 
 
 def training_corpus(
@@ -77,7 +85,16 @@ def training_corpus(
     # where training made the tokenizer from the text, its prepared corpus is found again
     is_own = not training_config(loaded).finetune.initialize_from
     tokenizer = data.tokenizer if is_own else loaded.tokenizer
-    corpus = Corpus.open(prepare(source, tokenizer, data.vocab, None, echo, options))
+    try:
+        corpus = Corpus.open(prepare(source, tokenizer, data.vocab, None, echo, options))
+    except InputError as error:
+        if next(source_files(source), None) is not None or source in CORPUS_NAMES:
+            raise
+        run = shlex.quote(str(loaded.path.parent))
+        raise InputError(
+            f"{error}; if the text was moved, tell its run where it is: mmrec train --resume --out "
+            f"{run} --data NEW"
+        ) from None
     if corpus.info["fingerprint"] != loaded.metadata.get("fingerprint"):
         raise InputError(
             f"the text of {source}, or how mmrec reads it, changed since training: give {option}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mmrec.checkpoint.outputs import check_output
 from mmrec.evaluation.evaluate import TokenScores
 from mmrec.runtime.names import shorten
 from mmrec.runtime.pictures import LABEL_CHARS, picture
@@ -119,12 +120,20 @@ def make_report(
     return Report(len(starts), interval, positions, calibration, float(error))
 
 
-def draw_report(report: Report, path: Path, title: str) -> None:
+def draw_report(report: Report, path: Path, title: str, *, force: bool = False) -> None:
     """Write a PNG with two plots: loss against position in the document, and calibration.
 
+    Args:
+        report: what is drawn.
+        path: the file.
+        title: title of the picture.
+        force: replace a file that is no picture of mmrec.
+
     Raises:
+        InputError: the file must not be replaced; see ``check_output``.
         StorageError: the picture cannot be drawn or written.
     """
+    check_output(path, "picture", option="path", force=force)
     with picture(path, 10.0) as figure:
         left, right = figure.subplots(1, 2)
         middles = [math.sqrt((b["from"] + 1) * (b["to"] + 1)) for b in report.positions]

@@ -31,6 +31,7 @@ from mmrec.checkpoint.checkpoint import (
     put_moments,
     save_checkpoint,
 )
+from mmrec.checkpoint.outputs import check_output
 from mmrec.config import ModelConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
@@ -420,26 +421,29 @@ def grow_checkpoint(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     pieces: Sequence[list[int]] = (),
+    force: bool = False,
 ) -> Model:
     """Grow a checkpoint and write the result, with its optimizer moments if the source has any.
 
     Args:
         source: the checkpoint.
         config: configuration of the grown model.
-        out: the file to write; replaced if it exists.
+        out: the file to write.
         preset: name of the preset, stored in the file.
         method: see ``GrowthPlan``.
         seed: seed of the random numbers; torch's global generator is left as it is.
         tokenizer: the tokenizer with the new tokens; None for the source's.
         pieces: see ``GrowthPlan``.
+        force: replace the file ``out`` if it exists and is not the source.
 
     Returns:
         The grown model.
 
     Raises:
-        InputError: see ``GrowthPlan``.
+        InputError: see ``GrowthPlan`` and ``check_output``.
         StorageError: the file cannot be written.
     """
+    check_output(out, "checkpoint", option="out", inputs=[source.path], force=force)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(config)

@@ -40,6 +40,11 @@ def write_with_retry(write: Callable[[], None], retry: Retry = never_retry) -> N
                 raise
 
 
+def temporary_path(path: Path) -> Path:
+    """Return the name under which this process writes a file before it is complete."""
+    return path.with_name(f".{extensible(path.name)}.{os.getpid()}.mmrec.tmp")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Provide a temporary path, and rename it to ``path`` if the block succeeds.
@@ -56,7 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The system refused (disk full, no permission …). ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{extensible(path.name)}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         _flush_file(temporary)
@@ -102,9 +107,9 @@ def append_all_or_nothing(file: io.FileIO, path: Path, data: bytes) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove the temporary files in a folder whose writers are no longer running."""
-    for path in folder.glob(".*.tmp"):
-        writer = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
+    """Remove mmrec's temporary files in a folder whose writers are no longer running."""
+    for path in folder.glob(".*.mmrec.tmp"):
+        writer = re.fullmatch(r"\..+\.(\d{1,9})\.mmrec\.tmp", path.name)
         if writer and not process_is_alive(int(writer[1])):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -37,7 +37,7 @@ class FolderLock:
             InputError: The folder cannot be created or written.
         """
         self.folder = folder
-        self._path, self._owner_path = folder / ".lock", folder / ".lock.owner"
+        self._path, self._owner_path = folder / ".mmrec.lock", folder / ".mmrec.lock.owner"
         # several objects, and several threads, must exclude each other: nothing may be shared
         self._lock = FileLock(self._path, timeout=PATIENCE, thread_local=False)
         self._held = False

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmrec.config import VERSION
 from mmrec.errors import StorageError
 from mmrec.runtime.atomic import atomic_path
 from mmrec.runtime.names import printable, shorten
@@ -13,6 +14,8 @@ from mmrec.runtime.names import printable, shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+METADATA = {"Software": f"mmrec {VERSION}"}
+"""What every picture of mmrec says about itself."""
 LABEL_CHARS = 48
 """Longest title, or entry of a legend, in characters."""
 
@@ -41,7 +44,7 @@ def picture(path: Path, width: float, height: float = 4.2) -> Iterator["Figure"]
             figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
             yield figure
             with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png")
+                figure.savefig(temporary, format="png", metadata=METADATA)
     except StorageError:
         raise
     except Exception as error:  # of matplotlib, of its fonts and settings, or of the block

@@ -12,13 +12,14 @@ from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import check_given_settings, open_corpus
-from mmrec.data.sources import check_read_once
+from mmrec.data.sources import check_read_once, source_files
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
 from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
+from mmrec.training.run_dir import check_run_dir
 from mmrec.training.setup import RunPlan, begin_run
 from mmrec.training.trainer import Trainer
 
@@ -111,7 +112,11 @@ def begin_finetuning(
     Raises:
         InputError: the model, a text or a setting is not usable.
     """
-    source = load_model(find_checkpoint(Path(where)))
+    path = find_checkpoint(Path(where))
+    inputs = (path, *source_files(old_data or ""))
+    if given.get("out"):  # before any long work
+        check_run_dir(Path(given["out"]), inputs, force=force)
+    source = load_model(path)
     settings, model = _resolve(source, given, echo)
     check_read_once([settings["data"], old_data or ""])
     wants_replay = bool(given.get("replay_fraction"))
@@ -119,7 +124,7 @@ def begin_finetuning(
     if wants_replay and earlier is not None:
         settings["replay_data"] = str(earlier.path.resolve())
     train = TrainConfig.from_flat(settings)
-    plan = RunPlan(str(source.metadata.get("preset", "model")), model, train, source)
+    plan = RunPlan(str(source.metadata.get("preset", "model")), model, train, source, inputs=inputs)
     lock, trainer = begin_run(plan, force=force, echo=echo, **options)
     corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
     try:

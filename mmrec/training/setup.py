@@ -8,21 +8,30 @@ The command line and the Python API call the same functions:
 * ``train`` puts them together.
 """
 
+import contextlib
 import dataclasses
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import LoadedModel, load_model
-from mmrec.checkpoint.manager import find_checkpoint, newest_run, run_tokenizer
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model, read_metadata
+from mmrec.checkpoint.manager import (
+    find_checkpoint,
+    latest_stage,
+    list_checkpoints,
+    newest_run,
+    run_tokenizer,
+)
 from mmrec.config import (
     LENGTHS,
     MODEL_SETTINGS,
     RESUMABLE_SETTINGS,
+    SOURCES,
     TRAIN_SETTINGS,
     ModelConfig,
     TrainConfig,
@@ -38,7 +47,15 @@ from mmrec.data.prepare import (
     prepare,
     read_options,
 )
-from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
+from mmrec.data.sources import (
+    CORPUS_NAMES,
+    DOCUMENTS,
+    absolute_path,
+    absolute_source,
+    is_single_pass,
+    parse_mixture,
+    source_files,
+)
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
 from mmrec.finetune.grow import GrowthPlan, added_character_pieces, initialize_from
@@ -46,8 +63,8 @@ from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
 from mmrec.training.callbacks import Callback
-from mmrec.training.run_dir import open_run_dir
-from mmrec.training.trainer import Trainer
+from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
+from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
 
 Source = str | Path | Iterable[str]
 """Where text comes from: a name or path as for ``--data``, or the documents themselves."""
@@ -67,6 +84,18 @@ class RunPlan:
     """The documents to train on; None reads them from ``train.data.source``."""
     method: str = "preserve"
     """How the source is grown to the shape of ``model``; see ``GrowthPlan``."""
+    inputs: tuple[Path, ...] = ()
+    """Files that are read besides the texts and the source, such as the configuration file."""
+
+    @property
+    def input_files(self) -> Iterator[Path]:
+        """The files that the run reads, none of which it may replace."""
+        yield from self.inputs
+        if self.source is not None:
+            yield self.source.path
+        settings = self.train.flat()
+        for name in SOURCES:
+            yield from source_files(settings[name])
 
 
 @dataclass(frozen=True)
@@ -117,7 +146,8 @@ def train(
             the model ``initialize_from``; without either, ``tiny``.
         config: a TOML configuration file.
         resume: continue a run: its folder, or True for the folder ``out``, or for the newest run if
-            ``out`` is not given. Only the length, ``on_nan`` and ``out`` may be given with it.
+            ``out`` is not given. Only the length, ``on_nan`` and ``out`` may be given with it; and
+            ``data``, ``val_file`` and ``replay_data``, for the same text in another place.
         force: overwrite the run in the folder ``out``.
         callbacks: see ``mmrec.Callback``.
         progress: whether to print messages and a progress bar.
@@ -139,23 +169,22 @@ def train(
     options: dict[str, Any] = {"callbacks": callbacks, "show_progress": progress}
     _check_types(preset=preset, config=config, resume=resume, callbacks=callbacks)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    documents = None
+    if isinstance(data, str | Path):
+        given["data"] = str(data)
+    elif data is not None:
+        given["data"], documents = DOCUMENTS, data
     if resume:
-        if data is not None or preset is not None or config is not None or force:
+        if preset is not None or config is not None or force:
             raise InputError(
-                "resume keeps the settings of its run; data, preset, config and force cannot be "
-                "given"
+                "resume keeps the settings of its run; preset, config and force cannot be given"
             )
         if not isinstance(resume, bool):
             if "out" in given:
                 raise InputError(f"give the folder once: as resume or as out; got {given['out']!r}")
             given["out"] = str(resume)
-        lock, trainer = resume_run(given, echo=echo, **options)
+        lock, trainer = resume_run(given, documents=documents, echo=echo, **options)
     else:
-        documents = None
-        if isinstance(data, str | Path):
-            given["data"] = str(data)
-        elif data is not None:
-            given["data"], documents = DOCUMENTS, data
         plan = plan_run(preset, config, given, default_preset="tiny")
         if documents is not None:
             plan = dataclasses.replace(plan, documents=documents)
@@ -246,7 +275,8 @@ def plan_run(
     check_given_settings(own, config.data)
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)
-    return RunPlan(name, model, config, source)
+    inputs = () if config_path is None else (Path(config_path),)
+    return RunPlan(name, model, config, source, inputs=inputs)
 
 
 def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:
@@ -294,16 +324,11 @@ def begin_run(
         InputError: the data or the folder is not usable, or the source cannot be grown.
     """
     config, model, source = plan.train, plan.model, plan.source
+    default, out = default_run_dir(plan.preset, config.data.source), config.output.out
+    if out or force:  # before any long work
+        check_run_dir(user_path(out) if out else default, plan.input_files, force=force)
     corpus, config = _prepare_corpus(plan, echo)
-    default = default_run_dir(plan.preset, config.data.source)
-    # text that can be read only once is not there for a resume, but its tokens are
-    sources = [] if plan.documents is not None else parse_mixture(config.data.source)
-    names = [name for _, name in sources] + [config.data.val_file]
-    if plan.documents is not None or any(is_single_pass(name) for name in names):
-        config = config.replace(data=str(corpus.path.resolve()), val_file="")
-    if is_single_pass(config.finetune.replay_data):
-        replay = open_corpus(config.finetune.replay_data, corpus.tokenizer, echo)
-        config = config.replace(replay_data=str(replay.path.resolve()))
+    config = _in_every_folder(config, corpus, echo, is_given=plan.documents is not None)
     trainer = Trainer(
         default,
         corpus,
@@ -323,9 +348,40 @@ def begin_run(
             echo(
                 f"note    characters new to the model, which get embeddings of their own: {count:,}"
             )
-    lock = open_run_dir(config.output.out, default, force=force)
+    lock = open_run_dir(out, default, force=force, inputs=plan.input_files)
     trainer.run_dir = lock.folder
     return lock, trainer
+
+
+def _in_every_folder(
+    config: TrainConfig, corpus: Corpus, echo: Callable[[str], None], *, is_given: bool
+) -> TrainConfig:
+    """Settings whose paths mean the same wherever the run is continued.
+
+    A text that can be read only once is not there for a resume, but its tokens are: their corpus
+    file takes its place.
+
+    Args:
+        config: the settings.
+        corpus: the corpus of ``config.data``.
+        echo: called with each line of text for the user.
+        is_given: whether the documents came from the caller.
+    """
+    finetune, data, val_file = config.finetune, config.data.source, config.data.val_file
+    names = [] if is_given else [name for _, name in parse_mixture(data)]
+    if is_given or any(is_single_pass(name) for name in [*names, val_file]):
+        data, val_file = str(corpus.path.resolve()), ""
+    replay = finetune.replay_data
+    if is_single_pass(replay):
+        replay = str(open_corpus(replay, corpus.tokenizer, echo).path.resolve())
+    initial, out = finetune.initialize_from, config.output.out
+    return config.replace(
+        data=absolute_source(data),
+        val_file=absolute_source(val_file),
+        replay_data=absolute_source(replay),
+        initialize_from=str(absolute_path(user_path(initial))) if initial else "",
+        out=str(absolute_path(user_path(out))) if out else "",
+    )
 
 
 def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:
@@ -377,6 +433,7 @@ def initialize_trainer(trainer: Trainer, source: LoadedModel, method: str = "pre
 def resume_run(
     given: dict[str, Any],
     *,
+    documents: Iterable[str] | None = None,
     echo: Callable[[str], None] = print,
     process_group: ProcessGroup = SINGLE_PROCESS,
     **options: Any,
@@ -386,50 +443,117 @@ def resume_run(
     Args:
         given: ``out``, the folder (by default the newest run's), and settings that a resume may
             change: those of ``RESUMABLE_SETTINGS``.
+        documents: the documents of the run, if they do not come from ``data``.
         echo, process_group, options: as for ``begin_run``.
 
     Returns:
         The lock of the run folder, and the trainer.
 
     Raises:
-        InputError: there is no such run, or a setting is given that a resume cannot change.
+        InputError: there is no such run, or a setting is given that a resume cannot change. That a
+            text is the same is checked when the trainer loads its checkpoint.
         RunLockedError: another process writes in the folder.
     """
     for name in given:
         if name not in RESUMABLE_SETTINGS:
             raise InputError(f"a resume keeps the settings of its run; {name} cannot be given")
-    changes = dict(given)
-    folder = user_path(changes.pop("out")) if "out" in changes else newest_run()
-    if not (folder / "config.toml").exists():
+    changes = {k: v for k, v in given.items() if k != "out"}
+    folder = latest_stage(user_path(given["out"])) if "out" in given else newest_run()
+    path = folder / "config.toml"
+    if not path.exists():
         raise InputError(f"no run at {folder} to resume: expected a folder with a config.toml")
+    if not holds_run(folder):
+        raise InputError(
+            f"no run at {folder} to resume: no run wrote its config.toml; begin one with it: "
+            f"{shlex.join(['mmrec', 'train', '--config', str(path), '--out', 'FOLDER'])}"
+        )
     lock = FolderLock(folder)
     try:
-        file = read_config_file(folder / "config.toml")
-        settings = dict(file.train)
-        if any(changes.get(name) is not None for name in LENGTHS):
-            settings = {k: v for k, v in settings.items() if k not in LENGTHS}
-        config = TrainConfig.from_flat(settings | changes)
-        model = ModelConfig.from_dict(file.model)
-        source, options_of_text = config.data.source, read_options(config.data)
-        if config.finetune.initialize_from:
-            corpus = open_corpus(source, run_tokenizer(folder), echo, options_of_text)
-        else:
-            kind, size = config.data.tokenizer, config.data.vocab
-            corpus = Corpus.open(prepare(source, kind, size, None, echo, options_of_text))
+        preset, model, config, metadata = _saved_settings(folder, changes)
+        if "replay_data" in given and not config.finetune.replay_fraction:
+            raise InputError("--replay-data has no effect: the run was started without a replay")
+        text: Source = config.data.source if documents is None else documents
+        options_of_text = read_options(config.data)
+        try:
+            if config.finetune.initialize_from:
+                corpus = open_corpus(text, run_tokenizer(folder), echo, options_of_text)
+            else:
+                kind, size = config.data.tokenizer, config.data.vocab
+                corpus = Corpus.open(prepare(text, kind, size, None, echo, options_of_text))
+        except InputError as error:
+            is_there = next(source_files(config.data.source), None) is not None
+            if is_there or "data" in given or config.data.source in CORPUS_NAMES:
+                raise
+            raise InputError(
+                f"{error}; if the text was moved, say where it is with --data"
+            ) from None
+        check_same_text(metadata, corpus_identity(corpus), config, folder)
+        config = _in_every_folder(config, corpus, echo, is_given=documents is not None)
+        if config.output.out:
+            config = config.replace(out=str(absolute_path(folder)))
         trainer = Trainer(
-            folder,
-            corpus,
-            model,
-            config,
-            file.preset,
-            echo=echo,
-            process_group=process_group,
-            **options,
+            folder, corpus, model, config, preset, echo=echo, process_group=process_group, **options
         )
     except BaseException:
         lock.release()
         raise
     return lock, trainer
+
+
+def _saved_settings(
+    folder: Path, changes: dict[str, Any]
+) -> tuple[str, ModelConfig, TrainConfig, dict[str, Any]]:
+    """Preset, shape and settings of an earlier run, and the metadata of its newest checkpoint.
+
+    The settings are those of its ``config.toml``, and for what that leaves out those of its newest
+    checkpoint.
+
+    Args:
+        folder: the run folder.
+        changes: settings that the resume changes.
+
+    Raises:
+        InputError: settings are missing, or the shape is not that of the checkpoint.
+    """
+    path = folder / "config.toml"
+    file = read_config_file(path)
+    preset, shape, settings = file.preset, dict(file.model), dict(file.train)
+    header = None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with contextlib.suppress(InputError):
+            header = read_metadata(checkpoint)
+            break
+    if header is not None:
+        preset = preset or str(header.metadata.get("preset", "model"))
+        saved = dataclasses.asdict(header.model_config)
+        for name, value in shape.items():
+            if value != saved[name]:
+                raise InputError(
+                    f"{path} must have the shape of the run's checkpoints, {name} {saved[name]}; "
+                    f"it has {value}"
+                )
+        shape = saved
+        before = TrainConfig.from_dict(header.metadata.get("train", {})).flat()
+        lengths = LENGTHS if any(name in settings for name in LENGTHS) else ()
+        settings = {k: v for k, v in before.items() if k not in lengths} | settings
+    elif any(name in changes for name in SOURCES):
+        name = next(name for name in SOURCES if name in changes)
+        raise InputError(
+            f"{folder} has no checkpoint yet that {TRAIN_SETTINGS[name].flag} could be compared "
+            "with: start the run again"
+        )
+    else:
+        expected = [*MODEL_SETTINGS, *(n for n, s in TRAIN_SETTINGS.items() if not s.optional)]
+        missing = next((name for name in expected if name not in shape | settings), None)
+        if missing:
+            raise InputError(
+                f"{path} must hold every setting of the run, which has no checkpoint; it lacks "
+                f"{missing}: start the run again"
+            )
+    if any(changes.get(name) is not None for name in LENGTHS):
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS}
+    config = TrainConfig.from_flat(settings | changes)
+    return preset, ModelConfig.from_dict(shape), config, header.metadata if header else {}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.checkpoint.checkpoint import load_model, read_metadata
+from mmrec.checkpoint.manager import CHAIN_FILE
+from mmrec.checkpoint.outputs import check_output
 from mmrec.config import (
     LENGTHS,
     MODEL_SETTINGS,
+    SOURCES,
     TRAIN_SETTINGS,
     ModelConfig,
     TrainConfig,
@@ -23,6 +26,7 @@ from mmrec.config import (
     read_toml,
 )
 from mmrec.data.prepare import corpus_tokenizer_kind
+from mmrec.data.sources import source_files
 from mmrec.errors import InputError, StorageError, did_you_mean
 from mmrec.evaluation.compare import read_run
 from mmrec.evaluation.evaluate import evaluate
@@ -32,7 +36,7 @@ from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
 from mmrec.training.plots import draw_stages
-from mmrec.training.run_dir import remove_run_files
+from mmrec.training.run_dir import check_run_dir, remove_run_files
 from mmrec.training.setup import RunPlan, begin_run, resume_run
 from mmrec.training.trainer import Trainer
 
@@ -40,7 +44,9 @@ SHARED_ONLY = ("data", "tokenizer", "vocab")
 """Settings of the text and its tokens, which are the same in all stages."""
 DEFAULT_FOLDER = "runs/chain"
 """Folder of all stages if the recipe names none."""
-STATE_FILE = "chain.json"
+PLACES = {"folder", "out", "initialize_from", *(TRAIN_SETTINGS[name].name for name in SOURCES)}
+"""Fields of a stage that say where files are. Files may move; their contents are compared."""
+STATE_FILE = CHAIN_FILE
 """File that holds the resolved recipe of a folder, and the score of each stage at its start."""
 HEADER = (
     f"{'stage':<12} {'parameters':>11} {'tokens':>9} {'time':>8} {'FLOPs':>9} {'start':>8} "
@@ -226,7 +232,7 @@ def check_unchanged(folder: Path, state: dict[str, Any], stages: list[Stage]) ->
         )
     for number, (old_stage, new_stage) in enumerate(zip(before, now, strict=True), 1):
         for (name, old), (_, new) in zip(_flat(old_stage), _flat(new_stage), strict=False):
-            if old != new:
+            if old != new and name not in PLACES:
                 raise InputError(
                     f"{folder} holds stages of another recipe (stage {number}: {name} was "
                     f"{old!r}, now {new!r}): {advice}"
@@ -260,6 +266,7 @@ def open_stages(
     """
     stages = read_recipe(recipe)
     folder = stages[0].folder.parent
+    _check_folder(recipe, stages, force=force)
     state = {} if force else read_state(folder)
     if not force:
         check_unchanged(folder, state, stages)
@@ -278,6 +285,24 @@ def open_stages(
         lock.release()
         raise
     return lock, stages, start_scores
+
+
+def _check_folder(recipe: Path, stages: list[Stage], *, force: bool) -> None:
+    """Check that the files of a chain may be written in its folder."""
+    folder, train = stages[0].folder.parent, stages[0].train
+    inputs = [recipe]
+    for text in (train.data.source, *(s.train.data.val_file for s in stages)):
+        inputs += source_files(text)
+    if folder.is_dir():
+        for name, kind in (
+            (STATE_FILE, "recipe"),
+            ("report.json", "stages"),
+            ("chain.png", "picture"),
+        ):
+            check_output(folder / name, kind, option="out", inputs=inputs, force=force)
+    if force:
+        for stage in stages:
+            check_run_dir(stage.folder, inputs, force=True)
 
 
 def begin_stage(
@@ -306,7 +331,10 @@ def begin_stage(
     """
     stage = stages[index]
     if (stage.folder / "config.toml").exists():
-        lock, trainer = resume_run({"out": str(stage.folder)}, echo=echo, **options)
+        settings = stage.train.flat()
+        places = [n for n in SOURCES if n != "replay_data" or settings["replay_fraction"]]
+        given = {"out": str(stage.folder)} | {n: settings[n] for n in places if settings[n]}
+        lock, trainer = resume_run(given, echo=echo, **options)
         return lock, trainer, True
     if not index:
         plan = RunPlan(stage.preset, stage.model, stage.train)

@@ -6,6 +6,7 @@ that a step depends on is the configuration, the corpus, and what ``Trainer.save
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -86,6 +87,7 @@ from mmrec.training.replicas import (
     replica_count,
     split_state,
 )
+from mmrec.training.run_dir import CONFIG_MARK
 
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
@@ -166,8 +168,8 @@ class Trainer:
             carry=data.state == "carry",
             names=corpus.mixture_names,
         )
-        self.fingerprints = {"fingerprint": corpus.info["fingerprint"]}
-        """SHA-256 of each text that is trained on. A run continues with the same texts only."""
+        self.fingerprints = corpus_identity(corpus)
+        """What identifies the texts that are trained on. A run continues with the same only."""
         if finetune.replay_fraction:
             self._add_replay()
         if corpus.val.n_tokens <= data.seq_len:
@@ -360,7 +362,8 @@ class Trainer:
         Raises:
             RunLockedError: another process writes in the folder.
             TrainingDivergedError: a loss or gradient is not finite, and ``on_nan`` does not let the
-                run continue. ``last.h5`` is the state before that step.
+                run continue. ``last.h5`` is the state before that step, unless that state is what
+                diverged.
             StorageError: a checkpoint could not be written; earlier ones are intact.
         """
         is_first = self.process_group.rank == 0  # of several processes, rank 0 writes
@@ -375,7 +378,7 @@ class Trainer:
                 if self.process_group.size > 1:
                     self.restore(self.run_dir / "step-0.h5")  # rank 0 alone has these weights
             if is_first:
-                text = config_to_toml(self.model.config, self.config, self.preset)
+                text = CONFIG_MARK + config_to_toml(self.model.config, self.config, self.preset)
                 atomic_write_text(self.run_dir / "config.toml", text)
                 self.metrics = MetricsLog(
                     self.run_dir,
@@ -676,9 +679,14 @@ class Trainer:
         weights_are_lost = isinstance(error, WeightsDivergedError)
         if policy == "stop" or limit or (policy == "skip" and weights_are_lost):
             torch.set_rng_state(self.rng_state)  # a resume takes the same step again
-            with contextlib.suppress(WeightsDivergedError):
-                self.save_resumable("last.h5")
-            raise type(error)(f"{error}{f' {limit}' if limit else ''}")
+            message = f"{error}{f' {limit}' if limit else ''}"
+            if not weights_are_lost and self._has_diverged():
+                weights_are_lost = True
+                message += ", and on the first text too: the weights have diverged"
+            if weights_are_lost:
+                raise WeightsDivergedError(message)
+            self.save_resumable("last.h5")
+            raise TrainingDivergedError(message)
         if policy == "skip":
             p.data_offset += 1
             p.skipped_steps += 1
@@ -696,6 +704,22 @@ class Trainer:
                 f"{restored.lr_scale:g} of the learning rates"
             )
         self.metrics.write(policy, self.progress.step, reason=str(error))
+
+    def _has_diverged(self) -> bool:
+        """Whether the weights, though finite, give no finite gradient on the first step's data.
+
+        The run stays as it was.
+        """
+        rng_state, recurrent_state = torch.get_rng_state(), self.recurrent_state
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self.compute_gradients(0)
+            [grad_norm] = map(float, self.replicas.run([self._clip_gradients]))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.set_rng_state(rng_state)
+            self.recurrent_state = recurrent_state
+        return not (math.isfinite(loss) and math.isfinite(grad_norm))
 
     # ---- messages and the summary
 
@@ -934,11 +958,8 @@ class Trainer:
         group, config = self.process_group, self.config
         is_first = group.rank == 0
         info = read_metadata(path)[1] if is_first else {}
-        for key, fingerprint in self.fingerprints.items() if is_first else ():
-            if info.get(key, fingerprint) != fingerprint:
-                data = config.data.source
-                text = data if key == "fingerprint" else config.finetune.replay_data
-                raise InputError(f"the text of {text} changed since {path} was saved")
+        if is_first:
+            check_same_text(info, self.fingerprints, config, path)
         state = None
         try:
             progress = restore_training_state(path, self.model, self.optimizer, group)
@@ -1026,6 +1047,45 @@ class Trainer:
             "newton_schulz": str(self.optimizer.newton_schulz_dtype).removeprefix("torch."),
             **{name: metadata.version(name) for name in ("torch", "numba", "numpy")},
         }
+
+
+def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+    """What identifies a text, as JSON: its SHA-256, and how it is mixed, split and tokenised.
+
+    Names do not count.
+    """
+    streams = [list(stream) for stream in corpus.mixture_streams]
+    return {
+        "fingerprint": corpus.info["fingerprint"],
+        "mixture": streams if len(streams) > 1 else [],
+        "split": [corpus.train.n_tokens, corpus.val.n_tokens],
+        "tokenizer": hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest(),
+    }
+
+
+def check_same_text(
+    saved: dict[str, Any], now: dict[str, Any], config: TrainConfig, path: Path
+) -> None:
+    """Check that a run continues with the texts that it began with.
+
+    Args:
+        saved: the metadata of a checkpoint.
+        now: what identifies the texts now; see ``corpus_identity``.
+        config: the settings, which name the texts.
+        path: the checkpoint or the run, for the error message.
+
+    Raises:
+        InputError: a text is another one.
+    """
+    for key, value in now.items():
+        if saved.get(key, value) != value:
+            is_replay = key == "replay_fingerprint"
+            text = config.finetune.replay_data if is_replay else config.data.source
+            what = key if key in ("mixture", "split", "tokenizer") else "text"
+            raise InputError(
+                f"the {what} of {text} is another one, or changed since {path} was saved; a run "
+                "continues with the same text only, under any name"
+            )
 
 
 def _count_steps(count: int) -> str:

@@ -46,12 +46,38 @@ def test_the_best_of_the_newest_run_is_found(tmp_path: Path) -> None:
     assert manager.find_checkpoint(None, runs) == runs / "b/last.h5"
     assert manager.find_checkpoint(runs / "a") == runs / "a/best.h5"
     assert manager.find_checkpoint(runs / "b/last.h5") == runs / "b/last.h5"
+    (runs / "grown").mkdir()  # as with mmrec grow --out runs/grown/x.h5
+    (runs / "grown/x.h5").touch()
+    assert manager.find_checkpoint(None, runs) == runs / "b/last.h5"
+    with pytest.raises(InputError, match=r"no checkpoint in .*; it holds x.h5, which must be"):
+        manager.find_checkpoint(runs / "grown")
     (runs / "c").mkdir()
     with pytest.raises(InputError, match="no checkpoint in .*c"):
         manager.find_checkpoint(runs / "c")
     (runs / "c/step-20.h5").touch()
     (runs / "c/step-100.h5").touch()
     assert manager.find_checkpoint(runs / "c") == runs / "c/step-100.h5"
+
+
+@pytest.mark.parametrize("chain", ["chain", "deep/chain"])
+def test_the_stages_of_a_chain_are_runs(tmp_path: Path, chain: str) -> None:
+    """The newest one is the newest run, and the folder of the chain stands for its last one."""
+    runs = tmp_path / "runs"
+    files = ["old/best.h5", f"{chain}/1-tiny/best.h5", f"{chain}/2-tiny/last.h5"]
+    for number, name in enumerate(files):
+        path = runs / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (number, number))
+    (runs / chain / "10-mini").mkdir()  # not begun yet
+    assert manager.newest_run(runs) == runs / chain / "2-tiny"
+    assert manager.find_checkpoint(None, runs) == runs / chain / "2-tiny/last.h5"
+    with pytest.raises(InputError, match="no checkpoint in"):
+        manager.find_checkpoint(runs / chain)
+    (runs / chain / manager.CHAIN_FILE).write_text("{}")
+    assert manager.find_checkpoint(runs / chain) == runs / chain / "2-tiny/last.h5"
+    (runs / chain / "10-mini/step-0.h5").touch()
+    assert manager.find_checkpoint(runs / chain) == runs / chain / "10-mini/step-0.h5"
 
 
 def test_checkpoints_are_listed_by_step_and_pruned(run: Path) -> None:

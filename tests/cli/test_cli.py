@@ -67,6 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         Path("lr.toml").write_text("[optimizer]\nlr = nan\n")
         Path("cut.toml").write_text("[train\n")
         Path("chain.toml").write_text("lr = 1.0\n")
+        Path("exp").mkdir()  # files of a user with the names of a run's and a chain's
+        shutil.copy("small.toml", "exp/config.toml")
+        Path("exp/report.json").write_text('{"mine": 1}')
+        Path("taken.toml").write_text(
+            'out = "exp"\ndata = "book.txt"\n[[stage]]\npreset = "tiny"\nsteps = 1\n'
+        )
+        Path("runs.h5").mkdir()
         Path("word.toml").write_text('preset = "tiny"\n[optimizer]\nlrr = 1\n')
         Path("type.toml").write_text('preset = "tiny"\n[length]\nsteps = "x"\n')
     return folder

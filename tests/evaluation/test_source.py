@@ -41,7 +41,7 @@ def test_a_text_is_read_only_if_the_run_folder_names_it(
     with pytest.raises(InputError, match="names it too: give --other"):
         training_corpus(loaded, option="--other")
     write_config(loaded, "another.txt")
-    with pytest.raises(InputError, match="names it too"):
+    with pytest.raises(InputError, match=r"another.txt.* moved, tell its run .* --data NEW"):
         evaluate_source(loaded)
     write_config(loaded, str(text_file))
     assert training_corpus(loaded).info["fingerprint"] == corpus.info["fingerprint"]

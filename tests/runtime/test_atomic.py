@@ -53,11 +53,12 @@ def test_temporaries_of_dead_processes_are_removed(tmp_path: Path) -> None:
         assert temporary.exists()
         writer.kill()
     assert not process_is_alive(writer.pid)
-    for name in (f".a.h5.{os.getpid()}.tmp", ".notes.tmp", "a.1.tmp"):
+    mine = (".notes.tmp", "a.1.mmrec.tmp", ".backup.999999999.tmp")  # files of the user
+    for name in (f".a.h5.{os.getpid()}.mmrec.tmp", *mine):
         (tmp_path / name).touch()
     remove_stale_temporaries(tmp_path)
     assert not temporary.exists()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process 1 is that of POSIX")

@@ -78,7 +78,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     with start(HOLDER, tmp_path) as holder:
         assert holder.stdout
         holder.stdout.readline()
-        (tmp_path / f".last.h5.{holder.pid}.tmp").touch()
+        (tmp_path / f".last.h5.{holder.pid}.mmrec.tmp").touch()
         with pytest.raises(RunLockedError, match=f"process {holder.pid} on "):
             FolderLock(tmp_path)
         holder.kill()

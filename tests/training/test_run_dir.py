@@ -13,7 +13,7 @@ from mmrec.training.metrics import (
     format_duration,
     overfitting_warning,
 )
-from mmrec.training.run_dir import open_run_dir
+from mmrec.training.run_dir import CONFIG_MARK, FILES, open_run_dir
 
 
 def test_a_run_is_never_overwritten_without_force(tmp_path: Path) -> None:
@@ -25,26 +25,52 @@ def test_a_run_is_never_overwritten_without_force(tmp_path: Path) -> None:
 
     first = open_and_close()
     assert first == default
+    (first / "config.toml").write_text(f"{CONFIG_MARK}preset = 'tiny'\n")
     (first / "best.h5").write_text("precious")
+    (first / "step-9.h5").write_text("precious")
+    (first / "step-of-mine.h5").write_text("mine")
     (first / "notes.txt").write_text("mine")
     assert open_and_close() == tmp_path / "tiny-stdlib-2"
     with pytest.raises(InputError, match="already holds a run: choose another --out, .*--force"):
         open_and_close(str(first))
     assert (first / "best.h5").read_text() == "precious"
     assert open_and_close(str(first), force=True) == first
-    assert [p.name for p in first.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in first.iterdir()) == ["notes.txt", "step-of-mine.h5"]
     with pytest.raises(InputError, match="must be a folder; it is a file"):
         open_and_close(str(first / "notes.txt"))
     with pytest.raises(InputError, match="cannot write in the run folder"):
         open_and_close(str(first / "notes.txt" / "below"))
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_user_is_no_run(tmp_path: Path, name: str) -> None:
+    """It is overwritten only by ``force``, and never if the run reads it."""
+    folder, default = tmp_path / "exp", tmp_path / "tiny"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (tmp_path / "link").symlink_to(folder / name)
+    with pytest.raises(InputError, match=f"{name} is there already, and no run wrote it: choose"):
+        open_run_dir(str(folder), default, force=False)
+    for source in (folder / name, tmp_path / "link", folder / ".." / "exp" / name):
+        for force in (False, True):
+            with pytest.raises(InputError, match="--out must not be a file that is read"):
+                open_run_dir(str(folder), default, force=force, inputs=[source])
+    assert (folder / name).read_text() == "mine"
+    assert [p.name for p in folder.iterdir()] == [name]
+    with open_run_dir("", folder, force=False) as lock:  # nobody asked for this folder
+        assert lock.folder == tmp_path / "exp-2"
+    with open_run_dir(str(folder), default, force=True):
+        assert not (folder / name).exists()
+
+
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     default = tmp_path / "tiny"
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / ".last.h5.123.tmp").write_text("left by a process that was killed")
+    (tmp_path / "tiny" / ".last.h5.999999999.mmrec.tmp").write_text(
+        "left by a process that was killed"
+    )
     with open_run_dir("", default, force=False) as first:
-        assert all(p.name.startswith(".lock") for p in default.iterdir())
+        assert all(p.name.startswith(".mmrec.lock") for p in default.iterdir())
         for force in (False, True):
             with pytest.raises(
                 RunLockedError, match=f"is being written by process {os.getpid()} on "
