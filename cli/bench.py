@@ -1,7 +1,6 @@
 """``mmrec bench``: time the kernels beside other implementations, and a training step."""
 
 import dataclasses
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from mmrec.cli.options import PRESET_HELP, App, VocabSize, settings_options
+from mmrec.cli.streams import print_json
 from mmrec.config import ModelConfig, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
@@ -111,12 +111,12 @@ def _run(
         except KeyboardInterrupt:
             bar.close()
             if as_json:
-                typer.echo(json.dumps(to_json(rows) | {"interrupted": True}, indent=1))
+                print_json(to_json(rows) | {"interrupted": True})
             done = f"{len(rows)} rows" if rows else "nothing"
             typer.echo(f"interrupted: {done} measured so far", err=True)
             raise
     if as_json:
-        typer.echo(json.dumps(to_json(rows), indent=1))
+        print_json(to_json(rows))
 
 
 def _print_case(rows: "list[Row]") -> None:
@@ -199,7 +199,7 @@ def _print_step(
     if as_json:
         about = {"machine": describe_machine(), "preset": preset, "vocab": model.vocab_size}
         about |= {"peak_fraction": result.peak_fraction, **dataclasses.asdict(result)}
-        typer.echo(json.dumps(about, indent=1))
+        print_json(about)
         return
     typer.echo(
         f"{preset}, vocabulary {model.vocab_size:,}, {config.data.batch_size} x "

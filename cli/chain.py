@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mmrec.cli.options import literal
 from mmrec.cli.session import TRAINER_OPTIONS, run_to_end, say
 from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 
 def chain(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help=literal("TOML file with [[stage]] tables."))
+        Path, typer.Argument(metavar="RECIPE", help="TOML file with [[stage]] tables.")
     ],
     force: Annotated[
         bool, typer.Option("--force", help="Start over; overwrite the stages.")

@@ -1,20 +1,29 @@
 """``mmrec compare``."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mmrec.cli.options import several_models
+from mmrec.cli.streams import print_json
 from mmrec.runtime.names import printable
+
+PICTURE = "compare.png"
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    where: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders.")
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option("--model", metavar="RUN", help="The same as the argument; repeatable."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The picture of all curves; default: compare.png.")
+        Path | None, typer.Option(help="The picture of all curves.", show_default=PICTURE)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw nothing.")] = False,
     force: Annotated[
@@ -26,15 +35,18 @@ def compare(
     from mmrec.errors import InputError
     from mmrec.evaluation.compare import READ, draw_curves, read_run
 
+    runs = several_models(where, model)
+    if not runs:
+        raise InputError("name run folders: mmrec compare runs/tiny-stdlib runs/mini-stdlib")
     if as_json and (out is not None or force):
         raise InputError("--json draws nothing: leave out --out and --force")
-    picture = out or Path("compare.png")
+    picture = out or Path(PICTURE)
     if not as_json:
         inputs = [run / name for run in runs for name in READ]
         check_output(picture, "picture", inputs=inputs, force=force)
     curves = [read_run(run) for run in runs]
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(c) for c in curves], indent=1))
+        print_json([dataclasses.asdict(c) for c in curves])
         return
     names = {c.run: printable(c.run) for c in curves}
     width = max(4, *map(len, names.values()))

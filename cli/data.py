@@ -1,13 +1,13 @@
 """``mmrec data``: prepare a corpus, or show what one holds."""
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmrec.cli.options import App, settings_options
+from mmrec.cli.streams import print_json
 from mmrec.config import PRESETS, DataConfig
 from mmrec.errors import InputError
 
@@ -80,7 +80,7 @@ def inspect(
         info = {k: v for k, v in corpus.info.items() if k != "cache_key"}
         tokenizer = {"kind": corpus.tokenizer.kind, "vocabulary": corpus.tokenizer.vocab_size}
         extra = {"tokenizer": tokenizer, "file_bytes": corpus.path.stat().st_size}
-        typer.echo(json.dumps(info | splits | extra, indent=1))
+        print_json(info | splits | extra)
     else:
         _print(corpus, splits)
 

@@ -1,14 +1,15 @@
 """``mmrec eval``."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ALL_SETTINGS, settings_options
+from mmrec.cli.options import ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
+from mmrec.cli.streams import print_json
+from mmrec.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from mmrec.evaluation.report import Report
 
 EVAL_SETTINGS = ("text_field", "skip_bad")
-DEFAULT_TEMPERATURES = "0,0.8,1"
-DEFAULT_MAX_TOKENS = 120
+TEMPERATURES, MAX_TOKENS = "0,0.8,1", 120
+"""Defaults of the options of --prompts."""
 
 
 @settings_options(EVAL_SETTINGS)
@@ -26,6 +27,7 @@ def evaluate(
         list[Path] | None,
         typer.Argument(metavar="[RUN|CHECKPOINT]...", help="By default the newest run."),
     ] = None,
+    model: ModelsOption = None,
     data: Annotated[str | None, typer.Option(help="Another text to score in full.")] = None,
     plot: Annotated[
         Path | None,
@@ -35,17 +37,21 @@ def evaluate(
         Path | None, typer.Option(help="File of prompts to continue: one per line, or records.")
     ] = None,
     temperatures: Annotated[
-        str, typer.Option(help="Temperatures for --prompts, joined by commas.")
-    ] = DEFAULT_TEMPERATURES,
+        str | None,
+        typer.Option(
+            help="Temperatures for --prompts, joined by commas.", show_default=TEMPERATURES
+        ),
+    ] = None,
     max_tokens: Annotated[
-        int, typer.Option(help="Most tokens per prompt.", min=1)
-    ] = DEFAULT_MAX_TOKENS,
+        int | None,
+        typer.Option(help="Most tokens per prompt.", min=1, show_default=str(MAX_TOKENS)),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the continuations of --prompts: .md or .html.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Tasks of lm-evaluation-harness, joined by commas.")
-    ] = "",
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, joined by commas.")
+    ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with more tasks, as YAML.")
     ] = None,
@@ -63,31 +69,31 @@ def evaluate(
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.checkpoint.outputs import check_output
     from mmrec.data.sources import source_files
-    from mmrec.errors import InputError
     from mmrec.evaluation.provenance import files_of_run
 
-    mode = "--prompts" if prompts else "--tasks" if tasks else ""
-    for option, is_given, modes in (
-        ("--data", data is not None, [""]),
-        ("--plot", plot is not None, [""]),
-        *((ALL_SETTINGS[name].flag, True, ["", "--prompts"]) for name in settings),
-        ("--temperatures", temperatures != DEFAULT_TEMPERATURES, ["--prompts"]),
-        ("--max-tokens", max_tokens != DEFAULT_MAX_TOKENS, ["--prompts"]),
-        ("--report", report is not None, ["--prompts"]),
-        ("--tasks", bool(tasks), ["--tasks"]),
-        ("--include-path", include_path is not None, ["--tasks"]),
-    ):
-        if is_given and mode not in modes:
-            reason = f"with {mode}" if mode else f"without {modes[0]}"
-            raise InputError(f"{option} has no effect {reason}: leave it out")
+    if prompts is not None and tasks is not None:
+        raise InputError("--tasks has no effect with --prompts")
+    needs: dict[str, dict[str, Any]] = {
+        "--prompts": {"temperatures": temperatures, "max_tokens": max_tokens, "report": report},
+        "--tasks": {"include_path": include_path},
+        "--data or --prompts": settings,
+    }
+    text = prompts if data is None else data
+    for (option, dependent), needed in zip(needs.items(), (prompts, tasks, text), strict=True):
+        if needed is None:
+            _refuse(dependent, f"has no effect without {option}")
+    if prompts is not None or tasks is not None:
+        task = "--tasks" if prompts is None else "--prompts"
+        _refuse({"data": data, "plot": plot}, f"has no effect with {task}")
     if force and plot is None and report is None:
         raise InputError("--force overwrites --plot or --report; give one of them")
-    if len(where or ()) > 1 and not prompts:
+    chosen = several_models(where, model)
+    if len(chosen) > 1 and prompts is None:
         raise InputError(
-            f"one model at a time is scored; got {len(where or ())}: --prompts takes "
-            "several, and mmrec compare"
+            f"one model at a time is scored; got {len(chosen)}: --prompts and mmrec compare take "
+            "several"
         )
-    paths: list[Path | None] = [*where] if where else [None]
+    paths: list[Path | None] = [*chosen] or [None]
     checkpoints = [find_checkpoint(path) for path in paths]
     inputs = [*([prompts] if prompts else []), *source_files(data or "")]
     for path in checkpoints:
@@ -96,12 +102,22 @@ def evaluate(
         if output is not None:
             check_output(output, kind, option=option, inputs=inputs, force=force)
     models = [load_model(path) for path in checkpoints]
-    if prompts:
-        _write_samples(models, prompts, settings, temperatures, max_tokens, report, as_json)
-    elif tasks:
+    if prompts is not None:
+        temperatures = TEMPERATURES if temperatures is None else temperatures
+        _write_samples(
+            models, prompts, settings, temperatures, max_tokens or MAX_TOKENS, report, as_json
+        )
+    elif tasks is not None:
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
         _score(models[0], data, settings, plot, as_json, force)
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """Raise InputError if one of these options, by their names in Python, is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _write_samples(
@@ -117,7 +133,6 @@ def _write_samples(
 
     from mmrec.checkpoint.outputs import REPORT_MARK
     from mmrec.config import SamplingConfig
-    from mmrec.errors import InputError, StorageError
     from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
     from mmrec.runtime.atomic import atomic_write_text
 
@@ -137,9 +152,7 @@ def _write_samples(
     with tqdm(total=count, unit="text", leave=False, disable=None) as bar:
         samples = write_samples(models, texts, values, training, max_tokens, bar.update)
     if as_json:
-        typer.echo(
-            json.dumps([dataclasses.asdict(s) for s in samples], ensure_ascii=False, indent=1)
-        )
+        print_json([dataclasses.asdict(s) for s in samples])
     elif report is None:
         typer.echo(to_markdown(samples), nl=False)
     if report is not None:
@@ -155,7 +168,6 @@ def _write_samples(
 
 def _training_text(loaded: "LoadedModel") -> bytes:
     """The text in which copies are searched; empty, with a note, if it cannot be read."""
-    from mmrec.errors import InputError
     from mmrec.evaluation.source import training_text
 
     try:
@@ -166,8 +178,10 @@ def _training_text(loaded: "LoadedModel") -> bytes:
 
 
 def _run_tasks(loaded: "LoadedModel", tasks: str, folder: Path | None, as_json: bool) -> None:
-    from mmrec.errors import InputError
 
+    names = [name for name in tasks.split(",") if name]
+    if not names:
+        raise InputError(f"--tasks must be names joined by commas; got {tasks!r}")
     if folder is not None and not folder.is_dir():
         raise InputError(f"--include-path must be a folder of tasks; {folder} is none")
     try:
@@ -176,9 +190,9 @@ def _run_tasks(loaded: "LoadedModel", tasks: str, folder: Path | None, as_json: 
         from mmrec.evaluation.lm_eval import run_tasks
     except ImportError:
         raise InputError("--tasks needs a package: pip install 'mmrec[harness]'") from None
-    results = run_tasks(loaded, [t for t in tasks.split(",") if t], folder)
+    results = run_tasks(loaded, names, folder)
     if as_json:
-        typer.echo(json.dumps(results["results"], indent=1, default=str))
+        print_json(results["results"], default=str)
     else:
         typer.echo(make_table(results))
 
@@ -206,11 +220,10 @@ def _score(
     title = f"{loaded.path}, step {loaded.step:,}"
     if as_json:
         extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": description}
-        typer.echo(
-            json.dumps(extra | dataclasses.asdict(scores) | dataclasses.asdict(report), indent=1)
-        )
+        print_json(extra | dataclasses.asdict(scores) | dataclasses.asdict(report))
     else:
-        _print_scores(scores, report, f"{title}, on the {description}")
+        article = "the " * description.startswith("validation")
+        _print_scores(scores, report, f"{title}, on {article}{description}")
     if plot is not None:  # last: without a picture there are still the scores
         draw_report(report, plot, title, force=force)
         if not as_json:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import settings_options
+from mmrec.cli.options import ModelOption, required_model, settings_options
 from mmrec.cli.session import NOTHING_TO_SAVE, TRAINER_OPTIONS, run_to_end, say
 from mmrec.cli.torchrun import check_launch
 from mmrec.config import TRAIN_SETTINGS
@@ -20,8 +20,10 @@ SETTINGS = [*(name for name in TRAIN_SETTINGS if name not in KEPT), "dropout"]
 @settings_options(SETTINGS, required=["data"])
 def finetune(
     where: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The model that is trained on.")
-    ],
+        Path | None,
+        typer.Argument(metavar="RUN|CHECKPOINT", help="The model that is trained on."),
+    ] = None,
+    model: ModelOption = None,
     old_data: Annotated[
         str | None,
         typer.Option(help="The model's earlier text; by default what its run trained on."),
@@ -31,12 +33,13 @@ def finetune(
 ) -> None:
     """Continue training with another text: mmrec finetune runs/tiny-stdlib --data book.txt."""
     check_launch(None)
+    source = required_model(where, model, "finetune runs/tiny-stdlib --data book.txt")
     with tolerate_closed_output(), contextlib.ExitStack() as stack:
         with exit_on_signal(NOTHING_TO_SAVE):
             from mmrec.training.finetuning import begin_finetuning
 
             run = begin_finetuning(
-                where, settings, old_data=old_data, force=force, **TRAINER_OPTIONS
+                source, settings, old_data=old_data, force=force, **TRAINER_OPTIONS
             )
             stack.enter_context(run.lock)
         run_to_end(run.trainer, run.lock)

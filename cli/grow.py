@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ALL_SETTINGS, SEED_BOUNDS, settings_options
+from mmrec.cli.options import (
+    ALL_SETTINGS,
+    SEED_BOUNDS,
+    ModelOption,
+    required_model,
+    settings_options,
+)
 from mmrec.cli.session import say
 from mmrec.errors import InputError
 
@@ -21,7 +27,10 @@ SIZES = ("width", "depth", "heads", "ngram_buckets", "ffn_multiplier", "layer_ty
 
 @settings_options(SIZES)
 def grow(
-    where: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The model to grow.")],
+    where: Annotated[
+        Path | None, typer.Argument(metavar="RUN|CHECKPOINT", help="The model to grow.")
+    ] = None,
+    model: ModelOption = None,
     to: Annotated[str | None, typer.Option(metavar="PRESET", help="Preset to grow to.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Vocabulary size of bpe; new tokens join old ones.")
@@ -57,7 +66,7 @@ def grow(
     if to is None and vocab is None and data is None and not sizes:
         flags = ", ".join(ALL_SETTINGS[name].flag for name in SIZES)
         raise InputError(f"say what to grow: --to PRESET, --vocab, --data, or {flags}")
-    path = find_checkpoint(where)
+    path = find_checkpoint(required_model(where, model, "grow runs/tiny-stdlib --to mini"))
     _, info, old = read_metadata(path)
     tokenizer_kind = str(info.get("train", {}).get("data", {}).get("tokenizer", "bpe"))
     if data is not None and vocab is None and tokenizer_kind != "char":
@@ -84,7 +93,7 @@ def grow(
         if not pieces and new == old:
             raise InputError(f"nothing to grow: {path} knows every character of {data} already")
     new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)
-    model = grow_checkpoint(
+    grown = grow_checkpoint(
         source,
         new,
         target,
@@ -95,7 +104,7 @@ def grow(
         pieces=pieces,
         force=force,
     )
-    for title, shape, m in (("from", old, source.model), ("to", new, model)):
+    for title, shape, m in (("from", old, source.model), ("to", new, grown)):
         count = sum(p.numel() for p in m.parameters())
         typer.echo(
             f"{title:<5}width {shape.width}, {shape.depth} layers ({shape.resolved_layer_types}), "

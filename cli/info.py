@@ -1,14 +1,16 @@
 """``mmrec info``."""
 
 import dataclasses
-import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import PRESET_HELP, VocabSize, settings_options
-from mmrec.config import TrainConfig, preset_train_settings
+from mmrec.cli.options import PRESET_HELP, VocabSize, one_model, settings_options
+from mmrec.cli.streams import print_json
+from mmrec.config import PRESETS, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
+from mmrec.errors import InputError
 
 
 def _bytes(n: float) -> str:
@@ -28,16 +30,35 @@ def _duration(seconds: float) -> str:
 
 @settings_options(("batch_size", "seq_len", "precision"))
 def info(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help=PRESET_HELP)],
+    preset: Annotated[
+        str | None, typer.Argument(metavar="PRESET|RUN|CHECKPOINT", help=PRESET_HELP)
+    ] = None,
+    where: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="RUN|CHECKPOINT", help="A trained model."),
+    ] = None,
     vocab: VocabSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **settings: Any,
 ) -> None:
-    """Show what a preset costs: parameters, FLOPs, memory, time. Allocates nothing."""
-    model = preset_config(preset)
+    """Show what a preset or a model costs: parameters, FLOPs, memory, time. Allocates nothing."""
+    name = one_model(None if preset is None else Path(preset), where)
+    if name is None:
+        raise InputError("name a preset or a model: mmrec info tiny, mmrec info runs/tiny-stdlib")
+    if where is None and (preset in PRESETS or not name.exists()):
+        kind = "preset"
+        model, own_settings = preset_config(str(name)), preset_train_settings(str(name))
+    else:
+        from mmrec.checkpoint.checkpoint import read_metadata
+        from mmrec.checkpoint.manager import find_checkpoint
+
+        kind = "model"
+        _, metadata, model = read_metadata(find_checkpoint(name))
+        sizes = metadata.get("train", {}).get("data", {})
+        own_settings = {key: sizes[key] for key in ("batch_size", "seq_len") if key in sizes}
     if vocab is not None:
         model = dataclasses.replace(model, vocab_size=vocab)
-    train = TrainConfig.from_flat(preset_train_settings(preset) | settings)
+    train = TrainConfig.from_flat(own_settings | settings)
     from mmrec.profiling.cost import estimate_cost
     from mmrec.runtime.hardware import bfloat16_instructions, resolve_precision
 
@@ -45,12 +66,11 @@ def info(
     cost = estimate_cost(model, train.replace(precision=precision))
     batch_size, seq_len = train.data.batch_size, train.data.seq_len
     if as_json:
-        about = {"preset": preset, "batch_size": batch_size, "seq_len": seq_len}
-        about |= {"precision": precision, "precision_reason": reason}
-        typer.echo(json.dumps(about | cost, indent=1))
+        about = {kind: str(name), "batch_size": batch_size, "seq_len": seq_len}
+        print_json(about | {"precision": precision, "precision_reason": reason} | cost)
         return
     typer.echo(
-        f"{preset}: width {model.width}, {model.depth} layers ({model.resolved_layer_types}), "
+        f"{name}: width {model.width}, {model.depth} layers ({model.resolved_layer_types}), "
         f"{model.heads} heads, vocabulary {model.vocab_size:,}\n"
     )
     total = cost["parameters"]["total"]

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -16,15 +17,20 @@ from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
-from mmrec.cli.options import App
+from mmrec.cli.options import App, misplaced_path_hint
 from mmrec.cli.startup import prepare_process
+from mmrec.cli.streams import OutputError, standard_streams
 from mmrec.cli.train import train
 from mmrec.config import VERSION
-from mmrec.errors import InputError
+from mmrec.errors import InputError, did_you_mean
 from mmrec.runtime.interrupts import end_at_second_signal
 from mmrec.runtime.names import printable
 
-app = App(help="Train and run recurrent language models on a CPU.", pretty_exceptions_enable=False)
+app = App(
+    help="Train and run recurrent language models on a CPU.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},  # of every command
+)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
@@ -55,22 +61,47 @@ def main(
     """Train and run recurrent language models on a CPU."""
 
 
+TOO_LARGE = ("allocate memory", "size calculation overflowed", "multiplication overflow")
+"""What torch says of tensors that do not fit in memory, or whose size is no 64-bit number."""
+PLAIN_WORDS = {
+    "Input should be a valid integer.*": "must be a whole number",
+    "Input should be a valid number.*": "must be a number",
+    "Input should be (greater|less) than or equal to": r"must be \1 than or equal to",
+}
+"""Patterns in Typer's messages, and what is said instead."""
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of Typer's own copy of it
+
+
+def build_command() -> Any:
+    """Build the command line from the app. Its help texts are shown as they are written."""
+    command = typer.main.get_command(app)
+    if typer.core.HAS_RICH:
+        _escape_markup(command)
+    return command
+
+
+def _escape_markup(command: Any) -> None:
+    """Escape square brackets in help texts, which Typer would read as markup and leave out."""
+    for described in (command, *command.params):
+        if described.help:
+            described.help = described.help.replace("[", r"\[")
+    for member in getattr(command, "commands", {}).values():
+        _escape_markup(member)
 
 
 def run() -> None:
     """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 128 + n signal."""
-    prepare_process(sys.argv[1:3])
     # torchrun sends each of its processes several signals, one of which stops all of them together
     is_distributed = "RANK" in os.environ
-    with contextlib.nullcontext() if is_distributed else end_at_second_signal():
-        _run_command()
+    with standard_streams(), contextlib.nullcontext() if is_distributed else end_at_second_signal():
+        prepare_process(sys.argv[1:3])
+        _run()
 
 
-def _run_command() -> None:
+def _run() -> None:
     try:
-        command = typer.main.get_command(app)
-        code = command.main(sys.argv[1:] or ["--help"], "mmrec", standalone_mode=False)
+        arguments = sys.argv[1:] or ["--help"]
+        code = build_command().main(arguments, "mmrec", standalone_mode=False)
         sys.stdout.flush()
     except typer.Exit as error:
         sys.exit(error.exit_code)
@@ -78,12 +109,13 @@ def _run_command() -> None:
         _fail(_usage_message(error))
     except InputError as error:
         _fail(str(error))
-    except BrokenPipeError:
-        # the reader of a pipe, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OutputError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            sys.exit(0)  # the reader of a pipe, such as head, has ended
+        _fail(f"cannot write standard output: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        is_too_large = any(words in str(error) for words in TOO_LARGE)
+        if not (isinstance(error, MemoryError) or is_too_large):
             raise
         _fail(
             "not enough memory: smaller sizes (--batch-size, --seq-len, --shape, PRESET) need less"
@@ -98,11 +130,29 @@ def _run_command() -> None:
 def _usage_message(error: Any) -> str:
     """Typer's message, with the value that was given, which Typer leaves out, and where help is."""
     message = " ".join(error.format_message().split()).rstrip(".")
+    for pattern, words in PLAIN_WORDS.items():
+        message = re.sub(pattern, words, message)
+    if option := getattr(error, "option_name", None):
+        message = message.split(" (Possible options")[0]
+        message += did_you_mean(option, getattr(error, "possibilities", None) or [])
     for option in getattr(getattr(error, "param", None), "opts", []):
         values = [b for a, b in itertools.pairwise(sys.argv) if a == option]
         values += [a.split("=", 1)[1] for a in sys.argv if a.startswith(f"{option}=")]
         message += f"; got {values[-1]!r}" if values else ""
-    return f"{message} (see {error.ctx.command_path if error.ctx else 'mmrec'} --help)"
+    if match := re.match("No such command '(.*?)'", message):
+        message += misplaced_path_hint(match[1])
+    return f"{message} (see {_command_path()} --help)"
+
+
+def _command_path() -> str:
+    """The command that the arguments name, such as ``mmrec data inspect``."""
+    path, command = "mmrec", typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        members = getattr(command, "commands", {})
+        if word not in members:
+            break
+        path, command = f"{path} {word}", members[word]
+    return path
 
 
 def _fail(message: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,16 @@ PRESET_HELP = f"{', '.join(PRESETS)}."
 _SEED = TRAIN_SETTINGS["seed"]
 SEED_BOUNDS: dict[str, Any] = {"min": _SEED.minimum, "max": _SEED.maximum}
 """The range of every ``--seed``."""
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="RUN|CHECKPOINT", help="The same as the argument."),
+]
+"""The ``--model`` of commands that take a model as an argument, too."""
+ModelsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--model", metavar="RUN|CHECKPOINT", help="The same as the argument; repeatable."),
+]
+"""The ``--model`` of commands that take several models."""
 VocabSize = Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")]
 """The ``--vocab`` of commands that need no tokenizer."""
 MAY_BE_EMPTY = ("prompt", "stop")
@@ -73,9 +84,60 @@ class App(typer.Typer):
         return super().command(*arguments, **{"cls": Command} | options)
 
 
-def literal(text: str) -> str:
-    """Escape square brackets, which Typer's help would read as markup and leave out."""
-    return text.replace("[", r"\[")
+def several_models(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
+    """Return the models that a command takes as arguments or as ``--model``.
+
+    Raises:
+        InputError: both are given.
+    """
+    if argument and option:
+        raise InputError(
+            "give the model once, as an argument or as --model; got "
+            f"{argument[0]} and --model {option[0]}"
+        )
+    return argument or option or []
+
+
+def one_model(argument: Path | None, option: Path | None) -> Path | None:
+    """Return the model of a command that takes one, or None; see ``several_models``."""
+    models = several_models(
+        None if argument is None else [argument], None if option is None else [option]
+    )
+    return models[0] if models else None
+
+
+def required_model(argument: Path | None, option: Path | None, command: str) -> Path:
+    """Return the model of a command that cannot do without; see ``one_model``.
+
+    Raises:
+        InputError: neither or both are given.
+    """
+    model = one_model(argument, option)
+    if model is None:
+        raise InputError(f"name a model, a run folder or a checkpoint: mmrec {command}")
+    return model
+
+
+def misplaced_path_hint(word: str) -> str:
+    """Say where a name belongs that stands where a command or a preset is expected.
+
+    Args:
+        word: what the user gave.
+
+    Returns:
+        A clause to add to the message; empty if the word is neither a preset, a model nor a file.
+    """
+    if word in PRESETS:
+        return f"; to train this preset: mmrec train {word}"
+    path = Path(word)
+    if path.suffix == ".h5" and path.is_file():
+        return f"; to use this checkpoint: mmrec generate {word}"
+    if path.is_dir() and any(path.glob("*.h5")):
+        return (
+            f"; to use this run: mmrec generate {word}; to continue it: mmrec train --resume --out "
+            f"{word}"
+        )
+    return f"; to train on this text: mmrec train tiny --data {word}" if path.exists() else ""
 
 
 def settings_options(
@@ -118,7 +180,7 @@ def settings_options(
 def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
     option = typer.Option(
         s.flag,
-        help=literal(s.help),
+        help=s.help,
         rich_help_panel=PANELS.get(s.section, s.section.capitalize()),
         metavar=s.metavar or ("|".join(s.choices) if s.choices else None),
         show_default=_shown_default(s),

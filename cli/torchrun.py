@@ -100,7 +100,7 @@ def open_process_group(kind: str | None) -> Iterator["ProcessGroup | None"]:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     with (
-        Path(os.devnull).open("w") as nowhere,
+        Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):

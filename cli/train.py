@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ALL_SETTINGS, PRESET_HELP, literal, settings_options
+from mmrec.cli.options import ALL_SETTINGS, PRESET_HELP, misplaced_path_hint, settings_options
 from mmrec.cli.session import NOTHING_TO_SAVE, TRAINER_OPTIONS, run_to_end
 from mmrec.cli.torchrun import KINDS, check_launch, open_process_group
-from mmrec.config import RESUMABLE_SETTINGS
+from mmrec.config import PRESETS, RESUMABLE_SETTINGS
 from mmrec.errors import InputError
 from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
@@ -19,9 +19,7 @@ def train(
     preset: Annotated[str | None, typer.Argument(metavar="PRESET", help=PRESET_HELP)] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help=literal("TOML file with preset and tables such as [data], [model], [optimizer].")
-        ),
+        typer.Option(help="TOML file with preset and tables such as [data], [model], [optimizer]."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, or the newest run.")
@@ -39,6 +37,8 @@ def train(
     """
     if resume:
         _check_resume(preset, config, force, settings)
+    elif preset is not None and preset not in PRESETS and (hint := misplaced_path_hint(preset)):
+        raise InputError(f"PRESET must be one of {', '.join(PRESETS)}; got {preset!r}{hint}")
     check_launch(parallel)
     with tolerate_closed_output(), contextlib.ExitStack() as stack:
         with exit_on_signal(NOTHING_TO_SAVE):
@@ -65,6 +65,8 @@ def train(
 def _check_resume(
     preset: str | None, config: Path | None, force: bool, settings: dict[str, Any]
 ) -> None:
+    if preset is not None and Path(preset).is_dir():
+        raise InputError(f"--resume takes the run as --out: mmrec train --resume --out {preset}")
     wrong = ["PRESET"] * (preset is not None) + ["--config"] * (config is not None)
     wrong += ["--force"] * force
     wrong += [ALL_SETTINGS[name].flag for name in settings if name not in RESUMABLE_SETTINGS]

@@ -10,6 +10,7 @@ from mmrec.config import DEFAULT_MAX_TOKENS
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation
 from mmrec.evaluation.source import evaluate_source
+from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.setup import Run
 
 ModelSource = LoadedModel | Run | str | Path | None
@@ -65,7 +66,8 @@ def generate(
 
     Raises:
         InputError: the model cannot be loaded, a setting is unknown or out of range, or the prompt
-            holds a character that the tokenizer does not know.
+            holds a character that the tokenizer does not know. With ``stream`` the call raises it,
+            not the iterator.
     """
     return load(source).generate(
         prompt, max_tokens=max_tokens, stop=stop, seed=seed, stream=stream, **sampling
@@ -79,7 +81,9 @@ def evaluate(
     text_field: str = "",
     skip_bad: bool = False,
 ) -> Evaluation:
-    """Score a model on a text, as ``mmrec eval`` does. Every token is scored once.
+    """Score a model on a text, as ``mmrec eval`` does, and print nothing.
+
+    Every token is scored once.
 
     Args:
         source: see ``load``.
@@ -99,6 +103,9 @@ def evaluate(
         raise InputError(f"data must be a name, a path or None; got {data!r}")
     if not isinstance(text_field, str):
         raise InputError(f"text_field must be of type str; got {text_field!r}")
+    if not isinstance(skip_bad, bool):
+        raise InputError(f"skip_bad must be of type bool; got {skip_bad!r}")
     text = None if data is None else str(data)
-    scores, _, _ = evaluate_source(load(source), text, text_field=text_field, skip_bad=skip_bad)
-    return scores
+    loaded = load(source)
+    with hide_progress_bars():
+        return evaluate_source(loaded, text, text_field=text_field, skip_bad=skip_bad)[0]

@@ -63,6 +63,30 @@ def test_progress_false_prints_nothing(
         assert bool(printed.err) == progress
 
 
+def test_without_progress_no_bar_is_shown(
+    run: mmrec.Run,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bars of the data appear after two seconds, so that a test of a small text sees none."""
+    monkeypatch.setattr("mmrec.runtime.progress.DELAY_SECONDS", 0)
+    for progress in (False, True):
+        monkeypatch.setenv("MMREC_CACHE", str(tmp_path / f"cache-{progress}"))
+        options = {"tokenizer": "byte", "out": str(tmp_path / str(progress))}
+        mmrec.train(text_file, steps=1, progress=progress, **options, **SHORT, **SIZES)
+        assert ("tokenising" in capsys.readouterr().err) == progress
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    mmrec.evaluate(run)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_streaming_refuses_wrong_arguments_at_the_call(run: mmrec.Run) -> None:
+    with pytest.raises(mmrec.InputError, match="max_tokens must be >= 0"):
+        mmrec.generate(run, "def", max_tokens=-1, stream=True)
+
+
 def test_data_may_be_a_list_or_an_iterator_of_documents(text_file: Path, tmp_path: Path) -> None:
     """A list and an iterator of the same documents give the same corpus and the same losses."""
     text = text_file.read_text()

@@ -20,8 +20,7 @@ from mmrec.model import parameter_counts
 
 def escape(text: str) -> str:
     """Escape what Markdown would read as markup and the bar that ends a cell; mark up options."""
-    plain = text.replace(r"\[", "[")  # the escape of Typer's own markup
-    escaped = re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(plain.split()))
+    escaped = re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![\w-])--[a-z][a-z-]*\w", r"`\g<0>`", escaped)
 
 

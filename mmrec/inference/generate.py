@@ -20,7 +20,6 @@ from mmrec.model import Model, State
 PROMPT_CHUNK = 1024  # tokens of the prompt that one forward pass reads
 
 
-@torch.inference_mode()
 def generate(
     model: Model,
     tokenizer: Tokenizer,
@@ -32,7 +31,7 @@ def generate(
     seed: int | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
 ) -> Iterator[str]:
-    """Yield the text that follows a prompt, in pieces that end between characters.
+    """Generate the text that follows a prompt.
 
     Args:
         model: in evaluation mode.
@@ -44,17 +43,24 @@ def generate(
         seed: equal seeds give equal text on the same machine; None differs at every call.
         prompt_chunk: tokens of the prompt per forward pass. It changes speed and memory only.
 
+    Returns:
+        An iterator over pieces of the text, which end between characters. It raises an InputError
+        if the logits are not finite.
+
     Raises:
         InputError: an argument is of another type, max_tokens or the seed is out of range, a stop
-            text is empty, the prompt holds a character that a ``char`` tokenizer does not know, or
-            the logits are not finite.
+            text is empty, a text holds half of a surrogate pair, or the prompt a character that a
+            ``char`` tokenizer does not know.
     """
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be of type str; got {prompt!r}")
-    if not isinstance(max_tokens, int):
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
         raise InputError(f"max_tokens must be of type int; got {max_tokens!r}")
-    if isinstance(stop, str):  # a string is a sequence too: of its characters
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    if not is_list or not all(isinstance(text, str) for text in stop):
         raise InputError(f"stop must be a list of texts; got {stop!r}")
+    for name, text in (("prompt", prompt), *(("stop", text) for text in stop)):
+        _check_characters(name, text)
     if seed is not None:
         TRAIN_SETTINGS["seed"].check(seed)
     if max_tokens < 0:
@@ -76,9 +82,20 @@ def generate(
         tokenizer.eot,
         prompt_chunk,
     )
-    yield from stop_at(tokenizer.stream(ids), stop)
+    return stop_at(tokenizer.stream(ids), stop)
 
 
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} must be of characters; {text[error.start]!r} at position {error.start} is "
+            "half of a surrogate pair"
+        ) from None
+
+
+@torch.inference_mode()
 def _generate_ids(
     model: Model,
     prompt_ids: list[int],

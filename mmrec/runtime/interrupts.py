@@ -115,6 +115,15 @@ def exit_on_signal(message: str) -> Iterator[None]:
         _restore(previous)
 
 
+def discard_output(stream: TextIO) -> None:
+    """Let the descriptor of a stream that cannot be written lead nowhere.
+
+    It then accepts what is buffered, and the interpreter's last flush.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
 def end_at_second_signal() -> Iterator[None]:
     """End the process within a second of the second stop signal, whatever the main thread does.
@@ -168,7 +177,7 @@ def _watch_signals(receiver: socket.socket, block_ended: threading.Event) -> Non
         os._exit(128 + number)  # every file is written under another name first
 
 
-class _TolerantStream:
+class TolerantStream:
     """A text stream whose reader may go away (closed terminal, ``| head``). Later text is lost."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -185,9 +194,7 @@ class _TolerantStream:
         try:
             action(*arguments)
         except OSError:
-            # The descriptor itself must accept what is buffered, and the interpreter's last flush.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            discard_output(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -199,10 +206,10 @@ def tolerate_closed_output() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         streams: list[Any] = []
         if sys.stdout is not None:  # a program without a console has no streams
-            streams.append(_TolerantStream(sys.stdout))
+            streams.append(TolerantStream(sys.stdout))
             stack.enter_context(contextlib.redirect_stdout(streams[-1]))
         if sys.stderr is not None:
-            streams.append(_TolerantStream(sys.stderr))
+            streams.append(TolerantStream(sys.stderr))
             stack.enter_context(contextlib.redirect_stderr(streams[-1]))
         yield
         for stream in streams:

@@ -4,11 +4,28 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
 
 DELAY_SECONDS = 2.0
+
+_hidden = ContextVar("_hidden", default=False)
+
+
+@contextlib.contextmanager
+def hide_progress_bars(hidden: bool = True) -> Iterator[None]:
+    """Show none of the bars that ``progress_bar`` makes in the block.
+
+    Args:
+        hidden: False changes nothing.
+    """
+    token = _hidden.set(hidden or _hidden.get())
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def progress_bar(total: int | None, stage: str, unit: str = "B") -> Any:
@@ -28,6 +45,7 @@ def progress_bar(total: int | None, stage: str, unit: str = "B") -> Any:
         delay=DELAY_SECONDS,
         mininterval=0.5 if os.isatty(2) else 30.0,
         dynamic_ncols=True,
+        disable=_hidden.get(),
     )
 
 

@@ -62,6 +62,7 @@ from mmrec.finetune.grow import GrowthPlan, added_character_pieces, initialize_f
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
+from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.callbacks import Callback
 from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
 from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
@@ -174,24 +175,27 @@ def train(
         given["data"] = str(data)
     elif data is not None:
         given["data"], documents = DOCUMENTS, data
-    if resume:
-        if preset is not None or config is not None or force:
-            raise InputError(
-                "resume keeps the settings of its run; preset, config and force cannot be given"
-            )
-        if not isinstance(resume, bool):
-            if "out" in given:
-                raise InputError(f"give the folder once: as resume or as out; got {given['out']!r}")
-            given["out"] = str(resume)
-        lock, trainer = resume_run(given, documents=documents, echo=echo, **options)
-    else:
-        plan = plan_run(preset, config, given, default_preset="tiny")
-        if documents is not None:
-            plan = dataclasses.replace(plan, documents=documents)
-        lock, trainer = begin_run(plan, force=force, echo=echo, **options)
-    with lock:
-        summary = trainer.fit(resume=bool(resume), lock=lock)
-    return Run(trainer.run_dir, summary)
+    with hide_progress_bars(not progress):
+        if resume:
+            if preset is not None or config is not None or force:
+                raise InputError(
+                    "resume keeps the settings of its run; preset, config and force cannot be given"
+                )
+            if not isinstance(resume, bool):
+                if "out" in given:
+                    raise InputError(
+                        f"give the folder once: as resume or as out; got {given['out']!r}"
+                    )
+                given["out"] = str(resume)
+            lock, trainer = resume_run(given, documents=documents, echo=echo, **options)
+        else:
+            plan = plan_run(preset, config, given, default_preset="tiny")
+            if documents is not None:
+                plan = dataclasses.replace(plan, documents=documents)
+            lock, trainer = begin_run(plan, force=force, echo=echo, **options)
+        with lock:
+            summary = trainer.fit(resume=bool(resume), lock=lock)
+        return Run(trainer.run_dir, summary)
 
 
 def _silent(line: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mmrec.config import SamplingConfig
 from mmrec.data.corpus import Corpus
+from mmrec.data.tokenizer import KINDS, Tokenizer, train_tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.generate import generate, stop_at
 from mmrec.model import Model
@@ -59,13 +60,26 @@ def test_text_comes_as_soon_as_it_cannot_be_a_stop_text() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"max_tokens": -1}, "max_tokens must be >= 0"), ({"stop": [""]}, "stop text must not be")],
+    [
+        ({"max_tokens": -1}, "max_tokens must be >= 0; got -1"),
+        ({"max_tokens": True}, "max_tokens must be of type int; got True"),
+        ({"stop": [""]}, "a stop text must not be empty"),
+        ({"stop": "end"}, "stop must be a list of texts; got 'end'"),
+        ({"stop": None}, "stop must be a list of texts; got None"),
+        ({"stop": [1]}, "stop must be a list of texts; got \\[1\\]"),
+        ({"stop": ["a\udcff"]}, "stop must be of characters; '.udcff' at position 1 is half of a"),
+        ({"prompt": "ab\ud800"}, "prompt must be of characters; '.ud800' at position 2 is half"),
+        ({"prompt": b"def"}, "prompt must be of type str; got b'def'"),
+        ({"seed": -1}, "seed must be .*; got -1"),
+    ],
 )
-def test_wrong_limits(
-    model: Model, corpus: Corpus, settings: dict[str, object], message: str
+@pytest.mark.parametrize("tokenizer", [train_tokenizer(k, ["abc"], 257) for k in KINDS])
+def test_a_wrong_argument_is_refused_by_the_call(
+    model: Model, tokenizer: Tokenizer, settings: dict[str, object], message: str
 ) -> None:
+    """The iterator is not asked for a piece."""
     with pytest.raises(InputError, match=message):
-        list(generate(model, corpus.tokenizer, "", **settings))  # type: ignore[arg-type]
+        generate(model, tokenizer, **({"prompt": ""} | settings))  # type: ignore[arg-type]
 
 
 def test_logits_that_are_not_finite_are_an_error(model: Model, corpus: Corpus) -> None:
