@@ -118,7 +118,7 @@ def test_a_corpus_has_a_name_that_data_knows(folder: Path) -> None:
 def test_functions_that_write_ask_first(folder: Path) -> None:
     scores = TokenScores(np.ones(9, np.float32), np.ones(9, np.float32), np.ones(9, bool))
     report = make_report(np.arange(9), 0, np.ones(9, int), scores)
-    curve = Curve("a", "", 1, 2, 3.0, [(1, 2.0)], 2.0, "done")
+    curve = Curve("a", "", 1, 2, 2, 3.0, [(1, 2.0)], 2.0, "done")
     source = load_model(Path("checkpoint.h5"))
     for name in ("notes.md", "corpus.h5", "checkpoint.h5"):
         before = Path(name).read_bytes()

@@ -38,7 +38,7 @@ NAMES = [
 
 
 def curve(name: str) -> Curve:
-    return Curve(name, "", 64, 6, 2.0, [(3, 2.5), (6, 2.0)], 2.0, "done")
+    return Curve(name, "", 64, 6, 384, 2.0, [(3, 2.5), (6, 2.0)], 2.0, "done")
 
 
 @pytest.fixture

@@ -123,7 +123,9 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     stages = read_recipe(path)
     models = {stage.folder: stage.model for stage in stages}
     monkeypatch.setattr(
-        staged, "read_run", lambda run: Curve(str(run), "", 64, 12, 1.0, [(12, 2.0)], 2.0, "done")
+        staged,
+        "read_run",
+        lambda run: Curve(str(run), "", 64, 12, 768, 1.0, [(12, 2.0)], 2.0, "done"),
     )
     monkeypatch.setattr(staged, "read_metadata", lambda path: (12, {}, models[path.parent]))
     warnings: list[str] = []
