@@ -17,10 +17,12 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -203,9 +205,78 @@ def start(first: tuple[str, Path]) -> tuple[Any, Connection]:
     return process, ours
 
 
+class Tally:
+    """What came of the files so far, of all jobs."""
+
+    def __init__(self, files: int) -> None:
+        self.files, self.begin = files, time.perf_counter()
+        self.counts: Counter[str] = Counter()
+        self.by_mutation: dict[str, Counter[str]] = {}
+        self.slowest = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, mutation: str, outcome: str, seconds: float) -> None:
+        """Count a file; print every 500 files how far it is."""
+        with self._lock:
+            self.slowest = max(self.slowest, seconds)
+            self.counts[outcome] += 1
+            self.by_mutation.setdefault(mutation, Counter())[outcome] += 1
+            done = self.counts.total()
+            if done % 500 == 0:
+                left = (time.perf_counter() - self.begin) / done * (self.files - done)
+                where = f"{done:,} of {self.files:,}, {left / 60:.1f} min left"
+                print(f"{where}: {dict(self.counts)}", flush=True)
+
+
+def read_mutated(
+    numbers: Iterable[int],
+    seed: int,
+    sources: list[tuple[str, Path]],
+    expected: dict[Path, str],
+    tally: Tally,
+    keep: Path | None,
+) -> None:
+    """Mutate files, let a worker process read them, and count the outcomes.
+
+    Args:
+        numbers: Numbers of the mutated files, which decide the mutations.
+        seed: Of all mutations.
+        sources: Kinds and paths of the originals.
+        expected: Digests of their contents.
+        tally: Counts the outcomes.
+        keep: Folder for the files that went wrong.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "mutated.h5"
+        process, pipe = start(sources[1])
+        for number in numbers:
+            rng = random.Random(f"{seed} {number}")
+            kind, source = sources[rng.randrange(len(sources))]
+            mutation, sealed = mutate(source, target, rng)
+            since = time.perf_counter()
+            try:
+                pipe.send((kind, target, sealed, expected[source]))
+                outcome = pipe.recv() if pipe.poll(SECONDS_PER_FILE) else ("hang", "")
+            except (EOFError, ConnectionError):
+                process.join()
+                outcome = ("crash", f"exit code {process.exitcode}")
+            tally.add(mutation, outcome[0], time.perf_counter() - since)
+            if outcome[0] in BAD:
+                print(f"{number}: {mutation} of {source.name}: {outcome[0]}\n{outcome[1]}")
+                if keep:
+                    keep.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(target, keep / f"{number}-{kind}.h5")
+            if outcome[0] in ("hang", "crash"):
+                process.kill()
+                process.join()
+                process, pipe = start(sources[1])
+        process.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--jobs", type=int, default=1, help="files read at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files that went wrong")
     parser.add_argument("--json", type=Path)
@@ -216,53 +287,35 @@ def main() -> None:
     if options.keep and options.keep.is_dir() and any(options.keep.iterdir()):
         parser.error(f"--keep must be a new or an empty folder; {options.keep} holds files")
     text = Path(argparse.__file__).read_text()[:12_000]
-    counts: Counter[str] = Counter()
-    by_mutation: dict[str, Counter[str]] = {}
-    begin, slowest = time.perf_counter(), 0.0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        sources = originals(folder, text)
+    tally = Tally(options.files)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        sources = originals(Path(scratch), text)
         expected = {path: read(kind, path) for kind, path in sources}
-        process, pipe = start(sources[1])
-        for number in range(options.files):
-            rng = random.Random(f"{options.seed} {number}")
-            kind, source = sources[rng.randrange(len(sources))]
-            target = folder / "mutated.h5"
-            mutation, sealed = mutate(source, target, rng)
-            since = time.perf_counter()
-            try:
-                pipe.send((kind, target, sealed, expected[source]))
-                outcome = pipe.recv() if pipe.poll(SECONDS_PER_FILE) else ("hang", "")
-            except (EOFError, ConnectionError):
-                process.join()
-                outcome = ("crash", f"exit code {process.exitcode}")
-            slowest = max(slowest, time.perf_counter() - since)
-            counts[outcome[0]] += 1
-            by_mutation.setdefault(mutation, Counter())[outcome[0]] += 1
-            if outcome[0] in BAD:
-                print(f"{number}: {mutation} of {source.name}: {outcome[0]}\n{outcome[1]}")
-                if options.keep:
-                    options.keep.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(target, options.keep / f"{number}-{kind}.h5")
-            if outcome[0] in ("hang", "crash"):
-                process.kill()
-                process.join()
-                process, pipe = start(sources[1])
-            if (number + 1) % 500 == 0:
-                left = (time.perf_counter() - begin) / (number + 1) * (options.files - number - 1)
-                where = f"{number + 1:,} of {options.files:,}, {left / 60:.1f} min left"
-                print(f"{where}: {dict(counts)}", flush=True)
-        process.kill()
+        jobs = [
+            pool.submit(
+                read_mutated,
+                range(job, options.files, options.jobs),
+                options.seed,
+                sources,
+                expected,
+                tally,
+                options.keep,
+            )
+            for job in range(options.jobs)
+        ]
+        for job in jobs:
+            job.result()
+    counts = tally.counts
     result = {
         "machine": describe_machine(),
         "files": options.files,
         "seed": options.seed,
         "hdf5": h5py.version.hdf5_version,
-        "seconds": round(time.perf_counter() - begin),
-        "slowest_seconds": round(slowest, 2),
+        "seconds": round(time.perf_counter() - tally.begin),
+        "slowest_seconds": round(tally.slowest, 2),
         "memory_limit_bytes": MEMORY_BYTES,
         "counts": {**dict.fromkeys(BAD, 0), **counts},
-        "by_change": {k: dict(v) for k, v in sorted(by_mutation.items())},
+        "by_change": {k: dict(v) for k, v in sorted(tally.by_mutation.items())},
     }
     print(json.dumps(result["counts"], indent=1))
     if options.json:

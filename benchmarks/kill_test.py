@@ -1,18 +1,24 @@
-"""Kill a training process many times, resume it, and compare it with one that was never killed.
+"""Kill training processes many times, resume them, and compare them with ones never killed.
 
-    python benchmarks/kill_test.py [--kills 60] [--out benchmarks/results/kill_test.json]
+    python benchmarks/kill_test.py [--kills 60] [--jobs 1] [--out benchmarks/results/kill_test.json]
 
-``mmrec train`` trains a small model on real text with dropout, gradient accumulation and bfloat16
-over several epochs. It is sent SIGKILL at any moment from its start on, at random moments of
-training, or while a checkpoint is being written. After each kill every checkpoint must load, no
-step up to the newest complete checkpoint may be lost, and the log must be the beginning of the log
-of the run that was never killed. At the end logs, weights, moments and random state must be equal
-bit for bit.
+Four kinds of run train a small model on real text with dropout and gradient accumulation:
+
+* ``train``, in bfloat16, over several epochs: two of five kills;
+* ``growth``, ``mmrec train --initialize-from`` a smaller model: one of five;
+* ``finetune``, ``mmrec finetune`` with another text and replay of the earlier one: one of five;
+* ``chain``, ``mmrec chain`` with two stages: one of five.
+
+Each is sent SIGKILL at any moment from its start on, at random moments of training, or while a
+checkpoint is being written. After each kill every checkpoint must load, no step up to the newest
+complete checkpoint may be lost, and the log must be the beginning of the log of the run that was
+never killed. At the end logs, weights, moments and random state must be equal bit for bit.
 """
 
 import argparse
 import collections
 import email
+import http
 import json
 import os
 import random
@@ -20,7 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -31,94 +40,197 @@ from mmrec.checkpoint.hdf5 import read_json
 from mmrec.checkpoint.manager import list_checkpoints
 from mmrec.profiling.kernel_bench import describe_machine
 
-CONFIG = """preset = "tiny"
-[model]
-width = 64
+MODEL = """width = 64
 depth = 2
 heads = 2
 ngram_buckets = 512
 layer_types = "nl"
 dropout = 0.1
+"""
+GROWN = """width = 96
+depth = 3
+heads = 2
+ngram_buckets = 512
+layer_types = "nnl"
+dropout = 0.1
+"""
+FREQUENT = "eval_every = 15\neval_tokens = 2048\nsave_every = 5\n"
+CONFIG = """preset = "tiny"
+[model]
+{model}
 [data]
 tokenizer = "byte"
 batch_size = 2
 seq_len = 64
 [optimizer]
 gradient_accumulation_steps = 2
-precision = "bfloat16"
+precision = "{precision}"
 [evaluation]
-eval_every = 15
-eval_tokens = 2048
-save_every = 5
-"""
+{frequent}"""
+RECIPE = """data = "email.txt"
+tokenizer = "byte"
+out = "{out}"
+batch_size = 2
+seq_len = 64
+precision = "float32"
+{frequent}
+[[stage]]
+preset = "tiny"
+steps = {steps}
+[stage.model]
+{small}
+[[stage]]
+preset = "mini"
+steps = {steps}
+gradient_accumulation_steps = 2
+[stage.model]
+{grown}"""
+SHARES = {"train": 0.4, "growth": 0.2, "finetune": 0.2, "chain": 0.2}
+MOMENTS = ("writing", "training", "writing", "training", "any")
 TRAINING_STATE = ("model", "optimizer", "rng", "recurrent_state")
+STEPS_PER_KILL = 25
 TIMEOUT = 300  # seconds to wait for the moment of a kill
 
 
-def start(folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Start ``mmrec train`` in a folder. Its errors go to stderr.txt there."""
-    command = [sys.executable, "-m", "mmrec", "train", *arguments]
-    with (folder / "stderr.txt").open("wb") as errors:
+@dataclass
+class Scenario:
+    """A kind of training that is killed."""
+
+    name: str
+    begin: list[str]
+    """Arguments of ``mmrec`` that start it in the folder ``{out}``."""
+    resume: list[str]
+    """Arguments that continue it once there is a config.toml."""
+    stages: tuple[str, ...] = ("",)
+    """Run folders inside its folder, in order; "" is the folder itself."""
+
+    def start(self, folder: Path, out: str) -> subprocess.Popen[bytes]:
+        """Start or continue it in ``folder / out``."""
+        begun = (folder / out / self.stages[0] / "config.toml").exists()
+        arguments = self.resume if begun else self.begin
+        return start(folder, [a.format(out=out) for a in arguments], log=f"{out}.stderr")
+
+    def runs(self, folder: Path, out: str) -> list[Path]:
+        """The run folders in ``folder / out`` that exist."""
+        return [r for r in (folder / out / s for s in self.stages) if r.exists()]
+
+
+def prepare_scenario(name: str, folder: Path, steps: int) -> Scenario:
+    """Write the files of a scenario into its folder, and train the model that it begins from.
+
+    Args:
+        name: A key of ``SHARES``.
+        folder: An empty folder.
+        steps: Optimizer steps of the whole training.
+    """
+    for package, pattern in ((email, "[fgm]*.py"), (http, "*.py")):
+        modules = sorted(Path(str(package.__file__)).parent.glob(pattern))
+        text = "\n".join(path.read_text() for path in modules)
+        (folder / f"{package.__name__}.txt").write_text(text)
+    for file, model, precision in (
+        ("small", MODEL, "bfloat16"),
+        ("source", MODEL, "float32"),
+        ("grown", GROWN, "float32"),
+    ):
+        text = CONFIG.format(model=model, precision=precision, frequent=FREQUENT)
+        (folder / f"{file}.toml").write_text(text)
+    resume = ["train", "--resume", "--out", "{out}"]
+    length = ["--steps", str(steps), "--out", "{out}"]
+    if name == "train":
+        begin = ["train", "--config", "small.toml", "--data", "email.txt", *length]
+        return Scenario(name, begin, resume)
+    if name == "chain":
+        for out in ("whole", "killed"):
+            recipe = RECIPE.format(
+                out=out, steps=steps // 2, frequent=FREQUENT, small=MODEL, grown=GROWN
+            )
+            (folder / f"{out}.toml").write_text(recipe)
+        begin = ["chain", "{out}.toml"]
+        return Scenario(name, begin, begin, ("1-tiny", "2-mini"))
+    source = ["train", "--config", "source.toml", "--data", "email.txt", "--steps", "100"]
+    run_to_end(start(folder, [*source, "--out", "source"], log="source.stderr"))
+    if name == "growth":
+        begin = ["train", "--config", "grown.toml", "--data", "email.txt"]
+        return Scenario(name, [*begin, "--initialize-from", "source", *length], resume)
+    options = "--replay-fraction 0.25 --patience 0 --eval-every 15 --save-every 5 --dropout 0.1"
+    begin = ["finetune", "source", "--data", "http.txt", *options.split()]
+    return Scenario(name, [*begin, *length], resume)
+
+
+def start(folder: Path, arguments: list[str], log: str) -> subprocess.Popen[bytes]:
+    """Start ``mmrec`` in a folder. Its errors go to the file ``log`` there."""
+    command = [sys.executable, "-m", "mmrec", *arguments]
+    with (folder / log).open("wb") as errors:
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def being_written(run: Path) -> str:
+def run_to_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has ended. It must succeed."""
+    assert process.wait(7200) == 0, f"{process.args} ended with {process.returncode}"
+
+
+def being_written(runs: list[Path]) -> str:
     """Return which checkpoint is being written (best, last or step); empty if none is."""
-    names = [p.name for p in run.glob(".*.h5.*.tmp")]
+    names = [p.name for run in runs for p in run.glob(".*.h5.*.tmp")]
     return names[0].split(".")[1].split("-")[0] if names else ""
 
 
-def latest_step(run: Path) -> int:
-    """Return the largest N of the complete step-N checkpoints; -1 if there is none."""
-    return max((int(p.stem.split("-")[1]) for p in run.glob("step-*.h5")), default=-1)
+def steps_saved(runs: list[Path]) -> int:
+    """Return the sum over run folders of the largest N of the complete step-N checkpoints."""
+    return sum(
+        max((int(p.stem.split("-")[1]) for p in run.glob("step-*.h5")), default=0) for run in runs
+    )
 
 
-def kill(run: Path, process: subprocess.Popen[bytes], moment: str, rng: random.Random) -> str:
-    """Wait for the moment and kill the process.
+def kill(scenario: Scenario, folder: Path, moment: str, rng: random.Random) -> str:
+    """Start or continue a scenario, wait for the moment and kill the process.
 
     Args:
-        run: The run folder.
-        process: The training process.
+        scenario: What is started, in ``folder / "killed"``.
+        folder: Folder of the scenario.
         moment: ``any``, ``training``, or ``writing`` a checkpoint.
         rng: Chooses how long to wait.
 
     Returns:
-        The checkpoint that was being written, ``-`` for none, or ``done`` if the run had ended.
+        The checkpoint that was being written, or ``-`` for none.
     """
-    end, goal = time.monotonic() + TIMEOUT, latest_step(run) + rng.choice([1, 1, 6, 11])
+
+    def runs() -> list[Path]:
+        return scenario.runs(folder, "killed")
+
+    end, goal = time.monotonic() + TIMEOUT, steps_saved(runs()) + rng.choice([1, 1, 6, 11])
+    process = scenario.start(folder, "killed")
     if moment == "any":
         time.sleep(rng.uniform(0, 6))
     else:
-        while process.poll() is None and latest_step(run) < goal:
-            assert time.monotonic() < end
+        while process.poll() is None and steps_saved(runs()) < goal:
+            assert time.monotonic() < end, f"{scenario.name}: no checkpoint in {TIMEOUT} s"
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.5))
-    while moment == "writing" and process.poll() is None and not being_written(run):
-        assert time.monotonic() < end
-    before = latest_step(run)
+    while moment == "writing" and process.poll() is None and not being_written(runs()):
+        assert time.monotonic() < end, f"{scenario.name}: nothing written in {TIMEOUT} s"
+    before = steps_saved(runs())
     if process.poll() is not None:
-        assert process.returncode == 0, (run.parent / "stderr.txt").read_text()
-        return "done"
+        errors = (folder / "killed.stderr").read_text()
+        raise AssertionError(f"{scenario.name} ended with {process.returncode} by itself: {errors}")
     process.kill()
     process.wait()
-    assert latest_step(run) >= before
-    return being_written(run) or "-"
+    assert steps_saved(runs()) >= before
+    return being_written(runs()) or "-"
 
 
-def inspect(run: Path, reference: list[str]) -> int:
+def inspect(run: Path, whole: Path) -> int:
     """Check a run folder whose writer was killed; return the step of its latest checkpoint.
 
     Args:
         run: The run folder.
-        reference: The lines of the log of the run that was never killed.
+        whole: The run folder that was never killed.
     """
     for path in run.glob("*.h5"):
         load_model(path)
-    logged = (
-        (run / "metrics.jsonl").read_bytes().decode().split("\n")[:-1]
-        if (run / "metrics.jsonl").exists()
-        else []
-    )
+    reference = (whole / "metrics.jsonl").read_text().splitlines()
+    log = run / "metrics.jsonl"
+    logged = log.read_bytes().decode().split("\n")[:-1] if log.exists() else []
     assert logged == reference[: len(logged)], "the log is not what it would have been"
     checkpoints = list_checkpoints(run)
     step = read_metadata(checkpoints[-1]).step if checkpoints else 0
@@ -157,10 +269,68 @@ def assert_equal(a: Path, b: Path) -> int:
     return len(arrays_a)
 
 
+def run_scenario(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a scenario once undisturbed and once with kills, and compare the two.
+
+    Args:
+        name: A key of ``SHARES``.
+        kills: How often the second one is killed.
+        steps: Optimizer steps of the whole training.
+        seed: Of the moments.
+        folder: An empty folder.
+
+    Returns:
+        What was killed, and what was compared.
+    """
+    rng = random.Random(f"{seed} {name}")
+    scenario = prepare_scenario(name, folder, steps)
+    run_to_end(scenario.start(folder, "whole"))
+    moments, written = collections.Counter[str](), collections.Counter[str]()
+    resumed_at: list[int] = []
+    for number in range(kills):
+        moment = MOMENTS[number % len(MOMENTS)]
+        what = kill(scenario, folder, moment, rng)
+        moments[moment] += 1
+        written[what] += 1
+        runs = scenario.runs(folder, "killed")
+        steps_kept = [
+            inspect(run, folder / "whole" / run.relative_to(folder / "killed")) for run in runs
+        ]
+        resumed_at.append(sum(steps_kept))
+        print(
+            f"{name}: kill {number + 1} of {kills}: {moment}, writing {what}, "
+            f"resumes at step {resumed_at[-1]} of {steps}",
+            flush=True,
+        )
+    run_to_end(scenario.start(folder, "killed"))
+    lines, arrays = 0, collections.Counter[str]()
+    for stage in scenario.stages:
+        whole, run = folder / "whole" / stage, folder / "killed" / stage
+        log = (whole / "metrics.jsonl").read_text()
+        assert (run / "metrics.jsonl").read_text() == log
+        lines += log.count("\n")
+        for file in ("last.h5", "best.h5"):
+            arrays[file] += assert_equal(whole / file, run / file)
+        left = [p.name for p in run.glob(".*")]
+        assert not left, f"left behind: {left}"
+    return {
+        "kills": kills,
+        "aimed": dict(moments),
+        "while_writing": dict(written),
+        "steps": steps,
+        "log_lines_equal": lines,
+        "arrays_equal": dict(arrays),
+        "resumed_at": resumed_at,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=0, help="default: 25 per kill")
+    parser.add_argument(
+        "--steps-per-kill", type=int, default=STEPS_PER_KILL, help="length of each training"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="kinds that run at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json"
@@ -168,63 +338,28 @@ def main() -> None:
     add_force(parser)
     args = parser.parse_args()
     check_results(parser, args, args.out)
-    rng, begin = random.Random(args.seed), time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "small.toml").write_text(CONFIG)
-        modules = sorted(Path(str(email.__file__)).parent.glob("[fgm]*.py"))
-        (folder / "email.txt").write_text("\n".join(p.read_text() for p in modules))
-        steps = args.steps or 25 * args.kills
-        arguments = ["--config", "small.toml", "--data", "email.txt", "--steps", str(steps)]
-        uninterrupted = start(folder, [*arguments, "--out", "whole"])
-        assert uninterrupted.wait(3600) == 0, (folder / "stderr.txt").read_text()
-        log = (folder / "whole" / "metrics.jsonl").read_text()
-        reference, run = log.splitlines(), folder / "killed"
-        moments, written = collections.Counter[str](), collections.Counter[str]()
-        resumed_at = []
-        while True:
-            # two of five kills while a checkpoint is written, two of five during training
-            moment = ["writing", "training", "writing", "training", "any"][moments.total() % 5]
-            resume = ["--resume"] if (run / "config.toml").exists() else arguments
-            process = start(folder, [*resume, "--out", "killed"])
-            if moments.total() >= args.kills:
-                assert process.wait(3600) == 0, (folder / "stderr.txt").read_text()
-                break
-            what = kill(run, process, moment, rng)
-            assert what != "done", (
-                f"the run ended after {moments.total()} kills: ask for more steps"
-            )
-            moments[moment] += 1
-            written[what] += 1
-            if run.exists():
-                resumed_at.append(inspect(run, reference))
-            print(
-                f"kill {moments.total()}: {moment}, writing {what}, "
-                f"resumes at step {resumed_at[-1] if resumed_at else 0}",
-                flush=True,
-            )
-        assert (run / "metrics.jsonl").read_text() == log
-        arrays = {n: assert_equal(folder / "whole" / n, run / n) for n in ("last.h5", "best.h5")}
-        left = [p.name for p in run.glob(".*")]
-        assert not left, f"left behind: {left}"
-        epochs = len(json.loads((run / "summary.json").read_text())["epochs"])
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {}
+        for name, share in SHARES.items():
+            kills = max(1, round(share * args.kills))
+            folder = Path(scratch) / name
+            folder.mkdir()
+            steps = (kills + 1) * args.steps_per_kill
+            jobs[name] = pool.submit(run_scenario, name, kills, steps, args.seed, folder)
+        results = {name: job.result() for name, job in jobs.items()}
+    total = {n: sum(r[n] for r in results.values()) for n in ("kills", "steps", "log_lines_equal")}
     result = {
         "machine": describe_machine(),
         "omp_threads": os.environ.get("OMP_NUM_THREADS"),
-        "kills": moments.total(),
-        "aimed": dict(moments),
-        "while_writing": dict(written),
-        "steps": steps,
-        "epochs": epochs,
-        "log_lines_equal": len(reference),
-        "arrays_equal": arrays,
-        "resumed_at": resumed_at,
+        **total,
         "seconds": round(time.monotonic() - begin),
+        "scenarios": results,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(
-        f"{moments.total()} kills, {steps} steps, {len(reference)} log lines and {arrays} arrays "
-        "equal bit for bit"
+        f"{total['kills']} kills, {total['steps']} steps: {total['log_lines_equal']} log lines and "
+        "all arrays equal bit for bit"
     )
 
 
