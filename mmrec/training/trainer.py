@@ -1075,8 +1075,14 @@ def check_same_text(
         path: the checkpoint or the run, for the error message.
 
     Raises:
-        InputError: a text is another one.
+        InputError: a text is another one, or the checkpoint is of a version that knew texts by
+            their names.
     """
+    if "fingerprint" in saved and "split" not in saved:
+        raise InputError(
+            f"{path} was saved by mmrec 0.2 or earlier, which knew texts by their names, so it is "
+            "not known whether this is the same text: begin a new run with --initialize-from"
+        )
     for key, value in now.items():
         if saved.get(key, value) != value:
             is_replay = key == "replay_fingerprint"

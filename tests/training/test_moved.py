@@ -8,11 +8,13 @@ import pytest
 
 import mmrec
 from mmrec.checkpoint.checkpoint import load_model
+from mmrec.config import TrainConfig
 from mmrec.data.prepare import prepare
 from mmrec.data.readers import ReadOptions
 from mmrec.data.sources import absolute_source
 from mmrec.errors import InputError
 from mmrec.evaluation.provenance import training_corpus
+from mmrec.training.trainer import check_same_text
 
 SETTINGS: dict[str, Any] = {
     "tokenizer": "byte",
@@ -134,9 +136,12 @@ def test_an_absolute_source_means_the_same(tmp_path: Path, monkeypatch: pytest.M
         ("sub/../x.txt", f"{folder}/x.txt"),
         ("../link.txt", f"{tmp_path}/link.txt"),
         ("*.txt", f"{tmp_path}/a[[]1], b/*.txt"),
-        ("1:x.txt,1:sub", "1:x.txt,1:sub"),  # the comma in the folder's name
+        ("1:x.txt, 1:sub", f"1:{folder}/x.txt,1:{folder}/sub"),
     ):
         assert absolute_source(source) == absolute
+    (tmp_path / "a,1:b").mkdir()
+    monkeypatch.chdir(tmp_path / "a,1:b")  # its name holds what separates components
+    assert absolute_source("1:x.txt,1:sub") == "1:x.txt,1:sub"
 
 
 def test_a_partial_config_takes_what_the_checkpoint_says(text: str) -> None:
@@ -185,3 +190,10 @@ def test_weights_that_diverged_are_not_called_good(
         assert "and on the first text too: the weights have diverged; " in errors
         assert words in errors
         assert {p.name for p in Path("run").glob("*.h5")} == names
+
+
+def test_a_run_of_a_version_that_knew_texts_by_name_says_so() -> None:
+    now = {"fingerprint": "b", "mixture": [], "split": [9, 1], "tokenizer": "t"}
+    with pytest.raises(InputError, match=r"run/last.h5 was saved by mmrec 0.2 or earlier"):
+        check_same_text({"fingerprint": "a"}, now, TrainConfig(), Path("run/last.h5"))
+    check_same_text(now, now, TrainConfig(), Path("run/last.h5"))
