@@ -180,6 +180,7 @@ def test_a_run_changes_factors_only_and_its_model_grows(
                 preset="g",
                 method="preserve",
                 seed=0,
+                force=name == "last.h5",
             )
             grown = load_model(tmp_path / "grown.h5").model
             torch.testing.assert_close(grown(tokens)[0], tuned.model(tokens)[0], rtol=0, atol=1e-4)

@@ -94,7 +94,7 @@ for config in (small, large):  # the first one loads what is loaded once per pro
     found["load"], loaded = peak_rise(lambda: load_model(path))
     deeper = dataclasses.replace(config, depth=config.depth + 1)
     found["grow"], _ = peak_rise(
-        lambda: grow_checkpoint(loaded, deeper, grown, preset="tiny", seed=0)
+        lambda: grow_checkpoint(loaded, deeper, grown, preset="tiny", force=True)
     )
     del loaded
 print(json.dumps(found))
