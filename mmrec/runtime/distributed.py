@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmrec.errors import InputError, ProcessLostError
 from mmrec.kernels._tensors import use_dlpack
+from mmrec.runtime.hardware import bfloat16_instructions
 from mmrec.runtime.numeric import cdiv
 
 STRATEGIES = ["ddp", "fsdp"]
@@ -40,6 +41,14 @@ class ProcessGroup:
     rank, size, local_rank = 0, 1, 0
     sharded = False
     """Whether parameters are sharded (FSDP)."""
+
+    def bfloat16_instructions(self) -> str:
+        """Name the instructions for bfloat16; see ``mmrec.runtime.hardware``.
+
+        The name is empty unless every process has such instructions, since all must compute the
+        same.
+        """
+        return bfloat16_instructions()
 
     def shard_layer(self, module: nn.Module) -> nn.Module:
         """Shard the parameters of a layer in place, if this group shards. Return the layer."""
@@ -152,6 +161,12 @@ class TorchrunGroup(ProcessGroup):
             if not np.from_dlpack(torch.zeros(1)).flags.writeable:
                 raise InputError("--parallel fsdp needs NumPy 2.1 or newer: upgrade it, or use ddp")
             use_dlpack()
+        # here, where all processes are at the same place: rank 0 builds its trainer before others
+        found = self.all_gather_object(bfloat16_instructions())
+        self._bfloat16_instructions = found[0] if all(found) else ""
+
+    def bfloat16_instructions(self) -> str:
+        return self._bfloat16_instructions
 
     def __enter__(self) -> "TorchrunGroup":
         return self

@@ -61,7 +61,7 @@ from mmrec.optimizer import build_optimizer
 from mmrec.runtime import malloc
 from mmrec.runtime.atomic import atomic_write_text, never_retry, write_with_retry
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from mmrec.runtime.hardware import bfloat16_instructions, fastest_dtype, resolve_precision
+from mmrec.runtime.hardware import fastest_dtype, resolve_precision
 from mmrec.runtime.interrupts import StopSignal
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.numeric import cdiv
@@ -144,9 +144,7 @@ class Trainer:
         self._retry, self._show_progress, self._draw_curve = retry, show_progress, draw_curve
         data, finetune, training = config.data, config.finetune, config.optimizer
         self._check_process_group()
-        # bfloat16 is chosen only where every process has the instructions: all compute the same
-        found = process_group.all_gather_object(bfloat16_instructions())
-        instructions = found[0] if all(found) else ""
+        instructions = process_group.bfloat16_instructions()
         precision, self.precision_reason = resolve_precision(training.precision, instructions)
         torch.manual_seed(training.seed)
         model_config = dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)

@@ -221,7 +221,7 @@ def test_auto_precision_is_resolved_once(
         folder = tmp_path / precision
         make_trainer(corpus, folder, precision=precision, steps=2).fit()
         assert f'precision = "{precision}"' in (folder / "config.toml").read_text()
-        monkeypatch.setattr("mmrec.training.trainer.bfloat16_instructions", lambda: "")
+        monkeypatch.setattr("mmrec.runtime.distributed.bfloat16_instructions", lambda: "")
         again = make_trainer(corpus, folder, precision="auto", steps=3)
         again.fit(resume=True)
         assert again.config.optimizer.precision == precision
@@ -262,7 +262,7 @@ def test_the_processor_decides_and_the_run_says_so(
     reason: str,
 ) -> None:
     """Printed, in the summary and in the checkpoint; a resume on another machine says so."""
-    use = "mmrec.training.trainer.bfloat16_instructions"
+    use = "mmrec.runtime.distributed.bfloat16_instructions"
     monkeypatch.setattr(use, lambda: instructions)
     trainer = make_trainer(corpus, tmp_path, precision="auto", steps=2)
     trainer.fit()
@@ -285,7 +285,7 @@ def test_the_processor_decides_and_the_run_says_so(
 def test_one_process_without_the_instructions_decides_for_all(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmrec.training.trainer.bfloat16_instructions", lambda: "AMX")
+    monkeypatch.setattr("mmrec.runtime.distributed.bfloat16_instructions", lambda: "AMX")
     monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [value, ""])
     trainer = make_trainer(corpus, tmp_path, precision="auto")
     assert trainer.config.optimizer.precision == "float32"
