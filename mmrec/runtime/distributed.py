@@ -48,7 +48,8 @@ class ProcessGroup:
         The name is empty unless every process has such instructions, since all must compute the
         same.
         """
-        return bfloat16_instructions()
+        found = self.all_gather_object(bfloat16_instructions())
+        return found[0] if all(found) else ""
 
     def shard_layer(self, module: nn.Module) -> nn.Module:
         """Shard the parameters of a layer in place, if this group shards. Return the layer."""
@@ -162,8 +163,7 @@ class TorchrunGroup(ProcessGroup):
                 raise InputError("--parallel fsdp needs NumPy 2.1 or newer: upgrade it, or use ddp")
             use_dlpack()
         # here, where all processes are at the same place: rank 0 builds its trainer before others
-        found = self.all_gather_object(bfloat16_instructions())
-        self._bfloat16_instructions = found[0] if all(found) else ""
+        self._bfloat16_instructions = super().bfloat16_instructions()
 
     def bfloat16_instructions(self) -> str:
         return self._bfloat16_instructions
