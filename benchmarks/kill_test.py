@@ -331,6 +331,7 @@ def main() -> None:
         "--steps-per-kill", type=int, default=STEPS_PER_KILL, help="length of each training"
     )
     parser.add_argument("--jobs", type=int, default=1, help="kinds that run at the same time")
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), help="kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json"
@@ -341,8 +342,8 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
         jobs = {}
-        for name, share in SHARES.items():
-            kills = max(1, round(share * args.kills))
+        for name in args.only:
+            kills = max(1, round(SHARES[name] * args.kills))
             folder = Path(scratch) / name
             folder.mkdir()
             steps = (kills + 1) * args.steps_per_kill

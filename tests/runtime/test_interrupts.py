@@ -322,18 +322,18 @@ def test_a_signal_while_the_text_is_read(folder: Path) -> None:
 
 
 def test_kills_while_it_trains_and_while_it_writes(tmp_path: Path) -> None:
-    """The stress script itself, one kill of each kind of run: SIGKILL, resume, and equal bits."""
+    """The stress script itself: SIGKILL, resume, and equal bits; a chain has growth in it."""
     report = tmp_path / "report.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py")]
     subprocess.run(
-        [*script, "--kills", "3", "--out", str(report)],
+        [*script, "--kills", "3", "--only", "train", "chain", "--out", str(report)],
         check=True,
         timeout=400,
         stdout=subprocess.DEVNULL,
     )
     result = json.loads(report.read_text())
-    assert result["kills"] == 4
-    for name, runs in (("train", 1), ("growth", 1), ("finetune", 1), ("chain", 2)):
+    assert result["kills"] == 2
+    for name, runs in (("train", 1), ("chain", 2)):
         scenario = result["scenarios"][name]
         assert scenario["aimed"] == {"writing": 1}
         assert scenario["steps"] == 50
