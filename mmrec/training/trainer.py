@@ -1024,9 +1024,7 @@ class Trainer:
             self.echo(f"resume  {self.run_dir} ended before its first checkpoint: from the start")
             return
         path, info = self._load_latest()
-        # runs of 0.2.0 and before do not say it: they always took bfloat16
-        saved = {"newton_schulz": "bfloat16"} | info.get("environment", {})
-        now = self._environment()
+        saved, now = info.get("environment", {}), self._environment()
         self.echo(f"resume  {path}, step {self.progress.step:,}")
         changes = [f"{k} {saved[k]}, now {now[k]}" for k in saved if saved[k] != now.get(k)]
         if changes:
