@@ -288,6 +288,67 @@ class ModelConfig(Section):
         return (self.layer_types * repeats)[: self.depth]
 
 
+NGRAM_HASH = (
+    (1_000_003, 1),
+    (998_244_353, 2_654_435_761),
+    (1_299_709, 40_503),
+    (15_485_863, 69_069),
+)
+"""Hash of an n-gram: key_n = token[-n] * multiplier + key_{n-1}, and its row of the table is
+mix(key_n * mixer) % buckets. One (multiplier, mixer) pair per n, from n = 2 on."""
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a model by the names that ``mmrec.model.Model`` gives them."""
+    width, ffn = config.width, config.ffn_width
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
+    if config.ngram_buckets:
+        shapes["ngram_embedding"] = (config.ngram_buckets, width)
+    for i, layer_type in enumerate(config.resolved_layer_types):
+        layer: dict[str, tuple[int, ...]] = {"conv_weight": (config.conv_width, width)}
+        has_recurrence, has_delta_rule = layer_type in "sbn", layer_type in "lb"
+        projections = width * (3 * has_recurrence + 3 * has_delta_rule + 1)
+        layer["in_proj.weight"] = (projections + 2 * config.heads * has_delta_rule, width)
+        if has_recurrence:
+            layer["forget_bias"] = (width,)
+        if layer_type in "sb":
+            block = width // config.recurrent_blocks
+            layer["recurrent_weight"] = (config.recurrent_blocks, block, block)
+            layer["recurrence_norm.weight"] = (width,)
+        if has_delta_rule:
+            layer["delta_decay_bias"] = (config.heads,)
+            layer["delta_norm.weight"] = (width,)
+        layer["out_proj.weight"] = (width, width)
+        layer["ffn_norm.weight"] = (width,)
+        layer["up_proj.weight"], layer["down_proj.weight"] = (ffn, width), (width, ffn)
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm.weight": (width,)}
+
+
+def state_layout(
+    config: ModelConfig,
+) -> list[list[tuple[str, int, int, tuple[int, ...]]]]:
+    """Where the recurrent state of each layer lies in one flat array.
+
+    Returns:
+        For each layer its fields as (name, begin, end, shape), named as in
+        ``mmrec.model.LayerState``. The last end is the size of the whole state.
+    """
+    layers, end = [], 0
+    for layer_type in config.resolved_layer_types:
+        fields: dict[str, tuple[int, ...]] = {"conv_state": (config.conv_width - 1, config.width)}
+        if layer_type in "sbn":
+            fields["hidden_state"] = (config.width,)
+        if layer_type in "lb":
+            fields["delta_state"] = (config.heads, config.head_width, config.head_width)
+        layer = []
+        for name, shape in fields.items():
+            begin, end = end, end + math.prod(shape)
+            layer.append((name, begin, end, shape))
+        layers.append(layer)
+    return layers
+
+
 @dataclass(frozen=True)
 class DataConfig(Section):
     """Which text is read, how it is split and tokenised, and how windows are drawn from it."""
@@ -521,6 +582,18 @@ class SamplingConfig(Section):
         exclusive_minimum=True,
     )
     """Source: Keskar et al. 2019 (arXiv:1909.05858, section 4.1)."""
+    frequency_penalty: float = setting(
+        0.0,
+        "Subtract this from the logit of a token for each time that it was generated; 0 is off.",
+        minimum=-2,
+        maximum=2,
+    )
+    presence_penalty: float = setting(
+        0.0,
+        "Subtract this from the logits of the tokens that were generated before; 0 is off.",
+        minimum=-2,
+        maximum=2,
+    )
     temperature: float = setting(
         0.8, "Divide the logits; 0 always takes the most likely token.", minimum=0
     )
@@ -656,6 +729,8 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """The model family, by name."""
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
+"""How generation can hold the weights in memory; int8 has a scale per row."""
 DEFAULT_MAX_TOKENS = 256
 """Tokens that ``generate`` writes at most, by default."""
 DEFAULT_TOKENS = 1100 * 4096

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmrec.config import ModelConfig
+from mmrec.config import NGRAM_HASH, ModelConfig
 from mmrec.kernels import (
     fused_linear_cross_entropy,
     gated_delta_rule,
@@ -54,15 +54,6 @@ from mmrec.kernels import (
 )
 
 Result = TypeVar("Result")
-
-# Hash of an n-gram: key_n = token[-n] * multiplier + key_{n-1}, row = mix(key_n * mixer) % buckets.
-# One (multiplier, mixer) pair per n, from n = 2 on.
-NGRAM_HASH = (
-    (1_000_003, 1),
-    (998_244_353, 2_654_435_761),
-    (1_299_709, 40_503),
-    (15_485_863, 69_069),
-)
 
 
 class LayerState(NamedTuple):
