@@ -6,7 +6,10 @@ a text can be saved, copied and continued at the cost of copying a few kilobytes
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,18 +20,49 @@ from mmrec.config import WEIGHT_DTYPES, ModelConfig, SamplingConfig, state_layou
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.weights import model_parameters, read_parameters
-from mmrec.kernels.decoder.reference import hidden_step
-from mmrec.kernels.sampling.reference import (
-    REPETITION_WINDOW,
-    adjust_logits,
-    draw,
-    log_softmax,
-    next_token_probabilities,
-    uniform,
-)
+from mmrec.kernels.decoder import kernel
+from mmrec.kernels.decoder.layout import bytes_per_token, lay_out, make_private, make_scratch
+from mmrec.kernels.sampling.reference import REPETITION_WINDOW
 
 if TYPE_CHECKING:
     from mmrec.model import Model
+
+READ_CHUNK = 128
+"""Tokens of a text that are read in one call."""
+SCORE_CHUNK = 64
+"""Tokens of a text that are scored in one call."""
+PARALLEL_BYTES = 16 << 20
+"""Bytes of weights per token from which on all cores work on it."""
+KEPT_MEMORIES = 8
+"""Sizes of calls whose scratch memory is kept."""
+
+
+NO_STREAMS = kernel.Streams(
+    np.empty(0, np.uint64),
+    np.empty(0, np.int64),
+    np.empty(0, np.int64),
+    np.empty((0, 7)),
+    np.empty((0, 0), np.int32),
+    np.zeros(1, np.int64),
+    np.empty(0, np.int32),
+    np.empty(0),
+    0,
+)
+NOTHING_DRAWN = kernel.Drawn(
+    np.empty(0, np.int64),
+    np.empty(0, np.int64),
+    np.empty((0, 0), np.int32),
+    np.empty((0, 0), np.float32),
+    np.empty((0, 0, 0), np.int32),
+    np.empty((0, 0, 0), np.float32),
+)
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass
@@ -129,7 +163,17 @@ class Decoder:
         self.path, self.step, self.metadata = path, step, metadata or {}
         self.state_size = state_layout(config)[-1][-1][2]
         self.fingerprint = _fingerprint(config, parameters)
-        self._parameters = dict(parameters)
+        self._weights = lay_out(config, parameters, weights)
+        self.bytes_per_token = bytes_per_token(self._weights)
+        """Bytes of weights that one token of one text reads."""
+        self.threads = threads or self._choose_threads()
+        self._memory: dict[tuple[int, int, int], Any] = {}
+        self._lock = threading.Lock()
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def _choose_threads(self) -> int:
+        """One thread for a small model, whose threads would mostly wait for each other."""
+        return available_cores() if self.bytes_per_token >= PARALLEL_BYTES else 1
 
     @classmethod
     def load(cls, path: Path, *, weights: str = "float32", threads: int | None = None) -> "Decoder":
@@ -185,9 +229,12 @@ class Decoder:
 
     def read(self, state: DecoderState, tokens: Sequence[int] | np.ndarray) -> None:
         """Append tokens to the text of a state, in place."""
-        for token in self._check_tokens(tokens):
-            self._read_pending(state)
-            _append(state, int(token))
+        ids = self._check_tokens(tokens)
+        for begin in range(0, len(ids), READ_CHUNK):
+            part = ids[begin : begin + READ_CHUNK]
+            window = np.concatenate((state.recent, part))
+            self._run(kernel.READ, state.values[None], window[None], len(part), 0)
+            _advance(state, window, len(part))
 
     def score(
         self, state: DecoderState, tokens: Sequence[int] | np.ndarray, *, top: int = 0
@@ -198,20 +245,36 @@ class Decoder:
             state: The text before the tokens.
             tokens: (n,) ids.
             top: How many of the most likely tokens to return for each place.
+
+        Raises:
+            InputError: A token is not in the vocabulary, or ``top`` is out of range.
         """
         ids = self._check_tokens(tokens)
-        logprobs = np.empty(len(ids), np.float32)
-        top_tokens = np.empty((len(ids), top), np.int32)
-        top_logprobs = np.empty((len(ids), top), np.float32)
-        for i, token in enumerate(ids):
-            all_logprobs = log_softmax(self._read_pending(state))
-            _append(state, int(token))
-            logprobs[i] = all_logprobs[token]
-            top_tokens[i] = np.argsort(-all_logprobs, kind="stable")[:top]
-            top_logprobs[i] = all_logprobs[top_tokens[i]]
-        return TokenScores(logprobs, top_tokens, top_logprobs)
+        self._check_top(top)
+        result = TokenScores(
+            np.empty(len(ids), np.float32),
+            np.empty((len(ids), top), np.int32),
+            np.empty((len(ids), top), np.float32),
+        )
+        for begin in range(0, len(ids), SCORE_CHUNK):
+            part = ids[begin : begin + SCORE_CHUNK]
+            window = np.concatenate((state.recent, part))
+            scores = (array[None, begin : begin + len(part)] for array in result)
+            drawn = NOTHING_DRAWN._replace(**dict(zip(TokenScores._fields, scores, strict=True)))
+            values = state.values[None]
+            self._run(kernel.SCORE, values, window[None], len(part), len(part), drawn=drawn)
+            _advance(state, window, len(part))
+        return result
 
-    def decode(self, streams: Sequence[Stream], steps: int, *, top: int = 0) -> list[Decoded]:
+    def next_token_logits(self, state: DecoderState) -> np.ndarray:
+        """Return the logits (V,) float32 of the token that follows; the state stays as it is."""
+        values = state.values[None].copy()
+        scratch = self._run(kernel.LOGITS, values, state.recent[None], 1, 1)
+        return scratch.logits[: self.config.vocab_size].copy()
+
+    def decode(
+        self, streams: Sequence[Stream], steps: int, *, top: int = 0, logprobs: bool = True
+    ) -> list[Decoded]:
         """Draw up to ``steps`` tokens for each of several texts. Their states advance in place.
 
         What is drawn for a stream does not depend on the others.
@@ -220,81 +283,202 @@ class Decoder:
             streams: The texts. Those that are finished get no token.
             steps: Most tokens to draw for each.
             top: How many of the most likely tokens to return for each place.
+            logprobs: Whether to compute log-probabilities; without, ``top`` must be 0 and the
+                result has none.
 
         Raises:
-            InputError: The logits are not finite.
+            InputError: The logits are not finite, or ``top`` is out of range.
         """
-        return [self._decode_one(stream, steps, top) for stream in streams]
+        self._check_top(top)
+        running = [s for s in streams if s.finished is None]
+        drawn = self._draw(running, max(0, steps), top, logprobs) if running else None
+        results, row = [], 0
+        for stream in streams:
+            if drawn is None or row == len(running) or stream is not running[row]:
+                results.append(_decoded(None, 0, top))
+                continue
+            results.append(_decoded(drawn, row, top))
+            row += 1
+        return results
 
-    def next_token_logits(self, state: DecoderState) -> np.ndarray:
-        """Return the logits (V,) float32 of the token that follows; the state stays as it is."""
-        return self._read_pending(state.copy())
-
-    def _decode_one(self, stream: Stream, steps: int, top: int) -> Decoded:
-        tokens, logprobs, top_tokens, top_logprobs = [], [], [], []
-        penalised = stream.sampling.frequency_penalty or stream.sampling.presence_penalty
-        if penalised and stream.counts is None:
-            stream.counts = np.zeros(self.config.vocab_size, np.int32)
-        while stream.finished is None and len(tokens) < steps:
-            if stream.limit <= 0:
-                stream.finished = "length"
-                break
-            before = stream.state.copy()
-            logits = self._read_pending(stream.state)
-            adjusted = adjust_logits(
-                logits, stream.sampling, stream.state.recent, stream.counts, stream.logit_bias
-            )
-            p = next_token_probabilities(adjusted, stream.sampling)
-            if not np.isfinite(p).all():
-                raise InputError(
-                    "the logits of the model must be finite; its weights are damaged, or the "
-                    f"temperature {stream.sampling.temperature} is too small"
-                )
-            token = draw(p, uniform(stream.seed, stream.drawn))
-            if token == self.tokenizer.eot:
-                stream.finished = "stop"
-                stream.state.values[:] = before.values
-                break
-            all_logprobs = log_softmax(logits)
-            tokens.append(token)
-            logprobs.append(all_logprobs[token])
-            top_tokens.append(np.argsort(-all_logprobs, kind="stable")[:top])
-            top_logprobs.append(all_logprobs[top_tokens[-1]])
-            _append(stream.state, token)
-            stream.drawn, stream.limit = stream.drawn + 1, stream.limit - 1
-            if stream.counts is not None:
-                stream.counts[token] += 1
-        if stream.finished is None and stream.limit <= 0:
-            stream.finished = "length"
-        return Decoded(
-            np.array(tokens, np.int32),
-            np.array(logprobs, np.float32),
-            np.array(top_tokens, np.int32).reshape(len(tokens), top),
-            np.array(top_logprobs, np.float32).reshape(len(tokens), top),
+    def _draw(
+        self, streams: Sequence[Stream], steps: int, top: int, logprobs: bool
+    ) -> kernel.Drawn:
+        batch = len(streams)
+        penalised = any(_is_penalised(s.sampling) for s in streams)
+        counts = np.zeros((batch, self.config.vocab_size if penalised else 0), np.int32)
+        for row, stream in zip(counts, streams, strict=True):
+            if row.size and stream.counts is not None:
+                row[:] = stream.counts
+        biases = [sorted(s.logit_bias.items()) for s in streams]
+        for token in {token for bias in biases for token, _ in bias}:
+            self._check_tokens([token])
+        limits = [min(s.limit, steps) for s in streams]
+        arguments = kernel.Streams(
+            np.array([s.seed for s in streams], np.uint64),
+            np.array([s.drawn for s in streams], np.int64),
+            np.array(limits, np.int64),
+            np.array([_settings(s.sampling) for s in streams], np.float64),
+            counts,
+            np.cumsum([0, *map(len, biases)]).astype(np.int64),
+            np.array([token for bias in biases for token, _ in bias], np.int32),
+            np.array([value for bias in biases for _, value in bias], np.float64),
+            self.tokenizer.eot,
         )
+        width = steps if logprobs else 0
+        drawn = kernel.Drawn(
+            np.zeros(batch, np.int64),
+            np.zeros(batch, np.int64),
+            np.empty((batch, steps), np.int32),
+            np.empty((batch, width), np.float32),
+            np.empty((batch, width, top), np.int32),
+            np.empty((batch, width, top), np.float32),
+        )
+        values = np.stack([s.state.values for s in streams])
+        window = np.stack([s.state.recent for s in streams])
+        self._run(kernel.DECODE, values, window, steps, batch, arguments, drawn)
+        if (drawn.status == kernel.BROKEN).any():
+            broken = streams[int(np.argmax(drawn.status == kernel.BROKEN))]
+            raise InputError(
+                "the logits of the model must be finite; its weights are damaged, or the "
+                f"temperature {broken.sampling.temperature} is too small"
+            )
+        for b, stream in enumerate(streams):
+            count = int(drawn.counts[b])
+            stream.drawn, stream.limit = stream.drawn + count, stream.limit - count
+            if drawn.status[b] == kernel.STOPPED:
+                # the network has read the last token, which the state holds as pending
+                self.read(stream.state, drawn.tokens[b, :count])
+                stream.finished = "stop"
+            else:
+                stream.state.values[:] = values[b]
+                stream.state.recent[:] = window[b]
+                stream.state.length += count
+                if stream.limit <= 0:
+                    stream.finished = "length"
+            if counts.shape[1] and _is_penalised(stream.sampling):
+                stream.counts = counts[b]
+        return drawn
 
-    def _read_pending(self, state: DecoderState) -> np.ndarray:
-        """Let the network read the pending token; return the logits (V,) float32 after it."""
-        tokens = np.maximum(state.recent[-self.config.max_ngram :], 0).tolist()
-        hidden = hidden_step(self.config, self._parameters, state.values, tokens)
-        return self._parameters["embedding"] @ hidden
+    def _run(
+        self,
+        task: int,
+        values: np.ndarray,
+        window: np.ndarray,
+        steps: int,
+        logits_rows: int,
+        streams: kernel.Streams = NO_STREAMS,
+        drawn: kernel.Drawn = NOTHING_DRAWN,
+    ) -> kernel.Scratch:
+        """Run the kernel on a team of threads; the arguments are those of ``kernel.run``.
+
+        Returns:
+            The memory of the team. Its logits are valid until the next call.
+        """
+        batch = len(values)
+        with self._lock:
+            length = 1 if task == kernel.DECODE else steps
+            scratch, private = self._memory_for((batch, length, logits_rows))
+
+            def run(member: int) -> None:
+                kernel.run(
+                    self._weights,
+                    scratch,
+                    private[member],
+                    task,
+                    values,
+                    window,
+                    REPETITION_WINDOW - 1,
+                    steps,
+                    streams,
+                    drawn,
+                    np.empty(batch, np.int64),
+                    member,
+                    self.threads,
+                )
+
+            others = [self._executor().submit(run, n) for n in range(1, self.threads)]
+            run(0)
+            for other in others:
+                other.result()
+            return scratch
+
+    def _memory_for(self, sizes: tuple[int, int, int]) -> Any:
+        """Return scratch memory of the team and of its members, kept from call to call."""
+        if sizes not in self._memory:
+            if len(self._memory) >= KEPT_MEMORIES:
+                self._memory.clear()
+            streams, steps, rows = sizes
+            scratch = make_scratch(self._weights, streams, steps, rows)
+            private = [make_private(self._weights, streams * steps) for _ in range(self.threads)]
+            self._memory[sizes] = scratch, private
+        return self._memory[sizes]
+
+    def _executor(self) -> ThreadPoolExecutor:
+        """Return the threads that help; a forked child starts its own."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(self.threads - 1, "mmrec-decoder")
+        return self._pool[1]
+
+    def _check_top(self, top: int) -> None:
+        if not 0 <= top <= self.config.vocab_size:
+            raise InputError(
+                f"the number of most likely tokens must lie in 0 to {self.config.vocab_size}, the "
+                f"size of the vocabulary; got {top}"
+            )
 
     def _check_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(tokens)
         if ids.size == 0:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int32)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(f"tokens must be a list of token ids; got {tokens!r}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             bad = int(ids[(ids < 0) | (ids >= self.config.vocab_size)][0])
             raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}; got {bad}")
-        return ids.astype(np.int64)
+        return ids.astype(np.int32)
 
 
-def _append(state: DecoderState, token: int) -> None:
-    state.recent[:-1] = state.recent[1:]
-    state.recent[-1] = token
-    state.length += 1
+def _advance(state: DecoderState, window: np.ndarray, count: int) -> None:
+    state.recent[:] = window[-REPETITION_WINDOW:]
+    state.length += count
+
+
+def _is_penalised(sampling: SamplingConfig) -> bool:
+    """Whether tokens that were drawn must be counted."""
+    return bool(sampling.frequency_penalty or sampling.presence_penalty)
+
+
+def _settings(s: SamplingConfig) -> list[float]:
+    """Sampling settings in the order of ``kernel.Streams.settings``."""
+    return [
+        s.repetition_penalty,
+        s.frequency_penalty,
+        s.presence_penalty,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        s.min_p,
+    ]
+
+
+def _decoded(drawn: kernel.Drawn | None, row: int, top: int) -> Decoded:
+    """The part of a stream; nothing for a stream that was finished."""
+    if drawn is None:
+        empty = np.empty((0, top))
+        return Decoded(
+            np.empty(0, np.int32),
+            np.empty(0, np.float32),
+            empty.astype(np.int32),
+            empty.astype(np.float32),
+        )
+    n = int(drawn.counts[row])
+    return Decoded(
+        drawn.tokens[row, :n],
+        drawn.logprobs[row, :n],
+        drawn.top_tokens[row, :n],
+        drawn.top_logprobs[row, :n],
+    )
 
 
 def _fingerprint(config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> str:

@@ -109,6 +109,18 @@ def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a function that NumPy code calls. It runs on the thread that calls it."""
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
+    try:
+        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
+        compiled: Callable[..., Any] = numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+    return compiled
+
+
 class _ParallelGate:
     """Lets one Python thread at a time run in parallel, and none in a forked child.
 
