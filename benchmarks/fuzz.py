@@ -112,7 +112,7 @@ def digest(values: Iterable[Any]) -> str:
 
 def read(kind: str, path: Path) -> str:
     """Read a file in every way that mmrec does, use the contents briefly, return their digest."""
-    from mmrec.checkpoint import checkpoint
+    from mmrec.checkpoint import checkpoint, header
     from mmrec.data.corpus import Corpus
     from mmrec.inference.generate import generate
     from mmrec.model import Model
@@ -128,7 +128,7 @@ def read(kind: str, path: Path) -> str:
     loaded = checkpoint.load_model(path)
     config = loaded.model.config
     "".join(generate(loaded.model, loaded.tokenizer, "", max_tokens=2, seed=0))
-    checkpoint.read_metadata(path)
+    header.read_metadata(path)
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
     progress = checkpoint.restore_training_state(path, model, optimizer)

@@ -35,8 +35,9 @@ import h5py
 import numpy as np
 from outputs import add_force, check_results
 
-from mmrec.checkpoint.checkpoint import load_model, read_metadata
+from mmrec.checkpoint.checkpoint import load_model
 from mmrec.checkpoint.hdf5 import read_json
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import list_checkpoints
 from mmrec.profiling.kernel_bench import describe_machine
 

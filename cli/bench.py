@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from mmrec.cli.options import PRESET_HELP, App, VocabSize, settings_options
 from mmrec.cli.streams import print_json
@@ -15,6 +14,8 @@ from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from mmrec.profiling.kernel_bench import Case, Row
     from mmrec.profiling.step import StepProfile
 
@@ -61,6 +62,8 @@ def _print_row(row: "Row", ours: float) -> None:
 
 def _progress_bar(total: int) -> "tqdm[Any]":
     """A line on standard error: what is measured, how far it is, and the time left."""
+    from tqdm import tqdm
+
     return tqdm(
         total=total,
         leave=False,

@@ -54,7 +54,8 @@ def grow(
     **sizes: Any,
 ) -> None:
     """Make a larger model that computes the same: mmrec grow runs/tiny-stdlib --to mini."""
-    from mmrec.checkpoint.checkpoint import load_model, read_metadata
+    from mmrec.checkpoint.checkpoint import load_model
+    from mmrec.checkpoint.header import read_metadata
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.checkpoint.outputs import check_output
     from mmrec.config import ModelConfig, preset

@@ -49,7 +49,7 @@ def info(
         kind = "preset"
         model, own_settings = preset_config(str(name)), preset_train_settings(str(name))
     else:
-        from mmrec.checkpoint.checkpoint import read_metadata
+        from mmrec.checkpoint.header import read_metadata
         from mmrec.checkpoint.manager import find_checkpoint
 
         kind = "model"

@@ -84,7 +84,7 @@ def _divergence_advice(
     Each checkpoint of an earlier step is good, since a step was taken from it. That of the newest
     step is good unless its weights are what diverged.
     """
-    from mmrec.checkpoint.checkpoint import read_metadata
+    from mmrec.checkpoint.header import read_metadata
     from mmrec.checkpoint.manager import list_checkpoints
 
     found = list_checkpoints(trainer.run_dir)

@@ -5,11 +5,10 @@ docs/reference/formats.md describes the layout. A file contains no code and noth
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,14 +17,22 @@ from torch import Tensor, nn
 
 from mmrec.checkpoint.hdf5 import (
     atomic_h5_file,
-    open_h5_file,
     read_array,
     read_attribute,
     read_json,
     write_array,
     write_json,
 )
-from mmrec.config import DEFAULT_MAX_TOKENS, ModelConfig, SamplingConfig, TrainConfig
+from mmrec.checkpoint.header import (
+    KIND,
+    SCHEMA,
+    open_checkpoint,
+    read_header,
+    read_lora_settings,
+    read_model_config,
+    read_tokenizer,
+)
+from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.generate import generate
@@ -33,7 +40,6 @@ from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-KIND, SCHEMA = "checkpoint", 4
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
 """Optimizer moments by their names in torch: two of AdamW, one of Muon."""
 
@@ -89,16 +95,6 @@ class LoadedModel:
             seed=seed,
         )
         return pieces if stream else "".join(pieces)
-
-
-class CheckpointHeader(NamedTuple):
-    """What can be read from a checkpoint without its weights."""
-
-    step: int
-    """Optimizer steps taken."""
-    metadata: dict[str, Any]
-    """As in LoadedModel."""
-    model_config: ModelConfig
 
 
 # ---- writing
@@ -191,10 +187,6 @@ def _state_tensors(state: State) -> Iterator[tuple[str, Tensor]]:
 # ---- reading a model
 
 
-def _open(path: Path) -> contextlib.AbstractContextManager[h5py.File]:
-    return open_h5_file(path, KIND, SCHEMA, oldest=SCHEMA)
-
-
 def load_model(path: Path) -> LoadedModel:
     """Read the model of a checkpoint. LoRA factors are merged into the weights.
 
@@ -204,65 +196,22 @@ def load_model(path: Path) -> LoadedModel:
     Raises:
         InputError: There is no complete checkpoint of this version at ``path``.
     """
-    with _open(path) as file:
-        step, metadata = _read_header(file)
+    with open_checkpoint(path) as file:
+        step, metadata = read_header(file)
         model = _read_model(file)
-        tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError("the tokenizer and the model have vocabularies of different sizes")
-        return LoadedModel(path, model.eval(), tokenizer, step, metadata)
-
-
-def read_metadata(path: Path) -> CheckpointHeader:
-    """Read step, metadata and model configuration of a checkpoint, without its weights.
-
-    Raises:
-        InputError: There is no complete checkpoint of this version at ``path``.
-    """
-    with _open(path) as file:
-        return CheckpointHeader(*_read_header(file), _read_config(file))
-
-
-def _read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
-    step, metadata = read_attribute(file, "step", int), read_json(file, "metadata")
-    if step < 0:
-        raise ValueError(f"step must be >= 0; it is {step}")
-    TrainConfig.from_dict(metadata.get("train", {}))  # raises if a setting is not valid
-    for key in ("preset", "source", "fingerprint"):
-        if not isinstance(metadata.get(key, ""), str):
-            raise ValueError(f"{key} in metadata must be text")
-    return step, metadata
-
-
-def _read_config(file: h5py.File) -> ModelConfig:
-    """Read the model configuration. Refuse one with more layers than the file can hold."""
-    config = ModelConfig.from_dict(read_json(file, "config"))
-    weights = file.get("model")
-    if not isinstance(weights, h5py.Group) or config.depth > len(weights):
-        raise ValueError(f"its config says {config.depth:,} layers; fewer weights are stored")
-    return config
+        return LoadedModel(path, model.eval(), read_tokenizer(file), step, metadata)
 
 
 def _read_model(file: h5py.File) -> Model:
-    config = _read_config(file)
+    config, lora = read_model_config(file), read_lora_settings(file)
     with torch.device("meta"):  # shapes are compared before anything is allocated
         model = Model(config)
-        if "lora" in file:
-            apply_lora(model, *_read_lora(file))
+        if lora:
+            apply_lora(model, *lora)
     weights = {name: _read_tensor(file, f"model/{name}", p) for name, p in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     merge_lora(model)
     return model.requires_grad_()
-
-
-def _read_lora(file: h5py.File) -> tuple[int, float]:
-    stored = read_json(file, "lora")
-    rank, alpha = stored.get("rank"), stored.get("alpha")
-    if type(rank) is not int or not isinstance(alpha, int | float):
-        raise ValueError("lora must hold a rank and an alpha")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha in lora must be finite and > 0; it is {alpha}")
-    return rank, alpha
 
 
 def _read_tensor(file: h5py.File, name: str, like: Tensor) -> Tensor:
@@ -313,7 +262,7 @@ def open_moments(
     Raises:
         InputError: There is no complete checkpoint of this version at ``path``.
     """
-    with _open(path) as file:
+    with open_checkpoint(path) as file:
         if "progress" not in file:
             yield {}, 0
             return
@@ -370,7 +319,7 @@ def restore_training_state(
             optimizer must not be used before another checkpoint is restored.
     """
     not_opened: Any = contextlib.nullcontext()
-    with not_opened if process_group.rank else _open(path) as file:
+    with not_opened if process_group.rank else open_checkpoint(path) as file:
 
         def restore_(x: Tensor, group: str) -> Tensor:
             value = None if file is None else _read_tensor(file, f"{group}/{name}", x)
@@ -393,7 +342,7 @@ def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
     """Read progress, random state, and the names of the moments of each parameter."""
     if "progress" not in file:
         raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-    progress = read_json(file, "progress") | {"step": _read_header(file)[0]}
+    progress = read_json(file, "progress") | {"step": read_header(file)[0]}
     moments = {name: _stored_moments(file, name) for name, _ in model.named_parameters()}
     return progress, read_array(file, "rng", np.uint8), moments
 
@@ -411,7 +360,7 @@ def read_recurrent_state(path: Path, initial_state: State) -> State | None:
     Raises:
         InputError: There is no complete checkpoint at ``path``, or a shape differs.
     """
-    with _open(path) as file:
+    with open_checkpoint(path) as file:
         if "recurrent_state" not in file:
             return None
         for name, x in _state_tensors(initial_state):

@@ -1,15 +1,13 @@
 """The checkpoints of run folders: which exist, which to use, and which to resume from."""
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import KIND, SCHEMA, read_metadata
-from mmrec.checkpoint.hdf5 import open_h5_file, read_json
+from mmrec.checkpoint.header import open_checkpoint, read_metadata, read_tokenizer
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import DamagedError, InputError
 
@@ -143,6 +141,6 @@ def run_tokenizer(run: Path) -> Tokenizer:
         InputError: There is none.
     """
     for path in reversed(list_checkpoints(run)):
-        with contextlib.suppress(InputError), open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
-            return Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
+        with contextlib.suppress(InputError), open_checkpoint(path) as file:
+            return read_tokenizer(file)
     raise InputError(f"{run} holds no whole checkpoint, so its tokenizer is lost: start it again")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrec.checkpoint.checkpoint import read_metadata
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.outputs import check_output
 from mmrec.config import TrainConfig, read_config_file
 from mmrec.errors import InputError

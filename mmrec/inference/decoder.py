@@ -5,7 +5,6 @@ a text can be saved, copied and continued at the cost of copying a few kilobytes
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmrec.checkpoint.header import (
+    open_checkpoint,
+    read_header,
+    read_lora_settings,
+    read_model_config,
+    read_tokenizer,
+)
 from mmrec.config import WEIGHT_DTYPES, ModelConfig, SamplingConfig, state_layout
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
@@ -187,15 +193,11 @@ class Decoder:
         Raises:
             InputError: There is no complete checkpoint of this version at ``path``.
         """
-        from mmrec.checkpoint import checkpoint as header
-        from mmrec.checkpoint.hdf5 import read_json
-
-        with header._open(path) as file:
-            step, metadata = header._read_header(file)
-            config = header._read_config(file)
-            lora = header._read_lora(file) if "lora" in file else None
-            parameters = read_parameters(file, config, lora)
-            tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
+        with open_checkpoint(path) as file:
+            step, metadata = read_header(file)
+            config = read_model_config(file)
+            parameters = read_parameters(file, config, read_lora_settings(file))
+            tokenizer = read_tokenizer(file)
         return cls(
             config,
             parameters,

@@ -16,14 +16,20 @@ fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". sca
 log_cumprod serve no model here.
 """
 
-from mmrec.kernels.cumprod.op import cumprod, log_cumprod
-from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
-from mmrec.kernels.gated_delta_rule.op import gated_delta_rule
-from mmrec.kernels.gated_recurrence.op import gated_recurrence
-from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
-from mmrec.kernels.relu_squared.op import relu_squared
-from mmrec.kernels.rmsnorm_conv1d.op import rmsnorm_conv1d
-from mmrec.kernels.scan.op import scan
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmrec.kernels.cumprod.op import cumprod, log_cumprod
+    from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
+    from mmrec.kernels.gated_delta_rule.op import gated_delta_rule
+    from mmrec.kernels.gated_recurrence.op import gated_recurrence
+    from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
+    from mmrec.kernels.relu_squared.op import relu_squared
+    from mmrec.kernels.rmsnorm_conv1d.op import rmsnorm_conv1d
+    from mmrec.kernels.scan.op import scan
 
 __all__ = [
     "cumprod",
@@ -36,3 +42,29 @@ __all__ = [
     "rmsnorm_conv1d",
     "scan",
 ]
+
+# Imported at first use: the ops need torch, and the compiled code of ``_simd.py`` does not.
+_LAZY = {name: name for name in __all__} | {"log_cumprod": "cumprod"}
+"""The folder of each op."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}.op"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Kernels(types.ModuleType):
+    """This package. An op has the name of its folder, and here the name means the op."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, unless the import system wants to bind the folder of an op."""
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Kernels

@@ -1,4 +1,4 @@
-"""How kernels are compiled, cached on disk and run on threads. All of that is decided here.
+"""How the kernels of torch's ops run on threads. ``_jit.py`` compiles them.
 
 ``torch.set_num_threads`` does not reach Numba, and Numba's own setting holds for one Python thread
 only. Every launch therefore sets Numba's thread count to torch's.
@@ -11,22 +11,18 @@ when it is loaded, so the environment is changed only for that moment and torch'
 """
 
 import contextlib
-import hashlib
 import importlib
 import os
-import sys
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numba
-import platformdirs
 import torch
 from numba import prange
-from numba.core import event
+
+from mmrec.kernels._jit import compiled_kernel, inline_jit
 
 
 @contextlib.contextmanager
@@ -44,38 +40,8 @@ def _default_environment(name: str, value: str) -> Iterator[None]:
 with _default_environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
     importlib.import_module("numba.np.ufunc.omppool")  # absent where Numba has other layers only
 
-# The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
-# reorder a sum.
-_EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-
 PARALLEL_THRESHOLD = 60_000
 """Nanoseconds of work below which waking a second thread costs more than it saves."""
-
-NOTICE_AFTER = 3.0
-"""Seconds of compiling in one process before the user is told of it."""
-
-
-def _find_cache_folder() -> Path | None:
-    """The folder for compiled kernels, or None if no folder can be written.
-
-    Numba keys the files in it on the processor and on the argument types. It does not see a change
-    in a helper function of another file, so the folder's name has a digest of Numba's version and
-    of all files that hold compiled code: ``kernel.py`` of each op, and the helpers beside this one.
-    """
-    digest = hashlib.sha256(numba.__version__.encode())
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("_[a-z]*.py"), *here.rglob("kernel.py")]):
-        digest.update(path.read_bytes())
-    try:
-        root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec/kernels")
-        folder = Path(root).expanduser() / f"mmrec-{digest.hexdigest()[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-CACHE_FOLDER = _find_cache_folder()
 
 
 def _task_loop(tasks: int, *args: Any) -> None:
@@ -93,32 +59,7 @@ def _compile(body: Callable[..., Any], form: str) -> Callable[..., Any]:
     loop = types.FunctionType(_task_loop.__code__, scope, body.__name__)
     loop.__qualname__ = f"{body.__qualname__}_{form}"
     loop.__module__, loop.__doc__ = body.__module__, body.__doc__
-    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
-    try:
-        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
-        compiled: Callable[..., Any] = numba.njit(parallel=form == "parallel", **options)(loop)
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
-    return compiled
-
-
-def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for a function that kernels call. The order of its sums is kept."""
-    compiled: Callable[..., Any] = numba.njit(**_EXACT)(function)
-    return compiled
-
-
-def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for a function that NumPy code calls. It runs on the thread that calls it."""
-    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
-    try:
-        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
-        compiled: Callable[..., Any] = numba.njit(**options)(function)
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
-    return compiled
+    return compiled_kernel(loop, parallel=form == "parallel")
 
 
 class _ParallelGate:
@@ -194,51 +135,3 @@ class ParallelKernel:
 
 
 parallel_kernel = ParallelKernel  # as a decorator
-
-
-class _CompileNotice(event.Listener):
-    """Says once, on standard error, that kernels are being compiled, if that takes a while."""
-
-    def __init__(self) -> None:
-        self.depth, self.seconds, self.began, self.printed = 0, 0.0, 0.0, False
-        self.timer: threading.Timer | None = None
-
-    def on_start(self, event: Any) -> None:
-        if not _is_ours(event):
-            return
-        self.depth += 1  # a kernel compiles the functions that it calls; Numba lets no two run
-        if self.depth == 1 and not self.printed:
-            self.began = time.monotonic()
-            self.timer = threading.Timer(max(0.0, NOTICE_AFTER - self.seconds), self.print)
-            self.timer.daemon = True
-            self.timer.start()
-
-    def on_end(self, event: Any) -> None:
-        if not _is_ours(event):
-            return
-        self.depth -= 1
-        if self.depth == 0 and self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-            self.seconds += time.monotonic() - self.began
-
-    def print(self) -> None:
-        """Print the notice."""
-        self.printed = True
-        where = f"kept in {CACHE_FOLDER}"
-        if CACHE_FOLDER is None:
-            where = "in every process again, as no cache folder can be written; see NUMBA_CACHE_DIR"
-        print(
-            "mmrec: compiling kernels that this machine has not used before, which can take half "
-            f"a minute; {where}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _is_ours(event: Any) -> bool:
-    return str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
-
-
-if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-    event.register("numba:compile", _CompileNotice())

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mmrec.kernels._launch import inline_jit
+from mmrec.kernels._jit import inline_jit
 
 PANEL = 32
 """Rows of a panel."""

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
-from mmrec.kernels._launch import inline_jit
+from mmrec.kernels._jit import inline_jit
 
 LANES = 16
 """Numbers in a vector of ``load``, ``store`` and so on."""

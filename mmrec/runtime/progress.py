@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from tqdm import tqdm
-
 DELAY_SECONDS = 2.0
 
 _hidden = ContextVar("_hidden", default=False)
@@ -36,6 +34,8 @@ def progress_bar(total: int | None, stage: str, unit: str = "B") -> Any:
         stage: what the bar is called.
         unit: what is counted, by default bytes.
     """
+    from tqdm import tqdm
+
     return tqdm(
         total=total,
         desc=stage,

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import LoadedModel, load_model, read_metadata
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import (
     find_checkpoint,
     latest_stage,

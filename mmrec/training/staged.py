@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import load_model, read_metadata
+from mmrec.checkpoint.checkpoint import load_model
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import CHAIN_FILE
 from mmrec.checkpoint.outputs import check_output
 from mmrec.config import (

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from mmrec.checkpoint import manager
 from mmrec.checkpoint.checkpoint import (
-    read_metadata,
     read_recurrent_state,
     restore_training_state,
     save_checkpoint,
 )
+from mmrec.checkpoint.header import read_metadata
 from mmrec.config import (
     DEFAULT_EPOCHS,
     DEFAULT_TOKENS,

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from mmrec.checkpoint.checkpoint import (
-    SCHEMA,
     load_model,
     open_moments,
     put_moments,
-    read_metadata,
     read_recurrent_state,
     restore_training_state,
     save_checkpoint,
 )
 from mmrec.checkpoint.hdf5 import seal, write_json
+from mmrec.checkpoint.header import SCHEMA, read_metadata
 from mmrec.config import PRESETS, OptimizerConfig
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.errors import DamagedError, InputError

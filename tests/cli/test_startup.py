@@ -1,4 +1,4 @@
-"""Settings before torch is loaded: the number of threads, and how idle threads wait."""
+"""The start of the process: the number of threads, how idle threads wait, what is imported."""
 
 import os
 import shutil
@@ -61,3 +61,18 @@ def test_a_single_process_takes_all_cores() -> None:
     share_cores(environ)
     assert environ == {}
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "mmrec.kernels, mmrec.kernels._simd, mmrec.kernels._math, mmrec.kernels._bf16",
+        "mmrec.config, mmrec.data.tokenizer, mmrec.checkpoint.manager, mmrec.checkpoint.header, "
+        "mmrec.checkpoint.hdf5, mmrec.checkpoint.outputs, mmrec.cli.main",
+        "mmrec.inference.decoder, mmrec.inference.weights",
+    ],
+)
+def test_what_reads_a_model_does_not_import_torch(modules: str) -> None:
+    code = f"import sys, {modules}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in run.stdout.split()

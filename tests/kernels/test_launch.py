@@ -6,12 +6,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmrec.kernels import _launch, scan
+from mmrec import kernels
+from mmrec.kernels import _jit, _launch, scan
 
 BIG = (4, 256, 256)  # enough work for the parallel form
 
@@ -57,8 +59,6 @@ def test_what_a_task_allocates_is_its_own() -> None:
 
 
 def test_numba_follows_torch_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numba
-
     forms, before = Forms(monkeypatch), torch.get_num_threads()
     try:
         for count, form in ((1, "serial"), (2, "parallel"), (3, "parallel")):
@@ -145,8 +145,8 @@ import os, time
 import torch
 begin = time.perf_counter()
 import mmrec
-from mmrec.kernels import _launch, scan
-_launch.NOTICE_AFTER = float(os.environ.get("NOTICE_AFTER", "0"))
+from mmrec.kernels import _jit, scan
+_jit.NOTICE_AFTER = float(os.environ.get("NOTICE_AFTER", "0"))
 imported = time.perf_counter() - begin
 begin = time.perf_counter()
 scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
@@ -189,7 +189,7 @@ def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> N
 
 def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", "~no-such-user/cache")
-    assert _launch._find_cache_folder() is None
+    assert _jit._find_cache_folder() is None
 
 
 def test_other_layers_than_openmp_work_and_posix_is_not_needed() -> None:
@@ -204,3 +204,21 @@ def test_other_layers_than_openmp_work_and_posix_is_not_needed() -> None:
         "print(numba.threading_layer())"
     )
     assert python(code, NUMBA_THREADING_LAYER="workqueue").stdout.strip() == "workqueue"
+
+
+def test_an_op_is_a_function_also_after_the_import_of_its_folder() -> None:
+    vars(kernels).pop("scan", None)
+    kernels.scan = sys.modules["mmrec.kernels.scan"]  # as the import system does
+    assert kernels.scan is scan
+    assert {name: callable(getattr(kernels, name)) for name in kernels.__all__} == dict.fromkeys(
+        kernels.__all__, True
+    )
+
+
+def test_a_compiled_kernel_is_kept_on_disk() -> None:
+    @_jit.compiled_kernel
+    def total(x):  # type: ignore[no-untyped-def]
+        return x.sum()
+
+    assert total(np.arange(4.0)) == 6.0
+    assert numba.config.DISABLE_JIT or total.stats.cache_path.startswith(str(_jit.CACHE_FOLDER))

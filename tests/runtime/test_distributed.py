@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from mmrec.checkpoint.checkpoint import load_model, open_moments, read_metadata
+from mmrec.checkpoint.checkpoint import load_model, open_moments
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import list_checkpoints
 from mmrec.cli.torchrun import check_launch
 from mmrec.data.corpus import Corpus

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from mmrec.checkpoint.checkpoint import load_model, read_metadata
+from mmrec.checkpoint.checkpoint import load_model
+from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.cli.session import NOTHING_TO_SAVE
 from mmrec.errors import InterruptedTrainingError, RunLockedError

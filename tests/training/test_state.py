@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mmrec.checkpoint import manager
-from mmrec.checkpoint.checkpoint import load_model, read_metadata, restore_training_state
+from mmrec.checkpoint.checkpoint import load_model, restore_training_state
+from mmrec.checkpoint.header import read_metadata
 from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import TrainingDivergedError, WeightsDivergedError
 from mmrec.evaluation.evaluate import Evaluation

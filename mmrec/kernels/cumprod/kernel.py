@@ -23,7 +23,8 @@ import math
 
 import numpy as np
 
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv
 
 MAX_NARROW = 16

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmrec.kernels._bf16 import dot, from_bf16
-from mmrec.kernels._launch import compiled_function, inline_jit
+from mmrec.kernels._jit import compiled_kernel, inline_jit
 from mmrec.kernels._math import sigmoid
 from mmrec.kernels._panels import (
     ADD,
@@ -724,7 +724,7 @@ def _score(w, s, p, window, slots, begin, steps, drawn, member, members):
         largest(logits, normaliser, drawn.top_tokens[b, t], drawn.top_logprobs[b, t])
 
 
-@compiled_function
+@compiled_kernel
 def run(w, s, p, task, values, window, begin, steps, streams, drawn, slots, member, members):
     """Do a task with B streams.
 

@@ -13,7 +13,8 @@ vectors, and are combined in one fixed order.
 import numpy as np
 
 from mmrec.kernels._bf16 import from_bf16, to_bf16
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import exp_nonpositive
 
 LANES = 32

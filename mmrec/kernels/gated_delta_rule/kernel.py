@@ -39,7 +39,8 @@ with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adj
 
 import numpy as np
 
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv, sigmoid
 from mmrec.kernels._simd import LANES, fma, load, splat, store, transpose, zeros
 

@@ -25,7 +25,8 @@ longest comes first: the sequences that have not ended yet are always the first 
 import numpy as np
 
 from mmrec.kernels._bf16 import read
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv, sigmoid
 from mmrec.kernels._simd import add_product
 

@@ -24,7 +24,8 @@ prove that they do not overlap.
 import numpy as np
 
 from mmrec.kernels._bf16 import DOT_SUMS, dot, read, write
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import sigmoid
 
 EPSILON = 1e-6  # added to the mean square of the RMS norm

@@ -18,7 +18,8 @@ read from memory once.
 import numpy as np
 
 from mmrec.kernels._bf16 import DOT_SUMS, dot, read, write
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 
 EPSILON = 1e-6  # added to the mean square of the RMS norm
 

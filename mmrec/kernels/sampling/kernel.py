@@ -6,7 +6,7 @@ no full sort is needed: the tokens that the filters keep are found by partitions
 
 import numpy as np
 
-from mmrec.kernels._launch import inline_jit
+from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._math import exp_nonpositive
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -18,7 +18,8 @@ threads. (Splitting the channels of a sequence over threads gains nothing: memor
 
 import numpy as np
 
-from mmrec.kernels._launch import inline_jit, parallel_kernel
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
 
 MAX_NARROW = 32
 """Channels up to which four at a time are scanned with their state in registers."""

@@ -1,0 +1,122 @@
+"""How compiled code is compiled and cached on disk. All of that is decided here.
+
+Nothing here imports torch, so that compiled code which reads and writes NumPy arrays only can be
+used without it.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import platformdirs
+from numba.core import event
+
+# The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
+# reorder a sum.
+_EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+
+NOTICE_AFTER = 3.0
+"""Seconds of compiling in one process before the user is told of it."""
+
+
+def _find_cache_folder() -> Path | None:
+    """The folder for compiled kernels, or None if no folder can be written.
+
+    Numba keys the files in it on the processor and on the argument types. It does not see a change
+    in a helper function of another file, so the folder's name has a digest of Numba's version and
+    of all files that hold compiled code: ``kernel.py`` of each op, and the helpers beside this one.
+    """
+    digest = hashlib.sha256(numba.__version__.encode())
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("_[a-z]*.py"), *here.rglob("kernel.py")]):
+        digest.update(path.read_bytes())
+    try:
+        root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec/kernels")
+        folder = Path(root).expanduser() / f"mmrec-{digest.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+CACHE_FOLDER = _find_cache_folder()
+
+
+def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a function that kernels call. The order of its sums is kept."""
+    compiled: Callable[..., Any] = numba.njit(**_EXACT)(function)
+    return compiled
+
+
+def compiled_kernel(function: Callable[..., Any], *, parallel: bool = False) -> Callable[..., Any]:
+    """Decorator for a function that Python calls: compiled code, kept in CACHE_FOLDER.
+
+    Other Python threads run while it runs. The order of its sums is kept.
+
+    Args:
+        function: takes and returns what Numba can compile. Numba's cache knows it by its file and
+            its qualified name.
+        parallel: run each ``prange`` in it on Numba's threads.
+    """
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
+    try:
+        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
+        compiled: Callable[..., Any] = numba.njit(parallel=parallel, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+    return compiled
+
+
+class _CompileNotice(event.Listener):
+    """Says once, on standard error, that kernels are being compiled, if that takes a while."""
+
+    def __init__(self) -> None:
+        self.depth, self.seconds, self.began, self.printed = 0, 0.0, 0.0, False
+        self.timer: threading.Timer | None = None
+
+    def on_start(self, event: Any) -> None:
+        if not _is_ours(event):
+            return
+        self.depth += 1  # a kernel compiles the functions that it calls; Numba lets no two run
+        if self.depth == 1 and not self.printed:
+            self.began = time.monotonic()
+            self.timer = threading.Timer(max(0.0, NOTICE_AFTER - self.seconds), self.print)
+            self.timer.daemon = True
+            self.timer.start()
+
+    def on_end(self, event: Any) -> None:
+        if not _is_ours(event):
+            return
+        self.depth -= 1
+        if self.depth == 0 and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+            self.seconds += time.monotonic() - self.began
+
+    def print(self) -> None:
+        """Print the notice."""
+        self.printed = True
+        where = f"kept in {CACHE_FOLDER}"
+        if CACHE_FOLDER is None:
+            where = "in every process again, as no cache folder can be written; see NUMBA_CACHE_DIR"
+        print(
+            "mmrec: compiling kernels that this machine has not used before, which can take half "
+            f"a minute; {where}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_ours(event: Any) -> bool:
+    return str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
+
+
+if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    event.register("numba:compile", _CompileNotice())
