@@ -28,6 +28,7 @@ from mmrec.kernels._panels import (
     product,
 )
 from mmrec.kernels.sampling.kernel import (
+    SampleScratch,
     adjust_logits,
     all_finite,
     largest,
@@ -159,8 +160,7 @@ class Private(NamedTuple):
     """(max(V, D)) float32, with padding."""
     raw: np.ndarray
     """(V,) float32, logits before penalties."""
-    kept_values: np.ndarray
-    kept_tokens: np.ndarray
+    sampling: SampleScratch
     seen: np.ndarray
     """(V,) uint8, zeros."""
 
@@ -688,9 +688,7 @@ def _draw(w, s, p, window, last, streams, drawn, row, b):
         settings[5],
         settings[6],
         number,
-        p.values,
-        p.kept_values,
-        p.kept_tokens,
+        p.sampling,
     )
     if token < 0:
         drawn.status[b] = BROKEN

@@ -7,6 +7,7 @@ import numpy as np
 from mmrec.config import NGRAM_HASH, ModelConfig, state_layout
 from mmrec.kernels._panels import BLOCK, PANEL, pad, to_panels
 from mmrec.kernels.decoder.kernel import LAYER_FIELDS, Private, Scratch, Weights
+from mmrec.kernels.sampling.kernel import SampleScratch
 
 ALIGNMENT = 64
 """Bytes of a cache line, on which large arrays begin."""
@@ -176,6 +177,13 @@ def make_scratch(w: Weights, streams: int, steps: int, logits_rows: int) -> Scra
     )
 
 
+def make_sample_scratch(vocab_size: int) -> SampleScratch:
+    """Memory for drawing a token."""
+    floats, integers = np.float32, np.int32
+    dtypes = (floats, floats, integers, floats, integers)
+    return SampleScratch(*(np.empty(vocab_size, dtype) for dtype in dtypes))
+
+
 def make_private(w: Weights, rows: int) -> Private:
     """Memory of one member of a team for calls with up to ``rows`` rows."""
     deepest = max(w.width, w.ffn_width)
@@ -189,7 +197,6 @@ def make_private(w: Weights, rows: int) -> Private:
         np.empty(16, np.float32),
         np.empty(largest, np.float32),
         np.empty(w.vocab_size, np.float32),
-        np.empty(w.vocab_size, np.float32),
-        np.empty(w.vocab_size, np.int32),
+        make_sample_scratch(w.vocab_size),
         np.zeros(w.vocab_size, np.uint8),
     )

@@ -4,13 +4,27 @@ V is the vocabulary size. The definition is in ``reference.py``; here exponentia
 no full sort is needed: the tokens that the filters keep are found by partitions, as in quickselect.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._math import exp_nonpositive
 
+
+class SampleScratch(NamedTuple):
+    """Memory of ``sample``, arrays (V,) of float32 values and int32 tokens."""
+
+    values: np.ndarray
+    kept_values: np.ndarray
+    kept_tokens: np.ndarray
+    ordered_values: np.ndarray
+    ordered_tokens: np.ndarray
+
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_BLOCK = 64  # values that are added up at once
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 
@@ -100,19 +114,25 @@ def all_finite(x):
 
 
 @inline_jit
+def _sum(values, begin, end):
+    """The sum of values[begin:end] in float64, in eight parts that LLVM turns into vectors."""
+    sums = np.zeros(8, np.float64)
+    aligned = np.uint64(begin + (end - begin) // 8 * 8)
+    for i in range(np.uint64(begin), aligned, np.uint64(8)):
+        for j in range(np.uint64(8)):
+            sums[j] += np.float64(values[i + j])
+    for i in range(aligned, np.uint64(end)):
+        sums[0] += np.float64(values[i])
+    return sums.sum()
+
+
+@inline_jit
 def exponentials(logits, top, inverse_temperature, out):
     """out = exp((logits - top) / temperature); returns their sum in float64."""
     factor = np.float32(inverse_temperature)
     for i in range(np.uint64(logits.size)):
         out[i] = exp_nonpositive((logits[i] - top) * factor)
-    sums = np.zeros(8, np.float64)
-    aligned = np.uint64(logits.size // 8 * 8)
-    for i in range(np.uint64(0), aligned, np.uint64(8)):
-        for j in range(np.uint64(8)):
-            sums[j] += np.float64(out[i + j])
-    for i in range(aligned, np.uint64(logits.size)):
-        sums[0] += np.float64(out[i])
-    return sums.sum()
+    return _sum(out, 0, logits.size)
 
 
 @inline_jit
@@ -179,16 +199,74 @@ def _select(values, tokens, size, most, mass):
 
 
 @inline_jit
-def sample(logits, temperature, top_k, top_p, min_p, number, values, kept_values, kept_tokens):
+def _gather(values, least, kept_values, kept_tokens):
+    """Copy the values that are at least ``least``, in the order of tokens; returns their number."""
+    count, aligned = 0, values.size // 16 * 16
+    for begin in range(np.uint64(0), np.uint64(aligned), np.uint64(16)):
+        some = False
+        for j in range(np.uint64(16)):
+            some |= values[begin + j] >= least
+        if some:
+            for j in range(np.uint64(16)):
+                kept_values[count], kept_tokens[count] = values[begin + j], begin + j
+                count += values[begin + j] >= least
+    for i in range(aligned, values.size):
+        kept_values[count], kept_tokens[count] = values[i], i
+        count += values[i] >= least
+    return count
+
+
+@inline_jit
+def _bound_of_top_k(values, top_k, maxima, blocks):
+    """A number that the ``top_k`` largest values reach; maxima and blocks are (V,) scratch.
+
+    The largest values of k blocks are k values, so the k-th largest value is at least the smallest
+    of them.
+    """
+    count = values.size // 16
+    if count <= top_k:
+        return np.float32(0)
+    for b in range(count):
+        begin = np.uint64(16 * b)
+        most = values[begin]
+        for j in range(np.uint64(16)):
+            most = max(most, values[begin + j])
+        maxima[b], blocks[b] = most, b
+    kept, _ = _select(maxima, blocks, count, top_k, np.inf)
+    least = maxima[0]
+    for b in range(kept):
+        least = min(least, maxima[b])
+    return least
+
+
+@inline_jit
+def _draw(values, size, total, number):
+    """Index of the first of ``size`` values at which their sum exceeds ``number`` of the total."""
+    goal, reached, begin = number * total, 0.0, 0
+    while begin + _BLOCK < size:
+        after = reached + _sum(values, begin, begin + _BLOCK)
+        if after > goal:
+            break
+        reached, begin = after, begin + _BLOCK
+    for i in range(begin, size):
+        reached += np.float64(values[i])
+        if reached > goal:
+            return i
+    last = size - 1  # after rounding, the sum may end just below the goal
+    while last > 0 and values[last] == 0:
+        last -= 1
+    return last
+
+
+@inline_jit
+def sample(logits, temperature, top_k, top_p, min_p, number, s):
     """Draw a token.
 
     Args:
         logits: (V,) float32, finite, after penalties.
         temperature, top_k, top_p, min_p: as in ``SamplingConfig``.
         number: the random number in [0, 1).
-        values: (V,) float32 scratch.
-        kept_values: (V,) float32 scratch.
-        kept_tokens: (V,) int32 scratch.
+        s: SampleScratch.
 
     Returns:
         The token, or -1 if the temperature is too small for float32.
@@ -196,42 +274,39 @@ def sample(logits, temperature, top_k, top_p, min_p, number, values, kept_values
     best = argmax(logits)
     if temperature == 0:
         return best
-    inverse = 1.0 / temperature
+    inverse, size = 1.0 / temperature, logits.size
     if not np.isfinite(np.float32(inverse)):
         return -1
-    total = exponentials(logits, logits[best], inverse, values)
-    size = logits.size
-    threshold, last = np.float32(0), size
-    if (0 < top_k < size) or top_p < 1:
-        # a token below this share cannot be among the first ones that reach top_p
-        least = np.float32((1 - top_p) * total / size) if top_k == 0 else np.float32(0)
-        count = 0
-        for i in range(size):
-            kept_values[count], kept_tokens[count] = values[i], i
-            count += values[i] >= least
-        mass = total
-        if 0 < top_k < count:
-            count, mass = _select(kept_values, kept_tokens, count, top_k, np.inf)
-        if top_p < 1:
-            count, mass = _select(kept_values, kept_tokens, count, size, top_p * mass)
-        threshold, last = kept_values[0], kept_tokens[0]
+    total = exponentials(logits, logits[best], inverse, s.values)
+    if top_k == 0 and top_p >= 1 and min_p == 0:
+        return np.int64(_draw(s.values, size, total, number))
+    if top_k > 0:
+        least = _bound_of_top_k(s.values, top_k, s.ordered_values, s.ordered_tokens)
+    else:
+        # Tokens below min_p come last in the order of values, so they can be left out at once. So
+        # can those that all together have less than 1 - top_p.
+        least = np.float32(max(min_p, (1 - top_p) * total / size))
+    count = _gather(s.values, least, s.kept_values, s.kept_tokens)
+    if top_k > 0 or top_p < 1:
         for i in range(count):
-            if _comes_first(threshold, last, kept_values[i], kept_tokens[i]):
-                threshold, last = kept_values[i], kept_tokens[i]
-    smallest = np.float32(min_p)
-    total, kept = 0.0, 0
-    for i in range(size):
-        kept_tokens[kept] = i
-        value = values[i]
-        keep = (value > threshold or (value == threshold and i <= last)) and value >= smallest
-        total += np.float64(value) if keep else 0.0
-        kept += keep
-    goal, reached = number * total, 0.0
-    for i in range(kept):
-        reached += np.float64(values[kept_tokens[i]])
-        if reached > goal:
-            return np.int64(kept_tokens[i])
-    return np.int64(kept_tokens[kept - 1])
+            s.ordered_values[i], s.ordered_tokens[i] = s.kept_values[i], s.kept_tokens[i]
+        first, mass = count, total
+        if top_k > 0:
+            first, mass = _select(s.ordered_values, s.ordered_tokens, first, top_k, np.inf)
+        if top_p < 1:
+            first, mass = _select(s.ordered_values, s.ordered_tokens, first, size, top_p * mass)
+        threshold, last = s.ordered_values[0], s.ordered_tokens[0]
+        for i in range(first):
+            if _comes_first(threshold, last, s.ordered_values[i], s.ordered_tokens[i]):
+                threshold, last = s.ordered_values[i], s.ordered_tokens[i]
+        kept, smallest = 0, np.float32(min_p)
+        for i in range(count):
+            value, token = s.kept_values[i], s.kept_tokens[i]
+            s.kept_values[kept], s.kept_tokens[kept] = value, token
+            kept += value >= smallest and not _comes_first(threshold, last, value, token)
+        count = kept
+    total = _sum(s.kept_values, 0, count)
+    return np.int64(s.kept_tokens[_draw(s.kept_values, count, total, number)])
 
 
 @inline_jit
