@@ -181,7 +181,8 @@ def make_sample_scratch(vocab_size: int) -> SampleScratch:
     """Memory for drawing a token."""
     floats, integers = np.float32, np.int32
     dtypes = (floats, floats, integers, floats, integers)
-    return SampleScratch(*(np.empty(vocab_size, dtype) for dtype in dtypes))
+    arrays = (np.empty(vocab_size, dtype) for dtype in dtypes)
+    return SampleScratch(*arrays, np.empty(1024))
 
 
 def make_private(w: Weights, rows: int) -> Private:

@@ -20,10 +20,13 @@ class SampleScratch(NamedTuple):
     kept_tokens: np.ndarray
     ordered_values: np.ndarray
     ordered_tokens: np.ndarray
+    histogram: np.ndarray
+    """(1024,) float64."""
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_FEW = 256  # values that are partitioned without a histogram
 _BLOCK = 64  # values that are added up at once
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
@@ -199,6 +202,35 @@ def _select(values, tokens, size, most, mass):
 
 
 @inline_jit
+def _narrow(values, tokens, size, mass, histogram):
+    """Find the last of the fewest first tokens whose sum of values reaches ``mass``.
+
+    It is the last one, in order, of the tokens that are returned. Values of many tokens are
+    summed in a histogram first, by their exponent and three bits more, to leave out most of them.
+
+    Returns:
+        How many tokens are left; they come first in the arrays afterwards.
+    """
+    if size > _FEW:
+        bits = values.view(np.int32)
+        histogram[:] = 0
+        for i in range(size):
+            histogram[bits[i] >> 20] += np.float64(values[i])
+        bucket = histogram.size - 1
+        while bucket > 0 and histogram[bucket] < mass:
+            mass -= histogram[bucket]
+            bucket -= 1
+        left = 0
+        for i in range(size):
+            value, token = values[i], tokens[i]
+            values[left], tokens[left] = value, token
+            left += bits[left] >> 20 == bucket
+        size = left
+    kept, _ = _select(values, tokens, size, size, mass)
+    return kept
+
+
+@inline_jit
 def _gather(values, least, kept_values, kept_tokens):
     """Copy the values that are at least ``least``, in the order of tokens; returns their number."""
     count, aligned = 0, values.size // 16 * 16
@@ -294,7 +326,7 @@ def sample(logits, temperature, top_k, top_p, min_p, number, s):
         if top_k > 0:
             first, mass = _select(s.ordered_values, s.ordered_tokens, first, top_k, np.inf)
         if top_p < 1:
-            first, mass = _select(s.ordered_values, s.ordered_tokens, first, size, top_p * mass)
+            first = _narrow(s.ordered_values, s.ordered_tokens, first, top_p * mass, s.histogram)
         threshold, last = s.ordered_values[0], s.ordered_tokens[0]
         for i in range(first):
             if _comes_first(threshold, last, s.ordered_values[i], s.ordered_tokens[i]):
@@ -303,7 +335,8 @@ def sample(logits, temperature, top_k, top_p, min_p, number, s):
         for i in range(count):
             value, token = s.kept_values[i], s.kept_tokens[i]
             s.kept_values[kept], s.kept_tokens[kept] = value, token
-            kept += value >= smallest and not _comes_first(threshold, last, value, token)
+            is_first = (value > threshold) | ((value == threshold) & (token <= last))
+            kept += is_first & (value >= smallest)
         count = kept
     total = _sum(s.kept_values, 0, count)
     return np.int64(s.kept_tokens[_draw(s.kept_values, count, total, number)])
