@@ -13,14 +13,18 @@ Neither does skipping inputs that are zero.
 Weights are float32, bfloat16 (bits as uint16) or int8. A scale per row applies to the finished sum.
 """
 
+import functools
+import os
 import sys
+import threading
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from mmrec.kernels._jit import inline_jit
 
@@ -62,6 +66,25 @@ def _weight_piece(builder: Any, dtype: Any, pointer: Any) -> Any:
     return piece
 
 
+def _plain_tile(  # type: ignore[no-untyped-def]
+    panels, count, sparse, weights, at, panel_size, x, x_at, x_row, index, depth, sums, sums_at
+):
+    """What ``_make_tile`` compiles, where nothing is compiled."""
+    for k in index[:depth] if sparse else range(depth):
+        begins = [at + panel * panel_size + k * PANEL for panel in range(panels)]
+        column = np.concatenate([weights[begin : begin + PANEL] for begin in begins])
+        for v in range(count):
+            here = slice(sums_at + v * column.size, sums_at + (v + 1) * column.size)
+            sums[here] += widened(column) * x[x_at + v * x_row + k]
+
+
+def widened(weights: np.ndarray) -> np.ndarray:
+    """float32 numbers of weights that may be bfloat16 bits or int8."""
+    if weights.dtype == np.uint16:
+        return (weights.astype(np.uint32) << 16).view(np.float32)
+    return weights.astype(np.float32)
+
+
 def _make_tile(panels: int, vectors: int, *, sparse: bool = False) -> Any:
     """The product of neighbouring panels with some vectors.
 
@@ -70,6 +93,8 @@ def _make_tile(panels: int, vectors: int, *, sparse: bool = False) -> Any:
     columns are multiplied that ``index`` lists.
     """
     pieces = panels * PANEL // _LANES
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return functools.partial(_plain_tile, panels, vectors, sparse)
 
     @intrinsic
     def tile(  # type: ignore[no-untyped-def]
@@ -280,37 +305,53 @@ def product(  # type: ignore[no-untyped-def]
                     _tile_product(weights, here, x, x_v, x_row, index, more, columns, sums, sums_v)
                 v += more
         begin = panel * PANEL
-        for v in range(count):
-            here, room = out_at + v * out_row + begin, np.int64(PANEL)
-            _finish(sums, v * PANEL, scales, scale_at + begin, out, here, room, how)
+        for n in range(count):
+            here, room = out_at + n * out_row + begin, np.int64(PANEL)
+            _finish(sums, n * PANEL, scales, scale_at + begin, out, here, room, how)
+
+
+# The barrier needs three things that Numba does not have. Where nothing is compiled, Python does
+# them.
+_lock = threading.Lock()
+
+
+def _fetch_add(counter: np.ndarray, amount: int) -> Any:
+    """Add to counter[0] at once for all threads; returns what was there."""
+    with _lock:
+        counter[0] += amount
+        return counter[0] - amount
+
+
+def _load_shared(counter: np.ndarray) -> Any:
+    """counter[0], as other threads have left it."""
+    return counter[0]
+
+
+def _yield_processor() -> None:
+    """Let another thread of the machine run."""
+    os.sched_yield()
 
 
 @intrinsic
-def _fetch_add(typing, array, amount):  # type: ignore[no-untyped-def]
-    """Add to array[0] at once for all threads; returns what was there."""
-
+def _fetch_add_compiled(typing, counter, amount):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.atomic_rmw("add", data, args[1], "seq_cst")
 
-    return types.int64(array, types.int64), generate
+    return types.int64(counter, types.int64), generate
 
 
 @intrinsic
-def _load_shared(typing, array):  # type: ignore[no-untyped-def]
-    """array[0], as other threads have left it."""
-
+def _load_shared_compiled(typing, counter):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.load_atomic(data, "seq_cst", 8)
 
-    return types.int64(array), generate
+    return types.int64(counter), generate
 
 
 @intrinsic
-def _yield_processor(typing):  # type: ignore[no-untyped-def]
-    """Let another thread of the machine run."""
-
+def _yield_processor_compiled(typing):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if sys.platform != "win32":
             function_type = ir.FunctionType(ir.IntType(32), [])
@@ -319,6 +360,13 @@ def _yield_processor(typing):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+_compiled: Any = (_fetch_add_compiled, _load_shared_compiled, _yield_processor_compiled)
+_add_shared, _read_shared, _yield = _compiled
+overload(_fetch_add)(lambda counter, amount: lambda counter, amount: _add_shared(counter, amount))
+overload(_load_shared)(lambda counter: lambda counter: _read_shared(counter))
+overload(_yield_processor)(lambda: lambda: _yield())
 
 
 SPINS = 2000

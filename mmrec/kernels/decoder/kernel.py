@@ -149,7 +149,8 @@ class Private(NamedTuple):
 
     sums: np.ndarray
     wide: np.ndarray
-    index: np.ndarray
+    columns: np.ndarray
+    """(the deepest matrix) int32."""
     ring: np.ndarray
     """(K D)."""
     row: np.ndarray
@@ -228,9 +229,7 @@ def _embed(w, token, window, at, out, out_at, row):
             out[out_at + d] *= scale
     key = np.int64(token)
     for n in range(w.hashes.shape[0]):
-        earlier = np.int64(window[at - 1 - n])
-        if earlier < 0:  # before the text
-            earlier = 0
+        earlier = np.int64(max(0, window[at - 1 - n]))  # 0 stands before the text
         key = earlier * w.hashes[n, 0] + key
         mixed = key * w.hashes[n, 1]
         bucket = ((mixed >> 7) ^ mixed) % w.buckets
@@ -343,7 +342,7 @@ def _recurrent_product(w, layer, p, state, projected, at):
             state,
             layer[HIDDEN_STATE] + g * block,
             np.int64(0),
-            p.index,
+            p.columns,
             p.values,
             np.int64(0),
             np.int64(0),
@@ -499,7 +498,7 @@ def _matrix(
         x,
         np.int64(0),
         x_row,
-        p.index,
+        p.columns,
         out,
         np.int64(0),
         out_row,

@@ -180,9 +180,14 @@ def make_scratch(w: Weights, streams: int, steps: int, logits_rows: int) -> Scra
 def make_sample_scratch(vocab_size: int) -> SampleScratch:
     """Memory for drawing a token."""
     floats, integers = np.float32, np.int32
-    dtypes = (floats, floats, integers, floats, integers)
-    arrays = (np.empty(vocab_size, dtype) for dtype in dtypes)
-    return SampleScratch(*arrays, np.empty(1024))
+    return SampleScratch(
+        np.empty(vocab_size, floats),
+        np.empty(vocab_size, floats),
+        np.empty(vocab_size, integers),
+        np.empty(vocab_size, floats),
+        np.empty(vocab_size, integers),
+        np.empty(1024),
+    )
 
 
 def make_private(w: Weights, rows: int) -> Private:
