@@ -276,6 +276,9 @@ def read_mutated(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first file, to continue an earlier run"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="files read at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files that went wrong")
@@ -294,7 +297,7 @@ def main() -> None:
         jobs = [
             pool.submit(
                 read_mutated,
-                range(job, options.files, options.jobs),
+                range(options.first + job, options.first + options.files, options.jobs),
                 options.seed,
                 sources,
                 expected,
@@ -309,6 +312,7 @@ def main() -> None:
     result = {
         "machine": describe_machine(),
         "files": options.files,
+        "first": options.first,
         "seed": options.seed,
         "hdf5": h5py.version.hdf5_version,
         "seconds": round(time.perf_counter() - tally.begin),
