@@ -136,8 +136,9 @@ class Request:
 def _is_ids(prompt: object) -> bool:
     if isinstance(prompt, np.ndarray):
         return prompt.ndim == 1 and (prompt.dtype.kind in "iu" or not len(prompt))
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
-    return is_list and all(map(_is_whole, prompt))
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        return False
+    return all(map(_is_whole, prompt))
 
 
 def _shown(value: object) -> str:
@@ -345,8 +346,9 @@ class Handle:
             return False
         self._told_tokens = settled
         self._texts.append(text)
-        values = (self._tokens, self._logprobs, self._top_logprobs)
-        self._pieces.append(Piece(text, *(v[told:settled] for v in values)))  # type: ignore[index]
+        new = slice(told, settled)
+        piece = Piece(text, self._tokens[new], self._logprobs[new], self._top_logprobs[new])
+        self._pieces.append(piece)
         return True
 
     def _update(self) -> None:
@@ -468,10 +470,9 @@ class Engine:
             InputError: the request does not suit the model.
         """
         request.check(self.decoder)
-        tokens = request.prompt
-        if isinstance(tokens, str):
-            tokens = self.decoder.tokenizer.encode(tokens)
-        ids = np.array(tokens, np.int64)
+        is_text = isinstance(request.prompt, str)
+        ids = self.decoder.tokenizer.encode(str(request.prompt)) if is_text else request.prompt
+        ids = np.array(ids, np.int64)
         state = self.decoder.initial_state() if request.state is None else request.state.copy()
         digest = hashlib.blake2b()
         for part in (state.values, state.recent, np.int64(state.length), ids):
@@ -565,6 +566,14 @@ class Engine:
                 handle._fail(error)
             else:
                 handle._accept(state, decoded)
+
+
+def nth_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of one of several texts: those of texts 0, 1, 2 … follow one another.
+
+    So any of them can be repeated alone. After the largest seed comes 0. None stays None.
+    """
+    return None if seed is None else (seed + index) % (int(TRAIN_SETTINGS["seed"].maximum or 0) + 1)
 
 
 def complete(

@@ -5,6 +5,7 @@ allocates nothing. Every storage that an operation makes is tracked from its cre
 freed, so the count follows the code.
 """
 
+import math
 import weakref
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmrec.config import ModelConfig, TrainConfig
-from mmrec.inference.generate import PROMPT_CHUNK
+from mmrec.config import ModelConfig, TrainConfig, parameter_shapes, state_layout
 from mmrec.model import Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.numeric import cdiv
@@ -151,22 +151,12 @@ def generation_memory(config: ModelConfig) -> dict[str, int]:
     """Count the bytes of generation by part.
 
     Returns:
-        Bytes of the weights, of the recurrent state, of temporaries while a prompt of at least
-        1,024 tokens is read, and of the process (a measured constant).
+        Bytes of the weights in float32, of the recurrent state of one text, of temporaries (the
+        logits in a few forms), and of the process (a measured constant).
     """
-    with FakeTensorMode(), torch.inference_mode():
-        model = Model(config).eval()
-        tokens = torch.zeros(1, PROMPT_CHUNK, dtype=torch.int64)
-        with StorageTracker() as tracker:
-            hidden, state = model.hidden_states(tokens)
-            model.lm_head(hidden[0, -1])
-            del hidden
-            state_bytes = tracker.current
-        del state
-        weights = sum(4 * p.numel() for p in model.parameters())
     return {
-        "weights": weights,
-        "state": state_bytes,
-        "temporaries": tracker.peak - state_bytes,
+        "weights": sum(4 * math.prod(shape) for shape in parameter_shapes(config).values()),
+        "state": 4 * state_layout(config)[-1][-1][2],
+        "temporaries": 16 * config.vocab_size,
         "process": PROCESS_BYTES["generation"],
     }

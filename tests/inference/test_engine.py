@@ -228,8 +228,15 @@ def test_text_comes_as_soon_as_it_cannot_be_a_stop_text() -> None:
     assert stream.settled_tokens == 4
     stream = TextStream(train_tokenizer("byte", []), ["bd"])
     assert [stream.feed(part) for part in (b"a", b"b", b"c")] == ["a", "", "bc"]
-    stream = TextStream(train_tokenizer("byte", []))
-    assert [stream.feed("é".encode()[i : i + 1]) for i in (0, 1)] == ["", "é"]
+
+
+def test_half_a_character_is_held_back() -> None:
+    for stop in ([], ["never"]):
+        stream = TextStream(train_tokenizer("byte", []), stop)
+        assert [stream.feed([byte]) for byte in "a🙂".encode()] == ["a", "", "", "", "🙂"]
+        assert stream.feed([0xF0, 0x9F]) == ""
+        assert stream.finish() == "\ufffd"
+        assert stream.settled_tokens == 7
 
 
 def test_a_bias_forbids_and_forces_tokens(decoder: Decoder) -> None:
