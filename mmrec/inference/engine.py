@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,8 @@ MAX_STEP_TOKENS = 256
 MIN_SHARED_STEP_TOKENS = 8
 """Where requests wait, a step draws no more tokens than the shortest text still needs, and at least
 this many: a text that ends in the middle of a step leaves its place empty until the next one."""
-MIN_CHUNK, MAX_CHUNK = 16, 2048
-"""Tokens of a prompt that are read at once."""
+FIRST_CHUNK, MAX_CHUNK = 64, 2048
+"""Tokens of a prompt that are read at once, at first and at most."""
 SEED_BITS = 53  # of a seed that is drawn at random: JSON readers know whole numbers up to 2^53
 MAX_BIAS = 100.0
 
@@ -295,26 +295,14 @@ class Handle:
         if self.request.max_tokens == 0:
             self._finish("length")
 
-    def _return_to(self, state: DecoderState) -> None:
-        """Undo a step that drew tokens which were not accepted."""
-        assert self._stream is not None
-        count, counts = len(self._tokens), None
-        if self._stream.counts is not None:
-            counts = np.bincount(self._tokens, minlength=len(self._stream.counts)).astype(np.int32)
-        self._stream = replace(
-            self._stream,
-            state=state,
-            limit=int(self.request.max_tokens) - count,
-            drawn=count,
-            counts=counts,
-            finished=None,
-        )
+    def _remember(self) -> None:
+        """Remember where the text stands, before more is drawn than may be kept."""
+        if self.request.stop and self._stream is not None:
+            self._earlier.append((len(self._tokens), self._stream.state.copy()))
 
-    def _accept(self, before: DecoderState, decoded: Decoded) -> None:
-        """Take what a step drew. ``before`` is where the text stood until then."""
+    def _accept(self, decoded: Decoded) -> None:
+        """Take what a step drew."""
         assert self._stream is not None
-        if self.request.stop:
-            self._earlier.append((len(self._tokens), before))
         tokens = decoded.tokens.tolist()
         self._tokens += tokens
         if (top := self.request.logprobs) is not None:
@@ -391,17 +379,18 @@ class Handle:
 
 
 class _Pace:
-    """How many tokens to take at once, so that they take some time; never more than twice as many
-    as the last time."""
+    """How many tokens to take at once, so that they take some time.
 
-    def __init__(self, seconds: float, least: int, most: int) -> None:
-        self.seconds, self._least, self._most = seconds, least, most
-        self.count = least
+    It is a power of two, so that the decoder meets few sizes, and at most doubles each time.
+    """
+
+    def __init__(self, seconds: float, first: int, most: int) -> None:
+        self.seconds, self.count, self._most = seconds, first, most
 
     def record(self, count: int, seconds: float) -> None:
         """Learn how long some tokens took."""
-        wanted = int(count * self.seconds / max(seconds, 1e-9))
-        self.count = max(self._least, min(wanted, 2 * self.count, self._most))
+        wanted = min(int(count * self.seconds / max(seconds, 1e-9)), 2 * self.count, self._most)
+        self.count = 1 << max(wanted, 1).bit_length() - 1
 
 
 class Engine:
@@ -444,7 +433,7 @@ class Engine:
         """Prompts that an unfinished request holds."""
         self._turns = 0
         self._drawing = _Pace(step_seconds, 1, MAX_STEP_TOKENS)
-        self._reading = _Pace(step_seconds, MIN_CHUNK, MAX_CHUNK)
+        self._reading = _Pace(step_seconds, FIRST_CHUNK, MAX_CHUNK)
 
     @property
     def waiting(self) -> int:
@@ -532,40 +521,39 @@ class Engine:
 
     def _draw(self) -> None:
         """Draw tokens for every text that is being written."""
-        handles = [h for h in self._active if h._stream is not None]
-        streams = [h._stream for h in handles if h._stream is not None]
-        if not streams:
+        writing = [(h, h._stream) for h in self._active if h._stream is not None]
+        if not writing:
             return
         steps = self._drawing.count
         if self._waiting:
-            shortest = min(stream.limit for stream in streams)
+            shortest = min(stream.limit for _, stream in writing)
             steps = min(steps, max(shortest, MIN_SHARED_STEP_TOKENS))
-        top = max(h.request.logprobs or 0 for h in handles)
-        before = [stream.state.copy() for stream in streams]
+        for handle, _ in writing:
+            handle._remember()
         begin = time.perf_counter()
         try:
-            results = self.decoder.decode(streams, steps, top=top)
-        except InputError:
-            self._draw_alone(handles, before, steps, top)
-            return
-        most = max(len(decoded.tokens) for decoded in results)
-        self._drawing.record(max(1, most), time.perf_counter() - begin)
-        for handle, state, decoded in zip(handles, before, results, strict=True):
-            handle._accept(state, decoded)
+            most = self._draw_together(writing, steps)
+        except InputError:  # nothing was drawn for any of them
+            for handle, stream in writing:
+                try:
+                    self._draw_together([(handle, stream)], steps)
+                except InputError as error:
+                    handle._fail(error)
+        else:
+            self._drawing.record(max(1, most), time.perf_counter() - begin)
 
-    def _draw_alone(
-        self, handles: list[Handle], before: list[DecoderState], steps: int, top: int
-    ) -> None:
-        """Draw for one text after another, after one of them could not be: the others go on."""
-        for handle, state in zip(handles, before, strict=True):
-            handle._return_to(state.copy())
-            assert handle._stream is not None
-            try:
-                [decoded] = self.decoder.decode([handle._stream], steps, top=top)
-            except InputError as error:
-                handle._fail(error)
-            else:
-                handle._accept(state, decoded)
+    def _draw_together(self, writing: list[tuple[Handle, Stream]], steps: int) -> int:
+        """Draw up to ``steps`` tokens for texts; return the largest number that one of them got."""
+        wanted = [h.request.logprobs for h, _ in writing if h.request.logprobs is not None]
+        results = self.decoder.decode(
+            [stream for _, stream in writing],
+            steps,
+            top=max(wanted, default=0),
+            logprobs=bool(wanted),
+        )
+        for (handle, _), decoded in zip(writing, results, strict=True):
+            handle._accept(decoded)
+        return max(len(decoded.tokens) for decoded in results)
 
 
 def nth_seed(seed: int | None, index: int) -> int | None:

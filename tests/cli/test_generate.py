@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,16 +127,19 @@ def test_a_bias_by_id_and_by_text(generate: Command, path: Path) -> None:
 
 
 def test_options_reach_the_decoder(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads, init = [], Decoder.__init__
+    given, load = [], Decoder.load
 
-    def noting(self: Decoder, *arguments: Any, **options: Any) -> None:
-        loads.append((options["weights"], options["threads"]))
-        init(self, *arguments, **options)
+    def noting(path: Path, **options: Any) -> Decoder:
+        given.append(options)
+        return load(path)
 
-    monkeypatch.setattr(Decoder, "__init__", noting)
-    generate("--prompt", "a", "--max-tokens", "1", "--weights", "int8", "--threads", "1")
+    monkeypatch.setattr(Decoder, "load", noting)
+    generate("--prompt", "a", "--max-tokens", "1", "--weights", "int8", "--threads", "2")
     generate("--prompt", "a", "--max-tokens", "1")
-    assert loads == [("int8", 1), ("float32", None)]
+    assert given == [
+        {"weights": "int8", "threads": 2},
+        {"weights": "float32", "threads": None},
+    ]
     words = ("--prompt", "a", "--max-tokens", "40", "--temperature", "0")
     penalties = [(), ("--frequency-penalty", "2"), ("--presence-penalty", "2")]
     kinds = [len(set(generate.json(*words, *penalty)[0]["tokens"])) for penalty in penalties]
@@ -152,3 +157,23 @@ def test_broken_records_are_counted(generate: Command, tmp_path: Path) -> None:
     file.write_text('{"q": "the"}\n')
     assert len(generate.json(*words, "--text-field", "q")) == 1
     assert generate.error == ""
+
+
+def test_generating_imports_no_torch(path: Path) -> None:
+    """In the process of each form of the command."""
+    code = (
+        "import sys\nfrom mmrec.cli import main\n"
+        "try: main.run()\nexcept SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for words in (["--prompt", "the"], ["--prompts", "-", "--json", "--samples", "2"]):
+        command = ["generate", str(path), "--max-tokens", "2", "--seed", "1", *words]
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *command],
+            input="a\nb\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert len(ended.stdout.splitlines()) == (1 if "--prompt" in words else 4)

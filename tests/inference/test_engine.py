@@ -311,13 +311,15 @@ def test_equal_prompts_are_read_once(decoder: Decoder, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Decoder, "read", counting)
     prompt = [5, 6, 7] * 30
-    requests = [Request(prompt, max_tokens=3, seed=i) for i in range(7)]
+    endless = {decoder.tokenizer.eot: -100.0}
+    requests = [Request(prompt, max_tokens=3, seed=i, logit_bias=endless) for i in range(7)]
     texts = list(complete(decoder, requests, max_streams=2))
     assert sum(counts) == len(prompt)
     assert len({tuple(completion.tokens) for completion in texts}) > 1
     state = state_after(decoder, [1])
+    other = replace(requests[0], prompt=prompt[1:])
     counts.clear()
-    run(decoder, *(replace(request, state=state) for request in requests), Request(prompt[1:]))
+    run(decoder, *(replace(request, state=state) for request in requests), other)
     assert sum(counts) == 2 * len(prompt) - 1
 
 
