@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,3 +179,20 @@ def test_generating_imports_no_torch(path: Path) -> None:
         )
         assert (ended.returncode, ended.stderr) == (0, "")
         assert len(ended.stdout.splitlines()) == (1 if "--prompt" in words else 4)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_ctrl_c_ends_between_two_lines(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("the\n" * 1000)
+    words = ["generate", str(path), "--prompts", str(file), "--json", "--max-tokens", "500"]
+    command = [sys.executable, "-m", "mmrec", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
+    lines = [json.loads(line) for line in (first + rest).splitlines()]
+    assert [line["prompt_index"] for line in lines] == list(range(len(lines)))
+    assert 0 < len(lines) < 1000
