@@ -6,7 +6,7 @@ docs/reference/formats.md describes the layout. A file contains no code and noth
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,16 @@ class LoadedModel:
             raise InputError(f"prompt must be a text or a list of texts; got {prompt!r}")
         if stream and is_list:
             raise InputError("stream needs one prompt, not a list; got both")
-        config = SamplingConfig.from_dict(sampling)
+        request = Request(
+            sampling=SamplingConfig.from_dict(sampling),
+            max_tokens=max_tokens,
+            stop=stop,
+            seed=seed,
+            logit_bias=logit_bias or {},
+        )
         decoder = self.decoder
         requests = [
-            Request(
-                str(text),
-                config,
-                max_tokens=max_tokens,
-                stop=stop,
-                seed=nth_seed(seed, index) if index else seed,
-                logit_bias=logit_bias or {},
-            )
+            replace(request, prompt=str(text), seed=nth_seed(seed, index))
             for index, text in enumerate(prompts)
         ]
         if stream:

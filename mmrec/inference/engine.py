@@ -126,11 +126,17 @@ class Request:
         if self.state is not None:
             like = decoder.initial_state()
             for name in ("values", "recent"):
-                found, wanted = getattr(self.state, name).shape, getattr(like, name).shape
-                if found != wanted:
+                found, wanted = getattr(self.state, name), getattr(like, name)
+                if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
                     raise InputError(
-                        f"state must be of this model: {name} of shape {wanted}; got {found}"
+                        f"state must be of this model: {name} of {wanted.dtype} {wanted.shape}; "
+                        f"got {found.dtype} {found.shape}"
                     )
+            recent = self.state.recent
+            if recent.min() < -1 or recent[-1] < 0 or recent.max() >= size:
+                raise InputError(
+                    f"state must be of this model: recent tokens up to {size - 1:,}; got others"
+                )
 
 
 def _is_ids(prompt: object) -> bool:
@@ -510,7 +516,8 @@ class Engine:
             self.decoder.read(prompt.state, chunk)
             prompt.position += len(chunk)
             now = time.perf_counter()
-            self._reading.record(len(chunk), now - begin)
+            if len(chunk) == self._reading.count:  # the end of a prompt says less
+                self._reading.record(len(chunk), now - begin)
             if prompt.is_read:
                 unread.remove(prompt)
             if now >= end:

@@ -434,7 +434,7 @@ def test_requests_from_many_threads(decoder: Decoder) -> None:
         ({"state": 3}, "state must be of type DecoderState; got 3"),
         (
             {"state": DecoderState(np.zeros(3, np.float32), np.zeros(256, np.int32))},
-            "state must be of this model: values of shape \\(.*,\\); got \\(3,\\)",
+            "state must be of this model: values of float32 \\(.*,\\); got float32 \\(3,\\)",
         ),
     ],
 )
@@ -447,6 +447,18 @@ def test_wrong_requests_are_refused(
     assert not engine.step()
     with pytest.raises(InputError, match="max_streams must be a whole number >= 1; got 0"):
         Engine(decoder, max_streams=0)
+
+
+def test_a_state_of_another_model_is_refused(decoder: Decoder) -> None:
+    for change, message in (
+        (lambda s: s.recent.fill(280), "recent tokens up to 279; got others"),
+        (lambda s: s.recent.fill(-1), "recent tokens up to 279; got others"),
+        (lambda s: setattr(s, "values", s.values.astype(float)), "values of float32 .*; got float"),
+    ):
+        state = decoder.initial_state()
+        change(state)  # type: ignore[no-untyped-call]
+        with pytest.raises(InputError, match=f"state must be of this model: {message}"):
+            Engine(decoder).submit(Request(state=state))
 
 
 def test_characters_that_a_tokenizer_does_not_know() -> None:
