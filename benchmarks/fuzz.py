@@ -114,7 +114,8 @@ def read(kind: str, path: Path) -> str:
     """Read a file in every way that mmrec does, use the contents briefly, return their digest."""
     from mmrec.checkpoint import checkpoint, header
     from mmrec.data.corpus import Corpus
-    from mmrec.inference.generate import generate
+    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.engine import Request, complete
     from mmrec.model import Model
     from mmrec.optimizer import MuonAdamW, parameter_groups
 
@@ -127,7 +128,7 @@ def read(kind: str, path: Path) -> str:
         return digest([*arrays, c.tokenizer.to_json(), c.info])
     loaded = checkpoint.load_model(path)
     config = loaded.model.config
-    "".join(generate(loaded.model, loaded.tokenizer, "", max_tokens=2, seed=0))
+    list(complete(Decoder.load(path), [Request(max_tokens=2, seed=0)]))
     header.read_metadata(path)
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)

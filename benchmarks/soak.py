@@ -29,7 +29,6 @@ from mmrec.config import TrainConfig, preset  # noqa: E402
 from mmrec.data.corpus import Corpus  # noqa: E402
 from mmrec.data.prepare import prepare  # noqa: E402
 from mmrec.evaluation.evaluate import evaluate  # noqa: E402
-from mmrec.inference.generate import generate  # noqa: E402
 from mmrec.profiling.kernel_bench import describe_machine  # noqa: E402
 from mmrec.training.trainer import Trainer  # noqa: E402
 
@@ -70,7 +69,7 @@ def one_round(corpus: Corpus, folder: Path, seed: int) -> float:
     tokens = split.tokens[:50_000]
     share = len(tokens) / split.n_tokens
     scores = evaluate(loaded.model, tokens, loaded.tokenizer.eot, int(split.n_bytes * share))
-    text = "".join(generate(loaded.model, loaded.tokenizer, "def ", max_tokens=100, seed=seed))
+    text = loaded.generate("def ", max_tokens=100, seed=seed)
     assert text
     assert math.isfinite(scores.loss)
     return scores.bits_per_byte

@@ -8,7 +8,7 @@ import typer
 
 from mmrec.cli.options import ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
-from mmrec.cli.streams import print_json
+from mmrec.cli.streams import print_json, print_note
 from mmrec.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def _write_samples(
 
     from mmrec.checkpoint.outputs import REPORT_MARK
     from mmrec.config import SamplingConfig
-    from mmrec.evaluation.samples import read_prompts, to_html, to_markdown, write_samples
+    from mmrec.data.sources import read_prompts
+    from mmrec.evaluation.samples import to_html, to_markdown, write_samples
     from mmrec.runtime.atomic import atomic_write_text
 
     if report is not None and report.suffix not in (".md", ".html"):
@@ -146,7 +147,7 @@ def _write_samples(
         ) from None
     for x in values:
         SamplingConfig(temperature=x)
-    texts = read_prompts(prompts, **settings)
+    texts = read_prompts(prompts, note=print_note, **settings)
     training = [_training_text(loaded) for loaded in models]
     count = len(models) * len(texts) * len(values)
     with tqdm(total=count, unit="text", leave=False, disable=None) as bar:
@@ -173,7 +174,7 @@ def _training_text(loaded: "LoadedModel") -> bytes:
     try:
         return training_text(loaded)
     except InputError as error:
-        typer.echo(f"note    copies of the training text are not searched for: {error}", err=True)
+        print_note(f"copies of the training text are not searched for: {error}")
         return b""
 
 

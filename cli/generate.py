@@ -1,19 +1,38 @@
 """``mmrec generate``."""
 
+import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import SEED_BOUNDS, ModelOption, one_model, settings_options
-from mmrec.cli.streams import argument_text, read_standard_input
+from mmrec.cli.options import (
+    ALL_SETTINGS,
+    SEED_BOUNDS,
+    ModelOption,
+    ThreadsOption,
+    WeightsOption,
+    one_model,
+    settings_options,
+)
+from mmrec.cli.streams import argument_text, print_json, print_note, read_standard_input
 from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
 from mmrec.errors import InputError
 
+if TYPE_CHECKING:
+    from mmrec.data.tokenizer import Tokenizer
+    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.engine import Completion, Request
 
-@settings_options(SamplingConfig.settings(), declared=SamplingConfig.settings())
+READ_SETTINGS = ("text_field", "skip_bad")
+SAMPLING = SamplingConfig.settings()
+
+
+@settings_options([*SAMPLING, *READ_SETTINGS], declared=ALL_SETTINGS | SAMPLING)
 def generate(
     where: Annotated[
         Path | None,
@@ -23,49 +42,184 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; - reads standard input.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = DEFAULT_MAX_TOKENS,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="Continue many prompts: one per line, or records. - reads standard input.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 1,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens to generate per text.")
+    ] = DEFAULT_MAX_TOKENS,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End at this text; repeatable.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Equal seeds give equal text.", **SEED_BOUNDS)
+        int | None,
+        typer.Option(help="Equal seeds give equal text; each further text adds 1.", **SEED_BOUNDS),
     ] = None,
-    **sampling: Any,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN=BIAS",
+            help="Add a bias, -100 to 100, to the logit of a token: an id, or a text in double "
+            "quotes; repeatable.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per text.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="In JSON, the log-probabilities of the tokens, and the most likely ones of each "
+            "place, as many as given.",
+        ),
+    ] = None,
+    weights: WeightsOption = "float32",
+    threads: ThreadsOption = None,
+    **settings: Any,
 ) -> None:
     """Continue a prompt, for example: mmrec generate --prompt "It was"."""
-    sampling_config = SamplingConfig(**sampling)
-    from mmrec.checkpoint.checkpoint import load_model
+    sampling = SamplingConfig(**{k: v for k, v in settings.items() if k in SAMPLING})
+    reading = {k: v for k, v in settings.items() if k in READ_SETTINGS}
+    if prompts is not None and prompt is not None:
+        raise InputError("give prompts once, by --prompt or by --prompts; got both")
+    if prompts is None:
+        for name in reading:
+            raise InputError(f"--{name.replace('_', '-')} has no effect without --prompts")
+    if logprobs is not None and not as_json:
+        raise InputError("--logprobs has no effect without --json")
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.inference.generate import generate
-    from mmrec.runtime.malloc import return_large_blocks
+    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.engine import Request
 
     chosen = one_model(where, model)
     if where is not None and not where.exists():
         raise InputError(f"no model at {where}: no such file or folder; a prompt needs --prompt")
     path = find_checkpoint(chosen)
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        text = read_standard_input()
+    if prompts is not None:
+        from mmrec.data.sources import read_prompts
+
+        texts = read_prompts(prompts, note=print_note, **reading)
+    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        texts = [read_standard_input()]
     else:
-        text = argument_text(prompt or "", "--prompt")
-    stop_texts = [argument_text(text, "--stop") for text in stop or ()]
-    return_large_blocks()  # only a long prompt takes large blocks, and once
-    loaded = load_model(path)
-    pieces = generate(
-        loaded.model,
-        loaded.tokenizer,
-        text,
-        sampling=sampling_config,
+        texts = [argument_text(prompt or "", "--prompt")]
+    request = Request(
+        sampling=sampling,
         max_tokens=max_tokens,
-        stop=stop_texts,
+        stop=[argument_text(text, "--stop") for text in stop or ()],
         seed=seed,
+        logprobs=logprobs,
     )
-    start, is_prompt_shown = time.perf_counter(), False
-    for piece in pieces:
+    decoder = Decoder.load(path, weights=weights, threads=threads)
+    request = replace(request, logit_bias=_parse_biases(logit_bias or [], decoder.tokenizer))
+    begin = time.perf_counter()
+    if prompts is None and samples == 1 and not as_json:
+        _print_text(decoder, replace(request, prompt=texts[0]))
+    else:
+        if prompts is not None:
+            for number, text in enumerate(texts, 1):
+                decoder.tokenizer.check_text(text, f"prompt {number}")
+        _print_all(decoder, request, texts, samples, as_json=as_json)
+    if sys.stderr.isatty():
+        typer.echo(f"[{path}, {time.perf_counter() - begin:.1f} s]", err=True)
+
+
+def _parse_biases(given: list[str], tokenizer: "Tokenizer") -> dict[int, float]:
+    """Biases by token id. TOKEN is an id, or the text of one token as a JSON string."""
+    biases: dict[int, float] = {}
+    for item in given:
+        name, _, value = argument_text(item, "--logit-bias").rpartition("=")
+        try:
+            bias = float(value)
+            token = json.loads(name)
+        except ValueError:
+            token = None
+        if isinstance(token, str):
+            ids = tokenizer.encode(token, "--logit-bias").tolist()
+            if len(ids) != 1:
+                raise InputError(
+                    f"a text of --logit-bias must be one token; {token!r} is {len(ids)} tokens: "
+                    f"{', '.join(map(str, ids[:8])) or 'it is empty'}"
+                )
+            [token] = ids
+        elif not isinstance(token, int) or isinstance(token, bool):
+            raise InputError(
+                f"--logit-bias must be ID=BIAS or '\"TEXT\"=BIAS', such as 42=-100; got {item!r}"
+            )
+        if token in biases:
+            raise InputError(f"--logit-bias must name a token once; got {token} twice")
+        biases[token] = bias
+    return biases
+
+
+def _print_text(decoder: "Decoder", request: "Request") -> None:
+    """Print a prompt and its continuation as it comes."""
+    from mmrec.inference.generate import generate
+
+    is_prompt_shown = False
+    for piece in generate(decoder, request):
         if not is_prompt_shown:
-            sys.stdout.write(text)
+            sys.stdout.write(str(request.prompt))
             is_prompt_shown = True
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n" if is_prompt_shown else f"{text}\n")
-    if sys.stderr.isatty():
-        typer.echo(f"[{loaded.path}, {time.perf_counter() - start:.1f} s]", err=True)
+    sys.stdout.write("\n" if is_prompt_shown else f"{request.prompt}\n")
+
+
+def _print_all(
+    decoder: "Decoder", request: "Request", prompts: list[str], samples: int, *, as_json: bool
+) -> None:
+    """Print the continuations of prompts in order, each as soon as those before it are there."""
+    from tqdm import tqdm
+
+    from mmrec.inference.engine import complete, nth_seed
+
+    count = len(prompts) * samples
+    request.check(decoder)
+
+    def requests() -> Iterator["Request"]:
+        for index in range(count):
+            prompt = prompts[index // samples]
+            yield replace(request, prompt=prompt, seed=nth_seed(request.seed, index))
+
+    is_bar_shown = count > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+    completions = complete(decoder, requests())
+    with tqdm(total=count, unit="text", leave=False, disable=not is_bar_shown) as bar:
+        for index, completion in enumerate(completions):
+            number, sample = divmod(index, samples)
+            if as_json:
+                place = {"prompt_index": number, "sample_index": sample, "prompt": prompts[number]}
+                print_json(place | _facts(completion, decoder.tokenizer), indent=None)
+            else:
+                if count > 1:
+                    title = f"prompt {number + 1}, sample {sample + 1}, seed {completion.seed}"
+                    sys.stdout.write("\n" * (index > 0) + f"==> {title} <==\n")
+                sys.stdout.write(f"{prompts[number]}{completion.text}\n")
+                sys.stdout.flush()
+            bar.update(1)
+
+
+def _facts(completion: "Completion", tokenizer: "Tokenizer") -> dict[str, Any]:
+    """A completion as JSON."""
+    facts: dict[str, Any] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": completion.tokens,
+    }
+    if completion.logprobs is not None:
+        facts["logprobs"] = [round(value, 6) for value in completion.logprobs]
+    if completion.top_logprobs is not None and any(completion.top_logprobs):
+        facts["top_logprobs"] = [
+            [
+                {"token": token, "text": tokenizer.decode([token]), "logprob": round(value, 6)}
+                for token, value in place
+            ]
+            for place in completion.top_logprobs
+        ]
+    return facts

@@ -14,6 +14,7 @@ from mmrec.config import (
     PRESETS,
     TRAIN_SECTIONS,
     TRAIN_SETTINGS,
+    WEIGHT_DTYPES,
     ModelConfig,
     Section,
     Setting,
@@ -41,6 +42,17 @@ ModelsOption = Annotated[
     typer.Option("--model", metavar="RUN|CHECKPOINT", help="The same as the argument; repeatable."),
 ]
 """The ``--model`` of commands that take several models."""
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(WEIGHT_DTYPES), help="How the weights are held: fewer bytes, less exact."
+    ),
+]
+"""The ``--weights`` of commands that generate or read text."""
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads; by default chosen by the size of the model.")
+]
+"""The ``--threads`` of the same commands."""
 VocabSize = Annotated[int | None, typer.Option(min=2, max=1 << 32, help="Vocabulary size.")]
 """The ``--vocab`` of commands that need no tokenizer."""
 MAY_BE_EMPTY = ("prompt", "stop")

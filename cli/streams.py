@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from mmrec.errors import InputError
 from mmrec.runtime.interrupts import TolerantStream, discard_output
+from mmrec.runtime.names import printable
 
 
 class OutputError(OSError):
@@ -129,14 +130,22 @@ def _decode(data: bytes, name: str) -> str:
         ) from None
 
 
-def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
+def print_note(line: str) -> None:
+    """Say something beside the result, on standard error."""
+    print(f"note    {printable(line)}", file=sys.stderr, flush=True)
+
+
+def print_json(
+    value: Any, default: Callable[[Any], Any] | None = None, *, indent: int | None = 1
+) -> None:
     """Print a value as JSON, in ASCII.
 
     Args:
         value: of dictionaries, lists and scalars. JSON has no NaN and infinity: they become null.
         default: gives JSON's types for other objects.
+        indent: spaces per level; None prints one line.
     """
-    print(json.dumps(_finite(value), indent=1, allow_nan=False, default=default))
+    print(json.dumps(_finite(value), indent=indent, allow_nan=False, default=default), flush=True)
 
 
 def _finite(value: Any) -> Any:

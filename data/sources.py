@@ -242,6 +242,35 @@ def read_texts(source: str | Path, options: ReadOptions) -> list[str]:
     return texts
 
 
+def read_prompts(
+    source: str | Path,
+    *,
+    text_field: str = "",
+    skip_bad: bool = False,
+    note: Callable[[str], object] = lambda line: None,
+) -> list[str]:
+    """Read prompts by the rules of ``--data``: one per line of a text, or one per record.
+
+    Args:
+        source: a file, or ``-`` for standard input.
+        text_field: field or column of a record that holds the prompt; empty is ``prompt``.
+        skip_bad: skip broken records.
+        note: called with a line that says how many were skipped, if any were.
+
+    Raises:
+        InputError: the source cannot be read, or holds no prompt.
+    """
+    options = ReadOptions(text_field, skip_bad, default_field="prompt")
+    prompts = read_texts(source, options)
+    if options.skipped_records and not prompts:
+        raise options.no_text(str(source))
+    if not prompts:
+        raise InputError(f"{source} must hold prompts, one per line; it holds none")
+    if count := options.skipped_records:
+        note(f"records and files skipped: {count:,}, the first because {options.skip_reason}")
+    return prompts
+
+
 def _standard_input() -> BinaryIO:
     """Standard input in bytes. Raises InputError if it is closed, or a terminal."""
     if sys.stdin is None or sys.stdin.closed:

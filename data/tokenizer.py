@@ -4,7 +4,6 @@ Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. 
 produces it: the letters ``<|endoftext|>`` in a text are encoded as letters.
 """
 
-import codecs
 import json
 import os
 from array import array
@@ -159,13 +158,6 @@ class Tokenizer:
         if self.kind == other.kind == "char":
             return self._vocabulary.startswith(other._vocabulary)
         return self.to_json() == other.to_json()
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of each token as it comes; a character waits for all of its bytes."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in ids:
-            yield decoder.decode(self.token_bytes(int(token)))
-        yield decoder.decode(b"", final=True)
 
     def to_json(self) -> str:
         """Return all that is needed to build the tokenizer again, as JSON."""

@@ -1,6 +1,6 @@
 """The Python API besides ``mmrec.train``: load a model, generate text, evaluate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +42,31 @@ def load(source: ModelSource = None) -> LoadedModel:
 
 def generate(
     source: ModelSource,
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     stop: Sequence[str] = (),
     seed: int | None = None,
     stream: bool = False,
+    logit_bias: Mapping[int, float] | None = None,
     **sampling: Any,
-) -> str | Iterator[str]:
-    """Continue a prompt with a model: short for ``load(source).generate(prompt, ...)``.
+) -> str | list[str] | Iterator[str]:
+    """Continue prompts with a model: short for ``load(source).generate(prompt, ...)``.
 
     Args:
         source: see ``load``.
-        prompt: text to continue; may be empty.
-        max_tokens: largest number of tokens to generate.
+        prompt: text to continue; may be empty. Of a list, all texts are generated together.
+        max_tokens: largest number of tokens to generate per text.
         stop: texts that end the generation. They are not part of the output.
-        seed: equal seeds give equal text on the same machine; None differs at every call.
+        seed: equal seeds give equal text on the same machine; None differs at every call. Text i
+            of a list has the seed ``seed + i``.
         stream: return an iterator over pieces of text, which yields each piece as it is generated.
+        logit_bias: what is added to the logits of tokens by their ids, -100 to 100.
         sampling: settings of ``mmrec.config.SamplingConfig``, such as ``temperature=0``.
 
     Returns:
-        The text that follows the prompt, or an iterator over its pieces.
+        The text that follows the prompt, a list of texts for a list of prompts, or an iterator over
+        the pieces of one text.
 
     Raises:
         InputError: the model cannot be loaded, a setting is unknown or out of range, or the prompt
@@ -70,7 +74,13 @@ def generate(
             not the iterator.
     """
     return load(source).generate(
-        prompt, max_tokens=max_tokens, stop=stop, seed=seed, stream=stream, **sampling
+        prompt,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        stream=stream,
+        logit_bias=logit_bias,
+        **sampling,
     )
 
 

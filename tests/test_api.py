@@ -40,6 +40,8 @@ def test_train_load_generate_evaluate(run: mmrec.Run, text_file: Path) -> None:
     assert "".join(pieces) == text
     assert mmrec.generate(run, "def", max_tokens=20, seed=1) == text
     assert mmrec.generate(run, "def", max_tokens=20, seed=1, temperature=0) != ""
+    two = mmrec.generate(run, ["import", "def"], max_tokens=20, seed=0)
+    assert two == [mmrec.generate(run, "import", max_tokens=20, seed=0), text]
     scores = mmrec.evaluate(model)
     assert scores.bits_per_byte == pytest.approx(mmrec.evaluate(run.folder).bits_per_byte)
     assert 0 < mmrec.evaluate(model, text_file).bits_per_byte < 8.2
@@ -247,12 +249,13 @@ OTHER_MISTAKES: list[tuple[Callable[..., object], str, dict[str, Any], str]] = [
     (mmrec.evaluate, "data", {"data": ["text"]}, "data must be a name, a path or None; got"),
     (mmrec.evaluate, "text_field", {"text_field": 3}, "text_field must be of type str; got 3"),
     (mmrec.generate, "source", {"source": "nowhere"}, "no checkpoint at nowhere"),
-    (mmrec.generate, "prompt", {"prompt": 3}, "prompt must be of type str; got 3"),
+    (mmrec.generate, "prompt", {"prompt": 3}, "prompt must be a text or a list of texts; got 3"),
     (mmrec.generate, "max_tokens", {"max_tokens": -1}, "max_tokens must be >= 0"),
     (mmrec.generate, "max_tokens", {"max_tokens": 1.5}, "max_tokens must be of type int; got 1.5"),
     (mmrec.generate, "stop", {"stop": [""]}, "a stop text must not be empty"),
     (mmrec.generate, "stop", {"stop": "end"}, "stop must be a list of texts; got 'end'"),
     (mmrec.generate, "seed", {"seed": -1}, "seed must be a whole number from 0 to .*; got -1"),
+    (mmrec.generate, "logit_bias", {"logit_bias": {999: 1}}, "must lie in 0 to 256; got 999"),
     (mmrec.generate, "sampling", {"temperature": -1}, "temperature must be finite and >= 0"),
     (mmrec.generate, "sampling", {"temperatur": 1}, "did you mean 'temperature'"),
 ]

@@ -6,7 +6,7 @@ docs/reference/formats.md describes the layout. A file contains no code and noth
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from mmrec.checkpoint.header import (
 from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
+from mmrec.inference.decoder import Decoder
+from mmrec.inference.engine import Request, complete, nth_seed
 from mmrec.inference.generate import generate
 from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
@@ -57,44 +59,83 @@ class LoadedModel:
     metadata: dict[str, Any]
     """preset, train (the training configuration), val (loss and bits per byte), fingerprint …"""
 
+    _decoders: dict[Any, Decoder] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The decoder, by what the weights were when it was made."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as generation uses it, made at first use and anew when weights change."""
+        weights = tuple(map(_fingerprint, self.model.parameters()))
+        if weights not in self._decoders:
+            self._decoders.clear()
+            self._decoders[weights] = Decoder.from_model(self.model, self.tokenizer)
+        return self._decoders[weights]
+
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         seed: int | None = None,
         stream: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
         **sampling: Any,
-    ) -> str | Iterator[str]:
-        """Continue a prompt.
+    ) -> str | list[str] | Iterator[str]:
+        """Continue a prompt, or several at once.
 
         Args:
-            prompt: Text to continue; may be empty.
-            max_tokens: Largest number of tokens to generate.
+            prompt: Text to continue; may be empty. Of a list, all texts are generated together,
+                which takes less time than one after another.
+            max_tokens: Largest number of tokens to generate per text.
             stop: Texts that end the generation. They are not part of the output.
-            seed: Equal seeds give equal text on the same machine; None differs at every call.
+            seed: Equal seeds give equal text on the same machine; None differs at every call. Text
+                i of a list has the seed ``seed + i``.
             stream: Return an iterator of pieces of text that appear as they are written.
+            logit_bias: What is added to the logits of tokens by their ids, -100 to 100.
             sampling: Settings of ``mmrec.config.SamplingConfig``: temperature, top_k, top_p,
-                min_p, repetition_penalty.
+                min_p, repetition_penalty, frequency_penalty, presence_penalty.
 
         Returns:
-            The text that follows the prompt, or an iterator of its pieces.
+            The text that follows the prompt, a list of texts for a list of prompts, or an iterator
+            of the pieces of one text.
 
         Raises:
             InputError: A setting is unknown or out of range, or the prompt holds a character that
                 the tokenizer does not know.
         """
-        pieces = generate(
-            self.model,
-            self.tokenizer,
-            prompt,
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        prompts = list(prompt) if is_list else [prompt]
+        if not all(isinstance(text, str) for text in prompts):
+            raise InputError(f"prompt must be a text or a list of texts; got {prompt!r}")
+        if stream and is_list:
+            raise InputError("stream needs one prompt, not a list; got both")
+        request = Request(
             sampling=SamplingConfig.from_dict(sampling),
             max_tokens=max_tokens,
             stop=stop,
             seed=seed,
+            logit_bias=logit_bias or {},
         )
-        return pieces if stream else "".join(pieces)
+        decoder = self.decoder
+        requests = [
+            replace(request, prompt=str(text), seed=nth_seed(seed, index))
+            for index, text in enumerate(prompts)
+        ]
+        if stream:
+            return generate(decoder, requests[0])
+        for request in requests:
+            request.check(decoder)
+        texts = [completion.text for completion in complete(decoder, requests)]
+        return texts if is_list else texts[0]
+
+
+def _fingerprint(p: Tensor) -> tuple[int, int, int]:
+    """Numbers that differ after a change of a parameter. The sum shows one through NumPy."""
+    version = 0 if p.is_inference() else p._version
+    return p.data_ptr(), version, int(p.detach().reshape(-1).view(torch.int16).sum())
 
 
 # ---- writing

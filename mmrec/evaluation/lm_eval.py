@@ -19,7 +19,7 @@ from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import SamplingConfig
 from mmrec.errors import InputError, did_you_mean
 from mmrec.evaluation.evaluate import ScoredContext, read_context
-from mmrec.inference.generate import generate
+from mmrec.inference.engine import Request, complete
 
 MAX_TOKENS = 256  # of a generated text, where the task sets no limit
 
@@ -86,22 +86,24 @@ class LmEvalModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text generated after each context, up to the first stop text of the task."""
-        results = []
-        for request in tqdm(requests, "generating", disable=disable_tqdm or None):
-            context, options = request.args
-            stop = options.get("until") or []
-            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            pieces = generate(
-                self._loaded.model,
-                self._loaded.tokenizer,
-                context,
-                sampling=SamplingConfig(temperature=temperature, top_p=options.get("top_p", 1.0)),
-                seed=0,
-                max_tokens=int(options.get("max_gen_toks", MAX_TOKENS)),
-                stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
-            )
-            results.append("".join(pieces))
-        return results
+        prepared = [self._generation(*request.args) for request in requests]
+        completions = complete(self._loaded.decoder, prepared)
+        progress = tqdm(
+            completions, "generating", total=len(prepared), disable=disable_tqdm or None
+        )
+        return [completion.text for completion in progress]
+
+    def _generation(self, context: str, options: dict[str, Any]) -> Request:
+        """The request for a text after a context, with the options that the task sets."""
+        stop = options.get("until") or []
+        temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+        return Request(
+            context,
+            SamplingConfig(temperature=temperature, top_p=options.get("top_p", 1.0)),
+            seed=0,
+            max_tokens=int(options.get("max_gen_toks", MAX_TOKENS)),
+            stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
+        )
 
 
 def run_tasks(loaded: LoadedModel, names: Sequence[str], folder: Path | None) -> dict[str, Any]:

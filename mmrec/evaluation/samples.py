@@ -8,17 +8,13 @@ import html
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import SamplingConfig
-from mmrec.data.readers import ReadOptions
-from mmrec.data.sources import read_texts
-from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import read_context
-from mmrec.inference.generate import generate
+from mmrec.inference.engine import Request, complete
 from mmrec.runtime.names import printable
 
 SPAN_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -69,26 +65,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """
     found = [ngram for text in texts for ngram in word_ngrams(text, n)]
     return len(set(found)) / max(1, len(found))
-
-
-def read_prompts(source: str | Path, *, text_field: str = "", skip_bad: bool = False) -> list[str]:
-    """Read prompts by the rules of ``--data``: one per line of a text, or one per record.
-
-    Args:
-        source: a file, or ``-`` for standard input.
-        text_field: field or column of a record that holds the prompt; empty is ``prompt``.
-        skip_bad: skip broken records.
-
-    Raises:
-        InputError: the source cannot be read, or holds no prompt.
-    """
-    options = ReadOptions(text_field, skip_bad, default_field="prompt")
-    prompts = read_texts(source, options)
-    if options.skipped_records and not prompts:
-        raise options.no_text(str(source))
-    if not prompts:
-        raise InputError(f"{source} must hold prompts, one per line; it holds none")
-    return prompts
 
 
 class CopyFinder:
@@ -175,32 +151,29 @@ def write_samples(
         progress: called with 1 after each text.
 
     Raises:
-        InputError: see ``generate``.
+        InputError: see ``mmrec.inference.engine.complete``.
     """
     samples: list[Sample] = []
     for loaded in models:  # before any text is generated
         for number, prompt in enumerate(prompts, 1):
             loaded.tokenizer.check_text(prompt, f"prompt {number}")
+    cases = [(prompt, temperature) for prompt in prompts for temperature in temperatures]
     for loaded, training_text in zip(models, training_texts, strict=True):
+        requests = [
+            Request(prompt, SamplingConfig(temperature=temperature), max_tokens=max_tokens, seed=0)
+            for prompt, temperature in cases
+        ]
         drafts, texts = [], []
-        for prompt in prompts:
-            for temperature in temperatures:
-                pieces = generate(
-                    loaded.model,
-                    loaded.tokenizer,
-                    prompt,
-                    sampling=SamplingConfig(temperature=temperature),
-                    seed=0,
-                    max_tokens=max_tokens,
-                )
-                text = "".join(pieces)
-                context = [loaded.tokenizer.eot, *loaded.tokenizer.encode(prompt).tolist()]
-                ids = loaded.tokenizer.encode(text).tolist()
-                nats, _ = read_context(loaded.model, context).score(ids)
-                mean = float(nats.mean()) if len(nats) else 0.0
-                drafts.append((str(loaded.path), prompt, temperature, text, mean))
-                texts.append(text.encode())
-                progress(1)
+        completions = complete(loaded.decoder, requests)
+        for (prompt, temperature), completion in zip(cases, completions, strict=True):
+            text = completion.text
+            context = [loaded.tokenizer.eot, *loaded.tokenizer.encode(prompt).tolist()]
+            ids = loaded.tokenizer.encode(text).tolist()
+            nats, _ = read_context(loaded.model, context).score(ids)
+            mean = float(nats.mean()) if len(nats) else 0.0
+            drafts.append((str(loaded.path), prompt, temperature, text, mean))
+            texts.append(text.encode())
+            progress(1)
         copies = CopyFinder(training_text).longest_copies(texts)
         samples += [
             Sample(*draft, span.decode("utf-8", "ignore"))  # a span may end inside a character

@@ -289,7 +289,8 @@ class Decoder:
                 result has none.
 
         Raises:
-            InputError: The logits are not finite, or ``top`` is out of range.
+            InputError: The logits are not finite, or ``top`` is out of range. No stream is
+                changed then.
         """
         self._check_top(top)
         running = [s for s in streams if s.finished is None]

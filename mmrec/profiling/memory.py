@@ -5,6 +5,7 @@ allocates nothing. Every storage that an operation makes is tracked from its cre
 freed, so the count follows the code.
 """
 
+import math
 import weakref
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmrec.config import ModelConfig, TrainConfig
-from mmrec.inference.generate import PROMPT_CHUNK
+from mmrec.config import ModelConfig, TrainConfig, parameter_shapes, state_layout
+from mmrec.inference.decoder import READ_CHUNK
 from mmrec.model import Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.numeric import cdiv
@@ -33,9 +34,9 @@ TRAINING_PARTS = (
 FRAGMENTATION = 0.2
 """Unusable heap as a share of activations and temporaries, where freed blocks stay in the heap:
 measured 0.12 to 0.29, on a busy machine 0.24 to 0.36 and once 0.63."""
-PROCESS_BYTES = {"training": 580_000_000, "generation": 470_000_000}
-"""Python, torch, the kernels and the buffers of the matrix libraries, as benchmarks/memory_use.py
-measured them with two threads of torch 2.13."""
+PROCESS_BYTES = {"training": 580_000_000, "generation": 200_000_000}
+"""Python, the kernels, for training torch and the buffers of the matrix libraries, as
+benchmarks/memory_use.py measured them with two threads of torch 2.13."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -151,22 +152,18 @@ def generation_memory(config: ModelConfig) -> dict[str, int]:
     """Count the bytes of generation by part.
 
     Returns:
-        Bytes of the weights, of the recurrent state, of temporaries while a prompt of at least
-        1,024 tokens is read, and of the process (a measured constant).
+        Bytes of the weights in float32, of the recurrent state of one text, of temporaries (a
+        second copy of the weights while they are laid out, or later what a prompt is read in), and
+        of the process (a measured constant).
     """
-    with FakeTensorMode(), torch.inference_mode():
-        model = Model(config).eval()
-        tokens = torch.zeros(1, PROMPT_CHUNK, dtype=torch.int64)
-        with StorageTracker() as tracker:
-            hidden, state = model.hidden_states(tokens)
-            model.lm_head(hidden[0, -1])
-            del hidden
-            state_bytes = tracker.current
-        del state
-        weights = sum(4 * p.numel() for p in model.parameters())
+    shapes = parameter_shapes(config)
+    projections = max(s[0] for name, s in shapes.items() if name.endswith("in_proj.weight"))
+    values_per_token = 4 * config.width + projections + config.ffn_width
+    reading = 4 * READ_CHUNK * values_per_token + 21 * config.vocab_size
+    weights = sum(4 * math.prod(shape) for shape in shapes.values())
     return {
         "weights": weights,
-        "state": state_bytes,
-        "temporaries": tracker.peak - state_bytes,
+        "state": 4 * state_layout(config)[-1][-1][2],
+        "temporaries": max(weights, reading),
         "process": PROCESS_BYTES["generation"],
     }

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.corpus import Corpus
+from mmrec.data.sources import read_prompts
 from mmrec.errors import InputError
 from mmrec.evaluation.samples import (
     SPAN_LENGTHS,
     CopyFinder,
     Sample,
     distinct_n,
-    read_prompts,
     sample_rows,
     to_html,
     to_markdown,
@@ -142,7 +143,10 @@ def test_prompts_that_cannot_be_read(
     with pytest.raises(InputError, match=message):
         read_prompts(tmp_path / name)
     if message.endswith("null"):
-        assert read_prompts(tmp_path / name, skip_bad=True) == ["x"]
+        notes: list[str] = []
+        assert read_prompts(tmp_path / name, skip_bad=True, note=notes.append) == ["x"]
+        assert len(notes) == 1
+        assert re.match("records and files skipped: 1, the first because .* line 2 ", notes[0])
 
 
 def test_a_field_of_prompts_without_records_has_no_effect(tmp_path: Path) -> None:
