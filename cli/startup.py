@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
@@ -10,6 +11,10 @@ from mmrec.runtime.malloc import keep_freed_memory
 
 HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
 """Commands that keep all cores busy. Others use torch's defaults."""
+DECODER_COMMANDS = ("generate", "chat", "score", "serve")
+"""Commands that run the compiled decoder alone, without torch."""
+UNUSED_BLAS = "scipy.linalg.cython_blas"
+"""What Numba imports for the matrix products of NumPy's functions. The decoder uses none of them."""
 
 
 def machine_is_busy(seconds: float = 0.1) -> bool:
@@ -47,6 +52,10 @@ def prepare_process(
         is_busy: Measures whether other processes use the cores.
     """
     share_cores(environ)
+    if command[:1] and command[0] in DECODER_COMMANDS:
+        # Without this, a third of the start and 20 MB would go to scipy. Numba then refuses to
+        # compile np.dot and its like, which is why only whole processes of mmrec do it.
+        sys.modules.setdefault(UNUSED_BLAS, None)  # type: ignore[arg-type]
     is_heavy = " ".join(command).startswith(HEAVY_COMMANDS)
     chosen_by_user = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environ.keys()
     if is_heavy and not chosen_by_user and is_busy():

@@ -137,7 +137,7 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        parameters: Mapping[str, np.ndarray],
+        parameters: dict[str, np.ndarray],
         tokenizer: Tokenizer,
         *,
         weights: str = "float32",
@@ -150,7 +150,8 @@ class Decoder:
 
         Args:
             config: The shape of the model.
-            parameters: float32 arrays by the names that ``mmrec.model.Model`` gives them.
+            parameters: float32 arrays by the names that ``mmrec.model.Model`` gives them. Emptied
+                as they are laid out, so that a large model is in memory about once.
             tokenizer: That of the model.
             weights: How the weights are held: one of ``WEIGHT_DTYPES``.
             threads: Threads that work on a token; None chooses by the size of the model.

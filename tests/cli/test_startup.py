@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mmrec.cli.startup import available_cores, machine_is_busy, prepare_process, share_cores
+from mmrec.cli.startup import (
+    UNUSED_BLAS,
+    available_cores,
+    machine_is_busy,
+    prepare_process,
+    share_cores,
+)
 
 needs_proc = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
 
@@ -76,3 +82,13 @@ def test_what_reads_a_model_does_not_import_torch(modules: str) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in run.stdout.split()
+
+
+@pytest.mark.parametrize(("command", "blocked"), [("generate", True), ("train", False)])
+def test_only_the_decoder_does_without_scipy(
+    monkeypatch: pytest.MonkeyPatch, command: str, blocked: bool
+) -> None:
+    monkeypatch.delitem(sys.modules, UNUSED_BLAS, raising=False)
+    prepare_process([command], {}, lambda: False)
+    assert (UNUSED_BLAS in sys.modules) == blocked
+    sys.modules.pop(UNUSED_BLAS, None)

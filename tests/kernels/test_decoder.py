@@ -234,7 +234,7 @@ def test_logits_that_are_not_finite() -> None:
 def test_fingerprint_tells_models_apart() -> None:
     config = SHAPES["both"]
     parameters = make_parameters(config)
-    one = Decoder(config, parameters, BYTES)
+    one = Decoder(config, dict(parameters), BYTES)
     same = Decoder(config, dict(reversed(parameters.items())), BYTES, weights="int8")
     assert one.fingerprint == same.fingerprint
     parameters["norm.weight"] = parameters["norm.weight"] + 1

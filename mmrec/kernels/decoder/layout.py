@@ -1,7 +1,5 @@
 """Lay out a model for the decoder's kernel, and give the kernel its memory."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from mmrec.config import NGRAM_HASH, ModelConfig, state_layout
@@ -84,12 +82,13 @@ def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return joined
 
 
-def lay_out(config: ModelConfig, parameters: Mapping[str, np.ndarray], weights: str) -> Weights:
+def lay_out(config: ModelConfig, parameters: dict[str, np.ndarray], weights: str) -> Weights:
     """Lay out a model.
 
     Args:
         config: its shape.
-        parameters: float32 arrays by the names that ``mmrec.model.Model`` gives them.
+        parameters: float32 arrays by the names that ``mmrec.model.Model`` gives them. Emptied, so
+            that a large model is in memory about once.
         weights: one of ``WEIGHT_DTYPES``. Convolutions, biases and norms stay float32.
     """
     layout, layers = _Layout(weights), []
@@ -99,7 +98,7 @@ def lay_out(config: ModelConfig, parameters: Mapping[str, np.ndarray], weights: 
         row["has_recurrence"], row["has_delta_rule"] = layer_type in "sbn", layer_type in "lb"
 
         def part(name: str, i: int = i) -> np.ndarray:
-            return parameters[f"layers.{i}.{name}"]
+            return parameters.pop(f"layers.{i}.{name}")
 
         for field, name in (
             ("conv", "conv_weight"),
@@ -112,8 +111,10 @@ def lay_out(config: ModelConfig, parameters: Mapping[str, np.ndarray], weights: 
             if f"layers.{i}.{name}" in parameters:
                 row[field] = layout.add_vector(part(name))
         for field in ("in_proj", "out_proj", "up_proj", "down_proj"):
-            row[field], row[f"{field}_scale"] = layout.add_matrix(part(f"{field}.weight"))
-        row["in_proj_rows"] = len(part("in_proj.weight"))
+            matrix = part(f"{field}.weight")
+            row[field], row[f"{field}_scale"] = layout.add_matrix(matrix)
+            if field == "in_proj":
+                row["in_proj_rows"] = len(matrix)
         if layer_type in "sb":
             blocks = part("recurrent_weight")
             row["recurrent_block"] = blocks.shape[1]
@@ -121,10 +122,10 @@ def lay_out(config: ModelConfig, parameters: Mapping[str, np.ndarray], weights: 
             row["recurrent"], row["recurrent_scale"] = begins[0]
         row |= {name: begin for name, begin, _, _ in states[i]}
         layers.append([row[field] for field in LAYER_FIELDS])
-    embedding, embedding_scale = layout.add_matrix(parameters["embedding"])
-    final_norm = layout.add_vector(parameters["norm.weight"])
+    embedding, embedding_scale = layout.add_matrix(parameters.pop("embedding"))
+    final_norm = layout.add_vector(parameters.pop("norm.weight"))
     ngrams, ngram_scales = quantize(
-        parameters.get("ngram_embedding", np.empty((0, config.width), np.float32)), weights
+        parameters.pop("ngram_embedding", np.empty((0, config.width), np.float32)), weights
     )
     hashes = NGRAM_HASH[: config.max_ngram - 1] if config.ngram_buckets else ()
     return Weights(
