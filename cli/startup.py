@@ -14,7 +14,7 @@ HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
 DECODER_COMMANDS = ("generate", "chat", "score", "serve")
 """Commands that run the compiled decoder alone, without torch."""
 UNUSED_BLAS = "scipy.linalg.cython_blas"
-"""What Numba imports for the matrix products of NumPy's functions. The decoder uses none of them."""
+"""What Numba imports for matrix products of NumPy functions. The decoder uses none of them."""
 
 
 def machine_is_busy(seconds: float = 0.1) -> bool:
