@@ -259,7 +259,9 @@ def programs(
         yield Program(binary, model, tokenizer, threads)
 
 
-def check(program: Program, shape: Shape, weights: Weights, *, int8: bool, steps: int = 16) -> float:
+def check(
+    program: Program, shape: Shape, weights: Weights, *, int8: bool, steps: int = 16
+) -> float:
     """Compare the program's greedy tokens with those of ``forward`` on the same weights.
 
     Args:
