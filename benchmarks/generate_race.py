@@ -59,6 +59,7 @@ NEW_LOGIT_STD = 0.02 * 128**0.5
 of the vocabulary, which llama2.c sorts."""
 REPEATS = {"tiny": 15, "mini": 5, "small": 3}
 """Turns, by default."""
+LONG_PART = 1000  # tokens of a long text that one call draws
 NEARLY_EQUAL = "tiny, one stream, nearly equal logits"
 MAX_GAP = {False: 1e-3, True: 0.1}
 """Most by which the logit of a token that llama2.c took may lie below NumPy's largest; with int8
@@ -382,10 +383,11 @@ def long_text(checkpoint: str, tokens: int, repeats: int) -> dict[str, Any]:
             partial(write_tokens, decoder, sampling, 2 * TOKENS["tiny"], state=state.copy())
         )
 
-    measure(early)
+    for state in places.values():  # all memory that a part of the text needs is taken
+        write_tokens(decoder, sampling, LONG_PART, state=state.copy())
     pages, begin = [_resident_pages()], time.perf_counter()
     while late.length < tokens:
-        write_tokens(decoder, sampling, min(1000, tokens - late.length), state=late)
+        write_tokens(decoder, sampling, min(LONG_PART, tokens - late.length), state=late)
     rate = (tokens - 100) / (time.perf_counter() - begin)
     pages.append(_resident_pages())
     seconds: dict[str, list[float]] = {place: [] for place in places}

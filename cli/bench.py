@@ -29,7 +29,10 @@ MAX_SECONDS = 40
 PROGRESS_DELAY = 0.5
 """Seconds after which progress is shown, so that a mistake is reported alone."""
 
-app = App(help="Time the kernels beside other implementations; each is checked before it is timed.")
+app = App(
+    help="Time kernels beside other implementations, generation and training; what is wrong is not "
+    "timed."
+)
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]

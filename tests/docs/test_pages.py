@@ -16,6 +16,7 @@ OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
     *("--seconds", "--search", "--nanogpt", "--threads"),  # benchmarks
+    *("--llama2c", "--long", "--show"),
     *("--install-completion", "--option"),
 }
 

@@ -17,9 +17,11 @@ def products(weights: np.ndarray, sizes: np.ndarray, x: np.ndarray, y: np.ndarra
     begin = 0
     for matrix in range(len(sizes)):
         rows, columns = sizes[matrix]
+        end = begin + rows * columns
+        w = weights[begin:end].reshape(rows, columns)
         for row in range(rows):
             total = np.float32(0)
             for column in range(columns):
-                total += weights[begin + column] * x[column]
+                total += w[row, column] * x[column]
             y[row] = total
-            begin += columns
+        begin = end
