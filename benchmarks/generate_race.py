@@ -527,6 +527,9 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for what, aim, figure, reached in goals(result):
         figure_text = f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"
         lines.append(f"| {what} | {aim} | {figure_text} | {'yes' if reached else 'no'} |")
+    if "top_p_keeps" in result:
+        kept = ", ".join(f"{name} {count:,.0f}" for name, count in result["top_p_keeps"].items())
+        lines += ["", f"Tokens that top-p keeps, mean: {kept}."]
     rows = [Row(**row) for row in result["rows"]]
     for group in dict.fromkeys(row.group for row in rows):
         own = [row for row in rows if row.group == group]
