@@ -33,7 +33,7 @@ from llama2c import BOS, EQUAL_PARAMETERS, EQUAL_READS, Shape, check, forward, p
 from llama2c import random_weights as llama2c_weights
 from outputs import add_force, check_results
 
-from mmrec.config import PRESETS, WEIGHT_DTYPES, parameter_shapes
+from mmrec.config import PRESETS, WEIGHT_DTYPES, parameter_shapes, state_layout
 from mmrec.inference.decoder import Decoder
 from mmrec.profiling.generate_bench import (
     BOUND,
@@ -527,6 +527,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for what, aim, figure, reached in goals(result):
         figure_text = f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"
         lines.append(f"| {what} | {aim} | {figure_text} | {'yes' if reached else 'no'} |")
+    states = ", ".join(f"{n} {size / 1e3:,.1f} kB" for n, size in result["state_bytes"].items())
+    lines += ["", f"State of a text, read and written by each token: {states}."]
     if "top_p_keeps" in result:
         kept = ", ".join(f"{name} {count:,.0f}" for name, count in result["top_p_keeps"].items())
         lines += ["", f"Tokens that top-p keeps, mean: {kept}."]
@@ -552,6 +554,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = [*args.presets, "tiny-new"] if "tiny" in args.presets else args.presets
     model = str(args.model) if args.model else None
     result: dict[str, Any] = {"machine": in_process("prepare", str(folder), names, model)}
+    state_sizes = {name: state_layout(PRESETS[name])[-1][-1][2] for name in args.presets}
+    result["state_bytes"] = {name: 4 * size for name, size in state_sizes.items()}
     rows: list[Row] = []
 
     def keep(*more: Row) -> None:
