@@ -1,22 +1,27 @@
-"""``mmrec bench``: time the kernels beside other implementations, and a training step."""
+"""``mmrec bench``: time the kernels beside other implementations, generation, a training step."""
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import PRESET_HELP, App, VocabSize, settings_options
+from mmrec.cli.options import PRESET_HELP, App, ModelOption, VocabSize, one_model, settings_options
 from mmrec.cli.streams import print_json
-from mmrec.config import ModelConfig, TrainConfig, preset_train_settings
+from mmrec.config import PRESETS, ModelConfig, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from mmrec.profiling.kernel_bench import Case, Row
+    from mmrec.profiling.generate_bench import Case as GenerateCase
+    from mmrec.profiling.generate_bench import Row as GenerateRow
+    from mmrec.profiling.kernel_bench import Case as KernelCase
+    from mmrec.profiling.kernel_bench import Row
     from mmrec.profiling.step import StepProfile
 
 MAX_SECONDS = 40
@@ -24,7 +29,10 @@ MAX_SECONDS = 40
 PROGRESS_DELAY = 0.5
 """Seconds after which progress is shown, so that a mistake is reported alone."""
 
-app = App(help="Time the kernels beside other implementations; each is checked before it is timed.")
+app = App(
+    help="Time kernels beside other implementations, generation and training; what is wrong is not "
+    "timed."
+)
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Sizes such as 4x2048x512.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each; the median is shown.")]
@@ -75,34 +83,63 @@ def _progress_bar(total: int) -> "tqdm[Any]":
 def _run(
     name: str, axes: int, shapes: list[str] | None, repeats: int, full: bool, as_json: bool
 ) -> None:
+    """Time kernels."""
     sizes = [_parse(s, axes) for s in shapes] if shapes else None
     import torch
 
-    from mmrec.profiling.kernel_bench import BENCHMARKS, Effort, describe_machine, to_json
+    from mmrec.profiling.kernel_bench import BENCHMARKS, Effort
 
     torch.manual_seed(0)
+    _run_cases(
+        BENCHMARKS[name](sizes, Effort(repeats, full)),
+        "%: share of the rate of torch.add or torch.mm; time: both, beside mmrec",
+        _print_case,
+        full,
+        as_json,
+    )
+
+
+def _run_cases(
+    cases: "Sequence[KernelCase | GenerateCase]",
+    legend: str,
+    print_case: Callable[[Any], None],
+    full: bool,
+    as_json: bool,
+) -> None:
+    """Run cases with progress, and print the rows of each as soon as they are known.
+
+    Args:
+        cases: what is measured.
+        legend: what the columns mean.
+        print_case: prints the rows of one case.
+        full: run all cases, however long that takes.
+        as_json: print all rows at the end, as JSON.
+    """
+    from mmrec.profiling.kernel_bench import describe_machine, to_json
+
     if not as_json:
         m = describe_machine()
         typer.echo(
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, load {m['load']}; ", nl=False
         )
         typer.echo(f"torch {m['torch']}, numba {m['numba']}")
-        typer.echo("%: share of the rate of torch.add or torch.mm; time: both, beside mmrec")
-    cases, rows, began = BENCHMARKS[name](sizes, Effort(repeats, full)), [], time.monotonic()
+        typer.echo(legend)
+    rows: list[Any] = []
+    began = time.monotonic()
     with _progress_bar(len(cases)) as bar:
         try:
             for n, case in enumerate(cases):
                 if not full and n and time.monotonic() - began > MAX_SECONDS:
-                    left = ", ".join(f"{c.op} {'x'.join(map(str, c.shape))}" for c in cases[n:])
+                    left = ", ".join(c.title for c in cases[n:])
                     with bar.external_write_mode():
                         typer.echo(f"left out after {MAX_SECONDS} s: {left} (--full)", err=True)
                     break
 
-                def report(share: float, what: str, n: int = n, case: "Case" = case) -> None:
-                    bar.set_description_str(f"{case.op} {case.shape}: {what}", refresh=False)
+                def report(share: float, what: str, n: int = n, title: str = case.title) -> None:
+                    bar.set_description_str(f"{title}: {what}", refresh=False)
                     bar.update(max(0.0, n + share - bar.n))
 
-                case_rows = []
+                case_rows: list[Any] = []
                 try:
                     for row in case.run(report):
                         case_rows.append(row)
@@ -110,7 +147,7 @@ def _run(
                     rows += case_rows
                     if case_rows and not as_json:
                         with bar.external_write_mode():
-                            _print_case(case_rows)
+                            print_case(case_rows)
         except KeyboardInterrupt:
             bar.close()
             if as_json:
@@ -153,6 +190,60 @@ def gated_delta_rule(
 ) -> None:
     """Gated delta rule beside other implementations, shapes BxTxHxP."""
     _run("gated_delta_rule", 4, shape, repeats, full, as_json)
+
+
+@app.command()
+def generate(
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET|RUN|CHECKPOINT]", help=f"{PRESET_HELP} By default tiny."),
+    ] = None,
+    where: ModelOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 256,
+    repeats: Repeats = 15,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also mini, small and a long text, which takes minutes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Generation beside the products of its weights. A preset gets random weights."""
+    name = one_model(None if preset is None else Path(preset), where)
+    is_preset = name is None or (where is None and (preset in PRESETS or not name.exists()))
+    names = ["tiny", "mini", "small"] if full and name is None else [str(name or "tiny")]
+    configs = {n: preset_config(n) for n in names} if is_preset else {}
+    from mmrec.profiling.generate_bench import Subject, generate_cases, random_subject
+    from mmrec.profiling.kernel_bench import Effort
+
+    if is_preset:
+        subjects = [random_subject(n, config) for n, config in configs.items()]
+    else:
+        from mmrec.checkpoint.checkpoint import load_model
+        from mmrec.checkpoint.manager import find_checkpoint
+
+        loaded = load_model(find_checkpoint(name))
+        subjects = [Subject(str(name), loaded.model, loaded.tokenizer)]
+    effort = Effort(repeats, full)
+    _run_cases(
+        [case for subject in subjects for case in generate_cases(subject, effort, tokens)],
+        "share: of the rate at which one core does the float32 products of a token's weights",
+        _print_generation,
+        full,
+        as_json,
+    )
+
+
+def _print_generation(rows: "list[GenerateRow]") -> None:
+    """Print the rows of one model that were timed in turns."""
+    head = f"{'weights':>9}{'threads':>9}{'tokens/s':>11}{'share':>8}{'logits differ by':>18}"
+    typer.echo(f"\n{rows[0].model:<34}{head}")
+    for row in rows:
+        start = f"  {row.what:<32}{row.weights:>9}{row.threads:>9}"
+        if math.isnan(row.tokens_per_second):
+            typer.echo(f"{start}  not timed: wrong by {row.error:.1g}")
+            continue
+        share = "" if math.isnan(row.bound_share) else f"{row.bound_share:.0%}"
+        error = "" if row.error == 0 else f"{row.error:.1g}"
+        typer.echo(f"{start}{row.tokens_per_second:11,.0f}{share:>8}{error:>18}")
 
 
 @app.command()

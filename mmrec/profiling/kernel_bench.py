@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -271,6 +271,11 @@ class Case:
     run: Callable[[Report], Iterator[Row]]
     """Check and time its implementations, see ``compare``."""
 
+    @property
+    def title(self) -> str:
+        """Op and shape."""
+        return f"{self.op} {'x'.join(map(str, self.shape))}"
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -465,6 +470,6 @@ BENCHMARKS = {
 """The cases of each benchmark, by name."""
 
 
-def to_json(rows: list[Row]) -> dict[str, Any]:
-    """Return the rows, and the machine that they were measured on, as plain values."""
+def to_json(rows: Sequence[Any]) -> dict[str, Any]:
+    """Return dataclass rows, and the machine that they were measured on, as plain values."""
     return {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}

@@ -919,6 +919,22 @@ MISTAKES = [
     ),
     ("bench gated-delta-rule", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
     ("bench scan", "--shape", "--shape 999999999x9999999x99", "not enough memory: smaller sizes"),
+    (
+        "bench generate",
+        "PRESET|RUN|CHECKPOINT",
+        "tinny",
+        "unknown preset 'tinny'.*did you mean 'tiny'",
+    ),
+    ("bench generate", "PRESET|RUN|CHECKPOINT", "text.h5", "text.h5 is not an HDF5 file"),
+    ("bench generate", "--model", "--model none", "no checkpoint at none: no such file"),
+    (
+        "bench generate",
+        "--model",
+        "tiny --model char",
+        "give the model once, .*; got tiny and --model char",
+    ),
+    ("bench generate", "--tokens", "--tokens 0", "'--tokens': .*1; got '0'"),
+    ("bench generate", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
     ("bench train", "PRESET", "tinny", "unknown preset 'tinny'.*did you mean 'tiny'"),
     ("bench train", "--vocab", "tiny --vocab 1", "'--vocab': .*2; got '1'"),
     (

@@ -348,6 +348,62 @@ def test_bench(
     assert all(r["error"] < 2e-4 and r["both_ms"] > 0 for r in ours)
 
 
+@pytest.fixture
+def small_generate_bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``mmrec.profiling.generate_bench`` with little to do."""
+    from mmrec.profiling import generate_bench
+
+    for name, value in (("PROMPT_TOKENS", 24), ("LONG_TOKENS", 12), ("BOUND_BYTES", 1)):
+        monkeypatch.setattr(generate_bench, name, value)
+    monkeypatch.setattr(generate_bench, "STREAMS", (1, 2))
+    return generate_bench
+
+
+def test_bench_generate(
+    small_generate_bench: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    assert call(monkeypatch, "bench generate --model runs/one --tokens 4 --repeats 3") == 0
+    table = capsys.readouterr().out
+    assert re.search(r"\n  one stream, greedy +float32 +1 +[\d,]+ +\d+% +\de-\d+\n", table)
+    assert "from token" not in table
+    options = "--tokens 4 --repeats 3 --full --json"
+    assert call(monkeypatch, f"bench generate runs/one {options}") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {r["what"] for r in rows} == {
+        *(small_generate_bench.BOUND, "one stream, greedy", "one stream, top-p"),
+        *("1 stream, top-p", "2 streams, top-p", "reading 24 tokens"),
+        *("from token 1, top-p", "from token 13, top-p"),
+    }
+    assert all(r["tokens_per_second"] > 0 for r in rows)
+    exact = [r["error"] for r in rows if r["weights"] == "float32"]
+    rounded = [r["error"] for r in rows if r["weights"] != "float32"]
+    assert max(exact) < 1e-4 < min(rounded)
+
+
+def test_bench_generate_does_not_time_a_wrong_decoder(
+    small_generate_bench: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    real = small_generate_bench.torch_logits
+
+    def torch_logits(subject: Any) -> Any:
+        tokens, logits = real(subject)
+        return tokens, logits + 0.01
+
+    monkeypatch.setattr(small_generate_bench, "torch_logits", torch_logits)
+    assert call(monkeypatch, "bench generate runs/one --tokens 4 --repeats 3") == 0
+    table = capsys.readouterr().out
+    assert re.search(r"one stream, greedy +float32 +1 +not timed: wrong by 0.01\n", table)
+    assert re.search(r"one stream, greedy +int8 +1 +[\d,]+ ", table)
+
+
 def test_bench_shows_progress_and_what_it_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,7 +416,7 @@ def test_bench_shows_progress_and_what_it_left_out(
     assert "scan (2, 8, 4)" in out
     assert "(1, 4, 4)" not in out
     assert "left out after 0 s: scan 1x4x4, cumprod 2x8x4, cumprod 1x4x4 (--full)" in err
-    assert re.search(r"scan \(2, 8, 4\): \w+ .* \d+% \[\d\d:\d\d<\d\d:\d\d\]", err)
+    assert re.search(r"scan 2x8x4: \w+ .* \d+% \[\d\d:\d\d<\d\d:\d\d\]", err)
     assert call(monkeypatch, "bench scan --shape 2x8x4 --shape 1x4x4 --repeats 3 --full") == 0
     assert "cumprod (1, 4, 4)" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
     *("--seconds", "--search", "--nanogpt", "--threads"),  # benchmarks
+    *("--llama2c", "--long", "--show"),
     *("--install-completion", "--option"),
 }
 
@@ -53,7 +54,7 @@ def test_every_option_named_in_the_pages_exists() -> None:
         (page.name, option)
         for page in PAGES
         for code in code_of(page)
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", code)
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", code)
         if option not in known
     }
     assert unknown == set()
