@@ -18,6 +18,8 @@ from mmrec.errors import InputError, StorageError, TrainingDivergedError
 if TYPE_CHECKING:
     from mmrec.api import evaluate, generate, load
     from mmrec.checkpoint.checkpoint import LoadedModel
+    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.session import Session
     from mmrec.model import Model
     from mmrec.training.callbacks import Callback
     from mmrec.training.setup import Run, train
@@ -26,11 +28,13 @@ __version__ = VERSION
 __all__ = [
     "PRESETS",
     "Callback",
+    "Decoder",
     "InputError",
     "LoadedModel",
     "Model",
     "ModelConfig",
     "Run",
+    "Session",
     "StorageError",
     "TrainConfig",
     "TrainingDivergedError",
@@ -44,9 +48,11 @@ __all__ = [
 # Imported at first use: torch takes a second to import, and configurations do not need it.
 _LAZY = {
     "Callback": "mmrec.training.callbacks",
+    "Decoder": "mmrec.inference.decoder",
     "LoadedModel": "mmrec.checkpoint.checkpoint",
     "Model": "mmrec.model",
     "Run": "mmrec.training.setup",
+    "Session": "mmrec.inference.session",
     "evaluate": "mmrec.api",
     "generate": "mmrec.api",
     "load": "mmrec.api",

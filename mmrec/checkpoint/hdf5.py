@@ -1,4 +1,4 @@
-"""HDF5 files of mmrec, for corpora and checkpoints: written atomically, sealed, and read safely.
+"""HDF5 files of mmrec, such as checkpoints: written atomically, sealed, and read safely.
 
 A file begins with a seal of 512 bytes in HDF5's user block: the length and the SHA-256 of all bytes
 that follow. The seal is verified before HDF5 reads anything, because HDF5 can crash on damaged
@@ -35,7 +35,11 @@ from mmrec.errors import DamagedError, InputError
 from mmrec.runtime.atomic import atomic_path
 from mmrec.runtime.numeric import cdiv
 
-REMEDIES = {"corpus": "prepare the text again", "checkpoint": "train it again"}
+REMEDIES = {
+    "corpus": "prepare the text again",
+    "checkpoint": "train it again",
+    "session": "read its text again",
+}
 """Kinds of files that users have, and what to do with one that an earlier mmrec wrote."""
 
 SEAL_BYTES = 512
@@ -118,7 +122,7 @@ def atomic_h5_file(path: Path, kind: str, schema: int) -> Iterator[h5py.File]:
 
     Args:
         path: The file to create or replace.
-        kind: ``corpus`` or ``checkpoint``.
+        kind: ``corpus``, ``checkpoint`` or ``session``.
         schema: Number of the layout.
 
     Yields:
@@ -238,7 +242,7 @@ def open_h5_file(path: Path, kind: str, schema: int, oldest: int = 1) -> Iterato
 
     Args:
         path: The file.
-        kind: What it must be, ``corpus`` or ``checkpoint``.
+        kind: What it must be: ``corpus``, ``checkpoint`` or ``session``.
         schema: The newest layout that this version reads.
         oldest: The oldest layout that this version reads.
 

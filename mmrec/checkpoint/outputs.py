@@ -14,8 +14,10 @@ from mmrec.errors import InputError
 
 REPORT_MARK = "<!-- written by mmrec eval -->\n"
 """First line of a report, in Markdown and in HTML."""
+PAGE_MARK = "<!-- written by mmrec score -->\n"
+"""First line of a page of scores."""
 START_BYTES = 4096
-"""A picture and a report say within so many bytes who wrote them."""
+"""A picture, a report and a page say within so many bytes who wrote them."""
 
 
 def _starts(path: Path) -> bytes:
@@ -39,6 +41,8 @@ KINDS: dict[str, Callable[[Path], bool]] = {
     "corpus": lambda path: file_kind(path) == "corpus",
     "picture": _is_picture,
     "report": lambda path: _starts(path).startswith(REPORT_MARK.encode()),
+    "score page": lambda path: _starts(path).startswith(PAGE_MARK.encode()),
+    "session": lambda path: file_kind(path) == "session",
     "stages": lambda path: _has_keys(path, "stage", "flops"),
     "recipe": lambda path: _has_keys(path, "stages", "start_scores"),
     "benchmark result": lambda path: _has_keys(path, "machine"),
@@ -53,7 +57,7 @@ def check_output(
     *,
     option: str = "--out",
     inputs: Iterable[Path] = (),
-    force: bool = False,
+    force: bool | None = False,
 ) -> None:
     """Check that a file may be written, before the work that it will hold.
 
@@ -62,7 +66,8 @@ def check_output(
         kind: One of ``KINDS``.
         option: What error messages call it.
         inputs: The files that are read. They are asked for only if ``path`` exists.
-        force: Replace a file whoever wrote it, unless it is an input.
+        force: Replace a file whoever wrote it, unless it is an input. None is False where the user
+            has no ``--force``.
 
     Raises:
         InputError: The path is a folder, a device or an input, its folder does not exist or cannot
@@ -87,9 +92,8 @@ def check_output(
     if force or _is_ours(path, kind):
         return
     what = "" if kind == "checkpoint" else f", and mmrec wrote no {kind} there"
-    raise InputError(
-        f"{path} is there already{what}: choose another {option}, or add --force to overwrite it"
-    )
+    remedy = "" if force is None else ", or add --force to overwrite it"
+    raise InputError(f"{path} is there already{what}: choose another {option}{remedy}")
 
 
 def check_not_read(path: Path, inputs: Iterable[Path], *, option: str = "--out") -> None:
