@@ -22,6 +22,15 @@ KIND, SCHEMA = "corpus", 4
 SPLITS = ("train", "val")
 CORPUS_SUFFIXES = (".h5", ".hdf5")
 """A source that ends so is a prepared corpus file."""
+EVALUATION_STREAMS = 8
+"""Contiguous streams that a text is cut into for evaluation; they are scored side by side."""
+MIN_STREAM_TOKENS = 1024
+"""A shorter text gets fewer streams, because each of them starts without context."""
+
+
+def count_evaluation_streams(n_tokens: int) -> int:
+    """Return how many streams of equal length a text is scored in; only the last is shorter."""
+    return max(1, min(EVALUATION_STREAMS, n_tokens // MIN_STREAM_TOKENS))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrec.data.corpus import Split
+from mmrec.data.corpus import Split, count_evaluation_streams
 from mmrec.data.dataloader import evaluation_streams
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
@@ -21,10 +21,7 @@ from mmrec.kernels.fused_linear_cross_entropy.op import LOGITS_CHUNK
 from mmrec.model import Model, State
 from mmrec.runtime.numeric import cdiv
 
-EVALUATION_STREAMS = 8
-"""Contiguous streams that a split is cut into; they are scored side by side."""
 CHUNK = 512  # tokens of a single text per forward pass
-MIN_STREAM_TOKENS = 1024  # a shorter split gets fewer streams: each stream starts without context
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def evaluate(
     """
     if len(tokens) == 0 or n_bytes == 0:
         raise InputError("nothing to evaluate: the validation split is empty")
-    streams = max(1, min(EVALUATION_STREAMS, len(tokens) // MIN_STREAM_TOKENS))
+    streams = count_evaluation_streams(len(tokens))
     training, begin = model.training, time.perf_counter()
     model.eval()
     state: State | None = None

@@ -37,7 +37,7 @@ from mmrec.config import (
     TrainConfig,
     config_to_toml,
 )
-from mmrec.data.corpus import Corpus
+from mmrec.data.corpus import EVALUATION_STREAMS, Corpus
 from mmrec.data.dataloader import (
     MixtureLoader,
     ReplayLoader,
@@ -53,7 +53,7 @@ from mmrec.errors import (
     TrainingDivergedError,
     WeightsDivergedError,
 )
-from mmrec.evaluation.evaluate import EVALUATION_STREAMS, Evaluation, evaluate
+from mmrec.evaluation.evaluate import Evaluation, evaluate
 from mmrec.finetune.freeze import freeze_parameters
 from mmrec.lora import apply_lora
 from mmrec.model import Model, State
