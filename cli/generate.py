@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmrec.data.tokenizer import Tokenizer
     from mmrec.inference.decoder import Decoder
     from mmrec.inference.engine import Completion, Request
+    from mmrec.inference.session import Session
 
 READ_SETTINGS = ("text_field", "skip_bad")
 SAMPLING = SamplingConfig.settings()
@@ -48,6 +49,19 @@ def generate(
             metavar="FILE|-",
             help="Continue many prompts: one per line, or records. - reads standard input.",
         ),
+    ] = None,
+    read: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A text before the prompt, as for --data; it is not printed."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Continue a session that --save-state or mmrec chat wrote."),
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Write the session that the text ends in.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 1,
     max_tokens: Annotated[
@@ -86,24 +100,39 @@ def generate(
     reading = {k: v for k, v in settings.items() if k in READ_SETTINGS}
     if prompts is not None and prompt is not None:
         raise InputError("give prompts once, by --prompt or by --prompts; got both")
-    if prompts is None:
+    if prompts is None and read is None:
         for name in reading:
-            raise InputError(f"--{name.replace('_', '-')} has no effect without --prompts")
+            raise InputError(
+                f"--{name.replace('_', '-')} has no effect without --prompts or --read"
+            )
+    if prompts is not None and read is not None and reading:
+        raise InputError("--text-field and --skip-bad are for --prompts or for --read; got both")
+    if read == "-" and "-" in (prompt, str(prompts)):
+        raise InputError("standard input can be read only once; got - twice")
+    if save_state is not None and (prompts is not None or samples > 1 or as_json):
+        raise InputError("--save-state is for one text: leave out --prompts, --samples and --json")
     if logprobs is not None and not as_json:
         raise InputError("--logprobs has no effect without --json")
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.inference.decoder import Decoder
     from mmrec.inference.engine import Request
+    from mmrec.inference.generate import generate
 
     chosen = one_model(where, model)
     if where is not None and not where.exists():
         raise InputError(f"no model at {where}: no such file or folder; a prompt needs --prompt")
     path = find_checkpoint(chosen)
+    if save_state is not None:
+        from mmrec.checkpoint.outputs import check_output
+        from mmrec.data.sources import source_files
+
+        inputs = [path, *source_files(read or "")]
+        check_output(save_state, "session", option="--save-state", inputs=inputs, force=None)
     if prompts is not None:
         from mmrec.data.sources import read_prompts
 
         texts = read_prompts(prompts, note=print_note, **reading)
-    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+    elif prompt == "-" or (prompt is None and read != "-" and not sys.stdin.isatty()):
         texts = [read_standard_input()]
     else:
         texts = [argument_text(prompt or "", "--prompt")]
@@ -116,9 +145,18 @@ def generate(
     )
     decoder = Decoder.load(path, weights=weights, threads=threads)
     request = replace(request, logit_bias=_parse_biases(logit_bias or [], decoder.tokenizer))
+    session = None
+    if read is not None or state is not None or save_state is not None:
+        session = _open_session(decoder, state, read, {} if prompts is not None else reading)
+        request = replace(request, state=session.state)
     begin = time.perf_counter()
     if prompts is None and samples == 1 and not as_json:
-        _print_text(decoder, replace(request, prompt=texts[0]))
+        request = replace(request, prompt=texts[0])
+        _print_text(
+            generate(decoder, request) if session is None else session.stream(request), texts[0]
+        )
+        if session is not None and save_state is not None:
+            session.save(save_state, option="--save-state", force=None)
     else:
         if prompts is not None:
             for number, text in enumerate(texts, 1):
@@ -126,6 +164,24 @@ def generate(
         _print_all(decoder, request, texts, samples, as_json=as_json)
     if sys.stderr.isatty():
         typer.echo(f"[{path}, {time.perf_counter() - begin:.1f} s]", err=True)
+
+
+def _open_session(
+    decoder: "Decoder", state: Path | None, read: str | None, reading: dict[str, Any]
+) -> "Session":
+    """The session before the prompt: an empty one or a saved one, and then a text that is read."""
+    from mmrec.data.readers import ReadOptions
+    from mmrec.inference.session import Session
+    from mmrec.runtime.progress import progress_bar
+
+    session = Session(decoder) if state is None else Session.load(state, decoder)
+    if read is not None:
+        options = ReadOptions(**reading)
+        with progress_bar(None, "reading", "tok") as bar:
+            session.read(Path(read), options=options, progress=bar.update)
+        if options.skipped_records:
+            print_note(f"records and files skipped: {options.skipped_records:,}")
+    return session
 
 
 def _parse_biases(given: list[str], tokenizer: "Tokenizer") -> dict[int, float]:
@@ -156,18 +212,16 @@ def _parse_biases(given: list[str], tokenizer: "Tokenizer") -> dict[int, float]:
     return biases
 
 
-def _print_text(decoder: "Decoder", request: "Request") -> None:
+def _print_text(pieces: Iterator[str], prompt: str) -> None:
     """Print a prompt and its continuation as it comes."""
-    from mmrec.inference.generate import generate
-
     is_prompt_shown = False
-    for piece in generate(decoder, request):
+    for piece in pieces:
         if not is_prompt_shown:
-            sys.stdout.write(str(request.prompt))
+            sys.stdout.write(prompt)
             is_prompt_shown = True
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n" if is_prompt_shown else f"{request.prompt}\n")
+    sys.stdout.write("\n" if is_prompt_shown else f"{prompt}\n")
 
 
 def _print_all(

@@ -11,6 +11,7 @@ import typer
 
 from mmrec.cli import bench, data
 from mmrec.cli.chain import chain
+from mmrec.cli.chat import chat
 from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
 from mmrec.cli.finetune import finetune
@@ -18,6 +19,7 @@ from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
 from mmrec.cli.options import App, misplaced_path_hint
+from mmrec.cli.score import score
 from mmrec.cli.startup import prepare_process
 from mmrec.cli.streams import OutputError, standard_streams
 from mmrec.cli.train import train
@@ -35,6 +37,8 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("score")(score)
 app.command("grow")(grow)
 app.command("finetune")(finetune)
 app.command("chain")(chain)

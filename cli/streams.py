@@ -99,7 +99,7 @@ def read_standard_input() -> str:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise InputError(f"cannot read standard input: {error.strerror or error}") from None
-    text = _decode(data, "standard input").removeprefix("\ufeff")
+    text = decode_utf8(data, "standard input").removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -116,11 +116,20 @@ def argument_text(text: str, option: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _decode(os.fsencode(text), option)
+        return decode_utf8(os.fsencode(text), option)
     return text
 
 
-def _decode(data: bytes, name: str) -> str:
+def decode_utf8(data: bytes, name: str) -> str:
+    """Decode text in UTF-8.
+
+    Args:
+        data: the bytes.
+        name: what an error calls them.
+
+    Raises:
+        InputError: they are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -177,6 +177,39 @@ def _watch_signals(receiver: socket.socket, block_ended: threading.Event) -> Non
         os._exit(128 + number)  # every file is written under another name first
 
 
+@contextlib.contextmanager
+def repeated_interrupts() -> Iterator[None]:
+    """In a program where Ctrl-C is an everyday key, ``end_at_second_signal`` counts no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous, warn_on_full_buffer=False)
+
+
+@contextlib.contextmanager
+def note_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C interrupt nothing in the block, so that work ends only where it may.
+
+    Outside the main thread this does nothing.
+
+    Yields:
+        A function that tells whether Ctrl-C was pressed.
+    """
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class TolerantStream:
     """A text stream whose reader may go away (closed terminal, ``| head``). Later text is lost."""
 
