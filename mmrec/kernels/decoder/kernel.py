@@ -27,6 +27,7 @@ from mmrec.kernels._panels import (
     barrier,
     product,
 )
+from mmrec.kernels._simd import LANES, fma, load, splat, store, zeros
 from mmrec.kernels.sampling.kernel import (
     SampleScratch,
     adjust_logits,
@@ -154,7 +155,7 @@ class Private(NamedTuple):
     ring: np.ndarray
     """(K D)."""
     row: np.ndarray
-    """(max(D, 3 P))."""
+    """(max(D, 3 P) + 1)."""
     dots: np.ndarray
     """(16,)"""
     values: np.ndarray
@@ -219,10 +220,10 @@ def _share(count, member, members):
 @inline_jit
 def _embed(w, token, window, at, out, out_at, row):
     """out = the embedding of the token window[at] and of the n-grams that end there."""
-    width = w.width
+    width, matrices, ngrams = w.width, w.matrices, w.ngrams
     begin = w.embedding + token // PANEL * width * PANEL + token % PANEL
     for d in range(width):
-        out[out_at + d] = from_bf16(w.matrices[begin + d * PANEL])
+        out[out_at + d] = from_bf16(matrices[begin + d * PANEL])
     if w.scales.size > 0:
         scale = w.scales[w.embedding_scale + token]
         for d in range(width):
@@ -235,7 +236,7 @@ def _embed(w, token, window, at, out, out_at, row):
         bucket = ((mixed >> 7) ^ mixed) % w.buckets
         begin = bucket * width
         for d in range(width):
-            row[d] = from_bf16(w.ngrams[begin + d])
+            row[d] = from_bf16(ngrams[begin + d])
         if w.ngram_scales.size > 0:
             scale = w.ngram_scales[bucket]
             for d in range(width):
@@ -266,7 +267,8 @@ def _norm_conv(w, layer, s, p, values, slots, count, steps, stride, first, end):
 
     The next state of the convolution is put into ``new_conv``.
     """
-    width, kernel, x, u = w.width, w.conv_width, s.x, s.u
+    width, kernel, x, u, new_conv = w.width, w.conv_width, s.x, s.u, s.new_conv
+    ring, row, vectors = p.ring, p.row, w.vectors
     state_at, conv, carried = layer[CONV_STATE], layer[CONV], w.conv_width - 1
     for r in range(first, end):
         b, t = r // steps, r % steps
@@ -277,30 +279,30 @@ def _norm_conv(w, layer, s, p, values, slots, count, steps, stride, first, end):
             if i < 0:
                 source = np.uint64(state_at + (carried + i) * width)
                 for d in range(np.uint64(width)):
-                    p.ring[place + d] = state[source + d]
+                    ring[place + d] = state[source + d]
             else:
                 source = np.uint64((b * steps + i) * stride)
                 scale = _rms_scale(x, source, width, p.dots)
                 for d in range(np.uint64(width)):
-                    p.ring[place + d] = x[source + d] * scale
+                    ring[place + d] = x[source + d] * scale
         out = np.uint64(r * stride)
         for k in range(kernel):
             place = np.uint64((t - carried + k + kernel) % kernel * width)
             weight = np.uint64(conv + k * width)
             if k == 0:
                 for d in range(np.uint64(width)):
-                    p.row[d] = p.ring[place + d] * w.vectors[weight + d]
+                    row[d] = ring[place + d] * vectors[weight + d]
             else:
                 for d in range(np.uint64(width)):
-                    p.row[d] += p.ring[place + d] * w.vectors[weight + d]
+                    row[d] += ring[place + d] * vectors[weight + d]
         for d in range(np.uint64(width)):
-            u[out + d] = p.row[d]
+            u[out + d] = row[d]
         if t == steps - 1:
             for k in range(carried):
                 place = np.uint64((t - carried + 1 + k + kernel) % kernel * width)
                 target = np.uint64((b * carried + k) * width)
                 for d in range(np.uint64(width)):
-                    s.new_conv[target + d] = p.ring[place + d]
+                    new_conv[target + d] = ring[place + d]
 
 
 @inline_jit
@@ -309,12 +311,12 @@ def _recurrence(w, layer, projected, row, state, y, first, end, bias):
 
     The logits of the input gate in ``projected`` already hold the recurrent product.
     """
-    width = w.width
+    width, vectors = w.width, w.vectors
     z, f, g = np.uint64(row), np.uint64(row + width), np.uint64(row + 2 * width)
     one, h = np.float32(1), np.uint64(layer[HIDDEN_STATE])
     b = np.uint64(bias)
     for d in range(np.uint64(first), np.uint64(end)):
-        projected[f + d] = sigmoid(projected[f + d] + w.vectors[b + d])
+        projected[f + d] = sigmoid(projected[f + d] + vectors[b + d])
     for d in range(np.uint64(first), np.uint64(end)):
         projected[g + d] = sigmoid(projected[g + d])
     for d in range(np.uint64(first), np.uint64(end)):
@@ -327,7 +329,7 @@ def _recurrence(w, layer, projected, row, state, y, first, end, bias):
 @inline_jit
 def _recurrent_product(w, layer, p, state, projected, at):
     """projected[at :] += h W, the recurrent part of the input gate."""
-    block = layer[RECURRENT_BLOCK]
+    block, values = layer[RECURRENT_BLOCK], p.values
     panels = (block + PANEL - 1) // PANEL
     for g in range(w.width // block):
         begin = layer[RECURRENT] + g * panels * PANEL * block
@@ -354,7 +356,7 @@ def _recurrent_product(w, layer, p, state, projected, at):
         )
         to = np.uint64(at + g * block)
         for d in range(np.uint64(block)):
-            projected[to + d] += p.values[d]
+            projected[to + d] += values[d]
 
 
 @inline_jit
@@ -370,41 +372,48 @@ def _unit(x, at, size, out, out_at, dots):
 @inline_jit
 def _delta_step(projected, q_at, width, head, heads, size, bias, state, s_at, p, out, out_at):
     """One step of the gated delta rule for one head."""
-    row = p.row  # q̂, k̂ and the error
-    q, k, error = np.uint64(0), np.uint64(size), np.uint64(2 * size)
+    row = p.row  # q̂, k̂, the error, and α at the end
+    q, k, error = np.int64(0), size, 2 * size
     _unit(projected, q_at + head * size, size, row, np.int64(0), p.dots)
     _unit(projected, q_at + width + head * size, size, row, size, p.dots)
     gates = q_at + 3 * width + head
     alpha = sigmoid(projected[gates] + bias)
     beta = sigmoid(projected[gates + heads])
-    v, s_at, out_at = np.uint64(q_at + 2 * width + head * size), np.uint64(s_at), np.uint64(out_at)
-    n = np.uint64(size)
-    for j in range(n):
+    v, s_at, out_at = q_at + 2 * width + head * size, np.int64(s_at), np.int64(out_at)
+    decay = np.int64(row.size - 1)
+    row[decay] = alpha
+    aligned = size // LANES * LANES
+    for j in range(0, aligned, LANES):  # LANES columns of the state at a time
+        recalled = zeros(row)
+        for i in range(size):
+            recalled = fma(load(state, s_at + i * size + j), splat(row, k + i), recalled)
+        store(row, error + j, recalled)
+    for j in range(aligned, size):
         row[error + j] = np.float32(0)
-    for i in range(n):
-        factor, s = row[k + i], s_at + i * n
-        for j in range(n):
-            row[error + j] += state[s + j] * factor
-    for j in range(n):
+        for i in range(size):
+            row[error + j] += state[s_at + i * size + j] * row[k + i]
+    for j in range(size):
         row[error + j] = beta * (projected[v + j] - alpha * row[error + j])
-    for i in range(n):
-        factor, s = row[k + i], s_at + i * n
-        for j in range(n):
-            state[s + j] = alpha * state[s + j] + factor * row[error + j]
-    for j in range(n):
-        row[error + j] = np.float32(0)
-    for i in range(n):
-        factor, s = row[q + i], s_at + i * n
-        for j in range(n):
-            row[error + j] += state[s + j] * factor
-    for j in range(n):
-        out[out_at + j] = row[error + j]
+    for j in range(0, aligned, LANES):
+        read_out, e = zeros(row), load(row, error + j)
+        for i in range(size):
+            place = s_at + i * size + j
+            new = fma(e, splat(row, k + i), load(state, place) * splat(row, decay))
+            store(state, place, new)
+            read_out = fma(new, splat(row, q + i), read_out)
+        store(out, out_at + j, read_out)
+    for j in range(aligned, size):
+        out[out_at + j] = np.float32(0)
+        for i in range(size):
+            place = s_at + i * size + j
+            state[place] = alpha * state[place] + row[k + i] * row[error + j]
+            out[out_at + j] += state[place] * row[q + i]
 
 
 @inline_jit
 def _memories(w, layer, s, p, values, slots, count, steps, stride, wide_stride, member, members):
     """Run the memories of a layer over all rows, and put their gated output into y."""
-    width = w.width
+    width, y, o, projected, new_conv = w.width, s.y, s.o, s.projected, s.new_conv
     if layer[HAS_RECURRENCE]:
         block = layer[RECURRENT_BLOCK]
         if block:
@@ -421,11 +430,9 @@ def _memories(w, layer, s, p, values, slots, count, steps, stride, wide_stride, 
                 r = b * steps + t
                 row = r * wide_stride
                 if block:
-                    _recurrent_product(w, layer, p, state, s.projected, row + 2 * width)
-                y = s.y[r * stride : r * stride + width]
-                _recurrence(
-                    w, layer, s.projected, row, state, y, c_first, c_end, layer[FORGET_BIAS]
-                )
+                    _recurrent_product(w, layer, p, state, projected, row + 2 * width)
+                h = y[r * stride : r * stride + width]
+                _recurrence(w, layer, projected, row, state, h, c_first, c_end, layer[FORGET_BIAS])
     if layer[HAS_DELTA_RULE]:
         heads, size = w.heads, width // w.heads
         begin = 3 * width * layer[HAS_RECURRENCE]
@@ -438,7 +445,7 @@ def _memories(w, layer, s, p, values, slots, count, steps, stride, wide_stride, 
             for t in range(steps):
                 r = b * steps + t
                 _delta_step(
-                    s.projected,
+                    projected,
                     r * wide_stride + begin,
                     width,
                     head,
@@ -448,7 +455,7 @@ def _memories(w, layer, s, p, values, slots, count, steps, stride, wide_stride, 
                     state,
                     s_at,
                     p,
-                    s.o,
+                    o,
                     r * stride + head * size,
                 )
     carried = (w.conv_width - 1) * width
@@ -456,29 +463,29 @@ def _memories(w, layer, s, p, values, slots, count, steps, stride, wide_stride, 
     for b in range(first, end):
         state, to, source = values[slots[b]], np.uint64(layer[CONV_STATE]), np.uint64(b * carried)
         for d in range(np.uint64(carried)):
-            state[to + d] = s.new_conv[source + d]
+            state[to + d] = new_conv[source + d]
     barrier(s.arrived, members)
     first, end = _share(count * steps, member, members)
     for r in range(first, end):
         at, gate = np.uint64(r * stride), np.uint64(r * wide_stride + layer[IN_PROJ_ROWS] - width)
         if layer[HAS_RECURRENCE]:
             if layer[RECURRENT_BLOCK]:
-                _norm(s.y, at, w.vectors, layer[RECURRENCE_NORM], s.y, at, width, p.dots)
+                _norm(y, at, w.vectors, layer[RECURRENCE_NORM], y, at, width, p.dots)
             else:
-                scale = _rms_scale(s.y, at, width, p.dots)
+                scale = _rms_scale(y, at, width, p.dots)
                 for d in range(np.uint64(width)):
-                    s.y[at + d] *= scale
+                    y[at + d] *= scale
         if layer[HAS_DELTA_RULE]:
-            _norm(s.o, at, w.vectors, layer[DELTA_NORM], s.o, at, width, p.dots)
+            _norm(o, at, w.vectors, layer[DELTA_NORM], o, at, width, p.dots)
             if layer[HAS_RECURRENCE]:
                 for d in range(np.uint64(width)):
-                    s.y[at + d] += s.o[at + d]
+                    y[at + d] += o[at + d]
             else:
                 for d in range(np.uint64(width)):
-                    s.y[at + d] = s.o[at + d]
+                    y[at + d] = o[at + d]
         for d in range(np.uint64(width)):
-            r_d = s.projected[gate + d]
-            s.y[at + d] *= r_d * sigmoid(r_d)
+            r_d = projected[gate + d]
+            y[at + d] *= r_d * sigmoid(r_d)
 
 
 @inline_jit

@@ -200,7 +200,7 @@ def make_private(w: Weights, rows: int) -> Private:
         np.empty(BLOCK * PANEL, np.float32),
         np.empty(deepest, np.int32),
         np.empty(w.conv_width * w.width, np.float32),
-        np.empty(max(w.width, 3 * (w.width // w.heads)), np.float32),
+        np.empty(max(w.width, 3 * (w.width // w.heads)) + 1, np.float32),
         np.empty(16, np.float32),
         np.empty(largest, np.float32),
         np.empty(w.vocab_size, np.float32),
