@@ -38,9 +38,7 @@ READ_CHUNK = 128
 SCORE_CHUNK = 64
 """Tokens of a text that are scored in one call."""
 PARALLEL_BYTES = 16 << 20
-"""Bytes of weights per token from which on all cores work on it."""
-KEPT_MEMORIES = 8
-"""Sizes of calls whose scratch memory is kept."""
+"""Rows of a call times the bytes of weights that one reads, from which on all cores share it."""
 
 
 NO_STREAMS = kernel.Streams(
@@ -154,7 +152,7 @@ class Decoder:
                 as they are laid out, so that a large model is in memory about once.
             tokenizer: That of the model.
             weights: How the weights are held: one of ``WEIGHT_DTYPES``.
-            threads: Threads that work on a token; None chooses by the size of the model.
+            threads: Threads that share a call; None takes one or all cores by the size of the work.
             path: The checkpoint, if there is one.
             step: Optimizer steps that the model has taken.
             metadata: What the checkpoint says of itself.
@@ -173,14 +171,19 @@ class Decoder:
         self._weights = lay_out(config, parameters, weights)
         self.bytes_per_token = bytes_per_token(self._weights)
         """Bytes of weights that one token of one text reads."""
-        self.threads = threads or self._choose_threads()
-        self._memory: dict[tuple[int, int, int], Any] = {}
+        self._threads = threads
+        self._memory: tuple[tuple[int, ...], Any] = (), None
         self._lock = threading.Lock()
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _choose_threads(self) -> int:
-        """One thread for a small model, whose threads would mostly wait for each other."""
-        return available_cores() if self.bytes_per_token >= PARALLEL_BYTES else 1
+    def _team(self, rows: int) -> int:
+        """How many threads run a call with that many rows.
+
+        Threads that share little work mostly wait for each other. The results do not depend on it.
+        """
+        if self._threads is not None:
+            return self._threads
+        return available_cores() if rows * self.bytes_per_token >= PARALLEL_BYTES else 1
 
     @classmethod
     def load(cls, path: Path, *, weights: str = "float32", threads: int | None = None) -> "Decoder":
@@ -381,8 +384,10 @@ class Decoder:
         """
         batch = len(values)
         with self._lock:
-            length = 1 if task == kernel.DECODE else steps
-            scratch, private = self._memory_for((batch, length, logits_rows))
+            rows = batch * (1 if task == kernel.DECODE else steps)
+            members = self._team(rows)
+            scratch, private = self._memory_for(batch, rows, logits_rows, members)
+            scratch.arrived[0] = 0
 
             def run(member: int) -> None:
                 kernel.run(
@@ -398,30 +403,39 @@ class Decoder:
                     drawn,
                     np.empty(batch, np.int64),
                     member,
-                    self.threads,
+                    members,
                 )
 
-            others = [self._executor().submit(run, n) for n in range(1, self.threads)]
+            others = [self._executor(members).submit(run, n) for n in range(1, members)]
             run(0)
             for other in others:
                 other.result()
             return scratch
 
-    def _memory_for(self, sizes: tuple[int, int, int]) -> Any:
-        """Return scratch memory of the team and of its members, kept from call to call."""
-        if sizes not in self._memory:
-            if len(self._memory) >= KEPT_MEMORIES:
-                self._memory.clear()
-            streams, steps, rows = sizes
-            scratch = make_scratch(self._weights, streams, steps, rows)
-            private = [make_private(self._weights, streams * steps) for _ in range(self.threads)]
-            self._memory[sizes] = scratch, private
-        return self._memory[sizes]
+    def _memory_for(self, *needed: int) -> Any:
+        """Return memory of the team and of its members; it is kept and grows by powers of two.
 
-    def _executor(self) -> ThreadPoolExecutor:
+        Args:
+            needed: Streams, rows, rows with logits, and members.
+        """
+        sizes, memory = self._memory
+        if memory is None or any(have < need for have, need in zip(sizes, needed, strict=True)):
+            before = sizes or (0,) * len(needed)
+            sizes = tuple(
+                max(have, 1 << max(0, need - 1).bit_length())
+                for have, need in zip(before, needed, strict=True)
+            )
+            streams, rows, logits_rows, members = sizes
+            scratch = make_scratch(self._weights, streams, rows, logits_rows)
+            private = [make_private(self._weights, rows) for _ in range(members)]
+            self._memory = sizes, (scratch, private)
+        return self._memory[1]
+
+    def _executor(self, members: int) -> ThreadPoolExecutor:
         """Return the threads that help; a forked child starts its own."""
         if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(self.threads - 1, "mmrec-decoder")
+            most = max(members, available_cores())
+            self._pool = os.getpid(), ThreadPoolExecutor(most - 1, "mmrec-decoder")
         return self._pool[1]
 
     def _check_top(self, top: int) -> None:

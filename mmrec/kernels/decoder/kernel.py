@@ -142,7 +142,7 @@ class Scratch(NamedTuple):
     new_conv: np.ndarray
     """(B, K - 1, D), the next state of a convolution."""
     arrived: np.ndarray
-    """(1,) int64, for barriers."""
+    """(1,) int64, for barriers; 0 when a call begins."""
 
 
 class Private(NamedTuple):

@@ -155,9 +155,9 @@ def bytes_per_token(w: Weights) -> int:
     return size + rows * w.width * w.matrices.itemsize
 
 
-def make_scratch(w: Weights, streams: int, steps: int, logits_rows: int) -> Scratch:
-    """Memory for calls with ``streams`` streams of ``steps`` tokens."""
-    rows, width = streams * steps, pad(w.width)
+def make_scratch(w: Weights, streams: int, rows: int, logits_rows: int) -> Scratch:
+    """Memory for calls with up to that many streams, rows, and rows with logits."""
+    width = pad(w.width)
     widest = max(pad(int(layer[LAYER_FIELDS.index("in_proj_rows")])) for layer in w.layers)
 
     def zeros(size: int) -> np.ndarray:
