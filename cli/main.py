@@ -20,6 +20,7 @@ from mmrec.cli.grow import grow
 from mmrec.cli.info import info
 from mmrec.cli.options import App, misplaced_path_hint
 from mmrec.cli.score import score
+from mmrec.cli.serve import serve
 from mmrec.cli.startup import prepare_process
 from mmrec.cli.streams import OutputError, standard_streams
 from mmrec.cli.train import train
@@ -39,6 +40,7 @@ app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("score")(score)
+app.command("serve")(serve)
 app.command("grow")(grow)
 app.command("finetune")(finetune)
 app.command("chain")(chain)

@@ -616,6 +616,29 @@ class SamplingConfig(Section):
 
 
 @dataclass(frozen=True)
+class ServerConfig(Section):
+    """What a server allows. Each request is checked against these limits."""
+
+    section: ClassVar[str] = "server"
+    title: ClassVar[str] = "Limits"
+
+    max_streams: int = count(32, "Texts that are generated together; others wait.")
+    max_queue: int = count(
+        256, "Texts that may wait; a request beyond them gets status 429.", minimum=0
+    )
+    max_tokens: int = count(4096, "Largest max_tokens of a request.")
+    max_prompt_tokens: int = count(65536, "Longest prompt in tokens.")
+    max_choices: int = count(32, "Most texts per request: prompts times n.")
+    max_body_bytes: int = count(1 << 22, "Largest body of a request in bytes.")
+    shutdown_timeout: float = setting(
+        5.0,
+        "Seconds that running requests have to end after SIGTERM or Ctrl-C.",
+        minimum=0,
+        maximum=86400,
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained, in sections."""
 

@@ -23,6 +23,23 @@ class RunLockedError(InputError):
     """Another process writes in the run folder."""
 
 
+class RequestError(InputError):
+    """A request that a server refuses.
+
+    Attributes:
+        status: status code of HTTP.
+        param: the parameter at fault, or None.
+        code: a word for programs, or None.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        """Create the error; see the attributes."""
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
 class TrainingDivergedError(Exception):
     """A loss or a gradient became NaN or infinite. The weights were not updated with it."""
 

@@ -1,0 +1,98 @@
+"""``mmrec serve``."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmrec.cli.options import ModelOption, one_model, settings_options
+from mmrec.cli.session import say
+from mmrec.config import WEIGHT_DTYPES, ServerConfig
+from mmrec.errors import InputError
+
+
+@settings_options(ServerConfig.settings(), declared=ServerConfig.settings())
+def serve(
+    where: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help="The model; by default the newest run's."),
+    ] = None,
+    model: ModelOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 takes one that is free.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MMREC_API_KEY",
+            help="Key that requests must bring; needed where other machines reach the server.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(metavar="|".join(WEIGHT_DTYPES), help="How weights are held in memory.")
+    ] = "float32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; by default as the model's size wants.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Jinja template of the chats that the model was fine-tuned on."
+        ),
+    ] = None,
+    **limits: Any,
+) -> None:
+    """Serve a model as OpenAI's API and as a page, for example: mmrec serve runs/tiny-book."""
+    try:
+        from mmrec.server.app import Server
+        from mmrec.server.chat import chat_renderer
+        from mmrec.server.listen import is_loopback, listen, url
+        from mmrec.server.listen import serve as serve_until_signal
+    except ImportError as error:
+        if (error.name or "").startswith("mmrec"):
+            raise
+        raise InputError("mmrec serve needs packages: pip install 'mmrec[serve]'") from None
+    from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.inference.decoder import Decoder
+
+    config = ServerConfig(**limits)
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise InputError("--api-key must be of printable ASCII characters without spaces")
+    if api_key is None and not is_loopback(host):
+        raise InputError(
+            f"other machines can reach --host {host}, so it needs --api-key, or MMREC_API_KEY"
+        )
+    path = find_checkpoint(one_model(where, model))
+    template = None if chat_template is None else _read_template(chat_template)
+    with listen(host, port) as listener:  # first of all that takes time: the port may be taken
+        decoder = Decoder.load(path, weights=weights, threads=threads)
+        template = template or decoder.metadata.get("chat_template")
+        render = None
+        if template is not None:
+            name = f"--chat-template {chat_template}" if chat_template else f"that of {path}"
+            render = chat_renderer(str(template), decoder.tokenizer, name)
+        server = Server(decoder, _model_name(path), config, api_key=api_key, render_chat=render)
+        number = serve_until_signal(
+            server,
+            listener,
+            config.shutdown_timeout,
+            lambda: say(f"{_model_name(path)} (step {decoder.step:,}) at {url(listener)}"),
+        )
+    raise typer.Exit(128 + number)
+
+
+def _model_name(path: Path) -> str:
+    """The name of a run, or of a checkpoint outside of a run."""
+    is_of_run = re.fullmatch(r"(best|last|step-\d+)\.h5", path.name)
+    return (path.resolve().parent.name if is_of_run else path.stem) or path.stem
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"--chat-template must be UTF-8 text; {path} is not") from None

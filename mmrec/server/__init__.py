@@ -1,0 +1,1 @@
+"""A server for one model, compatible with OpenAI's API."""
