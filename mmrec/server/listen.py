@@ -66,11 +66,33 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Uvicorn(uvicorn.Server):
-    """Uvicorn, with signals left to mmrec."""
+class WebServer(uvicorn.Server):
+    """Uvicorn with what this server needs of it. Signals are left to mmrec."""
+
+    def __init__(self, server: Server, shutdown_timeout: float) -> None:
+        """Create it.
+
+        Args:
+            server: what answers.
+            shutdown_timeout: seconds that requests have to end when it stops.
+        """
+        config = uvicorn.Config(
+            server.app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            loop="asyncio",
+            ws="none",
+            # more than it takes: requests are ended before
+            timeout_graceful_shutdown=int(shutdown_timeout) + 10,
+        )
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Handle no signals."""
         yield
 
 
@@ -94,18 +116,7 @@ def serve(
     Returns:
         The number of the signal.
     """
-    config = uvicorn.Config(
-        server.app,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        loop="asyncio",
-        ws="none",
-        timeout_graceful_shutdown=int(shutdown_timeout) + 10,  # more than it takes
-    )
-    web = _Uvicorn(config)
+    web = WebServer(server, shutdown_timeout)
 
     async def run(stop: StopSignal) -> None:
         serving = asyncio.create_task(web.serve([listener]))
