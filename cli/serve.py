@@ -75,7 +75,14 @@ def serve(
         if template is not None:
             name = f"--chat-template {chat_template}" if chat_template else f"that of {path}"
             render = chat_renderer(str(template), decoder.tokenizer, name)
-        server = Server(decoder, _model_name(path), config, api_key=api_key, render_chat=render)
+        server = Server(
+            decoder,
+            _model_name(path),
+            config,
+            api_key=api_key,
+            is_local=api_key is None,
+            render_chat=render,
+        )
         number = serve_until_signal(
             server,
             listener,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -56,6 +57,7 @@ class Server:
         limits: ServerConfig | None = None,
         *,
         api_key: str | None = None,
+        is_local: bool = False,
         render_chat: RenderChat | None = None,
     ) -> None:
         """Create a server.
@@ -65,8 +67,11 @@ class Server:
             name: the name of the model in requests.
             limits: what requests may ask for; None takes the defaults.
             api_key: the key that requests must bring; None lets every request pass.
+            is_local: whether requests must name this machine as their host. Otherwise the page of
+                another site could reach a server without a key, by a name that it lets lead here.
             render_chat: gives the prompt of a chat; None if the model has no chat template.
         """
+        self._is_local = is_local
         self._name, self._decoder, self._api_key = name, decoder, api_key
         self._limits = limits or ServerConfig()
         self._reader = RequestReader(name, decoder.tokenizer, self._limits, render_chat)
@@ -152,16 +157,16 @@ class Server:
         return _json({"status": status, "model": self._name}, 200 if is_well else 503)
 
     async def _answer_metrics(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check(request)
         text = await asyncio.to_thread(self._metrics.to_text)
         return Response(text, headers={"Content-Type": self._metrics.content_type})
 
     async def _answer_models(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check(request)
         return _json({"object": "list", "data": [self._model()]})
 
     async def _answer_model(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check(request)
         self._reader.check_model(request.path_params["name"])
         return _json(self._model())
 
@@ -179,7 +184,7 @@ class Server:
     async def _answer_texts(
         self, request: Request, shape: type[Shape], read: Callable[[bytes], TextRequest]
     ) -> Response:
-        self._check_key(request)
+        self._check(request)
         body = await self._body(request)
         # in a thread of its own: a long prompt takes a while to tokenise
         texts = await asyncio.to_thread(read, body)
@@ -223,7 +228,15 @@ class Server:
 
     # ---- what requests bring
 
-    def _check_key(self, request: Request) -> None:
+    def _check(self, request: Request) -> None:
+        """Check the host and the key that a request names."""
+        if self._is_local and not _is_this_machine(request.url.hostname or ""):
+            raise RequestError(
+                "without a key the server answers to 127.0.0.1 and localhost only; got the host "
+                f"{request.headers.get('host', '')[:100]!r}",
+                status=403,
+                code="wrong_host",
+            )
         if self._api_key is None:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
@@ -344,6 +357,15 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _json(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

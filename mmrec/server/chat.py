@@ -38,7 +38,7 @@ def chat_renderer(template: str, tokenizer: Tokenizer, name: str) -> RenderChat:
         end = uuid.uuid4().hex  # no message can hold it
         try:
             text = compiled.render(messages=messages, add_generation_prompt=True, eos_token=end)
-        except TemplateError as error:
+        except Exception as error:  # of the program that a template is
             raise InputError(f"the chat template refuses the messages: {error}") from None
         ids: list[int] = []
         for i, part in enumerate(text.split(end)):

@@ -203,6 +203,17 @@ def test_a_key_is_needed(decoder: Decoder) -> None:
         assert running.client.get("/").status_code == 200
 
 
+def test_another_site_cannot_reach_a_local_server(decoder: Decoder) -> None:
+    with serving(decoder, is_local=True) as running:
+        for host in ("evil.example", "localhost.evil.example", "192.0.2.1"):
+            headers = {"Host": host}
+            error = error_of(running.client.get("/v1/models", headers=headers), 403)
+            assert error["code"] == "wrong_host"
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:80", "mmrec.localhost"):
+            response = running.client.get("/v1/models", headers={"Host": host})
+            assert response.status_code == 200
+
+
 def test_a_broken_engine_is_status_500_and_the_next_request_works(
     decoder: Decoder, capfd: pytest.CaptureFixture[str]
 ) -> None:
