@@ -33,7 +33,7 @@ from mmrec.profiling.kernel_bench import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = ("Once upon a time", "It was", "def main", "", "The ", "One day a cat and a dog")
-MAX_TOKENS = 256
+MAX_TOKENS = 1000
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 WARMUP_SECONDS = 5.0
 """Time in the beginning that is not counted."""

@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 BODY_SECONDS = 30.0
 """Time that a client has to send the body of its request."""
+MIN_EVENT_SECONDS, EVENTS_PER_SECOND = 0.015, 500
+"""Pace of streams. An event costs as much as some ten tokens of a small model."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -197,7 +199,7 @@ class Server:
                 code="rate_limit_exceeded",
             )
         envelope = Envelope(shape, self._name, self._decoder.fingerprint)
-        generation = Generation(self._worker, texts, shape, envelope)
+        generation = Generation(self._worker, texts, shape, envelope, self._event_seconds)
         with contextlib.ExitStack() as end:
             self._admit(generation)
             end.callback(self._release, generation)
@@ -210,6 +212,10 @@ class Server:
         """The client has left."""
         self._metrics.cancelled.inc()
         return Response(status_code=499)  # nginx's number for it; it is seen in /metrics only
+
+    def _event_seconds(self) -> float:
+        """The time between two events of a stream: all streams together share one rate."""
+        return max(MIN_EVENT_SECONDS, len(self._generations) / EVENTS_PER_SECOND)
 
     def _admit(self, generation: Generation) -> None:
         self._generations.add(generation)

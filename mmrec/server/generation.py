@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from mmrec.errors import InputError, RequestError
@@ -12,9 +12,6 @@ from mmrec.server.requests import TextRequest
 from mmrec.server.responses import DONE, Envelope, Shape, error_body, event, usage
 from mmrec.server.worker import Worker
 
-STREAM_SECONDS = 0.03
-"""Least time between two events of a stream. The first comes at once; later ones carry all tokens
-that came meanwhile. An event costs far more than a token."""
 SEEDS = 1 << 63
 
 
@@ -76,7 +73,12 @@ class Generation:
     """The texts of one request, from its admission to its end."""
 
     def __init__(
-        self, worker: Worker, request: TextRequest, shape: type[Shape], envelope: Envelope
+        self,
+        worker: Worker,
+        request: TextRequest,
+        shape: type[Shape],
+        envelope: Envelope,
+        event_seconds: Callable[[], float],
     ) -> None:
         """Create it; ``start`` gives the texts to the engine.
 
@@ -85,7 +87,10 @@ class Generation:
             request: what is asked for.
             shape: the kind of the answer.
             envelope: what all parts of the answer have in common.
+            event_seconds: gives the least time between two events of a stream. The first comes at
+                once; later ones carry all tokens that came meanwhile.
         """
+        self._event_seconds = event_seconds
         self._worker, self.request, self._envelope = worker, request, envelope
         tokenizer = worker.decoder.tokenizer
         self.choices = [
@@ -230,7 +235,7 @@ class Generation:
                 if data := b"".join(map(self._new_event, self.choices)):
                     yield data
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(STREAM_SECONDS):
+                    async with asyncio.timeout(self._event_seconds()):
                         await self._finished.wait()
         except InputError as error:
             status = error.status if isinstance(error, RequestError) else 400
