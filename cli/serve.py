@@ -6,9 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ModelOption, one_model, settings_options
+from mmrec.cli.options import (
+    ModelOption,
+    ThreadsOption,
+    WeightsOption,
+    one_model,
+    settings_options,
+)
 from mmrec.cli.session import say
-from mmrec.config import WEIGHT_DTYPES, ServerConfig
+from mmrec.config import ServerConfig
 from mmrec.errors import InputError
 
 
@@ -32,12 +38,8 @@ def serve(
             help="Key that requests must bring; needed where other machines reach the server.",
         ),
     ] = None,
-    weights: Annotated[
-        str, typer.Option(metavar="|".join(WEIGHT_DTYPES), help="How weights are held in memory.")
-    ] = "float32",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads; by default as the model's size wants.")
-    ] = None,
+    weights: WeightsOption = "float32",
+    threads: ThreadsOption = None,
     chat_template: Annotated[
         Path | None,
         typer.Option(
@@ -52,6 +54,7 @@ def serve(
         from mmrec.server.chat import chat_renderer
         from mmrec.server.listen import is_loopback, listen, url
         from mmrec.server.listen import serve as serve_until_signal
+        from mmrec.server.worker import warm_up
     except ImportError as error:
         if (error.name or "").startswith("mmrec"):
             raise
@@ -75,6 +78,7 @@ def serve(
         if template is not None:
             name = f"--chat-template {chat_template}" if chat_template else f"that of {path}"
             render = chat_renderer(str(template), decoder.tokenizer, name)
+        warm_up(decoder)
         server = Server(
             decoder,
             _model_name(path),

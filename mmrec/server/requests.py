@@ -130,7 +130,7 @@ class RequestReader:
                 values,
                 _count("max_tokens", DEFAULT_TOKENS, 0, self._limits.max_tokens),
             ),
-            logprobs=_number(values, _count("logprobs", None, 0, MAX_LOGPROBS)),
+            logprobs=_number(values, self._alternatives("logprobs")),
             echo=_flag(values, "echo"),
         )
 
@@ -156,7 +156,7 @@ class RequestReader:
             )
         limit = self._limits.max_tokens
         max_tokens = _number(values, _count("max_tokens", limit, 0, limit))
-        alternatives = _number(values, _count("top_logprobs", None, 0, MAX_LOGPROBS))
+        alternatives = _number(values, self._alternatives("top_logprobs"))
         wants_logprobs = _flag(values, "logprobs")
         if alternatives is not None and not wants_logprobs:
             raise RequestError("top_logprobs has no effect without logprobs", param="top_logprobs")
@@ -168,6 +168,9 @@ class RequestReader:
             logprobs=(alternatives or 0) if wants_logprobs else None,
             echo=False,
         )
+
+    def _alternatives(self, name: str) -> Setting:
+        return _count(name, None, 0, min(MAX_LOGPROBS, self._tokenizer.vocab_size))
 
     def _values(self, body: bytes, known: tuple[str, ...]) -> dict[str, Any]:
         """Read JSON; return the parameters that are given, without those that are null."""

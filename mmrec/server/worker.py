@@ -10,10 +10,17 @@ import numpy as np
 
 from mmrec.errors import InputError
 from mmrec.inference.decoder import Decoder, DecoderState, TokenScores
-from mmrec.inference.engine import Engine, Handle, Request
+from mmrec.inference.engine import Engine, Handle, Request, complete
 
 SCORE_CHUNK = 128
 """Tokens of a prompt that are scored between two steps of the engine."""
+
+
+def warm_up(decoder: Decoder) -> None:
+    """Do once all that requests need, so that the first one does not wait for a compiler."""
+    tokens = [decoder.tokenizer.eot] * 2
+    decoder.score(decoder.initial_state(), tokens, top=1)
+    list(complete(decoder, [Request(tokens, max_tokens=2, logprobs=1)]))
 
 
 class ScoreJob:

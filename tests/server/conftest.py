@@ -16,12 +16,13 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.inference.decoder import Decoder
 from mmrec.server.app import Server
 from mmrec.server.listen import WebServer, listen, url
+from mmrec.server.worker import warm_up
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .\n☃"
 LIMITS = ServerConfig(
     max_streams=4,
     max_queue=8,
-    max_tokens=100_000,
+    max_tokens=10**9,
     max_prompt_tokens=50,
     max_choices=6,
     max_body_bytes=20_000,
@@ -31,7 +32,9 @@ LIMITS = ServerConfig(
 @pytest.fixture(scope="session")
 def decoder() -> Decoder:
     """A model by character with random weights."""
-    return make_decoder(Tokenizer("char", ALPHABET))
+    made = make_decoder(Tokenizer("char", ALPHABET))
+    warm_up(made)  # compiling takes longer than a client waits
+    return made
 
 
 def make_decoder(tokenizer: Tokenizer) -> Decoder:

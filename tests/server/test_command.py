@@ -17,7 +17,7 @@ from benchmarks.serve_fuzz import make_model
 from mmrec.errors import InputError
 from mmrec.server.listen import is_loopback, listen
 
-ENDLESS = {"max_tokens": 100_000, "logit_bias": {"0": -100}, "stream": True}
+ENDLESS = {"max_tokens": 10**9, "logit_bias": {"0": -100}, "stream": True}
 
 
 class Process:
@@ -53,7 +53,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, template: Path) -> Iterator[Process]:
-    options = ("--max-tokens", "100000", "--shutdown-timeout", "1", "--api-key", "secret")
+    options = ("--max-tokens", str(10**9), "--shutdown-timeout", "1", "--api-key", "secret")
     started = Process(str(model), *options, "--chat-template", str(template))
     try:
         yield started

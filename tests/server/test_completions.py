@@ -138,7 +138,8 @@ def test_echo_scores_the_prompt(running: Running, decoder: Decoder) -> None:
 
 
 def test_a_stream_is_the_same_text(running: Running) -> None:
-    asked = {"prompt": "once", "seed": 9, "max_tokens": 300, "logprobs": 1, "n": 2, "echo": True}
+    asked = {"prompt": "once", "seed": 9, "logprobs": 1, "n": 2, "echo": True}
+    asked |= {"max_tokens": 3000, "logit_bias": {"0": -100}}
     whole = running.post(**asked).json()
     *data, last = running.events(**asked, stream_options={"include_usage": True})
     assert last == "[DONE]"

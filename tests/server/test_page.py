@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -121,21 +122,32 @@ def test_score(page: Browser, decoder: Decoder) -> None:
     assert page.run("document.querySelectorAll('.token').length") == 9
 
 
-def test_stop(page: Browser, running: Running) -> None:
+def test_stop(browser: Browser, decoder: Decoder) -> None:
     """A long text is stopped by its reader; the server writes on no more."""
-    greedy = running.text(prompt="a", temperature=0, max_tokens=2000)
-    assert greedy["finish_reason"] == "length"  # it repeats itself
-    for name, value in (("max_tokens", 20_000), ("temperature", 0)):
-        page.run(f"document.querySelector('#{name}').value = {value}")
-    page.run("document.querySelector('#text').textContent = 'a'")
-    page.run("document.querySelector('#write').click()")
-    page.wait("document.querySelectorAll('.token').length > 10")
-    page.run("document.querySelector('#stop').click()")
-    text = wait_for_text(page)
-    assert shown(page, "status") == "stopped"
-    assert 10 < len(text) < 20_000
-    running.wait_until_idle()
-    assert page.run("document.querySelector('#text').isContentEditable")
+    with serving(decoder) as running:
+        engine = running.server._worker.engine
+        step = engine.step
+
+        def slow_step() -> bool:
+            time.sleep(0.1)
+            return step()
+
+        engine.step = slow_step  # type: ignore[method-assign]
+        greedy = running.text(prompt="a", temperature=0, max_tokens=2000)
+        assert greedy["finish_reason"] == "length"  # it repeats itself
+        browser.call("Page.navigate", url=running.url)
+        browser.wait("document.querySelector('#dot')?.className === 'ok'")
+        for name, value in (("max_tokens", 20_000), ("temperature", 0)):
+            browser.run(f"document.querySelector('#{name}').value = {value}")
+        browser.run("document.querySelector('#text').textContent = 'a'")
+        browser.run("document.querySelector('#write').click()")
+        browser.wait("document.querySelectorAll('.token').length > 10")
+        browser.run("document.querySelector('#stop').click()")
+        text = wait_for_text(browser)
+        assert shown(browser, "status") == "stopped"
+        assert 10 < len(text) < 20_000
+        running.wait_until_idle()
+        assert browser.run("document.querySelector('#text').isContentEditable")
 
 
 def test_an_error_is_shown(page: Browser) -> None:
