@@ -107,6 +107,7 @@ class Server:
             },
             lifespan=self._lifespan,
         )
+        starlette.router.redirect_slashes = False  # a path with a slash too many is another one
         self.app = self._counted(starlette, frozenset(route.path for route in routes))
 
     # ---- the life of the server

@@ -126,6 +126,8 @@ def test_an_unknown_model(running: Running) -> None:
 
 def test_paths_methods_and_types(running: Running) -> None:
     assert error_of(running.client.get("/v1/nothing"), 404)["code"] == "unknown_url"
+    for path in ("/v1/completions/", "/v1//models"):
+        assert error_of(running.client.get(path), 404)["code"] == "unknown_url"
     response = running.client.get("/v1/completions")
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
