@@ -16,6 +16,22 @@ def test_every_package_is_installed() -> None:
     assert set(setuptools["packages"]) == folders
 
 
+def test_the_data_of_packages_is_installed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("mmrec", "cli", "data")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+    listed = {
+        f"{package.replace('.', '/')}/{name}"
+        for package, names in setuptools["package-data"].items()
+        for name in names
+    }
+    assert found == listed != set()
+
+
 def test_every_layer_is_checked() -> None:
     """import-linter is told to refuse a module that stands in no layer."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
