@@ -144,11 +144,17 @@ class Generation:
                     ),
                     self._on_update,
                 )
-        self._on_update()  # an update that came before the last text was given counts, too
+        if request.echo:
+            self._changed.set()  # the prompt is sent at once
+        if self._is_finished():  # before the last text was given it did not look so
+            self._wake(True)
 
-    def _on_update(self, handle: Handle | None = None) -> None:
+    def _is_finished(self) -> bool:
+        return all(choice.is_finished for choice in self.choices)
+
+    def _on_update(self, handle: Handle) -> None:
         """Tell the event loop of a change. Called by the thread of the engine, so it is short."""
-        if all(choice.is_finished for choice in self.choices):
+        if self._is_finished():
             self._loop.call_soon_threadsafe(self._wake, True)
         elif not self._is_told:
             self._is_told = True
@@ -232,8 +238,10 @@ class Generation:
                 await self._changed.wait()
                 self._changed.clear()
                 self._is_told = False
-                if data := b"".join(map(self._new_event, self.choices)):
-                    yield data
+                data = b"".join(map(self._new_event, self.choices))
+                if not data:
+                    continue
+                yield data
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._event_seconds()):
                         await self._finished.wait()
