@@ -101,7 +101,6 @@ class Generation:
         """Why the texts cannot be finished."""
         self.first_token_seconds: float | None = None
         self._begin = time.perf_counter()
-        self._loop = asyncio.get_running_loop()
         self._changed, self._finished = asyncio.Event(), asyncio.Event()
         self._is_told = False
         """Whether the loop was told of a change that it has not looked at."""
@@ -155,10 +154,10 @@ class Generation:
     def _on_update(self, handle: Handle) -> None:
         """Tell the event loop of a change. Called by the thread of the engine, so it is short."""
         if self._is_finished():
-            self._loop.call_soon_threadsafe(self._wake, True)
+            self._worker.tell(self._wake, True)
         elif not self._is_told:
             self._is_told = True
-            self._loop.call_soon_threadsafe(self._wake, False)
+            self._worker.tell(self._wake, False)
 
     def _wake(self, is_finished: bool) -> None:
         if self.first_token_seconds is None:

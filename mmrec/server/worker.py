@@ -73,6 +73,11 @@ class ScoreJob:
             self._done.set_exception(error)
 
 
+def _call_all(told: list[tuple[Callable[[bool], object], bool]]) -> None:
+    for callback, value in told:
+        callback(value)
+
+
 class Worker:
     """Runs the engine in a thread of its own, as long as there is something to do.
 
@@ -97,10 +102,14 @@ class Worker:
         self._jobs: deque[ScoreJob] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: list[tuple[Callable[[bool], object], bool]] = []
+        """What the event loop is told after the step."""
         self._thread = threading.Thread(target=self._run, name="mmrec-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. It belongs to the event loop that runs."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
@@ -132,11 +141,25 @@ class Worker:
         self._wake.set()
         return job
 
+    def tell(self, callback: Callable[[bool], object], value: bool) -> None:
+        """Let the event loop call something after the step. Called by the thread.
+
+        All is told at once: each time the loop is woken, the thread may lose Python's lock to it.
+        """
+        self._told.append((callback, value))
+
+    def _tell_all(self) -> None:
+        if self._told:
+            told, self._told = self._told, []
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(_call_all, told)
+
     def _run(self) -> None:
         while not self._is_stopping:
             self._wake.clear()  # before the work, so that what comes meanwhile is not missed
             try:
                 is_busy = self.engine.step()
+                self._tell_all()
                 is_busy |= self._score()
             except Exception as error:
                 traceback.print_exc()
