@@ -33,13 +33,16 @@ from mmrec.kernels.sampling.reference import REPETITION_WINDOW
 if TYPE_CHECKING:
     from mmrec.model import Model
 
-READ_CHUNK = 128
+READ_CHUNK = 256
 """Tokens of a text that are read in one call."""
 SCORE_CHUNK = 64
 """Tokens of a text that are scored in one call."""
-PARALLEL_BYTES = 16 << 20
-"""Rows of a call times the bytes of weights that one reads, from which on all cores share it."""
-
+PARALLEL_WEIGHTS = 4_000_000
+"""Rows of a call times the weights that one reads, from which on all cores share it."""
+STREAMS_APART = 2
+"""Streams per thread from which on each thread may take streams of its own."""
+CACHED_BYTES = 16 << 20
+"""Bytes of weights per token up to which it may: they stay in the cache that cores share."""
 
 NO_STREAMS = kernel.Streams(
     np.empty(0, np.uint64),
@@ -172,18 +175,19 @@ class Decoder:
         self.bytes_per_token = bytes_per_token(self._weights)
         """Bytes of weights that one token of one text reads."""
         self._threads = threads
-        self._memory: tuple[tuple[int, ...], Any] = (), None
+        self._memory: dict[int, tuple[tuple[int, ...], Any]] = {}
         self._lock = threading.Lock()
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _team(self, rows: int) -> int:
+    def _threads_for(self, rows: int) -> int:
         """How many threads run a call with that many rows.
 
         Threads that share little work mostly wait for each other. The results do not depend on it.
         """
         if self._threads is not None:
             return self._threads
-        return available_cores() if rows * self.bytes_per_token >= PARALLEL_BYTES else 1
+        weights = self.bytes_per_token // self._weights.matrices.itemsize
+        return available_cores() if rows * weights >= PARALLEL_WEIGHTS else 1
 
     @classmethod
     def load(cls, path: Path, *, weights: str = "float32", threads: int | None = None) -> "Decoder":
@@ -382,54 +386,67 @@ class Decoder:
         Returns:
             The memory of the team. Its logits are valid until the next call.
         """
-        batch = len(values)
+        batch, length = len(values), 1 if task == kernel.DECODE else steps
         with self._lock:
-            rows = batch * (1 if task == kernel.DECODE else steps)
-            members = self._team(rows)
-            scratch, private = self._memory_for(batch, rows, logits_rows, members)
-            scratch.arrived[0] = 0
+            threads = self._threads_for(batch * length)
+            # Streams on threads of their own need no barriers, but each thread reads all weights.
+            apart = batch >= STREAMS_APART * threads and self.bytes_per_token <= CACHED_BYTES
+            groups, members = (threads, 1) if apart else (1, threads)
 
-            def run(member: int) -> None:
+            def run(group: int, member: int) -> kernel.Scratch:
+                part = slice(batch * group // groups, batch * (group + 1) // groups)
+                scratch, private = memories[group]
                 kernel.run(
                     self._weights,
                     scratch,
                     private[member],
                     task,
-                    values,
-                    window,
+                    values[part],
+                    window[part],
                     REPETITION_WINDOW - 1,
                     steps,
-                    streams,
-                    drawn,
+                    _part_of(streams, part) if apart else streams,
+                    _part_of(drawn, part) if apart else drawn,
                     np.empty(batch, np.int64),
                     member,
                     members,
                 )
+                return scratch
 
-            others = [self._executor(members).submit(run, n) for n in range(1, members)]
-            run(0)
+            rows = batch * length if not apart else -(-batch // groups)
+            streams_of_group = -(-batch // groups)
+            memories = [
+                self._memory_for(n, streams_of_group, rows, min(rows, logits_rows), members)
+                for n in range(groups)
+            ]
+            for scratch, _ in memories:
+                scratch.arrived[0] = 0
+            team = [(group, member) for group in range(groups) for member in range(members)]
+            others = [self._executor(threads).submit(run, *who) for who in team[1:]]
+            scratch = run(*team[0])
             for other in others:
                 other.result()
             return scratch
 
-    def _memory_for(self, *needed: int) -> Any:
-        """Return memory of the team and of its members; it is kept and grows by powers of two.
+    def _memory_for(self, group: int, *needed: int) -> Any:
+        """Return memory of a team and of its members; it is kept and grows by powers of two.
 
         Args:
+            group: Number of the team.
             needed: Streams, rows, rows with logits, and members.
         """
-        sizes, memory = self._memory
+        sizes, memory = self._memory.get(group, ((0,) * len(needed), None))
         if memory is None or any(have < need for have, need in zip(sizes, needed, strict=True)):
-            before = sizes or (0,) * len(needed)
             sizes = tuple(
                 max(have, 1 << max(0, need - 1).bit_length())
-                for have, need in zip(before, needed, strict=True)
+                for have, need in zip(sizes, needed, strict=True)
             )
             streams, rows, logits_rows, members = sizes
             scratch = make_scratch(self._weights, streams, rows, logits_rows)
             private = [make_private(self._weights, rows) for _ in range(members)]
-            self._memory = sizes, (scratch, private)
-        return self._memory[1]
+            memory = scratch, private
+            self._memory[group] = sizes, memory
+        return memory
 
     def _executor(self, members: int) -> ThreadPoolExecutor:
         """Return the threads that help; a forked child starts its own."""
@@ -478,6 +495,18 @@ def _settings(s: SamplingConfig) -> list[float]:
         s.top_p,
         s.min_p,
     ]
+
+
+def _part_of(arrays: Any, part: slice) -> Any:
+    """Streams or Drawn with the entries of some streams only, as views."""
+    if isinstance(arrays, kernel.Drawn):
+        return kernel.Drawn(*(array[part] for array in arrays))
+    whole = ("bias_tokens", "bias_values", "end_token")
+    fields = {
+        name: value if name in whole else value[part] for name, value in arrays._asdict().items()
+    }
+    fields["bias_bounds"] = arrays.bias_bounds[part.start : part.stop + 1]
+    return kernel.Streams(**fields)
 
 
 def _decoded(drawn: kernel.Drawn | None, row: int, top: int) -> Decoded:

@@ -40,7 +40,7 @@ def make_parameters(config: ModelConfig) -> dict[str, np.ndarray]:
     }
 
 
-def make_decoder(name: str, *, weights: str = "float32", threads: int = 1) -> Decoder:
+def make_decoder(name: str, *, weights: str = "float32", threads: int | None = 1) -> Decoder:
     config = SHAPES[name]
     return Decoder(config, make_parameters(config), BYTES, weights=weights, threads=threads)
 
@@ -123,7 +123,7 @@ def test_cuts_and_threads_change_no_bit(name: str) -> None:
     one = alone.initial_state()
     for token in tokens:
         alone.read(one, [token])
-    for threads in (1, 2, 3):
+    for threads in (None, 1, 2, 3):
         decoder = make_decoder(name, threads=threads)
         state, cut = decoder.initial_state(), decoder.initial_state()
         decoder.read(state, tokens)
