@@ -34,7 +34,11 @@ def commands() -> list[list[str]]:
 def run_python(folder: Path, *arguments: str) -> str:
     """Run Python in a folder, and return what it printed."""
     result = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, encoding="utf-8"
+        [sys.executable, *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -53,12 +57,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_run(folder: Path) -> None:
     found = commands()
-    assert [command[1] for command in found] == ["train", "generate"]
-    for command in found:
+    assert [c[1] for c in found] == ["train", "generate", "chat", "score", "serve"]
+    outputs = {}
+    for command in found[:-1]:  # tests/server/test_command.py runs the last one
         is_shortened = command[1] == "train" and not IS_FULL
-        output = run_python(folder, "-m", *command, *(SHORT if is_shortened else []))
-    assert output.startswith("def ")
-    assert (folder / "runs" / "tiny-stdlib" / "best.h5").exists()
+        outputs[command[1]] = run_python(folder, "-m", *command, *(SHORT if is_shortened else []))
+    assert outputs["generate"].startswith("def ")
+    page = (folder / "surprise.html").read_text(encoding="utf-8")
+    assert "bits per byte" in page
+    assert len(page) > 10_000
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))

@@ -373,14 +373,14 @@ def _unit(x, at, size, out, out_at, dots):
 def _delta_step(projected, q_at, width, head, heads, size, bias, state, s_at, p, out, out_at):
     """One step of the gated delta rule for one head."""
     row = p.row  # q̂, k̂, the error, and α at the end
-    q, k, error = np.int64(0), size, 2 * size
+    q, k, error = 0, size, 2 * size
     _unit(projected, q_at + head * size, size, row, np.int64(0), p.dots)
     _unit(projected, q_at + width + head * size, size, row, size, p.dots)
     gates = q_at + 3 * width + head
     alpha = sigmoid(projected[gates] + bias)
     beta = sigmoid(projected[gates + heads])
     v, s_at, out_at = q_at + 2 * width + head * size, np.int64(s_at), np.int64(out_at)
-    decay = np.int64(row.size - 1)
+    decay = row.size - 1
     row[decay] = alpha
     aligned = size // LANES * LANES
     for j in range(0, aligned, LANES):  # LANES columns of the state at a time
