@@ -32,7 +32,7 @@ def main() -> None:
     rows = []
     for run in options.runs:
         path = find_checkpoint(run)
-        split, text = open_split(load_model(path), None)
+        split, _ = open_split(load_model(path), None)
         tokens = np.asarray(split.tokens)
         for weights in WEIGHT_DTYPES:
             decoder = Decoder.load(path, weights=weights)
@@ -43,7 +43,6 @@ def main() -> None:
                 {
                     "run": run.name,
                     "step": decoder.step,
-                    "text": text,
                     "tokens": len(tokens),
                     "weights": weights,
                     "bits_per_byte": round(nats / math.log(2) / sum(sizes), 5),
