@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
+from mmrec.runtime.cores import available_cores
 from mmrec.runtime.malloc import keep_freed_memory
 
 HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
@@ -92,10 +93,3 @@ def share_cores(
     if b"\0OMP_NUM_THREADS=" not in b"\0" + parent_environ:
         threads = (cores or available_cores()) // processes
         environ["OMP_NUM_THREADS"] = str(max(1, threads))
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -29,6 +29,7 @@ from mmrec.inference.weights import model_parameters, read_parameters
 from mmrec.kernels.decoder import kernel
 from mmrec.kernels.decoder.layout import bytes_per_token, lay_out, make_private, make_scratch
 from mmrec.kernels.sampling.reference import REPETITION_WINDOW
+from mmrec.runtime.cores import available_cores
 
 if TYPE_CHECKING:
     from mmrec.model import Model
@@ -63,13 +64,6 @@ NOTHING_DRAWN = kernel.Drawn(
     np.empty((0, 0, 0), np.int32),
     np.empty((0, 0, 0), np.float32),
 )
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass
