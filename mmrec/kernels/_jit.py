@@ -4,8 +4,10 @@ Nothing here imports torch, so that compiled code which reads and writes NumPy a
 used without it.
 """
 
+import functools
 import hashlib
 import os
+import re
 import sys
 import threading
 import time
@@ -26,19 +28,10 @@ NOTICE_AFTER = 3.0
 
 
 def _find_cache_folder() -> Path | None:
-    """The folder for compiled kernels, or None if no folder can be written.
-
-    Numba keys the files in it on the processor and on the argument types. It does not see a change
-    in a helper function of another file, so the folder's name has a digest of Numba's version and
-    of all files that hold compiled code: ``kernel.py`` of each op, and the helpers beside this one.
-    """
-    digest = hashlib.sha256(numba.__version__.encode())
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("_[a-z]*.py"), *here.rglob("kernel.py")]):
-        digest.update(path.read_bytes())
+    """The folder for compiled kernels, or None if no folder can be written."""
     try:
         root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec/kernels")
-        folder = Path(root).expanduser() / f"mmrec-{digest.hexdigest()[:16]}"
+        folder = Path(root).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return None
@@ -46,6 +39,34 @@ def _find_cache_folder() -> Path | None:
 
 
 CACHE_FOLDER = _find_cache_folder()
+_KERNELS = Path(__file__).parent
+_IMPORT = re.compile(rb"^from mmrec\.kernels\.([\w.]+) import", re.MULTILINE)
+
+
+def _sources(path: Path, found: set[Path]) -> set[Path]:
+    """Add a file of this package, and all files of this package that it imports, to ``found``."""
+    if path not in found:
+        found.add(path)
+        for name in _IMPORT.findall(path.read_bytes()):
+            _sources(_KERNELS.joinpath(*name.decode().split(".")).with_suffix(".py"), found)
+    return found
+
+
+@functools.cache
+def _cache_folder_of(file: str) -> str:
+    """The folder for the compiled functions of one source file; empty if there is none.
+
+    Numba keys the files in it on the processor and on the argument types. It does not see a change
+    in a helper function of another file. The folder's name therefore has a digest of Numba's
+    version, of the source file and of every file that it imports, and an edit compiles only the
+    kernels that it reaches.
+    """
+    if CACHE_FOLDER is None:
+        return ""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(_sources(Path(file), set())):
+        digest.update(path.read_bytes())
+    return str(CACHE_FOLDER / f"mmrec-{digest.hexdigest()[:16]}")
 
 
 def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,13 +82,14 @@ def compiled_kernel(function: Callable[..., Any], *, parallel: bool = False) -> 
 
     Args:
         function: takes and returns what Numba can compile. Numba's cache knows it by its file and
-            its qualified name.
+            its qualified name, and its file decides the folder.
         parallel: run each ``prange`` in it on Numba's threads.
     """
     before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")  # type: ignore[attr-defined]
+    folder = _cache_folder_of(sys.modules[function.__module__].__file__ or "")
+    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
     try:
-        options = {**_EXACT, "nogil": True, "cache": CACHE_FOLDER is not None}
+        options = {**_EXACT, "nogil": True, "cache": folder != ""}
         compiled: Callable[..., Any] = numba.njit(parallel=parallel, **options)(function)
     finally:
         numba.config.CACHE_DIR = before  # type: ignore[attr-defined]

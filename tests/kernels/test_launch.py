@@ -222,3 +222,10 @@ def test_a_compiled_kernel_is_kept_on_disk() -> None:
 
     assert total(np.arange(4.0)) == 6.0
     assert numba.config.DISABLE_JIT or total.stats.cache_path.startswith(str(_jit.CACHE_FOLDER))
+
+
+def test_the_cache_folder_follows_the_imports_of_a_kernel() -> None:
+    here = Path(_jit.__file__).parent
+    names = {str(p.relative_to(here)) for p in _jit._sources(here / "decoder" / "kernel.py", set())}
+    assert {"decoder/kernel.py", "sampling/kernel.py", "_simd.py", "_bf16.py"} <= names
+    assert not names & {"scan/kernel.py", "_launch.py"}
