@@ -55,7 +55,11 @@ def request_of(client: int, number: int) -> dict[str, Any]:
 def engine_request(values: dict[str, Any]) -> Request:
     """The same request to the engine."""
     return Request(
-        values["prompt"], sampling=SAMPLING, seed=values["seed"], max_tokens=values["max_tokens"]
+        values["prompt"],
+        sampling=SAMPLING,
+        seed=values["seed"],
+        max_tokens=values["max_tokens"],
+        return_state=False,
     )
 
 

@@ -142,6 +142,7 @@ def generate(
         stop=[argument_text(text, "--stop") for text in stop or ()],
         seed=seed,
         logprobs=logprobs,
+        return_state=False,
     )
     decoder = Decoder.load(path, weights=weights, threads=threads)
     request = replace(request, logit_bias=_parse_biases(logit_bias or [], decoder.tokenizer))

@@ -118,6 +118,7 @@ class LoadedModel:
             stop=stop,
             seed=seed,
             logit_bias=logit_bias or {},
+            return_state=False,
         )
         decoder = self.decoder
         requests = [

@@ -103,6 +103,7 @@ class LmEvalModel(LM):
             seed=0,
             max_tokens=int(options.get("max_gen_toks", MAX_TOKENS)),
             stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
+            return_state=False,
         )
 
 

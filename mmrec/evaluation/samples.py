@@ -160,7 +160,13 @@ def write_samples(
     cases = [(prompt, temperature) for prompt in prompts for temperature in temperatures]
     for loaded, training_text in zip(models, training_texts, strict=True):
         requests = [
-            Request(prompt, SamplingConfig(temperature=temperature), max_tokens=max_tokens, seed=0)
+            Request(
+                prompt,
+                SamplingConfig(temperature=temperature),
+                max_tokens=max_tokens,
+                seed=0,
+                return_state=False,
+            )
             for prompt, temperature in cases
         ]
         drafts, texts = [], []

@@ -94,6 +94,8 @@ class Stream:
     """Most tokens that are still to be drawn."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """What is added to the logits of tokens."""
+    return_state: bool = True
+    """Whether ``state`` is needed after the end token."""
     drawn: int = 0
     """Tokens drawn so far."""
     counts: np.ndarray | None = None
@@ -352,8 +354,9 @@ class Decoder:
             count = int(drawn.counts[b])
             stream.drawn, stream.limit = stream.drawn + count, stream.limit - count
             if drawn.status[b] == kernel.STOPPED:
-                # the network has read the last token, which the state holds as pending
-                self.read(stream.state, drawn.tokens[b, :count])
+                if stream.return_state:
+                    # the network has read the last token, which the state holds as pending
+                    self.read(stream.state, drawn.tokens[b, :count])
                 stream.finished = "stop"
             else:
                 stream.state.values[:] = values[b]

@@ -64,6 +64,8 @@ class Request:
     likely tokens at each place."""
     state: DecoderState | None = None
     """The text that comes before the prompt; it is copied. None is an empty text."""
+    return_state: bool = True
+    """Whether the completion has a state. It can take reading the last tokens once more."""
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):
@@ -187,8 +189,8 @@ class Completion:
     prompt_tokens: int
     """Tokens of the prompt, without those of the request's state."""
     state: DecoderState | None
-    """Continues the text exactly after ``tokens``. None if the request was cancelled before its
-    prompt was read."""
+    """Continues the text exactly after ``tokens``. None if the request does not ask for it, or was
+    cancelled before its prompt was read."""
 
 
 class Piece(NamedTuple):
@@ -297,13 +299,14 @@ class Handle:
             self.seed,
             int(self.request.max_tokens),
             dict(self.request.logit_bias),
+            return_state=self.request.return_state,
         )
         if self.request.max_tokens == 0:
             self._finish("length")
 
     def _remember(self) -> None:
         """Remember where the text stands, before more is drawn than may be kept."""
-        if self.request.stop and self._stream is not None:
+        if self.request.stop and self.request.return_state and self._stream is not None:
             self._earlier.append((len(self._tokens), self._stream.state.copy()))
 
     def _accept(self, decoded: Decoded) -> None:
@@ -356,7 +359,9 @@ class Handle:
                 reason = "stop"
         self._put(text)
         count, state = self._told_tokens, self._stream.state if self._stream else None
-        if count < len(self._tokens):  # a stop text took some away
+        if not self.request.return_state:
+            state = None
+        elif count < len(self._tokens):  # a stop text took some away
             self._forget_before(count)
             begin, state = self._earlier[0]
             self._decoder.read(state, self._tokens[begin:count])

@@ -160,7 +160,8 @@ class Session:
             InputError: The request does not suit the model.
         """
         engine = Engine(self.decoder, step_seconds=STEP_SECONDS)
-        return self._pieces(engine, engine.submit(replace(request, state=self.state)))
+        request = replace(request, state=self.state, return_state=True)
+        return self._pieces(engine, engine.submit(request))
 
     def _pieces(self, engine: Engine, handle: Handle) -> Generator[str, None, None]:
         try:

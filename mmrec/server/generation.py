@@ -140,6 +140,7 @@ class Generation:
                         logit_bias=request.logit_bias,
                         logprobs=request.logprobs,
                         state=state,
+                        return_state=False,
                     ),
                     self._on_update,
                 )

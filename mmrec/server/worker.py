@@ -20,7 +20,7 @@ def warm_up(decoder: Decoder) -> None:
     """Do once all that requests need, so that the first one does not wait for a compiler."""
     tokens = [decoder.tokenizer.eot] * 2
     decoder.score(decoder.initial_state(), tokens, top=1)
-    list(complete(decoder, [Request(tokens, max_tokens=2, logprobs=1)]))
+    list(complete(decoder, [Request(tokens, max_tokens=2, logprobs=1, return_state=False)]))
 
 
 class ScoreJob:

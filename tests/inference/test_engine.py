@@ -128,6 +128,26 @@ def test_the_state_is_that_after_reading_the_tokens(decoder: Decoder) -> None:
         )
 
 
+def test_a_completion_without_a_state_is_the_same_text_and_reads_nothing_again(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = varied_requests(decoder)
+    wanted = run(decoder, *requests)
+    prompts: list[int] = []
+    read = Decoder.read
+
+    def count(self: Decoder, state: DecoderState, tokens: np.ndarray) -> None:
+        prompts.append(len(tokens))
+        read(self, state, tokens)
+
+    monkeypatch.setattr(Decoder, "read", count)
+    found = run(decoder, *(replace(request, return_state=False) for request in requests))
+    assert [c.state for c in found] == [None] * len(requests)
+    assert [replace(c, state=None) for c in wanted] == found
+    assert {"stop", "length"} <= {c.finish_reason for c in found}
+    assert sum(prompts) <= sum(c.prompt_tokens for c in found)  # equal prompts are read once
+
+
 def test_log_probabilities_are_those_of_the_text(decoder: Decoder) -> None:
     request = Request("the cat", SamplingConfig(temperature=2, top_k=9), 20, seed=1, logprobs=4)
     [completion] = run(decoder, request)
