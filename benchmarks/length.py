@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,13 @@ def recurrence_case(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 def delta_rule_case(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
     x = inputs(time, 3, HEADS, WIDTH // HEADS) + inputs(time, 2, HEADS)
-    return lambda: gated_delta_rule(*x)[0], x
+    rule = partial(
+        gated_delta_rule,
+        use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        use_logsigmoid_in_kernel=True,
+    )
+    return lambda: rule(*x)[0], x
 
 
 def attention_case(time: int) -> tuple[Callable[[], Tensor], list[Tensor]]:

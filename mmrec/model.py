@@ -143,6 +143,15 @@ def log_spaced_decay_logits(count: int, max_timescale: int) -> Tensor:
     return -torch.expm1(1 / tau).log().float()  # logit(exp(-1/τ)) = -log(exp(1/τ) - 1)
 
 
+DELTA_RULE_OPTIONS: dict[str, Any] = {
+    "scale": 1.0,
+    "use_qk_l2norm_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+    "use_logsigmoid_in_kernel": True,
+}
+"""How layers call gated_delta_rule: queries and keys of norm 1, and logits as gates."""
+
+
 class Layer(nn.Module):
     """One residual layer: its memories, then its feed-forward network."""
 
@@ -228,8 +237,10 @@ class Layer(nn.Module):
                 v,
                 decay + self.delta_decay_bias,
                 beta,
-                state.delta_state,
+                initial_state=state.delta_state,
+                output_final_state=True,
                 cu_seqlens=cu_seqlens,
+                **DELTA_RULE_OPTIONS,
             )
             outputs.append(self.delta_norm(o.flatten(-2)))
         y = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]

@@ -245,7 +245,19 @@ class GatedDeltaRule(_RecurrentModule):
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         initial_state = hx[None] if unbatched_state and hx is not None else hx
         output, final_state = gated_delta_rule(
-            q, k, v, g_logits, beta_logits, initial_state, cu_seqlens=cu_seqlens
+            q,
+            k,
+            v,
+            g_logits,
+            beta_logits,
+            scale=1.0,
+            initial_state=initial_state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            cu_seqlens=cu_seqlens,
+            use_logsigmoid_in_kernel=True,
         )
+        assert final_state is not None
         output = self._from_batch_first(output.flatten(-2), batched, input.dtype)
         return output, final_state[0] if unbatched_state else final_state

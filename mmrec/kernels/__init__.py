@@ -24,7 +24,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmrec.kernels.cumprod.op import cumprod, log_cumprod
     from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
-    from mmrec.kernels.gated_delta_rule.op import gated_delta_rule
+    from mmrec.kernels.gated_delta_rule.op import (
+        delta_rule,
+        fused_recurrent_gated_delta_rule,
+        gated_delta_rule,
+        gated_delta_rule_update,
+    )
     from mmrec.kernels.gated_recurrence.op import gated_recurrence
     from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
     from mmrec.kernels.relu_squared.op import relu_squared
@@ -33,8 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cumprod",
+    "delta_rule",
     "fused_linear_cross_entropy",
+    "fused_recurrent_gated_delta_rule",
     "gated_delta_rule",
+    "gated_delta_rule_update",
     "gated_recurrence",
     "log_cumprod",
     "min_gru_mixer",
@@ -44,7 +52,12 @@ __all__ = [
 ]
 
 # Imported at first use: the ops need torch, and the compiled code of ``_simd.py`` does not.
-_LAZY = {name: name for name in __all__} | {"log_cumprod": "cumprod"}
+_LAZY = {name: name for name in __all__} | {
+    "delta_rule": "gated_delta_rule",
+    "fused_recurrent_gated_delta_rule": "gated_delta_rule",
+    "gated_delta_rule_update": "gated_delta_rule",
+    "log_cumprod": "cumprod",
+}
 """The folder of each op."""
 
 

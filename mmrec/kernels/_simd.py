@@ -290,7 +290,7 @@ _overload_operator(operator.sub, _subtract)
 # apart. Numbers in a row of x are x_step apart; those in a row of w or out are neighbours.
 
 _AVX512 = binding.get_host_cpu_features().get("avx512f", False)
-_REGISTER_BYTES, _REGISTERS = (64, 32) if _AVX512 else (32, 16)
+REGISTER_BYTES, REGISTERS = (64, 32) if _AVX512 else (32, 16)
 
 
 def add_product(  # type: ignore[no-untyped-def]
@@ -304,7 +304,7 @@ def add_product(  # type: ignore[no-untyped-def]
             out[row] += x[x_at + r * x_row + k * x_step] * w_k
 
 
-def _make_block_product(rows: int, registers: int, masked: bool = False) -> Any:
+def make_block_product(rows: int, registers: int, masked: bool = False) -> Any:
     """The product for a number of rows, and as many columns as ``registers`` registers hold.
 
     If ``masked``, it is for fewer columns than one register holds: ``columns`` says how many.
@@ -320,7 +320,7 @@ def _make_block_product(rows: int, registers: int, masked: bool = False) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns = args
             dtype = signature.args[0].dtype
-            lanes = registers * _REGISTER_BYTES // (dtype.bitwidth // 8)
+            lanes = registers * REGISTER_BYTES // (dtype.bitwidth // 8)
             vectors = _VectorBuilder(context, builder, dtype, lanes)
             x, w, out = (vectors.data(signature.args[n], args[n]) for n in (0, 4, 7))
             mask = vectors.first_lanes(columns) if masked else None
@@ -351,16 +351,16 @@ def _make_row_product(rows: int) -> Any:
 
     Half of the registers hold sums, and a row has at most four of them.
     """
-    registers = min(4, _REGISTERS // 2 // rows)
-    full = _make_block_product(rows, registers)
-    single = _make_block_product(rows, 1)
-    partial = _make_block_product(rows, 1, masked=True)
+    registers = min(4, REGISTERS // 2 // rows)
+    full = make_block_product(rows, registers)
+    single = make_block_product(rows, 1)
+    partial = make_block_product(rows, 1, masked=True)
 
     @inline_jit
     def row_product(  # type: ignore[no-untyped-def]
         x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns
     ):
-        lanes = _REGISTER_BYTES // x.itemsize
+        lanes = REGISTER_BYTES // x.itemsize
         while columns >= registers * lanes:
             full(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
             w_at, out_at = w_at + registers * lanes, out_at + registers * lanes

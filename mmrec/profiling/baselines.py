@@ -6,6 +6,7 @@ Axes: B batch, T time, D width, H heads, P head width.
 """
 
 import importlib
+import inspect
 import math
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import normalize
 
 from mmrec import kernels
 from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
@@ -124,27 +125,31 @@ def delta_rule_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) ->
 
     Args:
         q, k, v: (B, T, H, P).
-        g, beta: (B, T, H), logits of the decay and of the write strength.
+        g, beta: (B, T, H), the log decay and the write strength.
 
     Returns:
         Outputs (B, T, H, P).
     """
-    batch, _, heads, size = q.shape
-    initial_state = q.new_zeros(batch, heads, size, size)
-    return delta_rule_reference.gated_delta_rule(q, k, v, g, beta, initial_state)[0]
+    return delta_rule_reference.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]
 
 
 def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
     """Return implementations of the gated delta rule for q, k, v (B, T, H, P)."""
 
-    def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        batch, _, heads, size = q.shape
-        initial_state = q.new_zeros(batch, heads, size, size)
-        return delta_rule_reference.chunked(q, k, v, g, beta, initial_state)[0]
+    def normalised(function: Callable[..., Any]) -> Call:
+        return lambda *x: function(*x, use_qk_l2norm_in_kernel=True)[0]
 
-    found = [Implementation("mmrec", lambda *x: kernels.gated_delta_rule(*x)[0])]
+    found = [Implementation("mmrec", normalised(kernels.gated_delta_rule))]
     if shape[1] % REFERENCE_CHUNK == 0:
+        chunked = normalised(delta_rule_reference.chunked)
         found.append(Implementation(f"chunks of {REFERENCE_CHUNK} in torch", chunked))
+    fallback = _optional(
+        "transformers.models.qwen3_5.modeling_qwen3_5", "torch_chunk_gated_delta_rule"
+    )
+    if fallback is not None:
+        # without the decorator, which looks for a kernel of another package
+        fallback = normalised(inspect.unwrap(fallback))
+        found.append(Implementation("transformers", fallback))
     fused = _optional("bitsandbytes.gdn_cpu", "fused_recurrent_gated_delta_rule")
     if fused is not None:
 
@@ -154,9 +159,9 @@ def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
                 q,
                 k,
                 v,
-                beta.sigmoid(),
-                logsigmoid(g),
-                scale=1.0,
+                beta,
+                g,
+                scale=q.shape[-1] ** -0.5,
                 initial_state=None,
                 output_final_state=True,
             )[0]

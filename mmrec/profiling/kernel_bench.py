@@ -449,7 +449,8 @@ def delta_rule_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> li
 
 
 def _compare_delta_rules(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
-    inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(shape[:3]) for _ in range(2)]
+    log_decay, strength = torch.rand(2, *shape[:3]).unbind()
+    inputs = [*(torch.randn(shape) for _ in range(3)), -log_decay, strength]
     yield from compare(
         "gated_delta_rule",
         shape,

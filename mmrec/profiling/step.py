@@ -29,7 +29,7 @@ from mmrec.kernels import (
     relu_squared,
     rmsnorm_conv1d,
 )
-from mmrec.model import Layer, Model
+from mmrec.model import DELTA_RULE_OPTIONS, Layer, Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.hardware import (
     bfloat16_instructions,
@@ -187,7 +187,8 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool, watch: Stopwatch) -> list[S
     if layer.has_delta_rule:
         q, k, v = torch.randn(3, batch, length, layer.heads, width // layer.heads).unbind()
         g, beta = torch.randn(2, batch, length, layer.heads).unbind()
-        add("delta rule", lambda *t: gated_delta_rule(*t)[0], q, k, v, g, beta)
+        delta_rule = partial(gated_delta_rule, **DELTA_RULE_OPTIONS)
+        add("delta rule", lambda *t: delta_rule(*t)[0], q, k, v, g, beta)
 
     mixer = _forward_backward(
         lambda p: layer.mix_tokens(p, layer.initial_state(batch))[0], projected.to(dtype)

@@ -21,6 +21,11 @@ from mmrec.kernels.scan import reference as scan_reference
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 TOLERANCE = {F64: 1e-10, F32: 2e-5, F16: 6e-3, BF16: 4e-2}
 """Largest error of a result or gradient, as a share of the largest value."""
+DELTA_RULE_OPTIONS = {
+    "use_qk_l2norm_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+    "use_logsigmoid_in_kernel": True,
+}
 TARGETS = torch.tensor([0, 3, 2, 3, 1, 0])
 
 
@@ -44,8 +49,8 @@ CASES = {
         [*[(2, 5, 4)] * 3, (2, 2, 2), (2, 4)],
     ),
     "gated_delta_rule": Case(
-        kernels.gated_delta_rule,
-        delta_rule_reference.gated_delta_rule,
+        lambda *x: kernels.gated_delta_rule(*x[:5], None, x[5], True, **DELTA_RULE_OPTIONS),
+        lambda *x: delta_rule_reference.gated_delta_rule(*x[:5], None, x[5], **DELTA_RULE_OPTIONS),
         [*[(2, 5, 2, 4)] * 3, *[(2, 5, 2)] * 2, (2, 2, 4, 4)],
     ),
     "min_gru_mixer": Case(

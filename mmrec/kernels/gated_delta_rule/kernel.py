@@ -1,37 +1,47 @@
 """Numba kernels of the gated delta rule. Arrays in, arrays out, no checks.
 
-Axes: B batch, T time, H heads, P head width, N sequences, W = P rounded up to whole vectors,
-C = CHUNK steps. q, k, v are flat with strides (``q_sb``, ``q_st``, …) over batch row and time, and
-hold (H, P) at each step; the gate logits a (of α) and b (of β) hold (H). Outputs are contiguous. A
-row n of ``sequence_bounds`` (N, 3) holds the batch row, first step and end of sequence n.
+Axes: B batch, T time, H key heads, HV value heads, K key width, V value width, N sequences,
+STEPS steps in a block of the forward pass, C steps in a chunk of the backward pass. q and k are
+flat with strides (``q_sb``, ``q_st``, …) over batch row and time, and hold (H, K) at each step; v
+holds (HV, V), the gates g and b (HV). Outputs are contiguous. Value head h reads key head
+h // (HV / H). A row n of ``sequence_bounds`` (N, 3) holds the batch row, first step and end of
+sequence n.
 
-    k̂ = k (|k|² + ε)^-½, q̂ likewise, α = σ(a), β = σ(b)
-    e_t = β_t (v_t - α_t S_{t-1}ᵀ k̂_t)      S_t = α_t S_{t-1} + k̂_t e_tᵀ      o_t = S_tᵀ q̂_t
+    k̂ = k, or k (|k|² + ε)^-½ if ``normalise``; q̂ likewise, times ``scale``
+    α = exp(g), or σ(g) if ``g_is_logit``; β = b, or σ(b) if ``b_is_logit``
+    u_t = v_t - α_t S_{t-1}ᵀ k̂_t      S_t = α_t S_{t-1} + β_t k̂_t u_tᵀ      o_t = S_tᵀ q̂_t
 
-The forward pass goes step by step, so cutting a sequence anywhere changes no bit. One pass over the
-state per step is enough: it writes the update of the step before and reads for this step, because
-o_t = α_t S_{t-1}ᵀ q̂_t + e_t (k̂_t · q̂_t). Columns of S are independent; the pass takes LANES of
-them at a time.
+The forward pass goes two steps at a time. One pass over the state per pair writes the updates of
+the pair before, and reads for both steps of this one, because with e_t = β_t u_t
 
-The backward pass goes chunk by chunk, in small matrix products. S is the state before the chunk and
-A the gradient of the state after it. With Γ_ts = α_{s+1} … α_t for s <= t, g_t = α_1 Γ_t1,
-h_t = Γ_Ct, and s < t throughout:
+    u_t = v_t - α_t Sᵀ k̂_t          u_{t+1} = v_{t+1} - α_{t+1} (α_t Sᵀ k̂_{t+1} + (k̂_{t+1}·k̂_t) e_t)
+    o_t = α_t Sᵀ q̂_t + (q̂_t·k̂_t) e_t
+    o_{t+1} = α_{t+1} (α_t Sᵀ q̂_{t+1} + (q̂_{t+1}·k̂_t) e_t) + (q̂_{t+1}·k̂_{t+1}) e_{t+1}
 
-    L_ts = β_t Γ_ts k̂_t·k̂_s, L_tt = 1     e = L⁻¹ (β_t (v_t - g_t Sᵀ k̂_t))
-    de = L⁻ᵀ (h_t Aᵀ k̂_t + Σ_{i>=t} Γ_it (q̂_i·k̂_t) do_i)     dv = β de     dβ = de · e / β
-    dq̂_t = g_t S do_t + Σ_{s<=t} Γ_ts (e_s·do_t) k̂_s
-    dk̂_t = h_t A e_t - g_t S dv_t + Σ_{i>=t} Γ_it (do_i·e_t) q̂_i
-           - Σ_{s<t} Γ_ts (e_s·dv_t) k̂_s - Σ_{i>t} Γ_it (dv_i·e_t) k̂_i
-    A <- g_C A + Σ_t g_t (q̂_t do_tᵀ - k̂_t dv_tᵀ)
+where S is the state before the pair. Columns of S are independent. The state is stored in panels of
+LANES columns, and a panel stays in the first-level cache for all steps of a block. Cutting a
+sequence between pairs changes no bit.
+
+The backward pass goes chunk by chunk, in matrix products. It reads S, the state before the chunk,
+and the errors u from the forward pass. A is the gradient of the state after the chunk. With
+Γ_ts = α_{s+1} … α_t for s <= t, γ_t = α_1 Γ_t1, η_t = Γ_Ct, arrays of rows t, and tril (strict: <)
+for a triangle:
+
+    P = Γ ∘ K̂ K̂ᵀ, strict      G = (I + P diag β)⁻¹ P      M = tril(Γ ∘ Q̂ K̂ᵀ)
+    dE = η ∘ K̂ A + Mᵀ dO      de = dE - Gᵀ (β ∘ dE)      dV = β ∘ de      dβ = de · u
+    Y = tril(Γ ∘ dO Eᵀ)       Z = Γ ∘ dV Eᵀ, strict
+    dQ̂ = γ ∘ dO Sᵀ + Y K̂      dK̂ = η ∘ E Aᵀ - γ ∘ dV Sᵀ + Yᵀ Q̂ - (Z + Zᵀ) K̂
+    A <- γ_C A + Q̂ᵀ (γ ∘ dO) - K̂ᵀ (γ ∘ dV)
+
+(The errors of a chunk solve (I + P diag β) u = v - γ Sᵀ k̂. Its adjoint is (I + Pᵀ diag β) de = dE.
+G writes both inverses without a division by β.)
 
 Let x_t = <gradient of S_t from later steps, S_t>. Scaling S shows that
 x_{t-1} = x_t + q̂_t·dq̂_t - v_t·dv_t, and that the gradient of log α_t is x_{t-1}. Each chunk starts
 this sum anew from <A, S>, so that its rounding does not grow with T.
 
-Arrays "of columns" hold (W, C), one step per lane, so that products, norms and gates of all steps
-of a chunk run side by side; arrays "of rows" hold (C, W). All scratch arrays are flat. In the code
-P is ``size`` and W is ``width``. A task is one head of one sequence. Heads are independent, so
-tasks share nothing that they write.
+All scratch arrays are flat. Both passes pad K and V with zeros to whole vectors. A task is one
+value head of one sequence. Heads are independent, so tasks share nothing that they write.
 
 Source of the chunked form: Yang, Wang, Zhang, Shen, Kim 2024, "Parallelizing Linear Transformers
 with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adjoint is our own.
@@ -39,167 +49,171 @@ with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adj
 
 import numpy as np
 
+from mmrec.kernels._bf16 import dot, read, write
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._math import cdiv, sigmoid
+from mmrec.kernels._math import cdiv, exp_nonpositive, sigmoid
+from mmrec.kernels._products import FULL, LOWER, UPPER, add_tiled_product
 from mmrec.kernels._simd import LANES, fma, load, splat, store, transpose, zeros
 
-CHUNK = LANES
-"""Steps in a chunk: one per lane of a vector."""
-EPSILON = 1e-6  # added to |k|² and |q|²
-TILE = 8
-"""Rows of a matrix product whose sums are in registers at once."""
+STEPS = LANES
+"""Steps in a block of the forward pass: one per lane of a vector."""
+EPSILON = 1e-6  # added to |k|² and |q|², so that a zero key has a gradient
+
+
+def choose_chunk_size(keys: int, values: int) -> int:
+    """C: small for narrow heads, whose states are small beside the arrays of a chunk."""
+    return STEPS if max(keys, values) <= 2 * LANES else 2 * STEPS
 
 
 @inline_jit
-def _copy_rows(source, at, step, target, to, stride, count, size):
-    """Copy ``count`` rows of ``size`` numbers; rows are ``step`` and ``stride`` numbers apart."""
-    aligned = size - size % LANES
+def _pad(size):
+    """``size`` rounded up to whole vectors."""
+    return cdiv(size, LANES) * LANES
+
+
+@inline_jit
+def _row_stride(width):
+    """Distance of the rows of a scratch array: an odd number of vectors.
+
+    Rows a power of two apart would share few lines of the first-level cache.
+    """
+    return width if width // LANES % 2 else width + LANES
+
+
+@inline_jit
+def _load_rows(source, at, step, count, size, rows, rows_at, stride):
+    """rows (count, stride) = ``count`` rows of ``size`` numbers, padded with zeros."""
     for i in range(count):
-        here, there = at + i * step, to + i * stride
-        for j in range(0, aligned, LANES):
-            store(target, there + j, load(source, here + j))
-        for j in range(aligned, size):
-            target[there + j] = source[here + j]
+        to = rows_at + i * stride
+        read(source, at + i * step, rows, to, size)
+        rows[to + size : to + stride] = 0
 
 
 @inline_jit
-def _load_rows(source, at, step, count, size, rows, width):
-    """rows (…, W) = ``count`` rows of ``size`` numbers, padded with zeros on both axes."""
-    if count * width < rows.shape[0] or size < width:
-        rows[:] = 0
-    _copy_rows(source, at, step, rows, 0, width, count, size)
+def _store_rows(rows, rows_at, stride, count, size, target, at, step):
+    """``count`` rows of ``size`` numbers of a target, ``step`` apart, from rows (count, stride)."""
+    for i in range(count):
+        write(rows, rows_at + i * stride, target, at + i * step, size)
 
 
 @inline_jit
-def _to_columns(rows, columns, width):
-    """Transpose (C, W) to (W, C)."""
+def _load_gates(source, at, step, steps, is_logit, padding, out):
+    """out[t] = the gate of each of the steps, σ of it if it is a logit; ``padding`` beyond."""
+    for t in range(steps):
+        out[t] = source[at + t * step]
+    if is_logit:
+        for t in range(steps):
+            out[t] = sigmoid(out[t])
+    out[steps:] = padding
+
+
+@inline_jit
+def _load_decays(source, at, step, steps, is_logit, out):
+    """out[t] = α of each of the steps, 1 beyond."""
+    _load_gates(source, at, step, steps, is_logit, 1, out)
+    if not is_logit:
+        for t in range(steps):
+            out[t] = exp_nonpositive(out[t])
+
+
+# Forward. Arrays "of columns" hold (width, STEPS), one step per lane.
+
+
+@inline_jit
+def _load_columns(source, at, step, steps, size, width, rows, columns):
+    """columns (width, STEPS) = rows of the source, transposed and padded with zeros."""
+    _load_rows(source, at, step, steps, size, rows, 0, width)
+    rows[steps * width :] = 0
     for j in range(0, width, LANES):
-        transpose(rows, j, width, columns, j * CHUNK, CHUNK)
+        transpose(rows, j, width, columns, j * STEPS, STEPS)
 
 
 @inline_jit
-def _to_rows(columns, rows, width):
-    """Transpose (W, C) to (C, W)."""
-    for j in range(0, width, LANES):
-        transpose(columns, j * CHUNK, CHUNK, rows, j, width)
-
-
-@inline_jit
-def _dot_columns(x, y, width, out):
-    """out (C) = dot products of the columns of x and y, both (W, C)."""
+def _dot_columns(x, shift, y, width, out):
+    """out[t] = (column t + shift of x) · (column t of y); no number from STEPS - shift on."""
     total = zeros(x)
-    for i in range(width):
-        total = fma(load(x, i * LANES), load(y, i * LANES), total)
+    for i in range(0, width * STEPS, STEPS):
+        total = fma(load(x, i + shift), load(y, i), total)
     store(out, 0, total)
 
 
 @inline_jit
-def _scale_columns(x, factor, width, out):
-    """out (W, C) = columns of x times factor (C). out may be x."""
-    by = load(factor, 0)
-    for i in range(0, width * LANES, LANES):
-        store(out, i, load(x, i) * by)
-
-
-@inline_jit
-def _normalise(columns, width, factor):
-    """Divide each column by its norm; factor (C) receives 1 / norm."""
-    _dot_columns(columns, columns, width, factor)
+def _scale_columns(columns, width, normalise, scale, factor):
+    """Multiply all columns by ``scale``, and divide each by its norm if ``normalise``."""
     one = factor.dtype.type(1)
-    for t in range(CHUNK):
-        factor[t] = one / np.sqrt(factor[t] + factor.dtype.type(EPSILON))
-    _scale_columns(columns, factor, width, columns)
+    if normalise:
+        _dot_columns(columns, 0, columns, width, factor)
+        for t in range(STEPS):
+            factor[t] = scale * one / np.sqrt(factor[t] + factor.dtype.type(EPSILON))
+    elif scale == one:
+        return
+    else:
+        factor[:] = scale
+    by = load(factor, 0)
+    for i in range(0, width * STEPS, STEPS):
+        store(columns, i, load(columns, i) * by)
 
 
 @inline_jit
-def _normalise_adjoint(unit, factor, width, dunit, dots):
-    """Adjoint of _normalise: dunit becomes factor (dunit - unit (unit · dunit))."""
-    _dot_columns(unit, dunit, width, dots)
-    by, off = load(factor, 0), load(dots, 0)
-    for i in range(0, width * LANES, LANES):
-        store(dunit, i, (load(dunit, i) - load(unit, i) * off) * by)
+def _scan_panel(s, s_at, width, kt, qt, gates, v, v_at, v_stride, pairs, o, u):
+    """The steps of one block for one panel of the state, (width, LANES) from s_at on.
 
-
-@inline_jit
-def _load_gates(source, base, step, steps, padding, out):
-    """out (C) = σ(logit) for each of the steps, ``padding`` beyond."""
-    for t in range(CHUNK):
-        out[t] = source[base + t * step] if t < steps else out.dtype.type(0)
-    for t in range(CHUNK):
-        out[t] = sigmoid(out[t])
-    for t in range(steps, CHUNK):
-        out[t] = padding
-
-
-@inline_jit
-def _add_product(x, x_row, x_inner, y, y_at, y_inner, rows, inner, out, out_at, out_row):
-    """out[r, :] += Σ_n x[r, n] y[n, :] for r < rows, n < inner, and LANES columns.
-
-    Rows are ``…_row`` apart, numbers along n ``…_inner`` apart; y and out begin at y_at, out_at.
-    ``rows`` is a multiple of TILE.
+    kt and qt (width, STEPS) hold k̂ and q̂; v, o and u are rows, and this panel's columns of them
+    begin at v_at. ``gates`` has seven rows of STEPS numbers, see ``_fill_gates``.
     """
-    for i in range(0, rows, TILE):
-        o = out_at + i * out_row
-        c0, c1 = load(out, o), load(out, o + out_row)
-        c2, c3 = load(out, o + 2 * out_row), load(out, o + 3 * out_row)
-        c4, c5 = load(out, o + 4 * out_row), load(out, o + 5 * out_row)
-        c6, c7 = load(out, o + 6 * out_row), load(out, o + 7 * out_row)
-        for n in range(inner):
-            at, y_n = i * x_row + n * x_inner, load(y, y_at + n * y_inner)
-            c0 = fma(splat(x, at), y_n, c0)
-            c1 = fma(splat(x, at + x_row), y_n, c1)
-            c2 = fma(splat(x, at + 2 * x_row), y_n, c2)
-            c3 = fma(splat(x, at + 3 * x_row), y_n, c3)
-            c4 = fma(splat(x, at + 4 * x_row), y_n, c4)
-            c5 = fma(splat(x, at + 5 * x_row), y_n, c5)
-            c6 = fma(splat(x, at + 6 * x_row), y_n, c6)
-            c7 = fma(splat(x, at + 7 * x_row), y_n, c7)
-        store(out, o, c0)
-        store(out, o + out_row, c1)
-        store(out, o + 2 * out_row, c2)
-        store(out, o + 3 * out_row, c3)
-        store(out, o + 4 * out_row, c4)
-        store(out, o + 5 * out_row, c5)
-        store(out, o + 6 * out_row, c6)
-        store(out, o + 7 * out_row, c7)
+    alpha, beta, both = 0, STEPS, 2 * STEPS
+    k_k, q_k, q_k_next, unit = 3 * STEPS, 4 * STEPS, 5 * STEPS, 6 * STEPS
+    e0, e1, decay = zeros(s), zeros(s), splat(gates, unit)
+    for pair in range(pairs):
+        t = 2 * pair
+        before = max(t - 2, 0)
+        r0, r1, p0, p1 = zeros(s), zeros(s), zeros(s), zeros(s)
+        if pair == 0:
+            for i in range(width):
+                x, lane = load(s, s_at + i * LANES), i * STEPS
+                r0, r1 = fma(splat(kt, lane), x, r0), fma(splat(kt, lane + 1), x, r1)
+                p0, p1 = fma(splat(qt, lane), x, p0), fma(splat(qt, lane + 1), x, p1)
+        else:
+            for i in range(width):
+                at, lane = s_at + i * LANES, i * STEPS
+                x = fma(splat(kt, lane + before), e0, load(s, at) * decay)
+                x = fma(splat(kt, lane + before + 1), e1, x)
+                store(s, at, x)
+                lane += t
+                r0, r1 = fma(splat(kt, lane), x, r0), fma(splat(kt, lane + 1), x, r1)
+                p0, p1 = fma(splat(qt, lane), x, p0), fma(splat(qt, lane + 1), x, p1)
+        first, second = v_at + t * v_stride, v_at + (t + 1) * v_stride
+        decay, next_alpha = splat(gates, both + t), splat(gates, alpha + t + 1)
+        u0 = load(v, first) - splat(gates, alpha + t) * r0
+        e0 = splat(gates, beta + t) * u0
+        carried = next_alpha * e0
+        u1 = load(v, second) - decay * r1 - splat(gates, k_k + t) * carried
+        e1 = splat(gates, beta + t + 1) * u1
+        store(u, first, u0)
+        store(u, second, u1)
+        store(o, first, fma(splat(gates, q_k + t), e0, splat(gates, alpha + t) * p0))
+        p1 = fma(splat(gates, q_k_next + t), carried, decay * p1)
+        store(o, second, fma(splat(gates, q_k + t + 1), e1, p1))
+        e0 = carried
+    before = 2 * pairs - 2
+    for i in range(width):
+        at, lane = s_at + i * LANES, i * STEPS + before
+        x = fma(splat(kt, lane), e0, load(s, at) * decay)
+        store(s, at, fma(splat(kt, lane + 1), e1, x))
 
 
 @inline_jit
-def _gram(x, y, weight, width, out):
-    """out[s, t] = weight[s, t] (column s of x) · (column t of y); x, y (W, C), others (C, C)."""
-    out[:] = 0
-    _add_product(x, 1, CHUNK, y, 0, CHUNK, CHUNK, width, out, 0, CHUNK)
-    for s in range(0, CHUNK * CHUNK, LANES):
-        store(out, s, load(out, s) * load(weight, s))
-
-
-@inline_jit
-def _scan_chunk(state, width, keys, queries, alpha, beta, match, v, steps, one, o):
-    """The steps of one chunk: update the state (W, W) and fill o (C, W) from v (C, W).
-
-    keys and queries (W, C) are normalised, match (C) holds their dot products, one (C) ones.
-    """
-    for j in range(0, width, LANES):
-        # the update that the step before has left to write: nothing before the first step
-        scale, error = load(one, 0), zeros(state)
-        for t in range(steps + 1):  # the last iteration only writes
-            before, now = max(t - 1, 0), min(t, CHUNK - 1)
-            r0, r1, p0, p1 = zeros(state), zeros(state), zeros(state), zeros(state)
-            for i in range(0, width, 2):
-                at, lane = i * width + j, i * LANES
-                s0 = fma(splat(keys, lane + before), error, load(state, at) * scale)
-                s1 = fma(splat(keys, lane + LANES + before), error, load(state, at + width) * scale)
-                store(state, at, s0)
-                store(state, at + width, s1)
-                r0 = fma(splat(keys, lane + now), s0, r0)
-                r1 = fma(splat(keys, lane + LANES + now), s1, r1)
-                p0 = fma(splat(queries, lane + now), s0, p0)
-                p1 = fma(splat(queries, lane + LANES + now), s1, p1)
-            scale = splat(alpha, now)
-            error = (load(v, now * width + j) - scale * (r0 + r1)) * splat(beta, now)
-            if t < steps:
-                store(o, t * width + j, fma(scale, p0 + p1, error * splat(match, now)))
+def _copy_state(state, at, keys, values, width, s, to_state):
+    """Copy a matrix (K, V) of the array ``state`` to panels (V / LANES, width, LANES), or back."""
+    for j in range(0, values, LANES):
+        columns = min(LANES, values - j)
+        for i in range(keys):
+            here, there = at + i * values + j, j * width + i * LANES
+            if to_state:
+                read(s, there, state, here, columns)
+            else:
+                read(state, here, s, there, columns)
 
 
 @parallel_kernel
@@ -207,6 +221,7 @@ def gated_delta_rule_fwd(
     task,
     sequence_bounds,
     first_chunks,
+    chunk_size,
     q,
     q_sb,
     q_st,
@@ -216,80 +231,199 @@ def gated_delta_rule_fwd(
     v,
     v_sb,
     v_st,
-    a,
-    a_sb,
-    a_st,
+    g,
+    g_sb,
+    g_st,
     b,
     b_sb,
     b_st,
+    scale,
+    normalise,
+    g_is_logit,
+    b_is_logit,
+    heads,
     state,
     out,
+    errors,
     chunk_states,
 ):
-    """Fill out (B, T, H, P); state (N, H, P, P) goes from S_0 to S_T.
+    """Fill out (B, T, HV, V); state (N, HV, K, V) goes from S_0 to S_T.
 
-    Unless it is empty, chunk_states (chunks, H, P, P) receives the state before each chunk; those
-    of sequence n begin at first_chunks[n].
+    ``heads`` is H. Unless they are empty, errors (B, T, HV, V) receives u, and chunk_states
+    (chunks, HV, K, V) the state before each chunk of ``chunk_size`` steps, a multiple of STEPS;
+    those of sequence n begin at first_chunks[n].
     """
-    time, heads, size = out.shape[1:]
-    width = cdiv(size, LANES) * LANES
-    block = size * size
-    states, chunk_states_flat, outs = state.reshape(-1), chunk_states.reshape(-1), out.reshape(-1)
-    n, head = task // heads, task % heads
+    time, value_heads, values = out.shape[1:]
+    keys, dtype = state.shape[2], state.dtype
+    width, value_width = _pad(keys), _pad(values)
+    states, chunk_states_flat = state.reshape(-1), chunk_states.reshape(-1)
+    outs, errors_flat = out.reshape(-1), errors.reshape(-1)
+    n, head = task // value_heads, task % value_heads
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
-    head_at, stride = head * size, heads * size
-    s = np.empty(width * width, out.dtype)
-    rows, o = np.empty(CHUNK * width, out.dtype), np.empty(CHUNK * width, out.dtype)
-    kt, qt = np.empty(width * CHUNK, out.dtype), np.empty(width * CHUNK, out.dtype)
-    alpha, beta = np.empty(CHUNK, out.dtype), np.empty(CHUNK, out.dtype)
-    match, factor = np.empty(CHUNK, out.dtype), np.empty(CHUNK, out.dtype)
-    one = np.ones(CHUNK, out.dtype)
-    _load_rows(states, task * block, size, size, size, s, width)
-    for t in range(begin, end, CHUNK):
-        steps = min(CHUNK, end - t)
-        if chunk_states_flat.shape[0] > 0:
-            chunk = first_chunks[n] + (t - begin) // CHUNK
-            _copy_rows(
-                s, 0, width, chunk_states_flat, (chunk * heads + head) * block, size, size, size
-            )
-        _load_rows(k, row * k_sb + t * k_st + head_at, k_st, steps, size, rows, width)
-        _to_columns(rows, kt, width)
-        _normalise(kt, width, factor)
-        _load_rows(q, row * q_sb + t * q_st + head_at, q_st, steps, size, rows, width)
-        _to_columns(rows, qt, width)
-        _normalise(qt, width, factor)
-        _dot_columns(kt, qt, width, match)
-        _load_gates(a, row * a_sb + t * a_st + head, a_st, steps, 1, alpha)
-        _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, 0, beta)
-        _load_rows(v, row * v_sb + t * v_st + head_at, v_st, steps, size, rows, width)
-        _scan_chunk(s, width, kt, qt, alpha, beta, match, rows, steps, one, o)
-        _copy_rows(o, 0, width, outs, (row * time + t) * stride + head_at, stride, steps, size)
-    _copy_rows(s, 0, width, states, task * block, size, size, size)
+    k_at, v_at, stride = head // (value_heads // heads) * keys, head * values, value_heads * values
+    block, one, q_scale = keys * values, dtype.type(1), dtype.type(scale)
+    s = np.zeros(value_width * width, dtype)
+    rows, vrows = np.empty(STEPS * width, dtype), np.zeros(STEPS * value_width, dtype)
+    o, u = np.empty(STEPS * value_width, dtype), np.empty(STEPS * value_width, dtype)
+    # one vector more, so that columns may be read with a shift
+    kt, qt = np.zeros((width + 1) * STEPS, dtype), np.zeros((width + 1) * STEPS, dtype)
+    alpha, beta = np.empty(STEPS, dtype), np.empty(STEPS, dtype)
+    gates = np.ones(7 * STEPS, dtype)
+    _copy_state(states, task * block, keys, values, width, s, False)
+    for t in range(begin, end, STEPS):
+        steps = min(STEPS, end - t)
+        if chunk_states_flat.shape[0] > 0 and (t - begin) % chunk_size == 0:
+            chunk = first_chunks[n] + (t - begin) // chunk_size
+            at = (chunk * value_heads + head) * block
+            _copy_state(chunk_states_flat, at, keys, values, width, s, True)
+        _load_columns(k, row * k_sb + t * k_st + k_at, k_st, steps, keys, width, rows, kt)
+        _scale_columns(kt, width, normalise, one, alpha)
+        _load_columns(q, row * q_sb + t * q_st + k_at, q_st, steps, keys, width, rows, qt)
+        _scale_columns(qt, width, normalise, q_scale, alpha)
+        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, alpha)
+        _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, b_is_logit, 0, beta)
+        gates[:STEPS], gates[STEPS : 2 * STEPS] = alpha, beta
+        for i in range(STEPS - 1):
+            gates[2 * STEPS + i] = alpha[i] * alpha[i + 1]
+        _dot_columns(kt, 1, kt, width, gates[3 * STEPS :])
+        _dot_columns(qt, 0, kt, width, gates[4 * STEPS :])
+        _dot_columns(qt, 1, kt, width, gates[5 * STEPS :])
+        at = row * v_sb + t * v_st + v_at
+        _load_rows(v, at, v_st, steps, values, vrows, 0, value_width)
+        pairs = cdiv(steps, 2)
+        for j in range(0, value_width, LANES):
+            _scan_panel(s, j * width, width, kt, qt, gates, vrows, j, value_width, pairs, o, u)
+        at = (row * time + t) * stride + v_at
+        _store_rows(o, 0, value_width, steps, values, outs, at, stride)
+        if errors_flat.shape[0] > 0:
+            _store_rows(u, 0, value_width, steps, values, errors_flat, at, stride)
+    _copy_state(states, task * block, keys, values, width, s, True)
+
+
+# Backward. Arrays hold rows, one per step.
 
 
 @inline_jit
-def _decays_between(alpha, identity, later, earlier):
-    """Fill later (C, C) with Γ_ts at [s, t] for t >= s, else 0, and earlier with its transpose."""
-    last = CHUNK - 1
-    later_row, earlier_row = load(identity, last * CHUNK), load(identity, 0)
-    store(later, last * CHUNK, later_row)
-    store(earlier, 0, earlier_row)
-    for t in range(1, CHUNK):
-        earlier_row = fma(splat(alpha, t), earlier_row, load(identity, t * CHUNK))
-        store(earlier, t * CHUNK, earlier_row)
-        s = last - t
-        later_row = fma(splat(alpha, s + 1), later_row, load(identity, s * CHUNK))
-        store(later, s * CHUNK, later_row)
+def _normalise_rows(x, at, stride, count, width, scale, normalise, sums, factor):
+    """Multiply rows by factor[t] = scale, divided by the norm of the row if ``normalise``."""
+    one = factor.dtype.type(1)
+    for t in range(count):
+        here = at + t * stride
+        factor[t] = scale
+        if normalise:
+            square = dot(x, here, x, here, sums, width)
+            factor[t] = scale * one / np.sqrt(square + factor.dtype.type(EPSILON))
+    _scale_rows(x, at, stride, count, width, factor, 0, x, at)
 
 
 @inline_jit
-def _invert(products, beta, identity, inverse):
-    """inverse = L⁻¹ for L with unit diagonal and L_ts = β_t products[s, t] below it."""
-    for t in range(CHUNK):
-        row, by = load(identity, t * CHUNK), splat(beta, t)
-        for s in range(t):
-            row = row - by * splat(products, s * CHUNK + t) * load(inverse, s * CHUNK)
-        store(inverse, t * CHUNK, row)
+def _scale_rows(x, at, stride, count, width, factor, factor_at, out, out_at):
+    """Rows of out = rows of x times factor[factor_at + t]. out may be x."""
+    for t in range(count):
+        by, here, there = splat(factor, factor_at + t), at + t * stride, out_at + t * stride
+        for j in range(0, width, LANES):
+            store(out, there + j, load(x, here + j) * by)
+
+
+@inline_jit
+def _transpose_rows(x, at, stride, rows, columns, out, out_stride):
+    """out (columns, out_stride) = x (rows, stride) transposed; both sizes are whole vectors."""
+    for i in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
+            transpose(x, at + i * stride + j, stride, out, j * out_stride + i, out_stride)
+
+
+@inline_jit
+def _load_transposed(source, at, rows, columns, out, stride):
+    """out (columns, stride) = a dense matrix (rows, columns) transposed, padded with zeros."""
+    if rows % LANES or columns % LANES:
+        out[:] = 0
+    whole_rows, whole = rows - rows % LANES, columns - columns % LANES
+    for i in range(0, whole_rows, LANES):
+        for j in range(0, whole, LANES):
+            transpose(source, at + i * columns + j, columns, out, j * stride + i, stride)
+    for i in range(rows):
+        for j in range(whole if i < whole_rows else 0, columns):
+            out[j * stride + i] = source[at + i * columns + j]
+
+
+@inline_jit
+def _store_transposed(x, stride, rows, columns, target, at):
+    """A dense matrix (columns, rows) of the target = x (rows, stride) transposed."""
+    whole_rows, whole = rows - rows % LANES, columns - columns % LANES
+    for i in range(0, whole_rows, LANES):
+        for j in range(0, whole, LANES):
+            transpose(x, i * stride + j, stride, target, at + j * rows + i, rows)
+    for i in range(rows):
+        for j in range(whole if i < whole_rows else 0, columns):
+            target[at + j * rows + i] = x[i * stride + j]
+
+
+@inline_jit
+def _fill_decays(alpha, count, width, decay, stride):
+    """decay[t, s] = Γ_ts for t >= s, else 0; rows of ``width`` numbers, ``stride`` apart."""
+    for t in range(count):
+        here = t * stride
+        if t == 0:
+            decay[:width] = 0
+        else:
+            by = splat(alpha, t)
+            for j in range(0, width, LANES):
+                store(decay, here + j, load(decay, here - stride + j) * by)
+        decay[here + t] = 1
+
+
+@inline_jit
+def _gram(x, x_at, x_stride, yt, y_stride, decay, steps, depth, out, stride):
+    """out[t, s] = Γ_ts (row t of x) · (column s of yt) for s <= t, else 0."""
+    for j in range(0, steps, LANES):
+        rows = steps - j
+        for t in range(steps):
+            out[t * stride + j : t * stride + j + LANES] = 0
+        add_tiled_product(
+            x,
+            x_at + j * x_stride,
+            x_stride,
+            1,
+            yt,
+            j,
+            y_stride,
+            out,
+            j * stride + j,
+            stride,
+            rows,
+            depth,
+            LANES,
+            FULL,
+        )
+        for t in range(j, steps):
+            at = t * stride + j
+            store(out, at, load(out, at) * load(decay, at))
+
+
+@inline_jit
+def _solve(p, beta, steps, width, minus, out, stride):
+    """out = G = (I + P diag β)⁻¹ P for the strict lower triangle P. minus is (1,) scratch."""
+    for t in range(steps):
+        here = t * stride
+        for j in range(0, width, LANES):
+            total = load(p, here + j)
+            for s in range(j, t):
+                minus[0] = -p[here + s] * beta[s]
+                total = fma(splat(minus, 0), load(out, s * stride + j), total)
+            store(out, here + j, total)
+
+
+@inline_jit
+def _add_normalise_adjoint(unit, unit_at, grad, at, stride, count, width, factor, scale, sums):
+    """Adjoint of ``_normalise_rows``: grad becomes factor (grad - unit (unit · grad) / scale²)."""
+    for t in range(count):
+        here, there = unit_at + t * stride, at + t * stride
+        along = -dot(unit, here, grad, there, sums, width) / (scale * scale)
+        sums[0], sums[1] = along, factor[t]
+        off, by = splat(sums, 0), splat(sums, 1)
+        for j in range(0, width, LANES):
+            store(grad, there + j, fma(load(unit, here + j), off, load(grad, there + j)) * by)
 
 
 @parallel_kernel
@@ -297,6 +431,7 @@ def gated_delta_rule_bwd(
     task,
     sequence_bounds,
     first_chunks,
+    chunk_size,
     q,
     q_sb,
     q_st,
@@ -306,12 +441,18 @@ def gated_delta_rule_bwd(
     v,
     v_sb,
     v_st,
-    a,
-    a_sb,
-    a_st,
+    g,
+    g_sb,
+    g_st,
     b,
     b_sb,
     b_st,
+    scale,
+    normalise,
+    g_is_logit,
+    b_is_logit,
+    heads,
+    errors,
     chunk_states,
     do,
     do_sb,
@@ -320,143 +461,160 @@ def gated_delta_rule_bwd(
     dq,
     dk,
     dv,
-    da,
+    dg,
     db,
 ):
-    """Fill dq, dk, dv (B, T, H, P), da, db (B, T, H); dstate (N, H, P, P) goes from dS_T to dS_0.
+    """Fill dq, dk (B, T, HV, K), dv (B, T, HV, V), dg, db (B, T, HV).
 
-    chunk_states and first_chunks are those of the forward pass.
+    dstate (N, HV, K, V) goes from dS_T to dS_0. The arguments up to chunk_states are those of the
+    forward pass. Each value head has its own rows of dq and dk.
     """
-    time, heads, size = dq.shape[1:]
-    width = cdiv(size, LANES) * LANES
-    block, dtype, square = size * size, dq.dtype, CHUNK * CHUNK
-    dstates, chunk_states_flat = dstate.reshape(-1), chunk_states.reshape(-1)
+    time, value_heads, values = dv.shape[1:]
+    keys, dtype = dstate.shape[2], dstate.dtype
+    width, value_width = _pad(keys), _pad(values)
+    ks, vs, cs = _row_stride(width), _row_stride(value_width), _row_stride(chunk_size)
+    block, zero, one = keys * values, dtype.type(0), dtype.type(1)
+    q_scale = dtype.type(scale)
+    dstates, chunk_states_flat, errors_flat = (
+        dstate.reshape(-1),
+        chunk_states.reshape(-1),
+        errors.reshape(-1),
+    )
     dqs, dks, dvs = dq.reshape(-1), dk.reshape(-1), dv.reshape(-1)
-    identity, minus_upper = np.zeros(square, dtype), np.zeros(square, dtype)  # the latter -1: s < t
-    for i in range(CHUNK):
-        identity[i * CHUNK + i] = 1
-        for j in range(i + 1, CHUNK):
-            minus_upper[i * CHUNK + j] = -1
-    n, head = task // heads, task % heads
+    n, head = task // value_heads, task % value_heads
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
-    head_at, stride = head * size, heads * size
-    s, grad = np.empty(width * width, dtype), np.empty(width * width, dtype)
-    # arrays of columns: k̂, q̂, v, do, e, dv, a sum of products, the right side of a product
-    kt, qt = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
-    vt, ot = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
-    et, dvt = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
-    acc, scaled = np.empty(width * CHUNK, dtype), np.empty(width * CHUNK, dtype)
-    # arrays of rows: any, do
-    rows, dorows = np.empty(CHUNK * width, dtype), np.empty(CHUNK * width, dtype)
-    # (C): one number per step; (C, C): one per pair of steps
-    alpha, beta = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
-    from_start, to_end = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)  # g and h of the docstring
-    minus_from_start, dots = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
-    k_factor, q_factor = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
-    x_change = np.empty(CHUNK, dtype)  # x_{t-1} - x_t
-    later, earlier = np.empty(square, dtype), np.empty(square, dtype)
-    pairs, pairs_t = np.empty(square, dtype), np.empty(square, dtype)
-    inverse = np.empty(square, dtype)
-    _load_rows(dstates, task * block, size, size, size, grad, width)
-    for chunk in range(cdiv(end - begin, CHUNK) - 1, -1, -1):
-        t = begin + chunk * CHUNK
-        steps = min(CHUNK, end - t)
-        _load_rows(k, row * k_sb + t * k_st + head_at, k_st, steps, size, rows, width)
-        _to_columns(rows, kt, width)
-        _normalise(kt, width, k_factor)
-        _load_rows(q, row * q_sb + t * q_st + head_at, q_st, steps, size, rows, width)
-        _to_columns(rows, qt, width)
-        _normalise(qt, width, q_factor)
-        _load_rows(v, row * v_sb + t * v_st + head_at, v_st, steps, size, rows, width)
-        _to_columns(rows, vt, width)
-        _load_rows(do, row * do_sb + t * do_st + head_at, do_st, steps, size, dorows, width)
-        _to_columns(dorows, ot, width)
-        _load_gates(a, row * a_sb + t * a_st + head, a_st, steps, 1, alpha)
-        _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, 0, beta)
-        at = ((first_chunks[n] + chunk) * heads + head) * block
-        _load_rows(chunk_states_flat, at, size, size, size, s, width)
-        at = (row * time + t) * stride + head_at
-        _decays_between(alpha, identity, later, earlier)
-        for i in range(CHUNK):
-            from_start[i] = alpha[0] * later[i]
-            minus_from_start[i] = -from_start[i]
-            to_end[i] = earlier[square - CHUNK + i]
-
-        # errors e
-        _gram(kt, kt, later, width, pairs)
-        _invert(pairs, beta, identity, inverse)
-        acc[:] = 0
-        _add_product(s, 1, width, kt, 0, CHUNK, width, width, acc, 0, CHUNK)
-        off, scale = load(from_start, 0), load(beta, 0)
-        for i in range(0, width * CHUNK, LANES):
-            store(acc, i, (load(vt, i) - off * load(acc, i)) * scale)
-        transpose(inverse, 0, CHUNK, pairs_t, 0, CHUNK)
-        et[:] = 0
-        _add_product(acc, CHUNK, 1, pairs_t, 0, CHUNK, width, CHUNK, et, 0, CHUNK)
-
-        # de, then dv and dβ
-        _scale_columns(kt, to_end, width, scaled)
-        acc[:] = 0
-        _add_product(grad, 1, width, scaled, 0, CHUNK, width, width, acc, 0, CHUNK)
-        _gram(qt, kt, earlier, width, pairs)
-        _add_product(ot, CHUNK, 1, pairs, 0, CHUNK, width, CHUNK, acc, 0, CHUNK)
-        dvt[:] = 0
-        _add_product(acc, CHUNK, 1, inverse, 0, CHUNK, width, CHUNK, dvt, 0, CHUNK)
-        _dot_columns(et, dvt, width, dots)
+    k_at, v_at = head // (value_heads // heads) * keys, head * values
+    # (V, K): S and A transposed
+    st, at = np.empty(value_width * ks, dtype), np.empty(value_width * ks, dtype)
+    # rows of q̂, then of k̂; dq̂, then dk̂; γ do, then -γ dv. What is transposed has room for padding
+    qk = np.zeros((2 * chunk_size + LANES) * ks, dtype)
+    dqk = np.empty(2 * chunk_size * ks, dtype)
+    dod = np.empty(2 * chunk_size * vs, dtype)
+    # rows: do; e; dE, then de, then dv; any
+    dor, er = np.empty(chunk_size * vs, dtype), np.zeros((chunk_size + LANES) * vs, dtype)
+    der, rows = np.empty((chunk_size + LANES) * vs, dtype), np.empty(chunk_size * vs, dtype)
+    # columns, one step per lane: k̂; e, and before (K̂ A)ᵀ
+    kt, et = np.empty(width * cs, dtype), np.empty(value_width * cs, dtype)
+    # one number per pair of steps
+    decay, pairs = np.empty(chunk_size * cs, dtype), np.empty(chunk_size * cs, dtype)
+    solved, scores = np.empty(chunk_size * cs, dtype), np.empty(chunk_size * cs, dtype)
+    # one number per step
+    alpha, beta = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
+    from_start, minus_from_start = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
+    to_end, minus_beta = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
+    q_factor, k_factor = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
+    x_change, sums = np.empty(chunk_size, dtype), np.empty(LANES, dtype)
+    _load_transposed(dstates, task * block, keys, values, at, ks)
+    for chunk in range(cdiv(end - begin, chunk_size) - 1, -1, -1):
+        t = begin + chunk * chunk_size
+        steps = min(chunk_size, end - t)
+        pad = _pad(steps)
+        q_begin, k_begin, v_begin = 0, steps * ks, steps * vs
+        # inputs
+        here = row * q_sb + t * q_st + k_at
+        _load_rows(q, here, q_st, steps, keys, qk, q_begin, ks)
+        _normalise_rows(qk, q_begin, ks, steps, width, q_scale, normalise, sums, q_factor)
+        here = row * k_sb + t * k_st + k_at
+        _load_rows(k, here, k_st, steps, keys, qk, k_begin, ks)
+        _normalise_rows(qk, k_begin, ks, steps, width, one, normalise, sums, k_factor)
+        qk[2 * steps * ks : (steps + pad) * ks] = 0
+        _transpose_rows(qk, k_begin, ks, pad, width, kt, cs)
+        here = row * do_sb + t * do_st + v_at
+        _load_rows(do, here, do_st, steps, values, dor, 0, vs)
+        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, alpha)
+        _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, b_is_logit, 0, beta)
+        here = ((first_chunks[n] + chunk) * value_heads + head) * block
+        _load_transposed(chunk_states_flat, here, keys, values, st, ks)
+        _fill_decays(alpha, steps, pad, decay, cs)
         for i in range(steps):
-            db[row, t + i, head] = dots[i] * (1 - beta[i])
-        _scale_columns(dvt, beta, width, dvt)
-        _dot_columns(vt, dvt, width, x_change)
+            from_start[i] = alpha[0] * decay[i * cs]
+            minus_from_start[i] = -from_start[i]
+            to_end[i] = decay[(steps - 1) * cs + i]
+            minus_beta[i] = -beta[i]
 
-        # dq̂
-        acc[:] = 0
-        _scale_columns(ot, from_start, width, scaled)
-        _add_product(s, width, 1, scaled, 0, CHUNK, width, width, acc, 0, CHUNK)
-        _gram(et, ot, later, width, pairs)
-        _add_product(kt, CHUNK, 1, pairs, 0, CHUNK, width, CHUNK, acc, 0, CHUNK)
-        _dot_columns(qt, acc, width, dots)
-        store(x_change, 0, load(dots, 0) - load(x_change, 0))
-        _normalise_adjoint(qt, q_factor, width, acc, dots)
-        _to_rows(acc, rows, width)
-        _copy_rows(rows, 0, width, dqs, at, stride, steps, size)
+        # dE, then de, then dV and dβ
+        _gram(qk, k_begin, ks, kt, cs, decay, steps, width, pairs, cs)
+        for i in range(steps):
+            pairs[i * cs + i] = 0
+        _solve(pairs, beta, steps, pad, sums, solved, cs)
+        _gram(qk, q_begin, ks, kt, cs, decay, steps, width, scores, cs)
+        et[:] = 0
+        add_tiled_product(at, 0, ks, 1, kt, 0, cs, et, 0, cs, value_width, width, pad, FULL)
+        _transpose_rows(et, 0, cs, value_width, pad, der, vs)
+        _scale_rows(der, 0, vs, steps, value_width, to_end, 0, der, 0)
+        add_tiled_product(
+            scores, 0, 1, cs, dor, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
+        )
+        _scale_rows(der, 0, vs, steps, value_width, minus_beta, 0, rows, 0)
+        add_tiled_product(
+            solved, 0, 1, cs, rows, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
+        )
+        here = (row * time + t) * value_heads * values + v_at
+        _load_rows(errors_flat, here, value_heads * values, steps, values, er, 0, vs)
+        er[steps * vs : pad * vs] = 0
+        for i in range(steps):
+            slope = beta[i] * (one - beta[i]) if b_is_logit else one
+            db[row, t + i, head] = slope * dot(der, i * vs, er, i * vs, sums, value_width)
+        _scale_rows(er, 0, vs, steps, value_width, beta, 0, er, 0)
+        _scale_rows(der, 0, vs, steps, value_width, beta, 0, der, 0)
+        _store_rows(der, 0, vs, steps, values, dvs, here, value_heads * values)
+        _load_rows(v, row * v_sb + t * v_st + v_at, v_st, steps, values, rows, 0, vs)
+        for i in range(steps):
+            x_change[i] = -dot(rows, i * vs, der, i * vs, sums, value_width)
 
-        # dk̂; pairs still holds Γ_ts e_s·do_t
-        transpose(pairs, 0, CHUNK, pairs_t, 0, CHUNK)
-        acc[:] = 0
-        _add_product(qt, CHUNK, 1, pairs_t, 0, CHUNK, width, CHUNK, acc, 0, CHUNK)
-        _gram(et, dvt, later, width, pairs)
-        for i in range(0, square, LANES):
-            store(pairs, i, load(pairs, i) * load(minus_upper, i))
-        transpose(pairs, 0, CHUNK, pairs_t, 0, CHUNK)
-        for i in range(0, square, LANES):
-            store(pairs_t, i, load(pairs_t, i) + load(pairs, i))
-        _add_product(kt, CHUNK, 1, pairs_t, 0, CHUNK, width, CHUNK, acc, 0, CHUNK)
-        _scale_columns(et, to_end, width, scaled)
-        _add_product(grad, width, 1, scaled, 0, CHUNK, width, width, acc, 0, CHUNK)
-        _scale_columns(dvt, minus_from_start, width, scaled)
-        _add_product(s, width, 1, scaled, 0, CHUNK, width, width, acc, 0, CHUNK)
-        _normalise_adjoint(kt, k_factor, width, acc, dots)
-        _to_rows(acc, rows, width)
-        _copy_rows(rows, 0, width, dks, at, stride, steps, size)
+        # dQ̂ and dK̂, first what goes through the states
+        _scale_rows(dor, 0, vs, steps, value_width, from_start, 0, dod, 0)
+        _scale_rows(der, 0, vs, steps, value_width, minus_from_start, 0, dod, v_begin)
+        dqk[: 2 * steps * ks] = 0
+        add_tiled_product(dod, 0, vs, 1, st, 0, ks, dqk, 0, ks, 2 * steps, value_width, width, FULL)
+        _scale_rows(er, 0, vs, steps, value_width, to_end, 0, rows, 0)
+        add_tiled_product(
+            rows, 0, vs, 1, at, 0, ks, dqk, k_begin, ks, steps, value_width, width, FULL
+        )
+        # then Y and Z
+        _transpose_rows(er, 0, vs, pad, value_width, et, cs)
+        _gram(dor, 0, vs, et, cs, decay, steps, value_width, scores, cs)
+        add_tiled_product(scores, 0, cs, 1, qk, k_begin, ks, dqk, 0, ks, steps, steps, width, LOWER)
+        add_tiled_product(
+            scores, 0, 1, cs, qk, q_begin, ks, dqk, k_begin, ks, steps, steps, width, UPPER
+        )
+        _gram(der, 0, vs, et, cs, decay, steps, value_width, pairs, cs)
+        for i in range(steps):
+            pairs[i * cs + i] = 0
+            for j in range(i):
+                pairs[i * cs + j] = -pairs[i * cs + j]
+                pairs[j * cs + i] = pairs[i * cs + j]
+        add_tiled_product(
+            pairs, 0, cs, 1, qk, k_begin, ks, dqk, k_begin, ks, steps, steps, width, FULL
+        )
+        for i in range(steps):
+            x_change[i] += dot(qk, i * ks, dqk, i * ks, sums, width)
 
         # A, and <A, S> for dα
-        _to_rows(dvt, rows, width)
-        _copy_rows(rows, 0, width, dvs, at, stride, steps, size)
-        _scale_columns(qt, from_start, width, qt)
-        _scale_columns(kt, minus_from_start, width, kt)
-        chunk_decay, total = splat(from_start, CHUNK - 1), zeros(s)
-        for j in range(0, width, LANES):
-            for i in range(width):
-                store(grad, i * width + j, load(grad, i * width + j) * chunk_decay)
-            _add_product(qt, CHUNK, 1, dorows, j, width, width, CHUNK, grad, j, width)
-            _add_product(kt, CHUNK, 1, rows, j, width, width, CHUNK, grad, j, width)
-            for i in range(width):
-                total = fma(load(grad, i * width + j), load(s, i * width + j), total)
-        store(dots, 0, total)
-        x = dots[0]
-        for i in range(1, CHUNK):
-            x += dots[i]
+        chunk_decay = splat(from_start, steps - 1)
+        for i in range(0, value_width * ks, LANES):
+            store(at, i, load(at, i) * chunk_decay)
+        add_tiled_product(dod, 0, 1, vs, qk, 0, ks, at, 0, ks, value_width, 2 * steps, width, FULL)
+        total = zeros(at)
+        for i in range(value_width):
+            for j in range(0, width, LANES):
+                total = fma(load(at, i * ks + j), load(st, i * ks + j), total)
+        store(sums, 0, total)
+        x = zero
+        for i in range(LANES):
+            x += sums[i]
         for i in range(steps):
-            da[row, t + i, head] = x * (1 - alpha[i])
+            dg[row, t + i, head] = x * (one - alpha[i] if g_is_logit else one)
             x -= x_change[i]
-    _copy_rows(grad, 0, width, dstates, task * block, size, size, size)
+
+        if normalise:
+            _add_normalise_adjoint(
+                qk, q_begin, dqk, q_begin, ks, steps, width, q_factor, q_scale, sums
+            )
+            _add_normalise_adjoint(qk, k_begin, dqk, k_begin, ks, steps, width, k_factor, one, sums)
+        else:
+            _scale_rows(dqk, q_begin, ks, steps, width, q_factor, 0, dqk, q_begin)
+        here = ((row * time + t) * value_heads + head) * keys
+        _store_rows(dqk, q_begin, ks, steps, keys, dqs, here, value_heads * keys)
+        _store_rows(dqk, k_begin, ks, steps, keys, dks, here, value_heads * keys)
+    _store_transposed(at, ks, values, keys, dstates, task * block)
