@@ -3,8 +3,8 @@
 Numba leaves vectorising to LLVM, which does not keep the sums of a small matrix product in vector
 registers. This module says outright what shall be a vector. It offers
 
-* ``load``, ``store``, ``splat``, ``zeros``, ``fma``, ``transpose`` and the operators + - * on
-  vectors of LANES numbers (for the gated delta rule);
+* ``load``, ``store``, ``splat``, ``zeros``, ``fma``, ``add_lanes``, ``transpose`` and the operators
+  + - * on vectors of LANES numbers (for the gated delta rule);
 * ``add_product``, a matrix product with its sums in registers (for the gated recurrence).
 
 ``_VectorBuilder`` generates the instructions of both. All of them index flat arrays without bounds
@@ -123,6 +123,13 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return x * y + z
 
 
+def add_lanes(vector: np.ndarray) -> Any:
+    """The sum of all lanes: lane n and lane n + 8, then n and n + 4, and so on."""
+    while vector.size > 1:
+        vector = vector[: vector.size // 2] + vector[vector.size // 2 :]
+    return vector[0]
+
+
 def transpose(
     source: np.ndarray,
     source_at: int,
@@ -202,6 +209,25 @@ def _fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 @_intrinsic
+def _add_lanes(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (vector,), lanes = args, LANES
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        while lanes > 1:
+            lanes //= 2
+            halves = (
+                ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(begin, begin + lanes)))
+                for begin in (0, lanes)
+            )
+            low, high = (builder.shuffle_vector(vector, undefined, half) for half in halves)
+            vector = builder.fadd(low, high)
+            undefined = ir.Constant(vector.type, ir.Undefined)
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+    return x.dtype(x), generate
+
+
+@_intrinsic
 def _transpose(
     typing: Any,
     source: Any,
@@ -256,6 +282,7 @@ overload(store)(lambda array, at, vector: lambda array, at, vector: _store(array
 overload(splat)(lambda array, at: lambda array, at: _splat(array, at))
 overload(zeros)(lambda array: lambda array: _zeros(array))
 overload(fma)(lambda x, y, z: lambda x, y, z: _fma(x, y, z))
+overload(add_lanes)(lambda vector: lambda vector: _add_lanes(vector))
 overload(transpose)(
     lambda source, source_at, source_stride, target, target_at, target_stride: (
         lambda source, source_at, source_stride, target, target_at, target_stride: _transpose(

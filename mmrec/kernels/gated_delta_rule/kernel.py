@@ -49,12 +49,21 @@ with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adj
 
 import numpy as np
 
-from mmrec.kernels._bf16 import dot, read, write
+from mmrec.kernels._bf16 import read, write
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv, exp_nonpositive, sigmoid
 from mmrec.kernels._products import FULL, LOWER, UPPER, add_tiled_product
-from mmrec.kernels._simd import LANES, fma, load, splat, store, transpose, zeros
+from mmrec.kernels._simd import (
+    LANES,
+    add_lanes,
+    fma,
+    load,
+    splat,
+    store,
+    transpose,
+    zeros,
+)
 
 STEPS = LANES
 """Steps in a block of the forward pass: one per lane of a vector."""
@@ -117,72 +126,63 @@ def _load_decays(source, at, step, steps, is_logit, out):
             out[t] = exp_nonpositive(out[t])
 
 
-# Forward. Arrays "of columns" hold (width, STEPS), one step per lane.
-
-
 @inline_jit
-def _load_columns(source, at, step, steps, size, width, rows, columns):
-    """columns (width, STEPS) = rows of the source, transposed and padded with zeros."""
-    _load_rows(source, at, step, steps, size, rows, 0, width)
-    rows[steps * width :] = 0
-    for j in range(0, width, LANES):
-        transpose(rows, j, width, columns, j * STEPS, STEPS)
-
-
-@inline_jit
-def _dot_columns(x, shift, y, width, out):
-    """out[t] = (column t + shift of x) · (column t of y); no number from STEPS - shift on."""
+def _dot(x, x_at, y, y_at, width):
+    """Dot product of two rows."""
     total = zeros(x)
-    for i in range(0, width * STEPS, STEPS):
-        total = fma(load(x, i + shift), load(y, i), total)
-    store(out, 0, total)
+    for j in range(0, width, LANES):
+        total = fma(load(x, x_at + j), load(y, y_at + j), total)
+    return add_lanes(total)
 
 
 @inline_jit
-def _scale_columns(columns, width, normalise, scale, factor):
-    """Multiply all columns by ``scale``, and divide each by its norm if ``normalise``."""
-    one = factor.dtype.type(1)
-    if normalise:
-        _dot_columns(columns, 0, columns, width, factor)
-        for t in range(STEPS):
-            factor[t] = scale * one / np.sqrt(factor[t] + factor.dtype.type(EPSILON))
-    elif scale == one:
-        return
-    else:
-        factor[:] = scale
-    by = load(factor, 0)
-    for i in range(0, width * STEPS, STEPS):
-        store(columns, i, load(columns, i) * by)
+def _scale_rows(x, at, stride, count, width, factor, out, out_at):
+    """Rows of out = rows of x times factor[t]. out may be x."""
+    for t in range(count):
+        by, here, there = splat(factor, t), at + t * stride, out_at + t * stride
+        for j in range(0, width, LANES):
+            store(out, there + j, load(x, here + j) * by)
 
 
 @inline_jit
-def _scan_panel(s, s_at, width, kt, qt, gates, v, v_at, v_stride, pairs, o, u):
+def _normalise_rows(x, at, stride, count, width, scale, normalise, factor):
+    """Multiply rows by factor[t] = scale, divided by the norm of the row if ``normalise``."""
+    for t in range(count):
+        factor[t] = scale
+        if normalise:
+            square = _dot(x, at + t * stride, x, at + t * stride, width)
+            factor[t] = scale / np.sqrt(square + factor.dtype.type(EPSILON))
+    _scale_rows(x, at, stride, count, width, factor, x, at)
+
+
+@inline_jit
+def _scan_panel(s, s_at, width, k, q, gates, v, v_at, v_stride, pairs, o, u):
     """The steps of one block for one panel of the state, (width, LANES) from s_at on.
 
-    kt and qt (width, STEPS) hold k̂ and q̂; v, o and u are rows, and this panel's columns of them
-    begin at v_at. ``gates`` has seven rows of STEPS numbers, see ``_fill_gates``.
+    k and q (STEPS, width) hold k̂ and q̂. v, o and u are rows, and this panel's columns of them begin
+    at v_at. ``gates`` has six rows of STEPS numbers, see ``_fill_gates``.
     """
-    alpha, beta, both = 0, STEPS, 2 * STEPS
-    k_k, q_k, q_k_next, unit = 3 * STEPS, 4 * STEPS, 5 * STEPS, 6 * STEPS
-    e0, e1, decay = zeros(s), zeros(s), splat(gates, unit)
+    alpha, beta, both, k_k, q_k, q_k_next = 0, STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS, 5 * STEPS
+    e0, e1, decay = zeros(s), zeros(s), zeros(s)
     for pair in range(pairs):
         t = 2 * pair
-        before = max(t - 2, 0)
+        now = t * width
+        before = max(now - 2 * width, 0)
         r0, r1, p0, p1 = zeros(s), zeros(s), zeros(s), zeros(s)
         if pair == 0:
             for i in range(width):
-                x, lane = load(s, s_at + i * LANES), i * STEPS
-                r0, r1 = fma(splat(kt, lane), x, r0), fma(splat(kt, lane + 1), x, r1)
-                p0, p1 = fma(splat(qt, lane), x, p0), fma(splat(qt, lane + 1), x, p1)
+                x, at = load(s, s_at + i * LANES), now + i
+                r0, r1 = fma(splat(k, at), x, r0), fma(splat(k, at + width), x, r1)
+                p0, p1 = fma(splat(q, at), x, p0), fma(splat(q, at + width), x, p1)
         else:
             for i in range(width):
-                at, lane = s_at + i * LANES, i * STEPS
-                x = fma(splat(kt, lane + before), e0, load(s, at) * decay)
-                x = fma(splat(kt, lane + before + 1), e1, x)
+                at = s_at + i * LANES
+                x = fma(splat(k, before + i), e0, load(s, at) * decay)
+                x = fma(splat(k, before + width + i), e1, x)
                 store(s, at, x)
-                lane += t
-                r0, r1 = fma(splat(kt, lane), x, r0), fma(splat(kt, lane + 1), x, r1)
-                p0, p1 = fma(splat(qt, lane), x, p0), fma(splat(qt, lane + 1), x, p1)
+                at = now + i
+                r0, r1 = fma(splat(k, at), x, r0), fma(splat(k, at + width), x, r1)
+                p0, p1 = fma(splat(q, at), x, p0), fma(splat(q, at + width), x, p1)
         first, second = v_at + t * v_stride, v_at + (t + 1) * v_stride
         decay, next_alpha = splat(gates, both + t), splat(gates, alpha + t + 1)
         u0 = load(v, first) - splat(gates, alpha + t) * r0
@@ -196,11 +196,26 @@ def _scan_panel(s, s_at, width, kt, qt, gates, v, v_at, v_stride, pairs, o, u):
         p1 = fma(splat(gates, q_k_next + t), carried, decay * p1)
         store(o, second, fma(splat(gates, q_k + t + 1), e1, p1))
         e0 = carried
-    before = 2 * pairs - 2
+    before = (2 * pairs - 2) * width
     for i in range(width):
-        at, lane = s_at + i * LANES, i * STEPS + before
-        x = fma(splat(kt, lane), e0, load(s, at) * decay)
-        store(s, at, fma(splat(kt, lane + 1), e1, x))
+        at = s_at + i * LANES
+        x = fma(splat(k, before + i), e0, load(s, at) * decay)
+        store(s, at, fma(splat(k, before + width + i), e1, x))
+
+
+@inline_jit
+def _fill_gates(k, q, width, pairs, gates):
+    """Fill the rows of ``gates`` from the third on; the first two hold α and β.
+
+    At even t they are α_t α_{t+1}, k̂_{t+1}·k̂_t, q̂_t·k̂_t and q̂_{t+1}·k̂_t. The fifth row has all t.
+    """
+    for t in range(0, 2 * pairs, 2):
+        at, after = t * width, (t + 1) * width
+        gates[2 * STEPS + t] = gates[t] * gates[t + 1]
+        gates[3 * STEPS + t] = _dot(k, after, k, at, width)
+        gates[4 * STEPS + t] = _dot(q, at, k, at, width)
+        gates[4 * STEPS + t + 1] = _dot(q, after, k, after, width)
+        gates[5 * STEPS + t] = _dot(q, after, k, at, width)
 
 
 @inline_jit
@@ -263,66 +278,39 @@ def gated_delta_rule_fwd(
     k_at, v_at, stride = head // (value_heads // heads) * keys, head * values, value_heads * values
     block, one, q_scale = keys * values, dtype.type(1), dtype.type(scale)
     s = np.zeros(value_width * width, dtype)
-    rows, vrows = np.empty(STEPS * width, dtype), np.zeros(STEPS * value_width, dtype)
+    krows, qrows = np.empty(STEPS * width, dtype), np.empty(STEPS * width, dtype)
+    vrows, factor = np.zeros(STEPS * value_width, dtype), np.empty(STEPS, dtype)
     o, u = np.empty(STEPS * value_width, dtype), np.empty(STEPS * value_width, dtype)
-    # one vector more, so that columns may be read with a shift
-    kt, qt = np.zeros((width + 1) * STEPS, dtype), np.zeros((width + 1) * STEPS, dtype)
-    alpha, beta = np.empty(STEPS, dtype), np.empty(STEPS, dtype)
-    gates = np.ones(7 * STEPS, dtype)
+    gates = np.empty(6 * STEPS, dtype)
     _copy_state(states, task * block, keys, values, width, s, False)
     for t in range(begin, end, STEPS):
         steps = min(STEPS, end - t)
+        pairs = cdiv(steps, 2)
         if chunk_states_flat.shape[0] > 0 and (t - begin) % chunk_size == 0:
             chunk = first_chunks[n] + (t - begin) // chunk_size
             at = (chunk * value_heads + head) * block
             _copy_state(chunk_states_flat, at, keys, values, width, s, True)
-        _load_columns(k, row * k_sb + t * k_st + k_at, k_st, steps, keys, width, rows, kt)
-        _scale_columns(kt, width, normalise, one, alpha)
-        _load_columns(q, row * q_sb + t * q_st + k_at, q_st, steps, keys, width, rows, qt)
-        _scale_columns(qt, width, normalise, q_scale, alpha)
-        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, alpha)
-        _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, b_is_logit, 0, beta)
-        gates[:STEPS], gates[STEPS : 2 * STEPS] = alpha, beta
-        for i in range(STEPS - 1):
-            gates[2 * STEPS + i] = alpha[i] * alpha[i + 1]
-        _dot_columns(kt, 1, kt, width, gates[3 * STEPS :])
-        _dot_columns(qt, 0, kt, width, gates[4 * STEPS :])
-        _dot_columns(qt, 1, kt, width, gates[5 * STEPS :])
+        _load_rows(k, row * k_sb + t * k_st + k_at, k_st, steps, keys, krows, 0, width)
+        _normalise_rows(krows, 0, width, steps, width, one, normalise, factor)
+        _load_rows(q, row * q_sb + t * q_st + k_at, q_st, steps, keys, qrows, 0, width)
+        _normalise_rows(qrows, 0, width, steps, width, q_scale, normalise, factor)
+        if steps % 2:  # the step that completes the last pair changes nothing
+            krows[steps * width : (steps + 1) * width] = 0
+            qrows[steps * width : (steps + 1) * width] = 0
+        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, gates[:STEPS])
+        at = row * b_sb + t * b_st + head
+        _load_gates(b, at, b_st, steps, b_is_logit, 0, gates[STEPS : 2 * STEPS])
+        _fill_gates(krows, qrows, width, pairs, gates)
         at = row * v_sb + t * v_st + v_at
         _load_rows(v, at, v_st, steps, values, vrows, 0, value_width)
-        pairs = cdiv(steps, 2)
         for j in range(0, value_width, LANES):
-            _scan_panel(s, j * width, width, kt, qt, gates, vrows, j, value_width, pairs, o, u)
+            at = j * width
+            _scan_panel(s, at, width, krows, qrows, gates, vrows, j, value_width, pairs, o, u)
         at = (row * time + t) * stride + v_at
         _store_rows(o, 0, value_width, steps, values, outs, at, stride)
         if errors_flat.shape[0] > 0:
             _store_rows(u, 0, value_width, steps, values, errors_flat, at, stride)
     _copy_state(states, task * block, keys, values, width, s, True)
-
-
-# Backward. Arrays hold rows, one per step.
-
-
-@inline_jit
-def _normalise_rows(x, at, stride, count, width, scale, normalise, sums, factor):
-    """Multiply rows by factor[t] = scale, divided by the norm of the row if ``normalise``."""
-    one = factor.dtype.type(1)
-    for t in range(count):
-        here = at + t * stride
-        factor[t] = scale
-        if normalise:
-            square = dot(x, here, x, here, sums, width)
-            factor[t] = scale * one / np.sqrt(square + factor.dtype.type(EPSILON))
-    _scale_rows(x, at, stride, count, width, factor, 0, x, at)
-
-
-@inline_jit
-def _scale_rows(x, at, stride, count, width, factor, factor_at, out, out_at):
-    """Rows of out = rows of x times factor[factor_at + t]. out may be x."""
-    for t in range(count):
-        by, here, there = splat(factor, factor_at + t), at + t * stride, out_at + t * stride
-        for j in range(0, width, LANES):
-            store(out, there + j, load(x, here + j) * by)
 
 
 @inline_jit
@@ -415,13 +403,16 @@ def _solve(p, beta, steps, width, minus, out, stride):
 
 
 @inline_jit
-def _add_normalise_adjoint(unit, unit_at, grad, at, stride, count, width, factor, scale, sums):
-    """Adjoint of ``_normalise_rows``: grad becomes factor (grad - unit (unit · grad) / scale²)."""
+def _normalise_adjoint(unit, unit_at, grad, at, stride, count, width, factor, scale, pair):
+    """Adjoint of ``_normalise_rows``: grad becomes factor (grad - unit (unit · grad) / scale²).
+
+    pair is scratch of two numbers.
+    """
     for t in range(count):
         here, there = unit_at + t * stride, at + t * stride
-        along = -dot(unit, here, grad, there, sums, width) / (scale * scale)
-        sums[0], sums[1] = along, factor[t]
-        off, by = splat(sums, 0), splat(sums, 1)
+        pair[0] = -_dot(unit, here, grad, there, width) / (scale * scale)
+        pair[1] = factor[t]
+        off, by = splat(pair, 0), splat(pair, 1)
         for j in range(0, width, LANES):
             store(grad, there + j, fma(load(unit, here + j), off, load(grad, there + j)) * by)
 
@@ -473,7 +464,7 @@ def gated_delta_rule_bwd(
     keys, dtype = dstate.shape[2], dstate.dtype
     width, value_width = _pad(keys), _pad(values)
     ks, vs, cs = _row_stride(width), _row_stride(value_width), _row_stride(chunk_size)
-    block, zero, one = keys * values, dtype.type(0), dtype.type(1)
+    block, one = keys * values, dtype.type(1)
     q_scale = dtype.type(scale)
     dstates, chunk_states_flat, errors_flat = (
         dstate.reshape(-1),
@@ -503,7 +494,7 @@ def gated_delta_rule_bwd(
     from_start, minus_from_start = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
     to_end, minus_beta = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
     q_factor, k_factor = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
-    x_change, sums = np.empty(chunk_size, dtype), np.empty(LANES, dtype)
+    x_change, pair = np.empty(chunk_size, dtype), np.empty(2, dtype)
     _load_transposed(dstates, task * block, keys, values, at, ks)
     for chunk in range(cdiv(end - begin, chunk_size) - 1, -1, -1):
         t = begin + chunk * chunk_size
@@ -513,10 +504,10 @@ def gated_delta_rule_bwd(
         # inputs
         here = row * q_sb + t * q_st + k_at
         _load_rows(q, here, q_st, steps, keys, qk, q_begin, ks)
-        _normalise_rows(qk, q_begin, ks, steps, width, q_scale, normalise, sums, q_factor)
+        _normalise_rows(qk, q_begin, ks, steps, width, q_scale, normalise, q_factor)
         here = row * k_sb + t * k_st + k_at
         _load_rows(k, here, k_st, steps, keys, qk, k_begin, ks)
-        _normalise_rows(qk, k_begin, ks, steps, width, one, normalise, sums, k_factor)
+        _normalise_rows(qk, k_begin, ks, steps, width, one, normalise, k_factor)
         qk[2 * steps * ks : (steps + pad) * ks] = 0
         _transpose_rows(qk, k_begin, ks, pad, width, kt, cs)
         here = row * do_sb + t * do_st + v_at
@@ -536,16 +527,16 @@ def gated_delta_rule_bwd(
         _gram(qk, k_begin, ks, kt, cs, decay, steps, width, pairs, cs)
         for i in range(steps):
             pairs[i * cs + i] = 0
-        _solve(pairs, beta, steps, pad, sums, solved, cs)
+        _solve(pairs, beta, steps, pad, pair, solved, cs)
         _gram(qk, q_begin, ks, kt, cs, decay, steps, width, scores, cs)
         et[:] = 0
         add_tiled_product(at, 0, ks, 1, kt, 0, cs, et, 0, cs, value_width, width, pad, FULL)
         _transpose_rows(et, 0, cs, value_width, pad, der, vs)
-        _scale_rows(der, 0, vs, steps, value_width, to_end, 0, der, 0)
+        _scale_rows(der, 0, vs, steps, value_width, to_end, der, 0)
         add_tiled_product(
             scores, 0, 1, cs, dor, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
-        _scale_rows(der, 0, vs, steps, value_width, minus_beta, 0, rows, 0)
+        _scale_rows(der, 0, vs, steps, value_width, minus_beta, rows, 0)
         add_tiled_product(
             solved, 0, 1, cs, rows, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
@@ -554,20 +545,20 @@ def gated_delta_rule_bwd(
         er[steps * vs : pad * vs] = 0
         for i in range(steps):
             slope = beta[i] * (one - beta[i]) if b_is_logit else one
-            db[row, t + i, head] = slope * dot(der, i * vs, er, i * vs, sums, value_width)
-        _scale_rows(er, 0, vs, steps, value_width, beta, 0, er, 0)
-        _scale_rows(der, 0, vs, steps, value_width, beta, 0, der, 0)
+            db[row, t + i, head] = slope * _dot(der, i * vs, er, i * vs, value_width)
+        _scale_rows(er, 0, vs, steps, value_width, beta, er, 0)
+        _scale_rows(der, 0, vs, steps, value_width, beta, der, 0)
         _store_rows(der, 0, vs, steps, values, dvs, here, value_heads * values)
         _load_rows(v, row * v_sb + t * v_st + v_at, v_st, steps, values, rows, 0, vs)
         for i in range(steps):
-            x_change[i] = -dot(rows, i * vs, der, i * vs, sums, value_width)
+            x_change[i] = -_dot(rows, i * vs, der, i * vs, value_width)
 
         # dQ̂ and dK̂, first what goes through the states
-        _scale_rows(dor, 0, vs, steps, value_width, from_start, 0, dod, 0)
-        _scale_rows(der, 0, vs, steps, value_width, minus_from_start, 0, dod, v_begin)
+        _scale_rows(dor, 0, vs, steps, value_width, from_start, dod, 0)
+        _scale_rows(der, 0, vs, steps, value_width, minus_from_start, dod, v_begin)
         dqk[: 2 * steps * ks] = 0
         add_tiled_product(dod, 0, vs, 1, st, 0, ks, dqk, 0, ks, 2 * steps, value_width, width, FULL)
-        _scale_rows(er, 0, vs, steps, value_width, to_end, 0, rows, 0)
+        _scale_rows(er, 0, vs, steps, value_width, to_end, rows, 0)
         add_tiled_product(
             rows, 0, vs, 1, at, 0, ks, dqk, k_begin, ks, steps, value_width, width, FULL
         )
@@ -588,7 +579,7 @@ def gated_delta_rule_bwd(
             pairs, 0, cs, 1, qk, k_begin, ks, dqk, k_begin, ks, steps, steps, width, FULL
         )
         for i in range(steps):
-            x_change[i] += dot(qk, i * ks, dqk, i * ks, sums, width)
+            x_change[i] += _dot(qk, i * ks, dqk, i * ks, width)
 
         # A, and <A, S> for dα
         chunk_decay = splat(from_start, steps - 1)
@@ -599,21 +590,16 @@ def gated_delta_rule_bwd(
         for i in range(value_width):
             for j in range(0, width, LANES):
                 total = fma(load(at, i * ks + j), load(st, i * ks + j), total)
-        store(sums, 0, total)
-        x = zero
-        for i in range(LANES):
-            x += sums[i]
+        x = add_lanes(total)
         for i in range(steps):
             dg[row, t + i, head] = x * (one - alpha[i] if g_is_logit else one)
             x -= x_change[i]
 
         if normalise:
-            _add_normalise_adjoint(
-                qk, q_begin, dqk, q_begin, ks, steps, width, q_factor, q_scale, sums
-            )
-            _add_normalise_adjoint(qk, k_begin, dqk, k_begin, ks, steps, width, k_factor, one, sums)
+            _normalise_adjoint(qk, q_begin, dqk, q_begin, ks, steps, width, q_factor, q_scale, pair)
+            _normalise_adjoint(qk, k_begin, dqk, k_begin, ks, steps, width, k_factor, one, pair)
         else:
-            _scale_rows(dqk, q_begin, ks, steps, width, q_factor, 0, dqk, q_begin)
+            _scale_rows(dqk, q_begin, ks, steps, width, q_factor, dqk, q_begin)
         here = ((row * time + t) * value_heads + head) * keys
         _store_rows(dqk, q_begin, ks, steps, keys, dqs, here, value_heads * keys)
         _store_rows(dqk, k_begin, ks, steps, keys, dks, here, value_heads * keys)
