@@ -5,5 +5,6 @@ pass. ``GatedRecurrence`` and ``GatedDeltaRule`` are layers that torch does not 
 """
 
 from mmrec.nn.gated import GatedDeltaRule, GatedRecurrence
+from mmrec.nn.rnn import GRU, LSTM
 
-__all__ = ["GatedDeltaRule", "GatedRecurrence"]
+__all__ = ["GRU", "LSTM", "GatedDeltaRule", "GatedRecurrence"]
