@@ -12,8 +12,8 @@ Each op is one folder: ``reference.py`` defines it in plain torch, ``kernel.py``
 states its adjoint, ``op.py`` checks the arguments and registers it with torch.
 
 The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
-fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". scan, cumprod and
-log_cumprod serve no model here.
+fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". gru and lstm
+serve mmrec.nn.GRU and LSTM. scan, cumprod and log_cumprod serve no model here.
 """
 
 import importlib
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         gated_delta_rule_update,
     )
     from mmrec.kernels.gated_recurrence.op import gated_recurrence
+    from mmrec.kernels.gru.op import gru
+    from mmrec.kernels.lstm.op import lstm
     from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
     from mmrec.kernels.relu_squared.op import relu_squared
     from mmrec.kernels.rmsnorm_conv1d.op import rmsnorm_conv1d
@@ -44,7 +46,9 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_update",
     "gated_recurrence",
+    "gru",
     "log_cumprod",
+    "lstm",
     "min_gru_mixer",
     "relu_squared",
     "rmsnorm_conv1d",

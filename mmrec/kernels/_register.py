@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 _functorch: Any = torch._C._functorch
 
 
-def _transform_active() -> bool:
+def transform_active() -> bool:
     """Whether a torch.func transform or forward mode is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -91,7 +91,7 @@ def register(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if _transform_active():
+        if transform_active():
             _refuse_nested_jvp(full_name)
             return function.apply(*args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):

@@ -277,6 +277,7 @@ def resolve_initial_state(
     shape: tuple[int, ...],
     axes: str,
     fill: float = 0.0,
+    name: str = "initial_state",
 ) -> Tensor:
     """The state before the first step: the given one, or a constant one.
 
@@ -286,6 +287,7 @@ def resolve_initial_state(
         shape: shape of the state.
         axes: its axes, for messages.
         fill: value of the state if None is given.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: the state has another shape or dtype, or is not on the CPU.
@@ -293,7 +295,7 @@ def resolve_initial_state(
     if state is None:
         return like.new_full(shape, fill)
     state = to_compute_dtype(state)
-    check_tensor("initial_state", state, shape, axes, like.dtype)
+    check_tensor(name, state, shape, axes, like.dtype)
     return state
 
 

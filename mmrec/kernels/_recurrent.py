@@ -1,0 +1,250 @@
+"""What the kernels of GRU and LSTM share: products with a weight that every step uses.
+
+A step multiplies the states of a few sequences by the recurrent weight. The weight is laid out once
+per call in *panels* of as many output columns as a block of vector registers holds, in the order in
+which the steps read it. The sums of a block stay in registers over the whole depth. Every output is
+one sum in the order of depth, by fused multiply-adds where the processor has them, so neither the
+width of the panels nor the number of rows in a block shows in the results.
+
+Axes: B batch, T time, N sequences (B, or the packed sequences of one row), D channels.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._math import cdiv, sigmoid
+from mmrec.kernels._simd import _REGISTER_BYTES, _VectorBuilder
+from mmrec.kernels._tensors import (
+    check_input,
+    check_tensor,
+    make_sequence_bounds,
+    sequence_count,
+)
+
+MAX_TILE_ROWS = 16
+"""Sequences that advance together at most: each panel is read once for all of them."""
+_BLOCK_ROWS, _REGISTERS = 4, 3
+"""Rows and registers of a block of sums, for three rows or more."""
+_FEW_ROWS, _FEW_ROWS_REGISTERS = 2, 6
+"""The same for up to that many rows: without more columns a block would have too few sums."""
+
+
+def panel_width(rows: int, itemsize: int) -> int:
+    """Columns of a panel for products of that many rows."""
+    registers = _FEW_ROWS_REGISTERS if rows <= _FEW_ROWS else _REGISTERS
+    return registers * _REGISTER_BYTES // itemsize
+
+
+def to_panels(weight: Tensor, width: int) -> np.ndarray:
+    """Lay out a matrix (columns, depth) in panels, ``panels[column // width, k, column % width]``.
+
+    Returns:
+        The panels as a flat array; missing columns of the last one are zero.
+    """
+    columns, depth = weight.shape
+    count = cdiv(columns, width)
+    panels = weight.new_empty(count, depth, width)
+    full = columns // width
+    panels[:full] = weight[: full * width].view(full, width, depth).transpose(1, 2)
+    if full < count:
+        rest = weight[full * width :]
+        panels[full, :, : rest.shape[0]] = rest.t()
+        panels[full, :, rest.shape[0] :] = 0
+    return panels.view(-1).numpy()
+
+
+def make_tiles(batch: int, time: int, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """``sequence_bounds`` (N, 3), and ``tiles`` (M, R): the sequences of each task, -1 for none.
+
+    Tiles are as large as leaves one for every thread. Packed sequences are sorted by length,
+    longest first, so that similar lengths share a tile, and tiles go to the threads in turn.
+    """
+    sequence_bounds = make_sequence_bounds(batch, time, cu_seqlens)
+    sequences, threads = len(sequence_bounds), torch.get_num_threads()
+    tiles_per_thread = cdiv(sequences, MAX_TILE_ROWS * threads)
+    rows = cdiv(sequences, max(1, tiles_per_thread * threads)) or 1
+    tiles = np.full((cdiv(sequences, rows), rows), -1)
+    order = tiles.reshape(-1)[:sequences]
+    if cu_seqlens is None:
+        order[:] = np.arange(sequences)
+        return sequence_bounds, tiles
+    order[:] = np.argsort(sequence_bounds[:, 1] - sequence_bounds[:, 2], kind="stable")
+    return sequence_bounds, np.concatenate([tiles[first::threads] for first in range(threads)])
+
+
+def states_before(
+    h: Tensor, initial: Tensor, cu_seqlens: Tensor | None, batch_first: bool, reverse: bool
+) -> Tensor:
+    """The state before each step, of the shape of h (B, T, D) or (T, B, D); initial is (N, D)."""
+    axis = 1 if batch_first else 0
+    if h.shape[axis] == 0:
+        return h
+    if cu_seqlens is None:
+        first, rest = initial.unsqueeze(axis), h.shape[axis] - 1
+        if reverse:
+            return torch.cat((h.narrow(axis, 1, rest), first), axis)
+        return torch.cat((first, h.narrow(axis, 0, rest)), axis)
+    full = cu_seqlens[1:] > cu_seqlens[:-1]  # an empty sequence has no first step
+    at = (cu_seqlens[1:] - 1 if reverse else cu_seqlens[:-1])[full].long()
+    return h.roll(-1 if reverse else 1, axis).index_copy(
+        axis, at, initial[full].unsqueeze(1 - axis)
+    )
+
+
+def check_gates(
+    gates: int,
+    projected: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    batch_first: bool,
+) -> tuple[int, int]:
+    """Check the arguments that both ops have; returns the shape of the state, (N, D).
+
+    Raises:
+        ValueError: a shape, dtype, device or cu_seqlens is not as ``gru`` and ``lstm`` say.
+    """
+    columns = f"{gates}D"
+    axes = f"B, T, {columns}" if batch_first else f"T, B, {columns}"
+    check_input("projected", projected, axes, None)
+    rows = projected if batch_first else projected.transpose(0, 1)
+    check_input("projected", rows, axes, cu_seqlens)
+    if projected.shape[2] % gates:
+        raise ValueError(
+            f"projected must have shape ({axes}), {gates} gates side by side; "
+            f"got {tuple(projected.shape)}"
+        )
+    width = projected.shape[2] // gates
+    check_tensor("weight", weight, (gates * width, width), f"{columns}, D", projected.dtype)
+    if bias is not None:
+        check_tensor("bias", bias, (gates * width,), columns, projected.dtype)
+    return sequence_count(rows.shape[0], cu_seqlens), width
+
+
+def work(gates: Tensor) -> float:
+    """Estimate of the nanoseconds that a pass takes on one thread."""
+    return gates.numel() * (1 + 0.01 * gates.shape[-1])
+
+
+def add_panels(  # type: ignore[no-untyped-def]
+    x, x_row, panels, width, out, out_row, rows, depth
+):
+    """out[r, j] += Σ_k x[r, k] w[k, j], where ``panels`` holds all w.
+
+    Args:
+        x, x_row: flat array of rows; a row begins every ``x_row`` numbers.
+        panels, width: the result of ``to_panels``.
+        out, out_row: the same for the sums; ``out_row`` has room for the last panel.
+        rows, depth: sizes of the product.
+    """
+    blocks = panels.reshape(-1, depth, width)
+    for r in range(rows):
+        for p in range(blocks.shape[0]):
+            place = slice(r * out_row + p * width, r * out_row + (p + 1) * width)
+            for k in range(depth):
+                out[place] += x[r * x_row + k] * blocks[p, k]
+
+
+def _make_block(rows: int, registers: int) -> Any:
+    """The product of that many rows with one panel, which is ``registers`` wide."""
+
+    @intrinsic
+    def block(typing, x, x_at, x_row, panels, at, out, out_at, out_row, depth):  # type: ignore[no-untyped-def]
+        integers = (types.intp,) * 3
+        signature = types.void(x, *integers[:2], panels, types.intp, out, *integers)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, x_at, x_row, panels, at, out, out_at, out_row, depth = args
+            dtype = signature.args[0].dtype
+            lanes = _REGISTER_BYTES // (dtype.bitwidth // 8)
+            vectors = _VectorBuilder(context, builder, dtype, lanes)
+            x, panels, out = (vectors.data(signature.args[n], args[n]) for n in (0, 3, 5))
+
+            def constant(n: int) -> Any:
+                return ir.Constant(at.type, n)
+
+            x_rows, targets, sums = [], [], []
+            for r in range(rows):
+                begin = builder.add(x_at, builder.mul(x_row, constant(r)))
+                x_rows.append(builder.gep(x, [begin]))
+                begin = builder.add(out_at, builder.mul(out_row, constant(r)))
+                for n in range(registers):
+                    place = builder.gep(out, [builder.add(begin, constant(n * lanes))])
+                    targets.append(place)
+                    sums.append(cgutils.alloca_once_value(builder, vectors.load(place)))
+            origin = builder.gep(panels, [at])
+            with cgutils.for_range(builder, depth) as loop:
+                column = builder.mul(loop.index, constant(registers * lanes))
+                pieces = [
+                    vectors.load(builder.gep(origin, [builder.add(column, constant(n * lanes))]))
+                    for n in range(registers)
+                ]
+                for r in range(rows):
+                    value = vectors.splat(builder.load(builder.gep(x_rows[r], [loop.index])))
+                    for n in range(registers):
+                        total = sums[r * registers + n]
+                        builder.store(vectors.fma(value, pieces[n], builder.load(total)), total)
+            for total, place in zip(sums, targets, strict=True):
+                vectors.store(builder.load(total), place)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return block
+
+
+_one, _two, _three, _four = (_make_block(rows, _REGISTERS) for rows in (1, 2, 3, 4))
+_one_wide, _two_wide = (_make_block(rows, _FEW_ROWS_REGISTERS) for rows in (1, 2))
+
+
+@overload(add_panels)
+def _add_panels(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
+    def compiled(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
+        wide = width * x.itemsize > _REGISTERS * _REGISTER_BYTES
+        blocks = 1 if wide else (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+        for p in range(panels.size // (depth * width)):
+            at, r = p * depth * width, np.int64(0)
+            for block in range(blocks):
+                more = (rows - r + blocks - block - 1) // (blocks - block)
+                x_at, out_at = r * x_row, r * out_row + p * width
+                if wide and more == 1:
+                    _one_wide(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                elif wide:
+                    _two_wide(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                elif more == 4:
+                    _four(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                elif more == 3:
+                    _three(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                elif more == 2:
+                    _two(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                else:
+                    _one(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                r += more
+
+    return compiled
+
+
+@inline_jit
+def tanh(x, one):  # type: ignore[no-untyped-def]
+    """Hyperbolic tangent of a float32 or float64, to an absolute error of a rounding of ``one``.
+
+    ``one`` is 1 in the dtype of x.
+    """
+    half = sigmoid(x + x)
+    return half + half - one
+
+
+@inline_jit
+def copy(source, source_at, target, target_at, width):  # type: ignore[no-untyped-def]
+    """target[target_at:][:width] = source[source_at:][:width]."""
+    source_at, target_at = np.uint64(source_at), np.uint64(target_at)
+    for d in range(np.uint64(width)):
+        target[target_at + d] = source[source_at + d]
