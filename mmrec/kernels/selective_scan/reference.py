@@ -1,0 +1,72 @@
+"""References of Mamba's ops: plain differentiable torch, of any floating-point dtype."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """u, delta, z (B, D, L), a (D, N), b, c as ``selective_scan_fn``: out and the last h."""
+    batch, channels, time = u.shape
+    states = a.shape[1]
+
+    def spread(x: Tensor) -> Tensor:  # to (B, D, N, L)
+        if x.ndim == 2:
+            return x[None, :, :, None].expand(batch, channels, states, time)
+        x = x[:, None] if x.ndim == 3 else x
+        return x.repeat_interleave(channels // x.shape[1], 1)
+
+    b, c = spread(b), spread(c)
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = functional.softplus(delta)
+    h = u.new_zeros(batch, channels, states) if initial_state is None else initial_state
+    ys = []
+    for t in range(time):
+        step = delta[:, :, t, None]
+        h = torch.exp(step * a) * h + step * b[..., t] * u[:, :, t, None]
+        ys.append((h * c[..., t]).sum(-1))
+    y = torch.stack(ys, -1) if ys else torch.zeros_like(u)
+    if d is not None:
+        y = y + u * d[:, None]
+    return (y if z is None else y * functional.silu(z)), h
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step: out and the new state. All with heads: state (B, H, P, N), x, dt, z (B, H, P),
+    a (H, P, N), b, c (B, G, N), d, dt_bias (H, P)."""
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = functional.softplus(dt)
+    heads = state.shape[1] // b.shape[1]
+    b, c = (v.repeat_interleave(heads, 1)[:, :, None] for v in (b, c))
+    dt = dt[..., None]
+    state = torch.exp(dt * a) * state + dt * b * x[..., None]
+    out = (state * c).sum(-1)
+    if d is not None:
+        out = out + x * d
+    return (out if z is None else out * functional.silu(z)), state
