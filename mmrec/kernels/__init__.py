@@ -12,8 +12,9 @@ Each op is one folder: ``reference.py`` defines it in plain torch, ``kernel.py``
 states its adjoint, ``op.py`` checks the arguments and registers it with torch.
 
 The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
-fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". scan, cumprod and
-log_cumprod serve no model here.
+fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". The others serve no
+model here: scan, cumprod, log_cumprod, and what has the names and shapes of flash-linear-attention,
+which are kda, gla, simple_gla, retention, lightning_attn and hgrn.
 """
 
 import importlib
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
     from mmrec.kernels.gated_delta_rule.op import gated_delta_rule
     from mmrec.kernels.gated_recurrence.op import gated_recurrence
+    from mmrec.kernels.gla.op import (
+        fused_recurrent_gla,
+        fused_recurrent_simple_gla,
+        gla,
+        hgrn,
+        lightning_attn,
+        retention,
+        simple_gla,
+    )
+    from mmrec.kernels.kda.op import fused_recurrent_kda, kda
     from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
     from mmrec.kernels.relu_squared.op import relu_squared
     from mmrec.kernels.rmsnorm_conv1d.op import rmsnorm_conv1d
@@ -34,17 +45,35 @@ if TYPE_CHECKING:
 __all__ = [
     "cumprod",
     "fused_linear_cross_entropy",
+    "fused_recurrent_gla",
+    "fused_recurrent_kda",
+    "fused_recurrent_simple_gla",
     "gated_delta_rule",
     "gated_recurrence",
+    "gla",
+    "hgrn",
+    "kda",
+    "lightning_attn",
     "log_cumprod",
     "min_gru_mixer",
     "relu_squared",
+    "retention",
     "rmsnorm_conv1d",
     "scan",
+    "simple_gla",
 ]
 
 # Imported at first use: the ops need torch, and the compiled code of ``_simd.py`` does not.
-_LAZY = {name: name for name in __all__} | {"log_cumprod": "cumprod"}
+_LAZY = {name: name for name in __all__} | {
+    "fused_recurrent_gla": "gla",
+    "fused_recurrent_kda": "kda",
+    "fused_recurrent_simple_gla": "gla",
+    "hgrn": "gla",
+    "lightning_attn": "gla",
+    "log_cumprod": "cumprod",
+    "retention": "gla",
+    "simple_gla": "gla",
+}
 """The folder of each op."""
 
 
