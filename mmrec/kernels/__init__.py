@@ -8,14 +8,13 @@
 >>> final_state.tolist()
 [[1.75]]
 
-Each op is one folder: ``reference.py`` defines it in plain torch, ``kernel.py`` computes it and
-states its adjoint, ``op.py`` checks the arguments and registers it with torch.
+Ops of one kernel share a folder: ``reference.py`` defines them in plain torch, ``kernel.py``
+computes them and states their adjoint, ``op.py`` checks the arguments and registers them with torch.
 
 The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
-fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b". gru and lstm serve
-mmrec.nn.GRU and LSTM. selective_scan_fn, mamba_chunk_scan_combined, causal_conv1d_fn, delta_rule, kda,
-gla and what stands beside them serve other people's models. scan, cumprod and log_cumprod serve no
-model here.
+fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b"; gru and lstm serve
+mmrec.nn.GRU and LSTM. scan, cumprod and log_cumprod serve no model here. The others have the names
+and shapes of flash-linear-attention, mamba-ssm and causal-conv1d, and serve models made for these.
 """
 
 import importlib
@@ -34,7 +33,17 @@ if TYPE_CHECKING:
         gated_delta_rule_update,
     )
     from mmrec.kernels.gated_recurrence.op import gated_recurrence
+    from mmrec.kernels.gla.op import (
+        fused_recurrent_gla,
+        fused_recurrent_simple_gla,
+        gla,
+        hgrn,
+        lightning_attn,
+        retention,
+        simple_gla,
+    )
     from mmrec.kernels.gru.op import gru
+    from mmrec.kernels.kda.op import fused_recurrent_kda, kda
     from mmrec.kernels.lstm.op import lstm
     from mmrec.kernels.min_gru_mixer.op import min_gru_mixer
     from mmrec.kernels.relu_squared.op import relu_squared
@@ -54,10 +63,17 @@ __all__ = [
     "delta_rule",
     "fused_linear_cross_entropy",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gla",
+    "fused_recurrent_kda",
+    "fused_recurrent_simple_gla",
     "gated_delta_rule",
     "gated_delta_rule_update",
     "gated_recurrence",
+    "gla",
     "gru",
+    "hgrn",
+    "kda",
+    "lightning_attn",
     "log_cumprod",
     "lstm",
     "mamba_chunk_scan_combined",
@@ -65,25 +81,40 @@ __all__ = [
     "mamba_split_conv1d_scan_combined",
     "min_gru_mixer",
     "relu_squared",
+    "retention",
     "rmsnorm_conv1d",
     "scan",
     "selective_scan_fn",
     "selective_state_update",
+    "simple_gla",
 ]
 
+_OPS = {
+    "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
+    "cumprod": ("cumprod", "log_cumprod"),
+    "gated_delta_rule": (
+        "delta_rule",
+        "fused_recurrent_gated_delta_rule",
+        "gated_delta_rule",
+        "gated_delta_rule_update",
+    ),
+    "gla": (
+        "fused_recurrent_gla",
+        "fused_recurrent_simple_gla",
+        "gla",
+        "hgrn",
+        "lightning_attn",
+        "retention",
+        "simple_gla",
+    ),
+    "kda": ("fused_recurrent_kda", "kda"),
+    "selective_scan": ("mamba_inner_fn", "selective_scan_fn", "selective_state_update"),
+    "ssd": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
+}
+"""The ops of each folder that has not one op of its own name."""
 # Imported at first use: the ops need torch, and the compiled code of ``_simd.py`` does not.
 _LAZY = {name: name for name in __all__} | {
-    "delta_rule": "gated_delta_rule",
-    "fused_recurrent_gated_delta_rule": "gated_delta_rule",
-    "gated_delta_rule_update": "gated_delta_rule",
-    "log_cumprod": "cumprod",
-    "causal_conv1d_fn": "causal_conv1d",
-    "causal_conv1d_update": "causal_conv1d",
-    "mamba_chunk_scan_combined": "ssd",
-    "mamba_split_conv1d_scan_combined": "ssd",
-    "mamba_inner_fn": "selective_scan",
-    "selective_scan_fn": "selective_scan",
-    "selective_state_update": "selective_scan",
+    op: folder for folder, ops in _OPS.items() for op in ops
 }
 """The folder of each op."""
 
