@@ -8,8 +8,8 @@
 >>> final_state.tolist()
 [[1.75]]
 
-Ops of one kernel share a folder: ``reference.py`` defines them in plain torch, ``kernel.py`` computes
-them and states their adjoint, ``op.py`` checks the arguments and registers them with torch.
+Ops of one kernel share a folder: ``reference.py`` defines them in plain torch, ``kernel.py``
+computes them and states their adjoint, ``op.py`` checks arguments and registers them with torch.
 
 The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
 fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b"; gru and lstm serve
