@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._math import cdiv, sigmoid
-from mmrec.kernels._simd import _REGISTER_BYTES, _VectorBuilder
+from mmrec.kernels._simd import REGISTER_BYTES, _VectorBuilder
 from mmrec.kernels._tensors import (
     check_input,
     check_tensor,
@@ -40,7 +40,7 @@ _FEW_ROWS, _FEW_ROWS_REGISTERS = 2, 6
 def panel_width(rows: int, itemsize: int) -> int:
     """Columns of a panel for products of that many rows."""
     registers = _FEW_ROWS_REGISTERS if rows <= _FEW_ROWS else _REGISTERS
-    return registers * _REGISTER_BYTES // itemsize
+    return registers * REGISTER_BYTES // itemsize
 
 
 def to_panels(weight: Tensor, width: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def _make_block(rows: int, registers: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, x_at, x_row, panels, at, out, out_at, out_row, depth = args
             dtype = signature.args[0].dtype
-            lanes = _REGISTER_BYTES // (dtype.bitwidth // 8)
+            lanes = REGISTER_BYTES // (dtype.bitwidth // 8)
             vectors = _VectorBuilder(context, builder, dtype, lanes)
             x, panels, out = (vectors.data(signature.args[n], args[n]) for n in (0, 3, 5))
 
@@ -208,7 +208,7 @@ _one_wide, _two_wide = (_make_block(rows, _FEW_ROWS_REGISTERS) for rows in (1, 2
 @overload(add_panels)
 def _add_panels(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
     def compiled(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
-        wide = width * x.itemsize > _REGISTERS * _REGISTER_BYTES
+        wide = width * x.itemsize > _REGISTERS * REGISTER_BYTES
         blocks = 1 if wide else (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
         for p in range(panels.size // (depth * width)):
             at, r = p * depth * width, np.int64(0)
