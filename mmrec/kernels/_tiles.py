@@ -15,10 +15,10 @@ from typing import Any
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from mmrec.kernels._jit import inline_jit
-from mmrec.kernels._simd import LANES, _VectorBuilder
+from mmrec.kernels._simd import LANES, _intrinsic, _VectorBuilder
 
 TILE = 8 if binding.get_host_cpu_features().get("avx512f", False) else 4
 """Rows whose sums are in registers at once: half of the registers in float32."""
@@ -58,7 +58,7 @@ _ZERO, _OUT, _SCALED_OUT = 0, 1, 2  # what the sums begin with
 def _make_tile(begin: int) -> Any:
     """The product for TILE rows, of which ``row`` is the first."""
 
-    @intrinsic
+    @_intrinsic
     def tile(  # type: ignore[no-untyped-def]
         typing, factor, row, x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth
     ):

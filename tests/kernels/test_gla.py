@@ -17,6 +17,7 @@ from mmrec.kernels import (
     fused_recurrent_simple_gla,
     gla,
     hgrn,
+    kda,
     lightning_attn,
     retention,
     simple_gla,
@@ -246,6 +247,11 @@ def test_agrees_with_flash_linear_attention() -> None:
             ),
         ),
     ]
+    beta, unit = torch.rand(2, 64, 2), torch.nn.functional.normalize(k, dim=-1)
+    naive = _naive("kda")
+    for form in (naive.naive_recurrent_kda, naive.naive_chunk_kda):
+        want = form(q, unit, v, g, beta, None, state, True)
+        calls.append((kda(q, unit, v, g, beta, None, state, True), want))
     for got, want in calls:
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-5)

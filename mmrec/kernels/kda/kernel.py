@@ -187,18 +187,18 @@ def _normalise_adjoint(unit, factor, width, dunit, dots, partial, square):
 
 
 @inline_jit
-def _weigh(q, k, alpha, width, steps, delta, one, reads, writes, scores, recall, gamma):
+def _weigh(q, k, alpha, width, steps, delta, identity, reads, writes, scores, recall, gamma):
     """The part of a chunk that does not depend on values, for a decay per key channel.
 
     Args:
         q, k, alpha: rows (C, W).
         reads: rows (2 C, W), g_t k_t, then g_t q_t.
         writes: lanes (W, C), h_s k_s.
+        identity: (C, C).
         scores, recall: (C, C), A and -M.
         gamma: (W), g_C.
     """
-    for j in range(0, width, LANES):
-        store(gamma, j, load(one, 0))
+    gamma[:] = 1
     writes[:] = 0
     if steps < CHUNK:
         reads[:] = 0
@@ -206,36 +206,28 @@ def _weigh(q, k, alpha, width, steps, delta, one, reads, writes, scores, recall,
         recall[:] = 0
     for t in range(steps):
         row = t * width
-        match = zeros(q)
         for j in range(0, width, LANES):
             decay = load(gamma, j) * load(alpha, row + j)
             store(gamma, j, decay)
-            q_t, k_t = load(q, row + j), load(k, row + j)
-            store(reads, CHUNK * width + row + j, q_t * decay)
+            store(reads, CHUNK * width + row + j, load(q, row + j) * decay)
             if delta:
-                store(reads, row + j, k_t * decay)
-            match = fma(q_t, k_t, match)
-        a0, a1, m0, m1 = zeros(q), zeros(q), zeros(q), zeros(q)
+                store(reads, row + j, load(k, row + j) * decay)
+        a0, a1, m0, m1, this = zeros(q), zeros(q), zeros(q), zeros(q), load(identity, t * CHUNK)
         for c in range(0, width, 2):
             at, lanes = row + c, c * CHUNK
-            w0 = load(writes, lanes) * splat(alpha, at)
-            w1 = load(writes, lanes + CHUNK) * splat(alpha, at + 1)
+            k0, k1 = splat(k, at), splat(k, at + 1)
+            w0 = fma(k0, this, load(writes, lanes) * splat(alpha, at))
+            w1 = fma(k1, this, load(writes, lanes + CHUNK) * splat(alpha, at + 1))
             store(writes, lanes, w0)
             store(writes, lanes + CHUNK, w1)
             a0 = fma(splat(q, at), w0, a0)
             a1 = fma(splat(q, at + 1), w1, a1)
             if delta:
-                m0 = fma(splat(k, at), w0, m0)
-                m1 = fma(splat(k, at + 1), w1, m1)
-        for c in range(width):
-            writes[c * CHUNK + t] = k[row + c]
-        store(recall, t * CHUNK, zeros(q) - (m0 + m1))
-        store(scores, t * CHUNK, match)
-        total = scores[t * CHUNK]
-        for i in range(1, LANES):
-            total += scores[t * CHUNK + i]
+                m0 = fma(k0, w0, m0)
+                m1 = fma(k1, w1, m1)
         store(scores, t * CHUNK, a0 + a1)
-        scores[t * CHUNK + t] = total
+        store(recall, t * CHUNK, zeros(q) - (m0 + m1))
+        recall[t * CHUNK + t] = 0
 
 
 @inline_jit
@@ -413,7 +405,9 @@ def linear_attention_fwd(
     v_rows, o = np.empty(CHUNK * columns, dtype), np.empty(CHUNK * columns, dtype)
     reads, writes = np.empty(2 * CHUNK * width, dtype), np.empty(width * CHUNK, dtype)
     scores, recall = np.empty(SQUARE, dtype), np.empty(SQUARE, dtype)
-    gamma, one = np.empty(width, dtype), np.ones(LANES, dtype)
+    gamma, identity = np.empty(width, dtype), np.zeros(SQUARE, dtype)
+    for i in range(CHUNK):
+        identity[i * CHUNK + i] = 1
     decays, from_start = np.empty(SQUARE, dtype), np.empty(CHUNK, dtype)
     e, r = np.empty(CHUNK * LANES, dtype), np.empty(CHUNK * LANES, dtype)
     partial, square, factor = (
@@ -466,7 +460,7 @@ def linear_attention_fwd(
                 width,
                 steps,
                 delta,
-                one,
+                identity,
                 reads,
                 writes,
                 scores,
@@ -601,7 +595,9 @@ def linear_attention_bwd(
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
     g_size, a_width = (1, 1) if by_step else (size, width)
     unit, factor_out = dtype.type(1), dtype.type(scale)
-    one = np.ones(LANES, dtype)
+    one, identity = np.ones(LANES, dtype), np.zeros(SQUARE, dtype)
+    for i in range(CHUNK):
+        identity[i * CHUNK + i] = 1
     grad = np.empty(width * columns, dtype)  # R
     # of each chunk in a block
     s_all = np.empty((BLOCK, width * columns), dtype)
@@ -680,7 +676,7 @@ def linear_attention_bwd(
                     width,
                     steps,
                     delta,
-                    one,
+                    identity,
                     reads_all[i],
                     writes_all[i],
                     scores_all[i],

@@ -68,7 +68,7 @@ def _arguments(
     normalise: bool,
 ) -> list[Any]:
     """The arguments that all kernels share."""
-    arrays = [item for x in (q, k, v, g) for item in flat_with_strides(x)]
+    arrays: list[Any] = [item for x in (q, k, v, g) for item in flat_with_strides(x)]
     if beta is None:
         arrays += [np.empty(0, arrays[9].dtype), 0, 0]
     else:
