@@ -193,6 +193,22 @@ def gated_delta_rule(
 
 
 @app.command()
+def kda(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
+    """Kimi Delta Attention beside other implementations, shapes BxTxHxP."""
+    _run("kda", 4, shape, repeats, full, as_json)
+
+
+@app.command()
+def gla(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
+    """Gated linear attention beside other implementations, shapes BxTxHxP."""
+    _run("gla", 4, shape, repeats, full, as_json)
+
+
+@app.command()
 def generate(
     preset: Annotated[
         str | None,

@@ -19,6 +19,8 @@ from torch.nn.functional import normalize
 
 from mmrec import kernels
 from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
+from mmrec.kernels.gla import reference as gla_reference
+from mmrec.kernels.kda import reference as kda_reference
 from mmrec.kernels.scan import reference as scan_reference
 
 Call = Callable[..., Tensor]
@@ -169,4 +171,74 @@ def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
 
         found.append(Implementation("bitsandbytes-cpu-fork", bitsandbytes))
     found.append(Implementation("Python loop", delta_rule_loop, slow=True))
+    return found
+
+
+def _zero_state(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_zeros(q.shape[0], *v.shape[2:3], q.shape[3], v.shape[3])
+
+
+def kda_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Run Kimi Delta Attention step by step in torch: the reference.
+
+    Args:
+        q, k, v, g: (B, T, H, P); g is the log decay.
+        beta: (B, T, H), the write strength.
+
+    Returns:
+        Outputs (B, T, H, P).
+    """
+    state = _zero_state(q, v)
+    return kda_reference.kda(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)[0]
+
+
+def kda_baselines() -> list[Implementation]:
+    """Return implementations of Kimi Delta Attention for q, k, v, g (B, T, H, P)."""
+
+    def normalised(function: Callable[..., Any]) -> Call:
+        return lambda *x: function(*x, use_qk_l2norm_in_kernel=True)[0]
+
+    found = [Implementation("mmrec", normalised(kernels.kda))]
+    fallback = _optional(
+        "transformers.models.kimi_linear.modeling_kimi_linear", "chunk_kimi_delta_attention"
+    )
+    if fallback is not None:
+        # without the decorator, which looks for a kernel of another package
+        fallback = normalised(inspect.unwrap(fallback))
+        found.append(Implementation("transformers", fallback, slow=True))
+    found.append(Implementation("Python loop", kda_loop, slow=True))
+    return found
+
+
+def gla_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Run gated linear attention step by step in torch: the reference.
+
+    Args:
+        q, k, v: (B, T, H, P).
+        g: log decays, (B, T, H, P), or (B, T, H) for ``simple_gla``.
+
+    Returns:
+        Outputs (B, T, H, P).
+    """
+    function = gla_reference.simple_gla if g.ndim == 3 else gla_reference.gla
+    return function(q, k, v, g, _zero_state(q, v))[0]
+
+
+def gla_baselines(shape: tuple[int, ...], per_head: bool) -> list[Implementation]:
+    """Return implementations of gated linear attention for q, k, v (B, T, H, P).
+
+    Args:
+        shape: (B, T, H, P).
+        per_head: g is (B, T, H), not (B, T, H, P).
+    """
+
+    def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return gla_reference.chunked(q, k, v, g, _zero_state(q, v))[0]
+
+    op: Callable[..., Any] = kernels.simple_gla if per_head else kernels.gla
+    found = [Implementation("mmrec", lambda *x: op(*x)[0])]
+    size = gla_reference.CHUNK_PER_HEAD if per_head else gla_reference.CHUNK_PER_CHANNEL
+    if shape[1] % size == 0:
+        found.append(Implementation(f"chunks of {size} in torch", chunked))
+    found.append(Implementation("Python loop", gla_loop, slow=True))
     return found

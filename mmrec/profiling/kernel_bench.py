@@ -35,6 +35,7 @@ QUICK_SCAN_SHAPES = [(8, 256, 128), (64, 512, 64)]
 SCAN_SHAPES = [(8, 256, 128), (64, 512, 64), (4, 2048, 512), (1, 131072, 4)]
 RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
 DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64)]
+LINEAR_ATTENTION_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 128)]
 QUICK_SECONDS = 0.4
 """Total time of one implementation in one direction, after which it is not timed again."""
 MAX_SECONDS = 3.0
@@ -463,10 +464,67 @@ def _compare_delta_rules(shape: tuple[int, ...], effort: Effort, report: Report)
     )
 
 
+def kda_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of Kimi Delta Attention, against the forms that a torch user could run.
+
+    Args:
+        shapes: shapes (B, T, H, P); None for LINEAR_ATTENTION_SHAPES.
+        effort: how much is done.
+    """
+    return [
+        Case("kda", s, partial(_compare_kda, s, effort)) for s in shapes or LINEAR_ATTENTION_SHAPES
+    ]
+
+
+def _compare_kda(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    inputs = [*(torch.randn(shape) for _ in range(3)), -torch.rand(shape), torch.rand(shape[:3])]
+    yield from compare(
+        "kda",
+        shape,
+        baselines.kda_baselines(),
+        baselines.kda_loop,
+        inputs,
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
+def gla_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of gated linear attention, with a decay per channel and with one per head.
+
+    Args:
+        shapes: shapes (B, T, H, P); None for LINEAR_ATTENTION_SHAPES.
+        effort: how much is done.
+    """
+    return [
+        Case(op, s, partial(_compare_gla, op, s, effort))
+        for s in shapes or LINEAR_ATTENTION_SHAPES
+        for op in ("gla", "simple_gla")
+    ]
+
+
+def _compare_gla(op: str, shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    per_head = op == "simple_gla"
+    g = -torch.rand(shape[:3] if per_head else shape)
+    yield from compare(
+        op,
+        shape,
+        baselines.gla_baselines(shape, per_head),
+        baselines.gla_loop,
+        [*(torch.randn(shape) for _ in range(3)), g],
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
 BENCHMARKS = {
     "scan": scan_cases,
     "gated_recurrence": recurrence_cases,
     "gated_delta_rule": delta_rule_cases,
+    "kda": kda_cases,
+    "gla": gla_cases,
 }
 """The cases of each benchmark, by name."""
 

@@ -1120,6 +1120,10 @@ MISTAKES = [
         "--shape must be . sizes .*; got '4x0x5x6'",
     ),
     ("bench gated-delta-rule", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
+    ("bench kda", "--shape", "--shape 4x5", "--shape must be 4 sizes joined by 'x', .*; got '4x5'"),
+    ("bench kda", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
+    ("bench gla", "--shape", "--shape 4x5", "--shape must be 4 sizes joined by 'x', .*; got '4x5'"),
+    ("bench gla", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
     ("bench scan", "--shape", "--shape 999999999x9999999x99", "not enough memory: smaller sizes"),
     (
         "bench generate",

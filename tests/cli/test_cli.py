@@ -333,6 +333,8 @@ def test_a_run_folder_may_have_any_name(
         ("scan --shape 2x8x4", "cumprod"),
         ("gated-recurrence --shape 2x8x4", "torch.nn.GRU"),
         ("gated-delta-rule --shape 1x40x2x4", "Python loop"),
+        ("kda --shape 1x40x2x4", "Python loop"),
+        ("gla --shape 1x64x2x4", "simple_gla"),
     ],
 )
 def test_bench(

@@ -13,6 +13,7 @@ from mmrec.kernels.cumprod import reference as cumprod_reference
 from mmrec.kernels.fused_linear_cross_entropy import reference as loss_reference
 from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
 from mmrec.kernels.gated_recurrence import reference as recurrence_reference
+from mmrec.kernels.kda import reference as kda_reference
 from mmrec.kernels.min_gru_mixer import reference as mixer_reference
 from mmrec.kernels.relu_squared import reference as relu_reference
 from mmrec.kernels.rmsnorm_conv1d import reference as norm_reference
@@ -52,6 +53,11 @@ CASES = {
         lambda *x: kernels.gated_delta_rule(*x[:5], None, x[5], True, **DELTA_RULE_OPTIONS),
         lambda *x: delta_rule_reference.gated_delta_rule(*x[:5], None, x[5], **DELTA_RULE_OPTIONS),
         [*[(2, 5, 2, 4)] * 3, *[(2, 5, 2)] * 2, (2, 2, 4, 4)],
+    ),
+    "kda": Case(
+        lambda *x: kernels.kda(*x[:5], None, x[5], True, True),
+        lambda *x: kda_reference.kda(*x, use_qk_l2norm_in_kernel=True),
+        [*[(2, 5, 2, 4)] * 4, (2, 5, 2), (2, 2, 4, 4)],
     ),
     "min_gru_mixer": Case(
         kernels.min_gru_mixer, mixer_reference.min_gru_mixer, [(2, 5, 16), (4,), (2, 4)], True

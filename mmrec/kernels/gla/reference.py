@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+CHUNK_PER_HEAD, CHUNK_PER_CHANNEL = 64, 16
+"""Steps in a chunk of ``chunked`` for g (B, T, H), and for g (B, T, H, K)."""
+
 
 def gla(
     q: Tensor,
@@ -58,13 +61,13 @@ def chunked(
 
     g is (B, T, H), which is safe, or (B, T, H, K). The latter divides keys by their decays, which
     overflows where the decays of a chunk multiply to less than 1e-38. T must be a multiple of
-    ``chunk_size``, which is 64 by default, and 16 for g (B, T, H, K).
+    ``chunk_size``, which is CHUNK_PER_HEAD or CHUNK_PER_CHANNEL by default.
 
     Source: Yang et al. 2023, "Gated Linear Attention Transformers with Hardware-Efficient Training"
     (arXiv:2312.06635), section 4.
     """
     scalar = g.ndim == 3
-    size = (64 if scalar else 16) if chunk_size is None else chunk_size
+    size = chunk_size or (CHUNK_PER_HEAD if scalar else CHUNK_PER_CHANNEL)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     # (B, T, H, …) -> (B, H, chunks, chunk_size, …)
     q, k, v = (x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
