@@ -193,9 +193,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(ctx: Any, dout: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.save_states:
         raise RuntimeError("mmrec::selective_scan has a gradient only with save_states=True")
-    d, z, delta_bias = ctx.saved_tensors[5:8]
+    saved = ctx.saved_tensors
+    d, z, delta_bias = saved[5:8]
     du, ddelta, da, db, dc, dd, dbias, dz, dinitial = _backward_op(
-        *ctx.saved_tensors, dout, dfinal, ctx.delta_softplus
+        *saved, dout, dfinal, ctx.delta_softplus
     )
     return (
         du,
