@@ -60,8 +60,7 @@ def empty_like(x: Tensor, shape: tuple[int, int, int] | None = None) -> Tensor:
 
 def span(x: Tensor) -> np.ndarray:
     """The memory from the first to the last element of a tensor, as a 1-D array."""
-    x = x.detach()
-    if x.numel() == 0:
+    if x.is_contiguous() or x.numel() == 0:
         return flat(x)
     length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return flat(x.as_strided((length,), (1,)))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.kernels._channel_tiles import span
 from mmrec.kernels._tensors import check_tensor, flat
 
 
@@ -30,6 +31,18 @@ def register_in_place(
             return op(*args)
 
     return call
+
+
+def array_of(x: Tensor) -> np.ndarray:
+    """The memory of a float32 or float64 tensor as a 1-D array, at little cost per call.
+
+    Strides of 0 are allowed: a number that stands for several is there once.
+    """
+    if x.requires_grad:
+        x = x.detach()
+    if x.is_contiguous():
+        return x.numpy().reshape(-1)
+    return span(x)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -215,6 +215,14 @@ def test_update_agrees_with_reference(
         torch.testing.assert_close(
             own["state"].double(), state, rtol=tolerance, atol=10 * tolerance
         )
+    if shape[1] == 1:  # one head: its axis may be left out
+        one = {
+            name: (x[0] if name in ("A", "D", "dt_bias") else x[:, 0]).clone()
+            for name, x in arguments.items()
+        }
+        got = selective_state_update(**one, dt_softplus=softplus)
+        torch.testing.assert_close(got, out[:, 0])
+        torch.testing.assert_close(one["state"], state[:, 0])
     bare = {name: arguments[name].clone() for name in ("state", "x", "dt", "A", "B", "C")}
     out, _ = reference.selective_state_update(*bare.values())
     torch.testing.assert_close(selective_state_update(**bare), out)
@@ -422,7 +430,7 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     [
         ({"state": torch.ones(2, 5)}, r"state must have axes \(B, D, N\) or \(B, H, P, N\)"),
         ({"x": torch.ones(2, 5)}, r"state must have shape|x must have shape"),
-        ({"A": torch.ones(4, 3)}, r"A must have shape \(H, P, N\) = \(1, 4, 2\); got"),
+        ({"A": torch.ones(4, 3)}, r"A must have shape \(D, N\) = \(4, 2\); got"),
         ({"B": torch.ones(2, 2, 2)}, "G of B must divide H = 1; got 2"),
         ({"state_batch_indices": torch.tensor([0, 5])}, "state_batch_indices must be different"),
     ],

@@ -15,7 +15,13 @@ from mmrec.kernels._channel_tiles import (
     sequence_runs,
     with_strides,
 )
-from mmrec.kernels._in_place import check_places, needs_gradient, places_of, register_in_place
+from mmrec.kernels._in_place import (
+    array_of,
+    check_places,
+    needs_gradient,
+    places_of,
+    register_in_place,
+)
 from mmrec.kernels._math import cdiv
 from mmrec.kernels._register import register
 from mmrec.kernels._simd import LANES
@@ -143,16 +149,16 @@ def _step(
 ) -> Tensor:
     batch, channels = x.shape
     numbers = places_of("conv_state_indices", places, batch, state.shape[0])
-    out = x.new_zeros(x.shape) if (numbers < 0).any() else x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if places is None else x.new_zeros(x.shape)
     kernel.causal_conv1d_step(
         channels,
         silu,
-        flat(x),
-        flat(weight),
-        flat(bias),
-        flat(state).reshape(-1, state.shape[2]),
+        array_of(x.contiguous()),
+        array_of(weight.contiguous()),
+        array_of(bias.contiguous()),
+        array_of(state).reshape(-1, state.shape[2]),
         numbers,
-        flat(out),
+        array_of(out),
         tasks=batch,
         work=5.0 * x.numel(),
     )

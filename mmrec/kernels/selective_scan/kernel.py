@@ -32,7 +32,6 @@ Source: Gu, Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
 
 import numpy as np
 
-from mmrec.kernels._bf16 import DOT_SUMS, dot
 from mmrec.kernels._channel_tiles import (
     TILE_STEPS,
     load_columns,
@@ -43,7 +42,6 @@ from mmrec.kernels._channel_tiles import (
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv
-from mmrec.kernels._math import sigmoid as scalar_sigmoid
 from mmrec.kernels._simd import LANES, fma, load, splat, store, zeros
 from mmrec.kernels._vector_math import LOG2E, exp2, sigmoid, softplus, sum_rows
 
@@ -353,16 +351,17 @@ def selective_scan_bwd(
 
 
 BLOCK = 64
-"""Channels in a task of the update."""
+"""Channels in a task of the update; a multiple of LANES."""
 
 
 @inline_jit
-def _gather(source, at, stride, count, target):
-    """target[i] = source[at + i stride], padded with zeros to a multiple of LANES."""
-    for i in range(count):
-        target[i] = source[at + i * stride]
-    for i in range(count, cdiv(count, LANES) * LANES):
-        target[i] = 0
+def _powers(a, at, stride, count, step, powers):
+    """powers[n] = 2^(step a[at + n stride]) for n < count <= LANES."""
+    for n in range(count):
+        powers[n] = step * a[at + n * stride]
+    for n in range(count, LANES):
+        powers[n] = 0
+    store(powers, 0, exp2(load(powers, 0)))
 
 
 @parallel_kernel
@@ -373,70 +372,98 @@ def selective_state_update(
     state,
     x,
     dt,
-    dt_strides,
+    dt_row,
+    dt_head,
+    dt_channel,
     a,
-    a_strides,
+    a_head,
+    a_channel,
+    a_state,
     b,
     c,
+    groups,
     skip,
     z,
     bias,
-    bias_strides,
+    bias_head,
+    bias_channel,
     out,
+    heads,
+    size,
+    states,
 ):
     """One step. state (…, H, P, N) changes in place; row i of x has the state places[i].
 
-    x, z and out (B, H, P), b and c (B, G, N), skip (H, P) are contiguous; dt (B, H, P), a (H, P, N)
-    and bias (H, P) have strides, which may be 0. z is empty if there is no gate. A task is at most
-    BLOCK channels of one head of one row. Where the decay is the same for all n, it is computed
-    once for all of them, and where it is the same for all channels, once for all of these.
+    All arrays but places are flat. x, z and out (B, H, P), b and c (B, G, N), skip (H, P) are
+    contiguous; z is empty if there is no gate. dt (B, H, P), a (H, P, N) and bias (H, P) have
+    strides, which may be 0; a_state is 0 or 1. A task is at most BLOCK channels of one head of one
+    row. Where the decay is the same for all n, it is computed once for all of them, and where it is
+    the same for all channels, once for all of these.
     """
-    heads, size, states = state.shape[1:]
-    groups, blocks = b.shape[1], cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     row, head, first = task // (heads * blocks), task // blocks % heads, task % blocks * BLOCK
-    if places[row] < 0:  # padding
+    place = places[row]
+    if place < 0:  # padding
         return
-    count, group, dtype = min(BLOCK, size - first), head // (heads // groups), out.dtype
-    steps, biases = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
-    padded = cdiv(states, LANES) * LANES
-    powers, sums = np.empty(max(padded, LANES), dtype), np.empty(DOT_SUMS, dtype)
-    flat, bs, cs = state.reshape(-1), b.reshape(-1), c.reshape(-1)
-    outs = out.reshape(-1)
-    at = row * dt_strides[0] + head * dt_strides[1] + first * dt_strides[2]
-    _gather(dt, at, dt_strides[2], count, steps)
-    at = head * bias_strides[0] + first * bias_strides[1]
-    _gather(bias, at, bias_strides[1], count, biases)
+    count, dtype = min(BLOCK, size - first), out.dtype
+    steps, writes, sums = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype), np.empty(BLOCK, dtype)
+    powers, scale = np.empty(LANES, dtype), np.empty(LANES, dtype)
+    totals = np.zeros(BLOCK * LANES, dtype)
+    scale[:] = dtype.type(LOG2E)
+    at = row * dt_row + head * dt_head + first * dt_channel
+    here = head * bias_head + first * bias_channel
+    for i in range(count):
+        steps[i] = dt[at + i * dt_channel] + bias[here + i * bias_channel]
+    channel = (row * heads + head) * size + first
     for i in range(0, count, LANES):
-        step = load(steps, i) + load(biases, i)
+        step = load(steps, i)
         if use_softplus:
             step = softplus(step)
         store(steps, i, step)
-    same_n = a_strides[2] == 0
-    same_p = same_n and a_strides[1] == 0 and dt_strides[2] == 0 and bias_strides[1] == 0
-    chosen = np.uint64((row * groups + group) * states)
-    width = np.uint64(states)
-    for p in range(count):
-        channel = head * size + first + p
-        at = head * a_strides[0] + (first + p) * a_strides[1]
-        here = (row * heads + head) * size + first + p
-        write = steps[p] * x[here]
-        begin = np.uint64(((places[row] * heads + head) * size + first + p) * states)
-        if not (same_p and p > 0):
-            entries = 1 if same_n else states
-            for n in range(entries):
-                powers[n] = steps[p] * a[at + n * a_strides[2]] * dtype.type(LOG2E)
-            for n in range(entries, cdiv(entries, LANES) * LANES):
-                powers[n] = 0
-            for n in range(0, entries, LANES):
-                store(powers, n, exp2(load(powers, n)))
-        if same_n:
-            decay = powers[0]
-            for n in range(width):
-                flat[begin + n] = flat[begin + n] * decay + write * bs[chosen + n]
+    for i in range(count):
+        writes[i] = steps[i] * x[channel + i]
+    for i in range(0, count, LANES):
+        store(steps, i, load(steps, i) * load(scale, 0))
+    tied = a_state == 0
+    all_tied = tied and a_channel == 0 and dt_channel == 0 and bias_channel == 0
+    chosen = (row * groups + head // (heads // groups)) * states
+    aligned = states - states % LANES
+    for i in range(count):
+        at = head * a_head + (first + i) * a_channel
+        begin = ((place * heads + head) * size + first + i) * states
+        write, step, total = splat(writes, i), splat(steps, i), zeros(totals)
+        if tied:
+            if i == 0 or not all_tied:
+                _powers(a, at, 0, LANES, steps[i], powers)
+            decay = load(powers, 0)
+            for n in range(0, aligned, LANES):
+                new = fma(load(state, begin + n), decay, load(b, chosen + n) * write)
+                store(state, begin + n, new)
+                total = fma(new, load(c, chosen + n), total)
         else:
-            for n in range(width):
-                flat[begin + n] = flat[begin + n] * powers[n] + write * bs[chosen + n]
-        total = dot(flat, begin, cs, chosen, sums, states) + skip[channel] * x[here]
-        if z.shape[0] > 0:
-            total *= z[here] * scalar_sigmoid(z[here])
-        outs[here] = total
+            for n in range(0, aligned, LANES):
+                decay = exp2(load(a, at + n) * step)
+                new = fma(load(state, begin + n), decay, load(b, chosen + n) * write)
+                store(state, begin + n, new)
+                total = fma(new, load(c, chosen + n), total)
+        store(totals, i * LANES, total)
+        if aligned < states:
+            if not tied:
+                _powers(a, at + aligned, 1, states - aligned, steps[i], powers)
+            for n in range(aligned, states):
+                one = state[begin + n] * powers[n - aligned] + b[chosen + n] * writes[i]
+                state[begin + n] = one
+                totals[i * LANES + n - aligned] += one * c[chosen + n]
+    for i in range(0, count, LANES):
+        store(sums, i, sum_rows(totals, i * LANES))
+    here = head * size + first
+    for i in range(count):
+        sums[i] += skip[here + i] * x[channel + i]
+    if z.shape[0] > 0:
+        for i in range(count):
+            writes[i] = z[channel + i]
+        for i in range(0, count, LANES):
+            gate = load(writes, i)
+            store(sums, i, load(sums, i) * (gate * sigmoid(gate)))
+    for i in range(count):
+        out[channel + i] = sums[i]

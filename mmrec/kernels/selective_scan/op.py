@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmrec.kernels._channel_tiles import TILE_STEPS, empty_like, span, with_strides
-from mmrec.kernels._in_place import check_places, needs_gradient, places_of, register_in_place
+from mmrec.kernels._in_place import (
+    array_of,
+    check_places,
+    needs_gradient,
+    places_of,
+    register_in_place,
+)
 from mmrec.kernels._math import cdiv
 from mmrec.kernels._register import register
 from mmrec.kernels._simd import LANES
@@ -348,6 +354,12 @@ def selective_scan_fn(
     return (out, last) if return_last_state else out
 
 
+def _headed(x: Tensor) -> tuple[int, int, int]:
+    """The strides of a tensor (B, H, P), or (B, P) of one head."""
+    strides = x.stride()
+    return (strides[0], 0, strides[1]) if len(strides) == 2 else strides  # type: ignore[return-value]
+
+
 def _update(
     state: Tensor,
     x: Tensor,
@@ -361,27 +373,32 @@ def _update(
     places: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    batch, heads, width = x.shape
+    batch, width = x.shape[0], x.shape[-1]
+    heads = x.shape[1] if x.ndim == 3 else 1
     numbers = places_of("state_batch_indices", places, batch, state.shape[0])
-    out = x.new_zeros(x.shape) if (numbers < 0).any() else x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if places is None else x.new_zeros(x.shape)
     kernel.selective_state_update(
         dt_softplus,
         numbers,
-        state.numpy(),
-        flat(x),
-        span(dt),
-        np.array(dt.stride(), np.int64),
-        span(a),
-        np.array(a.stride(), np.int64),
-        b.contiguous().numpy(),
-        c.contiguous().numpy(),
-        flat(skip),
-        flat(x.new_empty(0) if z is None else z),
-        span(bias),
-        np.array(bias.stride(), np.int64),
-        out.numpy(),
+        array_of(state),
+        array_of(x.contiguous()),
+        array_of(dt),
+        *_headed(dt),
+        array_of(a),
+        *((0, *a.stride()) if a.ndim == 2 else a.stride()),
+        array_of(b.contiguous()),
+        array_of(c.contiguous()),
+        b.shape[1] if b.ndim == 3 else 1,
+        array_of(skip.contiguous()),
+        array_of(out[:0] if z is None else z.contiguous()),
+        array_of(bias),
+        *((0, *bias.stride()) if bias.ndim == 1 else bias.stride()),
+        array_of(out),
+        heads,
+        width,
+        a.shape[-1],
         tasks=batch * heads * cdiv(width, kernel.BLOCK),
-        work=batch * heads * width * (20.0 + a.shape[2]),
+        work=batch * heads * width * (5.0 + a.shape[-1]),
     )
     return out
 
@@ -456,60 +473,68 @@ def selective_state_update(
     has_heads = state.ndim == 4
 
     def headed(value: Any, axis: int, ndim: int) -> Any:
-        short = isinstance(value, Tensor) and value.ndim == ndim - 1
+        """A tensor without the axis of heads, or groups, where the state has it."""
+        short = has_heads and isinstance(value, Tensor) and value.ndim == ndim - 1
         return value.unsqueeze(axis) if short else value
 
-    full = state if has_heads else state[:, None]
-    inputs, step = headed(x, 1, 3), headed(dt, 1, 3)
-    a, b, c = headed(A, 0, 3), headed(B, 1, 3), headed(C, 1, 3)
-    skip, gate, bias = headed(D, 0, 2), headed(z, 1, 3), headed(dt_bias, 0, 2)
-    check_input("x", inputs, "B, H, P", None)
-    batch = inputs.shape[0]
-    _, heads, width, states = full.shape
-    rows = batch if state_batch_indices is None else full.shape[0]
-    check_tensor("state", full, (rows, heads, width, states), "B, H, P, N")
-    check_tensor("x", inputs, (batch, heads, width), "B, H, P")
-    check_tensor("dt", step, (batch, heads, width), "B, H, P")
+    if has_heads:
+        x_, dt, B, C, z = (headed(value, 1, 3) for value in (x, dt, B, C, z))
+        A, D, dt_bias = headed(A, 0, 3), headed(D, 0, 2), headed(dt_bias, 0, 2)
+    else:
+        x_ = x
+    channels = "H, P" if has_heads else "D"
+    check_input("x", x_, f"B, {channels}", None)
+    batch, sizes, states = x_.shape[0], tuple(state.shape[1:-1]), state.shape[-1]
+    heads = sizes[0] if has_heads else 1
+    rows = batch if state_batch_indices is None else state.shape[0]
+    check_tensor("state", state, (rows, *sizes, states), f"B, {channels}, N")
+    check_tensor("x", x_, (batch, *sizes), f"B, {channels}")
+    check_tensor("dt", dt, (batch, *sizes), f"B, {channels}")
     _require_real("A", A)
-    check_tensor("A", a, (heads, width, states), "H, P, N")
-    groups = b.shape[1] if isinstance(b, Tensor) and b.ndim == 3 else 1
+    check_tensor("A", A, (*sizes, states), f"{channels}, N")
+    grouped = isinstance(B, Tensor) and B.ndim == 3
+    groups = B.shape[1] if grouped else 1
     if groups == 0 or heads % groups:
         raise ValueError(f"G of B must divide H = {heads}; got {groups}")
-    for name, selection in {"B": b, "C": c}.items():
-        check_tensor(name, selection, (batch, groups, states), "B, G, N")
-    for name, vector in {"D": skip, "dt_bias": bias}.items():
+    for name, selection in {"B": B, "C": C}.items():
+        shape = (batch, groups, states) if grouped else (batch, states)
+        check_tensor(name, selection, shape, "B, G, N" if grouped else "B, N")
+    if grouped and not has_heads:
+        B, C = B[:, 0], C[:, 0]
+    for name, vector in {"D": D, "dt_bias": dt_bias}.items():
         if vector is not None:
-            check_tensor(name, vector, (heads, width), "H, P")
-    if gate is not None:
-        check_tensor("z", gate, (batch, heads, width), "B, H, P")
+            check_tensor(name, vector, sizes, channels)
+    if z is not None:
+        check_tensor("z", z, (batch, *sizes), f"B, {channels}")
     if state_batch_indices is not None:
         check_places("state_batch_indices", state_batch_indices, batch)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    inputs, step, a, b, c = (cast(t, dtype) for t in (inputs, step, a, b, c))
-    skip, gate, bias = (None if t is None else cast(t, dtype) for t in (skip, gate, bias))
+    inputs, step, a, b, c = (cast(t, dtype) for t in (x_, dt, A, B, C))
+    skip, gate, bias = (None if t is None else cast(t, dtype) for t in (D, z, dt_bias))
     if needs_gradient(state, inputs, step, a, b, c, skip, gate, bias):
         numbers = places_of("state_batch_indices", state_batch_indices, batch, rows)
         used = torch.from_numpy(np.flatnonzero(numbers >= 0))
         places = torch.from_numpy(numbers)[used]
-        past, gates = cast(full, dtype)[places], None if gate is None else gate[used]
+        past, gates = cast(state, dtype)[places], None if gate is None else gate[used]
         now, by, b, c = (t[used] for t in (inputs, step, b, c))
         result, moved = reference.selective_state_update(
             past, now, by, a, b, c, skip, gates, bias, dt_softplus
         )
-        full.index_copy_(0, places, cast(moved, full.dtype))
+        state.index_copy_(0, places, cast(moved, state.dtype))
         out = torch.zeros_like(inputs).index_copy(0, used, result)
     else:
-        direct = full.dtype == dtype and full.is_contiguous()
-        work = full if direct else full.to(dtype).contiguous()
-        zeros = inputs.new_zeros(1, 1).expand(heads, width)
-        skip, bias = (zeros if t is None else t for t in (skip, bias))
+        direct = state.dtype == dtype and state.is_contiguous()
+        work = state if direct else state.to(dtype).contiguous()
+        if skip is None or bias is None:
+            zeros = inputs.new_zeros(()).expand(sizes)
+            skip, bias = (zeros if t is None else t for t in (skip, bias))
+        a = a if a.stride(-1) in (0, 1) else a.contiguous()
         out = _update_op(
             work, inputs, step, a, b, c, skip, gate, bias, state_batch_indices, dt_softplus
         )
         if not direct:
-            full.copy_(work)
-    out = cast(out, x.dtype)
-    return out if has_heads else out[:, 0]
+            state.copy_(work)
+    return cast(out, x.dtype).view(x.shape)
 
 
 def mamba_inner_fn(

@@ -56,8 +56,13 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step: out and the new state. All with heads: state (B, H, P, N), x, dt, z (B, H, P),
-    a (H, P, N), b, c (B, G, N), d, dt_bias (H, P)."""
+    """One step, as the op of this name: out and the new state."""
+    if state.ndim == 3:
+        x, dt, b, c, state = (v[:, None] for v in (x, dt, b, c, state))
+        a, z = a[None], None if z is None else z[:, None]
+        d, dt_bias = (None if v is None else v[None] for v in (d, dt_bias))
+        out, state = selective_state_update(state, x, dt, a, b, c, d, z, dt_bias, dt_softplus)
+        return out[:, 0], state[:, 0]
     if dt_bias is not None:
         dt = dt + dt_bias
     if dt_softplus:
