@@ -192,6 +192,22 @@ def gated_delta_rule(
     _run("gated_delta_rule", 4, shape, repeats, full, as_json)
 
 
+@app.command("selective-scan")
+def selective_scan(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
+    """Mamba's selective scan beside other implementations, shapes BxTxDxN."""
+    _run("selective_scan", 4, shape, repeats, full, as_json)
+
+
+@app.command()
+def ssd(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
+    """Mamba 2's recurrence beside other implementations, shapes BxTxHxPxN."""
+    _run("ssd", 5, shape, repeats, full, as_json)
+
+
 @app.command()
 def kda(
     shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False

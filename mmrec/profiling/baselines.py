@@ -22,12 +22,17 @@ from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
 from mmrec.kernels.gla import reference as gla_reference
 from mmrec.kernels.kda import reference as kda_reference
 from mmrec.kernels.scan import reference as scan_reference
+from mmrec.kernels.selective_scan import reference as selective_scan_reference
+from mmrec.kernels.ssd import reference as ssd_reference
 
 Call = Callable[..., Tensor]
 MAX_LOOP_ELEMENTS = 1 << 22
 MAX_LOOP_STEPS = 4096
 MAX_QUICK_LOOP_STEPS = 512
 MIN_COMPILED_ELEMENTS = 1 << 16  # below, compilation takes longer than it saves
+MAX_QUADRATIC_STEPS = 256
+"""Steps up to which transformers' selective scan is run: its gradient takes time like T squared."""
+SSD_CHUNK = 256  # steps per chunk, as Mamba 2's models have them
 REFERENCE_CHUNK = 32  # steps per chunk of the chunked reference of the delta rule
 
 
@@ -241,4 +246,52 @@ def gla_baselines(shape: tuple[int, ...], per_head: bool) -> list[Implementation
     if shape[1] % size == 0:
         found.append(Implementation(f"chunks of {size} in torch", chunked))
     found.append(Implementation("Python loop", gla_loop, slow=True))
+    return found
+
+
+def selective_scan_loop(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Run the selective scan of u, delta (B, D, T), a (D, N), b, c (B, N, T) step by step."""
+    return selective_scan_reference.selective_scan(u, delta, a, b, c, delta_softplus=True)[0]
+
+
+def selective_scan_baselines(shape: tuple[int, ...]) -> list[Implementation]:
+    """Return implementations of the selective scan for a shape (B, T, D, N)."""
+
+    def with_softplus(function: Callable[..., Any], **options: Any) -> Call:
+        return lambda *x: function(*x, delta_softplus=True, **options)
+
+    found = [Implementation("mmrec", with_softplus(kernels.selective_scan_fn))]
+    fallback = _optional("transformers.models.mamba.modeling_mamba", "mamba_selective_scan")
+    if fallback is not None:
+        # without the decorator, which looks for a kernel of another package
+        fallback = inspect.unwrap(fallback)
+        if shape[1] <= MAX_QUADRATIC_STEPS:
+            found.append(Implementation("transformers", with_softplus(fallback), slow=True))
+        if _optional("mambapy.pscan", "pscan") is not None:
+            scan = with_softplus(fallback, use_mambapy=True)
+            found.append(Implementation("mambapy", scan, slow=True))
+    if loop_is_feasible((*shape[:2], shape[2] * shape[3])):
+        found.append(Implementation("Python loop", selective_scan_loop, slow=True))
+    return found
+
+
+def ssd_loop(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Run Mamba 2's recurrence of x (B, T, H, P), dt (B, T, H), a (H,), b, c (B, T, 1, N)."""
+    dt = torch.nn.functional.softplus(dt)
+    return ssd_reference.ssd(x, dt, dt * a, b, c)[0]
+
+
+def ssd_baselines(shape: tuple[int, ...]) -> list[Implementation]:
+    """Return implementations of Mamba 2's recurrence for a shape (B, T, H, P, N)."""
+
+    def with_softplus(function: Callable[..., Any]) -> Call:
+        return lambda *x: function(*x, SSD_CHUNK, dt_softplus=True)
+
+    found = [Implementation("mmrec", with_softplus(kernels.mamba_chunk_scan_combined))]
+    fallback = _optional("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")
+    if fallback is not None:
+        fallback = with_softplus(inspect.unwrap(fallback))
+        found.append(Implementation("transformers", fallback, slow=True))
+    if loop_is_feasible((*shape[:2], math.prod(shape[2:]))):
+        found.append(Implementation("Python loop", ssd_loop, slow=True))
     return found

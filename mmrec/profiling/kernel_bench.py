@@ -36,6 +36,8 @@ SCAN_SHAPES = [(8, 256, 128), (64, 512, 64), (4, 2048, 512), (1, 131072, 4)]
 RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
 DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64)]
 LINEAR_ATTENTION_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 128)]
+SELECTIVE_SCAN_SHAPES = [(1, 64, 1536, 16), (1, 2048, 1536, 16)]
+SSD_SHAPES = [(1, 256, 24, 64, 128), (1, 2048, 24, 64, 128)]
 QUICK_SECONDS = 0.4
 """Total time of one implementation in one direction, after which it is not timed again."""
 MAX_SECONDS = 3.0
@@ -519,12 +521,75 @@ def _compare_gla(op: str, shape: tuple[int, ...], effort: Effort, report: Report
     )
 
 
+def selective_scan_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of the selective scan, against transformers' form and mambapy's.
+
+    Args:
+        shapes: shapes (B, T, D, N); None for SELECTIVE_SCAN_SHAPES, if not full the first of them.
+        effort: how much is done.
+    """
+    default = SELECTIVE_SCAN_SHAPES if effort.full else SELECTIVE_SCAN_SHAPES[:1]
+    return [
+        Case("selective_scan", s, partial(_compare_selective_scans, s, effort))
+        for s in shapes or default
+    ]
+
+
+def _compare_selective_scans(
+    shape: tuple[int, ...], effort: Effort, report: Report
+) -> Iterator[Row]:
+    batch, time, width, states = shape
+    selections = torch.randn(2, batch, states, time).unbind()
+    decay = -torch.arange(1.0, states + 1).repeat(width, 1)
+    u, delta = torch.randn(2, batch, width, time).unbind()
+    yield from compare(
+        "selective_scan",
+        shape,
+        baselines.selective_scan_baselines(shape),
+        baselines.selective_scan_loop,
+        [u, delta - 4, decay, *selections],
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
+def ssd_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of Mamba 2's recurrence, against transformers' form.
+
+    Args:
+        shapes: shapes (B, T, H, P, N); None for SSD_SHAPES, if not full the first of them.
+        effort: how much is done.
+    """
+    default = SSD_SHAPES if effort.full else SSD_SHAPES[:1]
+    return [Case("ssd", s, partial(_compare_ssd, s, effort)) for s in shapes or default]
+
+
+def _compare_ssd(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    batch, time, heads, width, states = shape
+    selections = torch.randn(2, batch, time, 1, states).unbind()
+    decay = -torch.arange(1.0, heads + 1)
+    x, dt = torch.randn(batch, time, heads, width), torch.randn(batch, time, heads) - 4
+    yield from compare(
+        "ssd",
+        shape,
+        baselines.ssd_baselines(shape),
+        baselines.ssd_loop,
+        [x, dt, decay, *selections],
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
 BENCHMARKS = {
     "scan": scan_cases,
     "gated_recurrence": recurrence_cases,
     "gated_delta_rule": delta_rule_cases,
     "kda": kda_cases,
     "gla": gla_cases,
+    "selective_scan": selective_scan_cases,
+    "ssd": ssd_cases,
 }
 """The cases of each benchmark, by name."""
 

@@ -1124,6 +1124,13 @@ MISTAKES = [
     ("bench kda", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
     ("bench gla", "--shape", "--shape 4x5", "--shape must be 4 sizes joined by 'x', .*; got '4x5'"),
     ("bench gla", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
+    (
+        "bench selective-scan",
+        "--shape",
+        "--shape 4x5x6",
+        "--shape must be . sizes joined by 'x', .*; got '4x5x6'",
+    ),
+    ("bench ssd", "--shape", "--shape 4x5x6x7", "--shape must be . sizes .*; got '4x5x6x7'"),
     ("bench scan", "--shape", "--shape 999999999x9999999x99", "not enough memory: smaller sizes"),
     (
         "bench generate",

@@ -335,6 +335,8 @@ def test_a_run_folder_may_have_any_name(
         ("gated-delta-rule --shape 1x40x2x4", "Python loop"),
         ("kda --shape 1x40x2x4", "Python loop"),
         ("gla --shape 1x64x2x4", "simple_gla"),
+        ("selective-scan --shape 1x40x5x4", "Python loop"),
+        ("ssd --shape 1x40x2x3x4", "Python loop"),
     ],
 )
 def test_bench(

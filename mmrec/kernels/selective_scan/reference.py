@@ -19,25 +19,24 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """u, delta, z (B, D, L), a (D, N), b, c as ``selective_scan_fn``: out and the last h."""
     batch, channels, time = u.shape
-    states = a.shape[1]
 
-    def spread(x: Tensor) -> Tensor:  # to (B, D, N, L)
+    def steps(x: Tensor) -> tuple[Tensor, ...]:  # per step (B, D, N), or what broadcasts to it
         if x.ndim == 2:
-            return x[None, :, :, None].expand(batch, channels, states, time)
+            return (x,) * time
         x = x[:, None] if x.ndim == 3 else x
-        return x.repeat_interleave(channels // x.shape[1], 1)
+        repeats = channels // x.shape[1] if x.shape[1] > 1 else 1
+        return tuple(y.repeat_interleave(repeats, 1) for y in x.unbind(-1))
 
-    b, c = spread(b), spread(c)
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
     if delta_softplus:
         delta = functional.softplus(delta)
-    h = u.new_zeros(batch, channels, states) if initial_state is None else initial_state
+    h = u.new_zeros(batch, channels, a.shape[1]) if initial_state is None else initial_state
     ys = []
-    for t in range(time):
-        step = delta[:, :, t, None]
-        h = torch.exp(step * a) * h + step * b[..., t] * u[:, :, t, None]
-        ys.append((h * c[..., t]).sum(-1))
+    inputs = (u[..., None].unbind(2), delta[..., None].unbind(2), steps(b), steps(c))
+    for u_t, step, b_t, c_t in zip(*inputs, strict=True):
+        h = torch.exp(step * a) * h + step * b_t * u_t
+        ys.append((h * c_t).sum(-1))
     y = torch.stack(ys, -1) if ys else torch.zeros_like(u)
     if d is not None:
         y = y + u * d[:, None]

@@ -43,7 +43,8 @@ import numpy as np
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv
-from mmrec.kernels._simd import LANES, add_product, fma, load, splat, store, transpose, zeros
+from mmrec.kernels._products import FULL, LOWER, UPPER, add_tiled_product
+from mmrec.kernels._simd import LANES, add_lanes, fma, load, splat, store, transpose, zeros
 from mmrec.kernels._vector_math import LOG2E, exp2
 
 CHUNK = 64
@@ -112,25 +113,13 @@ def _scale(x, factor, size):
 
 
 @inline_jit
-def _dot_rows(x, y, rows, width, sums, out):
+def _dot_rows(x, y, rows, width, out):
     """out[i] = dot product of row i of x and of y."""
     for i in range(rows):
         total = zeros(x)
         for j in range(i * width, (i + 1) * width, LANES):
             total = fma(load(x, j), load(y, j), total)
-        out[i] = _sum_lanes(total, sums)
-
-
-@inline_jit
-def _sum_lanes(vector, sums):
-    """The sum of the lanes of a vector."""
-    store(sums, 0, vector)
-    size = LANES // 2
-    while size > 0:
-        for j in range(np.uint64(size)):
-            sums[j] += sums[j + np.uint64(size)]
-        size //= 2
-    return sums[0]
+        out[i] = add_lanes(total)
 
 
 @inline_jit
@@ -156,7 +145,10 @@ def _load_decays(g, dt, at, heads, steps, rows, high, low, step_sizes, from_star
 
 @inline_jit
 def _decays_between(high, low, lower, rows, out):
-    """out[t, s] (rows, CHUNK) = e^{ℓ_t - ℓ_s} for s <= t, and 0 above, in blocks that matter."""
+    """out[t, s] (rows, CHUNK) = e^{ℓ_t - ℓ_s} for s <= t.
+
+    Above the diagonal it is 0 as far as products with triangles look: less than LANES columns.
+    """
     for t in range(rows):
         t_high, t_low, diagonal = splat(high, t), splat(low, t), t - t % LANES
         for s in range(0, diagonal, LANES):
@@ -164,52 +156,30 @@ def _decays_between(high, low, lower, rows, out):
             store(out, t * CHUNK + s, exp2(power))
         power = (t_high - load(high, diagonal)) + (t_low - load(low, diagonal))
         store(out, t * CHUNK + diagonal, exp2(power) * load(lower, t % LANES * LANES))
+        if diagonal + LANES < rows:
+            store(out, t * CHUNK + diagonal + LANES, zeros(out))
 
 
 @inline_jit
-def _lower_product(x, w, width, depth, rows, out):
+def _product(x, x_row, x_step, w, out, rows, depth, columns, shape):
+    """out (rows, columns) += x (rows, depth) times w (depth, columns); w and out are dense."""
+    add_tiled_product(
+        x, 0, x_row, x_step, w, 0, columns, out, 0, columns, rows, depth, columns, shape
+    )
+
+
+@inline_jit
+def _lower_product(x, w, depth, rows, out):
     """out[t, s] (rows, CHUNK) = Σ_k x[t, k] w[k, s] in the blocks on and below the diagonal.
 
     x is (rows, depth), w (depth, rows).
     """
-    for t in range(0, rows, LANES):
-        columns = t + LANES
-        for i in range(t, t + LANES):
-            for j in range(0, columns, LANES):
-                store(out, i * CHUNK + j, zeros(out))
-        add_product(
-            x, t * depth, depth, 1, w, 0, width, out, t * CHUNK, CHUNK, LANES, depth, columns
-        )
-
-
-@inline_jit
-def _add_lower(matrix, w, width, rows, out):
-    """out[t] += Σ_{s <= t} matrix[t, s] w[s]; w and out (rows, width), matrix (rows, CHUNK)."""
-    for t in range(0, rows, LANES):
-        depth = t + LANES
-        add_product(
-            matrix, t * CHUNK, CHUNK, 1, w, 0, width, out, t * width, width, LANES, depth, width
-        )
-
-
-@inline_jit
-def _add_upper(matrix, w, width, rows, out):
-    """out[s] += Σ_{t >= s} matrix[t, s] w[t]."""
     for s in range(0, rows, LANES):
-        add_product(
-            matrix,
-            s * CHUNK + s,
-            1,
-            CHUNK,
-            w,
-            s * width,
-            width,
-            out,
-            s * width,
-            width,
-            LANES,
-            rows - s,
-            width,
+        at = s * CHUNK + s
+        for t in range(rows - s):
+            store(out, at + t * CHUNK, zeros(out))
+        add_tiled_product(
+            x, s * depth, depth, 1, w, s, rows, out, at, CHUNK, rows - s, depth, LANES, FULL
         )
 
 
@@ -304,7 +274,7 @@ def ssd_fwd(
         at = row * c_sb + begin * c_st + group * states
         _load_rows(c, at, c_st, steps, states, cs, depth, rows)
         _transpose(bs, rows, depth, bt)
-        _lower_product(cs, bt, rows, depth, rows, scores)
+        _lower_product(cs, bt, depth, rows, scores)
         for i in range(count):
             h = head + i
             state = s[i * block : (i + 1) * block]
@@ -322,7 +292,7 @@ def ssd_fwd(
                     at = t * CHUNK + j
                     store(mix, at, load(mix, at) * load(scores, at) * load(step_sizes, j))
             _clear(ys, rows * width)
-            add_product(cs, 0, depth, 1, state, 0, width, ys, 0, width, rows, depth, width)
+            _product(cs, depth, 1, state, ys, rows, depth, width, FULL)
             for p in range(size):
                 skips[p] = skip[h * size + p]
             for t in range(rows):
@@ -330,7 +300,7 @@ def ssd_fwd(
                 for j in range(0, width, LANES):
                     at = t * width + j
                     store(ys, at, fma(load(ys, at), by, load(skips, j) * load(xs, at)))
-            _add_lower(mix, xs, width, rows, ys)
+            _product(mix, CHUNK, 1, xs, ys, rows, rows, width, LOWER)
             at = (row * time + begin) * heads * size + h * size
             _store_rows(ys, width, steps, size, outs, at, heads * size)
             for t in range(0, rows, LANES):
@@ -338,7 +308,7 @@ def ssd_fwd(
             _scale_rows(xs, to_end, rows, width, xs)
             factor[:] = from_start[rows - 1]
             _scale(state, factor, block)
-            add_product(bs, 0, 1, depth, xs, 0, width, state, 0, width, depth, rows, width)
+            _product(bs, 1, depth, xs, state, depth, rows, width, FULL)
         begin += steps
     if runs[run, 4] >= 0:
         for i in range(count):
@@ -424,11 +394,7 @@ def ssd_bwd(
         np.empty(CHUNK, dtype),
         np.empty(CHUNK, dtype),
     )
-    lower, sums, factor = (
-        np.empty(LANES * LANES, dtype),
-        np.empty(LANES, dtype),
-        np.empty(LANES, dtype),
-    )
+    lower, factor = np.empty(LANES * LANES, dtype), np.empty(LANES, dtype)
     skips, skip_grads = np.zeros(width, dtype), np.zeros(SLICE * width, dtype)
     _fill_lower(lower)
     if runs[run, 4] >= 0:
@@ -446,7 +412,7 @@ def ssd_bwd(
         at = row * c_sb + begin * c_st + group * states
         _load_rows(c, at, c_st, steps, states, cs, depth, rows)
         _transpose(bs, rows, depth, bt)
-        _lower_product(cs, bt, rows, depth, rows, scores)
+        _lower_product(cs, bt, depth, rows, scores)
         _clear(dbs, rows * depth)
         _clear(dcs, rows * depth)
         _clear(dscores, rows * CHUNK)
@@ -470,7 +436,7 @@ def ssd_bwd(
             _load_rows(dy, at, dy_st, steps, size, dys, width, rows)
             _decays_between(high, low, lower, rows, mix)
             _transpose(xs, rows, width, xt)
-            _lower_product(dys, xt, rows, width, rows, products)
+            _lower_product(dys, xt, width, rows, products)
             # mix becomes w (c·b); products become w δ K, and their sums with c·b are y·dy
             for t in range(rows):
                 total = zeros(mix)
@@ -481,36 +447,36 @@ def ssd_bwd(
                     store(dscores, at, load(dscores, at) + product)
                     total = fma(product, score, total)
                     store(mix, at, decay * score)
-                y_dots[t] = _sum_lanes(total, sums)
+                y_dots[t] = add_lanes(total)
             # v, first from the state
             _clear(vs, rows * width)
-            add_product(bs, 0, depth, 1, grad, 0, width, vs, 0, width, rows, depth, width)
+            _product(bs, depth, 1, grad, vs, rows, depth, width, FULL)
             _scale_rows(vs, to_end, rows, width, vs)
-            _dot_rows(vs, xs, rows, width, sums, x_dots)
+            _dot_rows(vs, xs, rows, width, x_dots)
             total = zeros(grad)
             for j in range(0, block, LANES):
                 total = fma(load(grad, j), load(state, j), total)
-            after = _sum_lanes(total, sums) * from_start[rows - 1]  # becomes <A, S after the chunk>
+            after = add_lanes(total) * from_start[rows - 1]  # becomes <A, S after the chunk>
             for t in range(rows):
                 after += step_sizes[t] * x_dots[t]
-            _add_upper(mix, dys, width, rows, vs)
-            _dot_rows(vs, xs, rows, width, sums, x_dots)
+            _product(mix, 1, CHUNK, dys, vs, rows, rows, width, UPPER)
+            _dot_rows(vs, xs, rows, width, x_dots)
             # the parts of dc and db that go through the states
             _scale_rows(dys, from_start, rows, width, scaled)
             _transpose(state, depth, width, flipped)
             _clear(us, rows * depth)
-            add_product(scaled, 0, width, 1, flipped, 0, depth, us, 0, depth, rows, width, depth)
-            _dot_rows(us, cs, rows, depth, sums, state_dots)
+            _product(scaled, width, 1, flipped, us, rows, width, depth, FULL)
+            _dot_rows(us, cs, rows, depth, state_dots)
             for j in range(0, rows * depth, LANES):
                 store(dcs, j, load(dcs, j) + load(us, j))
             _transpose(grad, depth, width, flipped)
             for t in range(0, rows, LANES):
                 store(to_end, t, load(to_end, t) * load(step_sizes, t))
             _scale_rows(xs, to_end, rows, width, xt)
-            add_product(xt, 0, width, 1, flipped, 0, depth, dbs, 0, depth, rows, width, depth)
+            _product(xt, width, 1, flipped, dbs, rows, width, depth, FULL)
             factor[:] = from_start[rows - 1]
             _scale(grad, factor, block)
-            add_product(cs, 0, 1, depth, scaled, 0, width, grad, 0, width, depth, rows, width)
+            _product(cs, 1, depth, scaled, grad, depth, rows, width, FULL)
             for t in range(steps - 1, -1, -1):
                 after += y_dots[t] + state_dots[t] - step_sizes[t] * x_dots[t]
                 dgs[here + t * heads] = after
@@ -531,8 +497,8 @@ def ssd_bwd(
                     )
             at = (row * time + begin) * heads * size + h * size
             _store_rows(vs, width, steps, size, dxs, at, heads * size)
-        _add_lower(dscores, bs, depth, rows, dcs)
-        _add_upper(dscores, cs, depth, rows, dbs)
+        _product(dscores, CHUNK, 1, bs, dcs, rows, rows, depth, LOWER)
+        _product(dscores, 1, CHUNK, cs, dbs, rows, rows, depth, UPPER)
         at = (((part * batch + row) * time + begin) * groups + group) * states
         _store_rows(dbs, depth, steps, states, dbs_all, at, groups * states)
         _store_rows(dcs, depth, steps, states, dcs_all, at, groups * states)

@@ -17,15 +17,15 @@ def ssd(
 
     ``S_t = exp(g_t) S_{t-1} + dt_t x_t b_tᵀ`` and ``y_t = S_t c_t + d x_t``.
     """
-    batch, time, heads, width = x.shape
+    batch, _, heads, width = x.shape
     b, c = (v.repeat_interleave(heads // v.shape[2], 2) for v in (b, c))
     state = initial_states
     if state is None:
         state = x.new_zeros(batch, heads, width, b.shape[3])
     ys = []
-    for t in range(time):
-        write = dt[:, t, :, None, None] * x[:, t, :, :, None] * b[:, t, :, None]
-        state = g[:, t].exp()[..., None, None] * state + write
-        ys.append((state * c[:, t, :, None]).sum(-1))
+    steps = (y.unbind(1) for y in (x[..., None], dt[..., None, None], g.exp(), b, c))
+    for x_t, dt_t, decay, b_t, c_t in zip(*steps, strict=True):
+        state = decay[..., None, None] * state + dt_t * x_t * b_t[:, :, None]
+        ys.append((state * c_t[:, :, None]).sum(-1))
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return (y if d is None else y + d * x), state
