@@ -20,6 +20,7 @@ from mmrec.kernels._simd import LANES, _intrinsic, _Vector, _VectorBuilder, load
 
 LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
+_LIMITS_32, _LIMITS_64 = (-126.0, 127.9), (-1022.0, 1023.9)  # of an exponent
 # (2^r - 1) / r: a minimax fit of relative error 9e-8 in float32, Taylor's series in float64
 _EXP2_32 = (0.69314698, 0.24022242, 0.05550734, 0.00967151, 0.00132647)
 _EXP2_64 = tuple(_LN2**k / math.factorial(k) for k in range(1, 14))
@@ -55,7 +56,7 @@ class _Emitter:
 
     def exp2(self, x: Any) -> Any:
         builder, bits, shift = self.builder, (32, 64)[not self.single], (23, 52)[not self.single]
-        x = self.clamp(x, *((-126.0, 127.9) if self.single else (-1022.0, 1023.9)))
+        x = self.clamp(x, *(_LIMITS_32 if self.single else _LIMITS_64))
         # adding and subtracting 1.5 * 2^23 (2^52) rounds to nearest
         rounder = self.constant(1.5 * 2.0**shift)
         shifted = builder.fadd(x, rounder)
@@ -86,7 +87,7 @@ class _Emitter:
 
 def exp2(x: np.ndarray) -> np.ndarray:
     """2^x per lane."""
-    return np.exp2(x)
+    return np.exp2(np.clip(x, *(_LIMITS_32 if x.dtype == np.float32 else _LIMITS_64)))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
