@@ -5,7 +5,8 @@ registers. This module says outright what shall be a vector. It offers
 
 * ``load``, ``store``, ``splat``, ``zeros``, ``fma``, ``add_lanes``, ``transpose`` and the operators
   + - * on vectors of LANES numbers (for the gated delta rule);
-* ``add_product``, a matrix product with its sums in registers (for the gated recurrence).
+* ``add_product``, a matrix product with its sums in registers (for the gated recurrence);
+* ``prefetch``, which brings a number's cache line closer before it is used.
 
 ``_VectorBuilder`` generates the instructions of both. All of them index flat arrays without bounds
 checks and without wraparound. LLVM splits vectors into what the processor has. The order of every
@@ -130,6 +131,10 @@ def add_lanes(vector: np.ndarray) -> Any:
     return vector[0]
 
 
+def prefetch(array: np.ndarray, at: int) -> None:
+    """Ask for the cache line of array[at] in the second-level cache. Changes no result."""
+
+
 def transpose(
     source: np.ndarray,
     source_at: int,
@@ -228,6 +233,22 @@ def _add_lanes(typing: Any, x: Any) -> Any:
 
 
 @_intrinsic
+def _prefetch(typing: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _VectorBuilder(context, builder, array.dtype, 1).element(array, *args)
+        integer = ir.IntType(32)
+        pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, *[integer] * 3])
+        name = "llvm.prefetch.p0"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        # to read it, from the second-level cache on, as data
+        builder.call(function, [pointer, *(ir.Constant(integer, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_intrinsic
 def _transpose(
     typing: Any,
     source: Any,
@@ -283,6 +304,7 @@ overload(splat)(lambda array, at: lambda array, at: _splat(array, at))
 overload(zeros)(lambda array: lambda array: _zeros(array))
 overload(fma)(lambda x, y, z: lambda x, y, z: _fma(x, y, z))
 overload(add_lanes)(lambda vector: lambda vector: _add_lanes(vector))
+overload(prefetch)(lambda array, at: lambda array, at: _prefetch(array, at))
 overload(transpose)(
     lambda source, source_at, source_stride, target, target_at, target_stride: (
         lambda source, source_at, source_stride, target, target_at, target_stride: _transpose(

@@ -270,8 +270,8 @@ def test_transforms_work_or_are_refused() -> None:
 
 def test_chunk_states_are_few_and_only_for_gradients() -> None:
     """At most an eighth of all states is saved; none where no gradient can be asked for."""
-    size = laws.saves_only_for_gradients(run, OP, inputs(2, 200, 2, 4))
-    assert 0 < size <= 2 * 200 * 2 * 4 * 4 / 8
+    size = laws.saves_only_for_gradients(run, OP, inputs(2, 200, 2, 16))
+    assert 0 < size <= 2 * 200 * 2 * 16 * 16 / 8
 
 
 def test_recalls_what_was_written() -> None:

@@ -59,6 +59,7 @@ from mmrec.kernels._simd import (
     add_lanes,
     fma,
     load,
+    prefetch,
     splat,
     store,
     transpose,
@@ -67,6 +68,7 @@ from mmrec.kernels._simd import (
 
 STEPS = LANES
 """Steps in a block of the forward pass: one per lane of a vector."""
+CACHE_LINE = 64  # bytes
 EPSILON = 1e-6  # added to |k|² and |q|², so that a zero key has a gradient
 
 
@@ -97,6 +99,15 @@ def _load_rows(source, at, step, count, size, rows, rows_at, stride):
         to = rows_at + i * stride
         read(source, at + i * step, rows, to, size)
         rows[to + size : to + stride] = 0
+
+
+@inline_jit
+def _prefetch_rows(source, at, step, count, size):
+    """Ask for ``count`` rows of ``size`` numbers, so far apart that no processor foresees them."""
+    line = CACHE_LINE // source.itemsize
+    for i in range(count):
+        for j in range(0, size, line):
+            prefetch(source, at + i * step + j)
 
 
 @inline_jit
@@ -231,6 +242,13 @@ def _copy_state(state, at, keys, values, width, s, to_state):
                 read(state, here, s, there, columns)
 
 
+@inline_jit
+def _copy(source, at, target, to, count):
+    """target[to:][:count] = source[at:][:count] for whole vectors."""
+    for i in range(0, count, LANES):
+        store(target, to + i, load(source, at + i))
+
+
 @parallel_kernel
 def gated_delta_rule_fwd(
     task,
@@ -265,8 +283,8 @@ def gated_delta_rule_fwd(
     """Fill out (B, T, HV, V); state (N, HV, K, V) goes from S_0 to S_T.
 
     ``heads`` is H. Unless they are empty, errors (B, T, HV, V) receives u, and chunk_states
-    (chunks, HV, K, V) the state before each chunk of ``chunk_size`` steps, a multiple of STEPS;
-    those of sequence n begin at first_chunks[n].
+    (chunks, HV, padded V / LANES, padded K, LANES) the state in panels before each chunk of
+    ``chunk_size`` steps, a multiple of STEPS; those of sequence n begin at first_chunks[n].
     """
     time, value_heads, values = out.shape[1:]
     keys, dtype = state.shape[2], state.dtype
@@ -288,8 +306,12 @@ def gated_delta_rule_fwd(
         pairs = cdiv(steps, 2)
         if chunk_states_flat.shape[0] > 0 and (t - begin) % chunk_size == 0:
             chunk = first_chunks[n] + (t - begin) // chunk_size
-            at = (chunk * value_heads + head) * block
-            _copy_state(chunk_states_flat, at, keys, values, width, s, True)
+            _copy(s, 0, chunk_states_flat, (chunk * value_heads + head) * s.size, s.size)
+        later = min(STEPS, end - t - STEPS)
+        at = t + STEPS
+        _prefetch_rows(k, row * k_sb + at * k_st + k_at, k_st, later, keys)
+        _prefetch_rows(q, row * q_sb + at * q_st + k_at, q_st, later, keys)
+        _prefetch_rows(v, row * v_sb + at * v_st + v_at, v_st, later, values)
         _load_rows(k, row * k_sb + t * k_st + k_at, k_st, steps, keys, krows, 0, width)
         _normalise_rows(krows, 0, width, steps, width, one, normalise, factor)
         _load_rows(q, row * q_sb + t * q_st + k_at, q_st, steps, keys, qrows, 0, width)
@@ -333,6 +355,14 @@ def _load_transposed(source, at, rows, columns, out, stride):
     for i in range(rows):
         for j in range(whole if i < whole_rows else 0, columns):
             out[j * stride + i] = source[at + i * columns + j]
+
+
+@inline_jit
+def _transpose_panels(panels, at, width, value_width, out, stride):
+    """out (value_width, stride) = a state in panels (value_width / LANES, width, LANES)."""
+    for j in range(0, value_width, LANES):
+        for i in range(0, width, LANES):
+            transpose(panels, at + j * width + i * LANES, LANES, out, j * stride + i, stride)
 
 
 @inline_jit
@@ -514,8 +544,8 @@ def gated_delta_rule_bwd(
         _load_rows(do, here, do_st, steps, values, dor, 0, vs)
         _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, alpha)
         _load_gates(b, row * b_sb + t * b_st + head, b_st, steps, b_is_logit, 0, beta)
-        here = ((first_chunks[n] + chunk) * value_heads + head) * block
-        _load_transposed(chunk_states_flat, here, keys, values, st, ks)
+        here = ((first_chunks[n] + chunk) * value_heads + head) * width * value_width
+        _transpose_panels(chunk_states_flat, here, width, value_width, st, ks)
         _fill_decays(alpha, steps, pad, decay, cs)
         for i in range(steps):
             from_start[i] = alpha[0] * decay[i * cs]
@@ -580,6 +610,19 @@ def gated_delta_rule_bwd(
         )
         for i in range(steps):
             x_change[i] += _dot(qk, i * ks, dqk, i * ks, width)
+
+        # what the next chunk reads first; it lies before this one
+        at_next = max(t - chunk_size, begin)
+        next_steps = t - at_next
+        _prefetch_rows(k, row * k_sb + at_next * k_st + k_at, k_st, next_steps, keys)
+        _prefetch_rows(q, row * q_sb + at_next * q_st + k_at, q_st, next_steps, keys)
+        _prefetch_rows(v, row * v_sb + at_next * v_st + v_at, v_st, next_steps, values)
+        _prefetch_rows(do, row * do_sb + at_next * do_st + v_at, do_st, next_steps, values)
+        here = (row * time + at_next) * value_heads * values + v_at
+        _prefetch_rows(errors_flat, here, value_heads * values, next_steps, values)
+        if chunk > 0:
+            here = ((first_chunks[n] + chunk - 1) * value_heads + head) * width * value_width
+            _prefetch_rows(chunk_states_flat, here, 0, 1, width * value_width)
 
         # A, and <A, S> for dα
         chunk_decay = splat(from_start, steps - 1)

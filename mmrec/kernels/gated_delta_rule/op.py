@@ -80,10 +80,11 @@ def _saved_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the chunk states and of the errors."""
     (batch, time, value_heads, values), keys = v.shape, k.shape[-1]
+    panels, rows = cdiv(values, kernel.LANES), cdiv(keys, kernel.LANES) * kernel.LANES
     if not save_states:
-        return (0, value_heads, keys, values), (0, time, value_heads, values)
+        return (0, value_heads, panels, rows, kernel.LANES), (0, time, value_heads, values)
     chunks = max_chunks(batch, time, kernel.choose_chunk_size(keys, values), cu_seqlens)
-    return (chunks, value_heads, keys, values), tuple(v.shape)
+    return (chunks, value_heads, panels, rows, kernel.LANES), tuple(v.shape)
 
 
 def _run_forward(
