@@ -29,6 +29,7 @@ Call = Callable[..., Tensor]
 MAX_LOOP_ELEMENTS = 1 << 22
 MAX_LOOP_STEPS = 4096
 MAX_QUICK_LOOP_STEPS = 512
+MAX_LOOP_STATES = 1 << 24  # numbers in all states of a loop, which autograd keeps several times
 MIN_COMPILED_ELEMENTS = 1 << 16  # below, compilation takes longer than it saves
 MAX_QUADRATIC_STEPS = 256
 """Steps up to which transformers' selective scan is run: its gradient takes time like T squared."""
@@ -127,6 +128,18 @@ def cumprod_baselines() -> list[Implementation]:
     ]
 
 
+def _normalised(function: Callable[..., Any]) -> Call:
+    """The output of a delta rule that divides queries and keys by their norms."""
+    return lambda *x: function(*x, use_qk_l2norm_in_kernel=True)[0]
+
+
+def delta_rule_reference_call(shape: tuple[int, ...]) -> Call:
+    """The gated delta rule in torch, to compare with: in chunks where the shape allows it."""
+    if shape[1] % REFERENCE_CHUNK == 0:
+        return _normalised(delta_rule_reference.chunked)
+    return delta_rule_loop
+
+
 def delta_rule_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """Run the gated delta rule step by step in torch: the reference.
 
@@ -143,19 +156,16 @@ def delta_rule_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) ->
 def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
     """Return implementations of the gated delta rule for q, k, v (B, T, H, P)."""
 
-    def normalised(function: Callable[..., Any]) -> Call:
-        return lambda *x: function(*x, use_qk_l2norm_in_kernel=True)[0]
-
-    found = [Implementation("mmrec", normalised(kernels.gated_delta_rule))]
+    found = [Implementation("mmrec", _normalised(kernels.gated_delta_rule))]
     if shape[1] % REFERENCE_CHUNK == 0:
-        chunked = normalised(delta_rule_reference.chunked)
+        chunked = _normalised(delta_rule_reference.chunked)
         found.append(Implementation(f"chunks of {REFERENCE_CHUNK} in torch", chunked))
     fallback = _optional(
         "transformers.models.qwen3_5.modeling_qwen3_5", "torch_chunk_gated_delta_rule"
     )
     if fallback is not None:
         # without the decorator, which looks for a kernel of another package
-        fallback = normalised(inspect.unwrap(fallback))
+        fallback = _normalised(inspect.unwrap(fallback))
         found.append(Implementation("transformers", fallback))
     fused = _optional("bitsandbytes.gdn_cpu", "fused_recurrent_gated_delta_rule")
     if fused is not None:
@@ -175,7 +185,8 @@ def delta_rule_baselines(shape: tuple[int, ...]) -> list[Implementation]:
             return output
 
         found.append(Implementation("bitsandbytes-cpu-fork", bitsandbytes))
-    found.append(Implementation("Python loop", delta_rule_loop, slow=True))
+    if math.prod(shape) * shape[-1] <= MAX_LOOP_STATES:
+        found.append(Implementation("Python loop", delta_rule_loop, slow=True))
     return found
 
 

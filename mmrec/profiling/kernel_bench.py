@@ -34,7 +34,7 @@ from mmrec.profiling.baselines import Call, HardwareLimit, Implementation
 QUICK_SCAN_SHAPES = [(8, 256, 128), (64, 512, 64)]
 SCAN_SHAPES = [(8, 256, 128), (64, 512, 64), (4, 2048, 512), (1, 131072, 4)]
 RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
-DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64)]
+DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64), (1, 512, 16, 128)]
 LINEAR_ATTENTION_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 128)]
 SELECTIVE_SCAN_SHAPES = [(1, 64, 1536, 16), (1, 2048, 1536, 16)]
 SSD_SHAPES = [(1, 256, 24, 64, 128), (1, 2048, 24, 64, 128)]
@@ -458,7 +458,7 @@ def _compare_delta_rules(shape: tuple[int, ...], effort: Effort, report: Report)
         "gated_delta_rule",
         shape,
         baselines.delta_rule_baselines(shape),
-        baselines.delta_rule_loop,
+        baselines.delta_rule_reference_call(shape),
         inputs,
         repeats=effort.repeats,
         max_seconds=effort.max_seconds,

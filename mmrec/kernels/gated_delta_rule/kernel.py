@@ -20,7 +20,7 @@ the pair before, and reads for both steps of this one, because with e_t = β_t u
 
 where S is the state before the pair. Columns of S are independent. The state is stored in panels of
 LANES columns, and a panel stays in the first-level cache for all steps of a block. Cutting a
-sequence between pairs changes no bit.
+sequence between blocks changes no bit.
 
 The backward pass goes chunk by chunk, in matrix products. It reads S, the state before the chunk,
 and the errors u from the forward pass. A is the gradient of the state after the chunk. With
@@ -69,6 +69,10 @@ from mmrec.kernels._simd import (
 STEPS = LANES
 """Steps in a block of the forward pass: one per lane of a vector."""
 CACHE_LINE = 64  # bytes
+ALPHA, BETA, K_K, Q_K, Q_K_NEXT, DECAY, FACTOR, SHARE = (STEPS * n for n in range(8))
+"""Where each row of ``gates`` begins, see ``_fill_gates``."""
+SMALLEST_DECAY = 2.0**-30
+"""Below it a state is multiplied by its decay, see ``_fill_gates``."""
 EPSILON = 1e-6  # added to |k|² and |q|², so that a zero key has a gradient
 
 
@@ -171,10 +175,9 @@ def _scan_panel(s, s_at, width, k, q, gates, v, v_at, v_stride, pairs, o, u):
     """The steps of one block for one panel of the state, (width, LANES) from s_at on.
 
     k and q (STEPS, width) hold k̂ and q̂. v, o and u are rows, and this panel's columns of them begin
-    at v_at. ``gates`` has six rows of STEPS numbers, see ``_fill_gates``.
+    at v_at. ``gates`` has rows of STEPS numbers, see ``_fill_gates``.
     """
-    alpha, beta, both, k_k, q_k, q_k_next = 0, STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS, 5 * STEPS
-    e0, e1, decay = zeros(s), zeros(s), zeros(s)
+    e0, e1, factor = zeros(s), zeros(s), zeros(s)
     for pair in range(pairs):
         t = 2 * pair
         now = t * width
@@ -185,32 +188,42 @@ def _scan_panel(s, s_at, width, k, q, gates, v, v_at, v_stride, pairs, o, u):
                 x, at = load(s, s_at + i * LANES), now + i
                 r0, r1 = fma(splat(k, at), x, r0), fma(splat(k, at + width), x, r1)
                 p0, p1 = fma(splat(q, at), x, p0), fma(splat(q, at + width), x, p1)
+        elif gates[FACTOR + t - 2] == 1:
+            for i in range(width):
+                at = s_at + i * LANES
+                x = fma(splat(k, before + i), e0, load(s, at))
+                x = fma(splat(k, before + width + i), e1, x)
+                store(s, at, x)
+                at = now + i
+                r0, r1 = fma(splat(k, at), x, r0), fma(splat(k, at + width), x, r1)
+                p0, p1 = fma(splat(q, at), x, p0), fma(splat(q, at + width), x, p1)
         else:
             for i in range(width):
                 at = s_at + i * LANES
-                x = fma(splat(k, before + i), e0, load(s, at) * decay)
+                x = fma(splat(k, before + i), e0, load(s, at) * factor)
                 x = fma(splat(k, before + width + i), e1, x)
                 store(s, at, x)
                 at = now + i
                 r0, r1 = fma(splat(k, at), x, r0), fma(splat(k, at + width), x, r1)
                 p0, p1 = fma(splat(q, at), x, p0), fma(splat(q, at + width), x, p1)
         first, second = v_at + t * v_stride, v_at + (t + 1) * v_stride
-        decay, next_alpha = splat(gates, both + t), splat(gates, alpha + t + 1)
-        u0 = load(v, first) - splat(gates, alpha + t) * r0
-        e0 = splat(gates, beta + t) * u0
-        carried = next_alpha * e0
-        u1 = load(v, second) - decay * r1 - splat(gates, k_k + t) * carried
-        e1 = splat(gates, beta + t + 1) * u1
+        decay0, decay1 = splat(gates, DECAY + t), splat(gates, DECAY + t + 1)
+        u0 = load(v, first) - decay0 * r0
+        e0 = splat(gates, BETA + t) * u0
+        carried = splat(gates, ALPHA + t + 1) * e0
+        u1 = load(v, second) - decay1 * r1 - splat(gates, K_K + t) * carried
+        e1 = splat(gates, BETA + t + 1) * u1
         store(u, first, u0)
         store(u, second, u1)
-        store(o, first, fma(splat(gates, q_k + t), e0, splat(gates, alpha + t) * p0))
-        p1 = fma(splat(gates, q_k_next + t), carried, decay * p1)
-        store(o, second, fma(splat(gates, q_k + t + 1), e1, p1))
-        e0 = carried
+        store(o, first, fma(splat(gates, Q_K + t), e0, decay0 * p0))
+        p1 = fma(splat(gates, Q_K_NEXT + t), carried, decay1 * p1)
+        store(o, second, fma(splat(gates, Q_K + t + 1), e1, p1))
+        factor, share = splat(gates, FACTOR + t), splat(gates, SHARE + t)
+        e0, e1 = carried * share, e1 * share
     before = (2 * pairs - 2) * width
     for i in range(width):
         at = s_at + i * LANES
-        x = fma(splat(k, before + i), e0, load(s, at) * decay)
+        x = fma(splat(k, before + i), e0, load(s, at) * factor)
         store(s, at, fma(splat(k, before + width + i), e1, x))
 
 
@@ -218,15 +231,32 @@ def _scan_panel(s, s_at, width, k, q, gates, v, v_at, v_stride, pairs, o, u):
 def _fill_gates(k, q, width, pairs, gates):
     """Fill the rows of ``gates`` from the third on; the first two hold α and β.
 
-    At even t they are α_t α_{t+1}, k̂_{t+1}·k̂_t, q̂_t·k̂_t and q̂_{t+1}·k̂_t. The fifth row has all t.
+    Rows K_K, Q_K and Q_K_NEXT hold k̂_{t+1}·k̂_t, q̂_t·k̂_t and q̂_{t+1}·k̂_t for even t, and Q_K for
+    odd t too.
+
+    To save a multiplication per number of the state, a block decays its state only where it must:
+    the true state is c times the stored one. DECAY holds c α_t, and c α_t α_{t+1} for the second
+    step of a pair. That is the new c: SHARE divides what the pair writes by it. At the end of the
+    block, and before c becomes too small, FACTOR is the new c instead of 1, the state is multiplied
+    by it, and c is 1 again.
     """
+    one = gates.dtype.type(1)
+    c = one
     for t in range(0, 2 * pairs, 2):
         at, after = t * width, (t + 1) * width
-        gates[2 * STEPS + t] = gates[t] * gates[t + 1]
-        gates[3 * STEPS + t] = _dot(k, after, k, at, width)
-        gates[4 * STEPS + t] = _dot(q, at, k, at, width)
-        gates[4 * STEPS + t + 1] = _dot(q, after, k, after, width)
-        gates[5 * STEPS + t] = _dot(q, after, k, at, width)
+        gates[K_K + t] = _dot(k, after, k, at, width)
+        gates[Q_K + t] = _dot(q, at, k, at, width)
+        gates[Q_K + t + 1] = _dot(q, after, k, after, width)
+        gates[Q_K_NEXT + t] = _dot(q, after, k, at, width)
+        gates[DECAY + t] = c * gates[ALPHA + t]
+        c = gates[DECAY + t] * gates[ALPHA + t + 1]
+        gates[DECAY + t + 1] = c
+        gates[FACTOR + t], gates[SHARE + t] = one, one
+        if t + 2 < 2 * pairs and c > SMALLEST_DECAY:
+            gates[SHARE + t] = one / c
+        else:
+            gates[FACTOR + t] = c
+            c = one
 
 
 @inline_jit
@@ -299,7 +329,7 @@ def gated_delta_rule_fwd(
     krows, qrows = np.empty(STEPS * width, dtype), np.empty(STEPS * width, dtype)
     vrows, factor = np.zeros(STEPS * value_width, dtype), np.empty(STEPS, dtype)
     o, u = np.empty(STEPS * value_width, dtype), np.empty(STEPS * value_width, dtype)
-    gates = np.empty(6 * STEPS, dtype)
+    gates = np.empty(8 * STEPS, dtype)
     _copy_state(states, task * block, keys, values, width, s, False)
     for t in range(begin, end, STEPS):
         steps = min(STEPS, end - t)
@@ -319,9 +349,9 @@ def gated_delta_rule_fwd(
         if steps % 2:  # the step that completes the last pair changes nothing
             krows[steps * width : (steps + 1) * width] = 0
             qrows[steps * width : (steps + 1) * width] = 0
-        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, gates[:STEPS])
+        _load_decays(g, row * g_sb + t * g_st + head, g_st, steps, g_is_logit, gates[:BETA])
         at = row * b_sb + t * b_st + head
-        _load_gates(b, at, b_st, steps, b_is_logit, 0, gates[STEPS : 2 * STEPS])
+        _load_gates(b, at, b_st, steps, b_is_logit, 0, gates[BETA:K_K])
         _fill_gates(krows, qrows, width, pairs, gates)
         at = row * v_sb + t * v_st + v_at
         _load_rows(v, at, v_st, steps, values, vrows, 0, value_width)
@@ -511,9 +541,9 @@ def gated_delta_rule_bwd(
     qk = np.zeros((2 * chunk_size + LANES) * ks, dtype)
     dqk = np.empty(2 * chunk_size * ks, dtype)
     dod = np.empty(2 * chunk_size * vs, dtype)
-    # rows: do; e; dE, then de, then dv; any
+    # rows: do; e; dE, then de, then dv, then η e
     dor, er = np.empty(chunk_size * vs, dtype), np.zeros((chunk_size + LANES) * vs, dtype)
-    der, rows = np.empty((chunk_size + LANES) * vs, dtype), np.empty(chunk_size * vs, dtype)
+    der = np.empty((chunk_size + LANES) * vs, dtype)
     # columns, one step per lane: k̂; e, and before (K̂ A)ᵀ
     kt, et = np.empty(width * cs, dtype), np.empty(value_width * cs, dtype)
     # one number per pair of steps
@@ -566,9 +596,9 @@ def gated_delta_rule_bwd(
         add_tiled_product(
             scores, 0, 1, cs, dor, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
-        _scale_rows(der, 0, vs, steps, value_width, minus_beta, rows, 0)
+        _scale_rows(der, 0, vs, steps, value_width, minus_beta, dod, 0)
         add_tiled_product(
-            solved, 0, 1, cs, rows, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
+            solved, 0, 1, cs, dod, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
         here = (row * time + t) * value_heads * values + v_at
         _load_rows(errors_flat, here, value_heads * values, steps, values, er, 0, vs)
@@ -579,20 +609,15 @@ def gated_delta_rule_bwd(
         _scale_rows(er, 0, vs, steps, value_width, beta, er, 0)
         _scale_rows(der, 0, vs, steps, value_width, beta, der, 0)
         _store_rows(der, 0, vs, steps, values, dvs, here, value_heads * values)
-        _load_rows(v, row * v_sb + t * v_st + v_at, v_st, steps, values, rows, 0, vs)
+        _load_rows(v, row * v_sb + t * v_st + v_at, v_st, steps, values, dod, 0, vs)
         for i in range(steps):
-            x_change[i] = -_dot(rows, i * vs, der, i * vs, value_width)
+            x_change[i] = -_dot(dod, i * vs, der, i * vs, value_width)
 
-        # dQ̂ and dK̂, first what goes through the states
+        # dQ̂ and dK̂
         _scale_rows(dor, 0, vs, steps, value_width, from_start, dod, 0)
         _scale_rows(der, 0, vs, steps, value_width, minus_from_start, dod, v_begin)
         dqk[: 2 * steps * ks] = 0
         add_tiled_product(dod, 0, vs, 1, st, 0, ks, dqk, 0, ks, 2 * steps, value_width, width, FULL)
-        _scale_rows(er, 0, vs, steps, value_width, to_end, rows, 0)
-        add_tiled_product(
-            rows, 0, vs, 1, at, 0, ks, dqk, k_begin, ks, steps, value_width, width, FULL
-        )
-        # then Y and Z
         _transpose_rows(er, 0, vs, pad, value_width, et, cs)
         _gram(dor, 0, vs, et, cs, decay, steps, value_width, scores, cs)
         add_tiled_product(scores, 0, cs, 1, qk, k_begin, ks, dqk, 0, ks, steps, steps, width, LOWER)
@@ -600,6 +625,10 @@ def gated_delta_rule_bwd(
             scores, 0, 1, cs, qk, q_begin, ks, dqk, k_begin, ks, steps, steps, width, UPPER
         )
         _gram(der, 0, vs, et, cs, decay, steps, value_width, pairs, cs)
+        _scale_rows(er, 0, vs, steps, value_width, to_end, der, 0)
+        add_tiled_product(
+            der, 0, vs, 1, at, 0, ks, dqk, k_begin, ks, steps, value_width, width, FULL
+        )
         for i in range(steps):
             pairs[i * cs + i] = 0
             for j in range(i):

@@ -397,8 +397,8 @@ def gated_delta_rule(
         final_state: (N, HV, K, V), or None.
 
         Both are differentiable once, in reverse mode. bfloat16 and float16 are computed in float32,
-        and the final state is float32 then. A sequence that is cut at an even step and continued
-        with the final state gives the same bits.
+        and the final state is float32 then. A sequence that is cut at a multiple of 16 steps
+        and continued with the final state gives the same bits, at other steps up to rounding.
 
     Raises:
         ValueError: a shape, dtype, device, scale or cu_seqlens is not as above.
