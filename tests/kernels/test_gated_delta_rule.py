@@ -225,10 +225,10 @@ def test_compiles(backend: str) -> None:
 
 def test_opcheck() -> None:
     cu, options = torch.tensor([0, 3, 3, 40], dtype=torch.int32), (0.5, True, False, True)
-    torch.library.opcheck(OP, (*inputs(2, 18, 1, 3, group=2), None, *options, False))
+    torch.library.opcheck(OP, (*inputs(2, 18, 1, 3, group=2), None, False, *options))
     packed = inputs(1, 40, 2, 3, n=3)
-    torch.library.opcheck(OP, (*packed, cu, *options, False))
-    torch.library.opcheck(OP, (*(x.requires_grad_() for x in packed), cu, *options, True))
+    torch.library.opcheck(OP, (*packed, cu, False, *options))
+    torch.library.opcheck(OP, (*(x.requires_grad_() for x in packed), cu, True, *options))
     *step, state = inputs(2, 1, 2, 3)
     update = torch.ops.mmrec.gated_delta_rule_update.default
     torch.library.opcheck(update, (state, *(x[:, 0] for x in step), *options))

@@ -131,11 +131,11 @@ def _forward(
     beta: Tensor,
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
+    save_states: bool,
     scale: float,
     normalise: bool,
     g_is_logit: bool,
     beta_is_logit: bool,
-    save_states: bool,
 ) -> tuple[Tensor, ...]:
     out, state = empty(v), empty(initial_state)
     saved_shapes = _saved_shapes(k, v, cu_seqlens, save_states)
@@ -154,11 +154,11 @@ def _forward_fake(
     beta: Tensor,
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
+    save_states: bool,
     scale: float,
     normalise: bool,
     g_is_logit: bool,
     beta_is_logit: bool,
-    save_states: bool,
 ) -> tuple[Tensor, ...]:
     saved = (
         initial_state.new_empty(shape) for shape in _saved_shapes(k, v, cu_seqlens, save_states)
@@ -230,7 +230,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tensors, cu_seqlens = inputs[:5], inputs[6]
     ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.options, ctx.save_states = inputs[7:11], inputs[11]
+    ctx.save_states, ctx.options = inputs[7], inputs[8:]
 
 
 def _gradient(ctx: Any, dout: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,7 +275,7 @@ _backward_op = register(
 )
 _op = register(
     "gated_delta_rule",
-    f"({_INPUTS}, Tensor initial_state, Tensor? cu_seqlens, {_OPTIONS}, bool save_states) "
+    f"({_INPUTS}, Tensor initial_state, Tensor? cu_seqlens, bool save_states, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -424,7 +424,7 @@ def gated_delta_rule(
                 f"g must be a log decay, at most 0; its largest value is {inputs[3].max():g}"
             )
     save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    out, final_state, *_ = _op(*inputs, cu_seqlens, *options, save_states)
+    out, final_state, *_ = _op(*inputs, cu_seqlens, save_states, *options)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     return cast(out, dtype), final_state if output_final_state else None
 
