@@ -1,4 +1,4 @@
-"""What the kernels of GRU and LSTM share: products with a weight that every step uses.
+"""What the kernels of recurrent cells share: products with a weight that every step uses.
 
 A step multiplies the states of a few sequences by the recurrent weight. The weight is laid out once
 per call in *panels* of as many output columns as a block of vector registers holds, in the order in
@@ -273,6 +273,12 @@ def _add_panels(  # type: ignore[no-untyped-def]
                 r += n
 
     return compiled
+
+
+@inline_jit
+def padded(columns, width):  # type: ignore[no-untyped-def]
+    """Columns of whole panels that hold so many."""
+    return (columns + width - 1) // width * width
 
 
 @inline_jit

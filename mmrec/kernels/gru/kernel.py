@@ -37,6 +37,7 @@ from mmrec.kernels._recurrent import (
     copy,
     load_part,
     one_minus,
+    padded,
     sigmoids,
     store_part,
     tanhs,
@@ -89,7 +90,7 @@ def gru_fwd(
     s has the layout of h with 4D in place of D. ``reverse`` runs from the last step to the first.
     """
     width = bias.size // 3
-    row = (bias.size + panel_width - 1) // panel_width * panel_width
+    row = padded(bias.size, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     state = np.empty(members * width, h.dtype)
@@ -164,7 +165,7 @@ def gru_bwd(
 ):
     """Fill dg with dv, dr, dz, dn, in the layout of s, and dinitial (N, D)."""
     width = initial.size // max(1, sequence_bounds.shape[0])
-    row = (width + panel_width - 1) // panel_width * panel_width
+    row = padded(width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     carry = np.zeros(members * row, h.dtype)

@@ -29,6 +29,7 @@ from mmrec.kernels._recurrent import (
     copy,
     load_part,
     one_minus,
+    padded,
     sigmoids,
     store_part,
     tanhs,
@@ -85,7 +86,7 @@ def lstm_fwd(
     ``reverse`` runs from the last step to the first.
     """
     width = initial.size // max(1, sequence_bounds.shape[0])
-    row = (4 * width + panel_width - 1) // panel_width * panel_width
+    row = padded(4 * width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     state, cell = np.empty(members * width, h.dtype), np.empty(members * width, h.dtype)
@@ -172,7 +173,7 @@ def lstm_bwd(
 ):
     """Fill dp, the gradient of p, in the layout of s, and dinitial and dinitial_cell (N, D)."""
     width = initial_cell.size // max(1, sequence_bounds.shape[0])
-    row = (width + panel_width - 1) // panel_width * panel_width
+    row = padded(width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     carry = np.zeros(members * row, c.dtype)
