@@ -117,7 +117,7 @@ def gated_recurrence_fwd(
     """
     width = initial.size // max(1, sequence_bounds.shape[0])
     room = padded(size, panel_width)
-    row = width // max(1, size) * room
+    row = width // size * room
     tile = tiles[task]
     members = (tile >= 0).sum()
     state = np.empty(members * width, h.dtype)
@@ -228,11 +228,11 @@ def gated_recurrence_bwd(
 ):
     """Fill dz, dg, df (B, T, D) and dinitial (N, D); ``panels`` holds the transposed blocks of W.
 
-    Without W, ``panels`` is empty.
+    Without W, ``panels`` is empty, and size is D; it is never 0.
     """
     width = initial.size // max(1, sequence_bounds.shape[0])
     room = padded(size, panel_width)
-    row = width // max(1, size) * room
+    row = width // size * room
     tile = tiles[task]
     members = (tile >= 0).sum()
     carry = np.zeros(members * row, h.dtype)
@@ -275,6 +275,6 @@ def gated_recurrence_bwd(
             )
         _add_recurrent(dlogits, width, panels, panel_width, size, carry, row, rows, width)
     for r in range(members):
-        for block in range(width // max(1, size)):
+        for block in range(width // size):
             at = block * size
             copy(carry, r * row + block * room, dinitial, tile[r] * width + at, size)

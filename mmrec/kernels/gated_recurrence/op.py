@@ -40,7 +40,7 @@ from mmrec.kernels.gated_recurrence import kernel
 
 def _panels(weight: Tensor, width: int) -> np.ndarray:
     """The blocks of W (G, P, P) in panels of output columns, one block after the other."""
-    if weight.shape[0] == 0:
+    if weight.numel() == 0:
         return flat(weight)
     return np.concatenate([to_panels(block.t(), width) for block in weight])
 
@@ -70,7 +70,7 @@ def _forward(
         *flat_with_strides(decay_logits),
         _panels(weight, columns),
         columns,
-        weight.shape[-1],
+        max(1, weight.shape[-1]),
         flat(initial_state),
         sequence_bounds,
         tiles,
@@ -123,7 +123,7 @@ def _backward(
         *flat_with_strides(dh),
         _panels(weight.transpose(1, 2), columns),
         columns,
-        weight.shape[-1],
+        max(1, weight.shape[-1]),
         flat(initial_state),
         sequence_bounds,
         tiles,
