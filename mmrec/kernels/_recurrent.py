@@ -85,13 +85,18 @@ def to_panels(weight: Tensor, width: int) -> np.ndarray:
     return panels.view(-1).numpy()
 
 
-def make_tiles(batch: int, time: int, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+def make_tiles(x: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """``sequence_bounds`` (N, 3), and ``tiles`` (M, R): the sequences of each task, -1 for none.
 
     Tiles are as large as leaves one for every thread. Packed sequences are sorted by length,
-    longest first, so that similar lengths share a tile, and tiles go to the threads in turn.
+    longest first, so that similar lengths share a tile, and tiles go to the threads in turn. No sum
+    depends on which sequences share a tile.
+
+    Args:
+        x: (B, T, …), gives the sizes.
+        cu_seqlens: (N + 1,), or None.
     """
-    sequence_bounds = make_sequence_bounds(batch, time, cu_seqlens)
+    sequence_bounds = make_sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
     sequences, threads = len(sequence_bounds), torch.get_num_threads()
     tiles_per_thread = cdiv(sequences, MAX_TILE_ROWS * threads)
     rows = cdiv(sequences, max(1, tiles_per_thread * threads)) or 1

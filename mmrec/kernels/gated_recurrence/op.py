@@ -62,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, gates = empty(z), empty(z, None if save_gates else (0,))
     final_state = empty(initial_state)
-    sequence_bounds, tiles = make_tiles(*z.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(z, cu_seqlens)
     columns = panel_width(tiles.shape[1], z.element_size())
     kernel.gated_recurrence_fwd(
         *flat_with_strides(z),
@@ -115,7 +115,7 @@ def _backward(
     dz, dgate, ddecay = (empty(z) for _ in range(3))
     dweight = weight.new_zeros(weight.shape if weight_needs_grad else (0,))
     dinitial = empty(initial_state)
-    sequence_bounds, tiles = make_tiles(*z.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(z, cu_seqlens)
     columns = panel_width(tiles.shape[1], z.element_size())
     kernel.gated_recurrence_bwd(
         *flat_with_strides(z),

@@ -47,7 +47,7 @@ def _forward(
     h, final_state = empty(projected, size), empty(initial_state)
     saved = empty(projected, (*size[:2], 4 * size[2]) if save else (0,))
     p, rows = (x if batch_first else x.transpose(0, 1) for x in (projected, h))
-    sequence_bounds, tiles = make_tiles(*p.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(p, cu_seqlens)
     columns = panel_width(tiles.shape[1], p.element_size())
     kernel.gru_fwd(
         *flat_with_strides(p),
@@ -99,7 +99,7 @@ def _backward(
     width = weight.shape[1]
     dgates, dinitial = empty(saved), empty(initial_state)
     dh, rows = (x if batch_first else x.transpose(0, 1) for x in (dh, h))
-    sequence_bounds, tiles = make_tiles(*rows.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(rows, cu_seqlens)
     columns = panel_width(tiles.shape[1], h.element_size())
     kernel.gru_bwd(
         *flat_with_strides(dh),

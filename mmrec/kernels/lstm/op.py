@@ -48,7 +48,7 @@ def _forward(
     gates = empty(projected, (*size[:2], 4 * size[2]) if save else (0,))
     cells = empty(projected, size if save else (0,))
     p, rows = (x if batch_first else x.transpose(0, 1) for x in (projected, h))
-    sequence_bounds, tiles = make_tiles(*p.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(p, cu_seqlens)
     columns = panel_width(tiles.shape[1], p.element_size())
     kernel.lstm_fwd(
         *flat_with_strides(p),
@@ -81,9 +81,10 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = (*projected.shape[:2], weight.shape[1])
-    states = (x.new_empty(x.shape) for x in (initial_state, initial_cell))
+    final_state, final_cell = (x.new_empty(x.shape) for x in (initial_state, initial_cell))
     gates = projected.new_empty((*size[:2], 4 * size[2]) if save else (0,))
-    return projected.new_empty(size), *states, gates, projected.new_empty(size if save else (0,))
+    cells = projected.new_empty(size if save else (0,))
+    return projected.new_empty(size), final_state, final_cell, gates, cells
 
 
 def _backward(
@@ -103,7 +104,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dprojected, dinitial, dinitial_cell = empty(gates), empty(initial_cell), empty(initial_cell)
     dh, rows = (x if batch_first else x.transpose(0, 1) for x in (dh, cells))
-    sequence_bounds, tiles = make_tiles(*rows.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(rows, cu_seqlens)
     columns = panel_width(tiles.shape[1], cells.element_size())
     kernel.lstm_bwd(
         *flat_with_strides(dh),
@@ -161,7 +162,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(
     ctx: Any, dh: Tensor | None, dfinal: Tensor | None, dfinal_cell: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    _, _, initial_cell, h, _, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    initial_cell, h = saved[2:4]
     dh = h.new_zeros(()).expand(h.shape) if dh is None else dh
     dfinal, dfinal_cell = (
         torch.zeros_like(initial_cell) if x is None else x for x in (dfinal, dfinal_cell)
@@ -171,7 +173,7 @@ def _gradient(
         dh,
         dfinal,
         dfinal_cell,
-        *ctx.saved_tensors,
+        *saved,
         ctx.batch_first,
         ctx.reverse,
         weight_needs_grad,
