@@ -36,8 +36,8 @@ from mmrec.kernels._math import (
     sigmoid,
 )
 from mmrec.kernels._simd import (
-    REGISTER_BYTES,
     LANES,
+    REGISTER_BYTES,
     _intrinsic,
     _Vector,
     _VectorBuilder,
