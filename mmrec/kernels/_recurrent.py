@@ -1,4 +1,4 @@
-"""What the kernels of GRU and LSTM share: products with a weight that every step uses.
+"""What the kernels of recurrent cells share: products with a weight that every step uses.
 
 A step multiplies the states of a few sequences by the recurrent weight. The weight is laid out once
 per call in *panels* of as many output columns as a block of vector registers holds, in the order in
@@ -16,15 +16,39 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
 from mmrec.kernels._jit import inline_jit
-from mmrec.kernels._math import cdiv, sigmoid
-from mmrec.kernels._simd import REGISTER_BYTES, _VectorBuilder
+from mmrec.kernels._launch import parallel_kernel
+from mmrec.kernels._math import (
+    _C2,
+    _C3,
+    _C4,
+    _C5,
+    _C6,
+    _LN2_HIGH,
+    _LN2_LOW,
+    _LOG2E,
+    _ROUND,
+    _ROUND_BITS,
+    cdiv,
+    sigmoid,
+)
+from mmrec.kernels._simd import (
+    LANES,
+    REGISTER_BYTES,
+    _intrinsic,
+    _Vector,
+    _VectorBuilder,
+    load,
+    store,
+)
 from mmrec.kernels._tensors import (
     check_input,
     check_tensor,
+    flat,
+    flat_with_strides,
     make_sequence_bounds,
     sequence_count,
 )
@@ -61,13 +85,18 @@ def to_panels(weight: Tensor, width: int) -> np.ndarray:
     return panels.view(-1).numpy()
 
 
-def make_tiles(batch: int, time: int, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+def make_tiles(x: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """``sequence_bounds`` (N, 3), and ``tiles`` (M, R): the sequences of each task, -1 for none.
 
     Tiles are as large as leaves one for every thread. Packed sequences are sorted by length,
-    longest first, so that similar lengths share a tile, and tiles go to the threads in turn.
+    longest first, so that similar lengths share a tile, and tiles go to the threads in turn. No sum
+    depends on which sequences share a tile.
+
+    Args:
+        x: (B, T, …), gives the sizes.
+        cu_seqlens: (N + 1,), or None.
     """
-    sequence_bounds = make_sequence_bounds(batch, time, cu_seqlens)
+    sequence_bounds = make_sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
     sequences, threads = len(sequence_bounds), torch.get_num_threads()
     tiles_per_thread = cdiv(sequences, MAX_TILE_ROWS * threads)
     rows = cdiv(sequences, max(1, tiles_per_thread * threads)) or 1
@@ -135,38 +164,40 @@ def work(gates: Tensor) -> float:
 
 
 def add_panels(  # type: ignore[no-untyped-def]
-    x, x_row, panels, width, out, out_row, rows, depth
+    x, x_at, x_row, x_step, panels, at, width, out, out_at, out_row, rows, depth, columns
 ):
-    """out[r, j] += Σ_k x[r, k] w[k, j], where ``panels`` holds all w.
+    """out[r, j] += Σ_k x[r, k] w[k, j] for the ``columns`` columns w of some panels.
 
     Args:
-        x, x_row: flat array of rows; a row begins every ``x_row`` numbers.
-        panels, width: the result of ``to_panels``.
-        out, out_row: the same for the sums; ``out_row`` has room for the last panel.
-        rows, depth: sizes of the product.
+        x, x_at, x_row, x_step: flat array, where its rows begin, and the numbers from a row to the
+            next and from a column to the next.
+        panels, at, width: the result of ``to_panels``, where its panels begin, and their width.
+        out, out_at, out_row: the same for the sums. A row has room for whole panels.
+        rows, depth, columns: sizes of the product.
     """
-    blocks = panels.reshape(-1, depth, width)
     for r in range(rows):
-        for p in range(blocks.shape[0]):
-            place = slice(r * out_row + p * width, r * out_row + (p + 1) * width)
+        for p in range(cdiv(columns, width)):
+            place = slice(out_at + r * out_row + p * width, out_at + r * out_row + (p + 1) * width)
             for k in range(depth):
-                out[place] += x[r * x_row + k] * blocks[p, k]
+                begin = at + (p * depth + k) * width
+                value = x[x_at + r * x_row + k * x_step]
+                out[place] += value * panels[begin : begin + width]
 
 
 def _make_block(rows: int, registers: int) -> Any:
     """The product of that many rows with one panel, which is ``registers`` wide."""
 
-    @intrinsic
-    def block(typing, x, x_at, x_row, panels, at, out, out_at, out_row, depth):  # type: ignore[no-untyped-def]
+    @_intrinsic
+    def block(typing, x, x_at, x_row, x_step, panels, at, out, out_at, out_row, depth):  # type: ignore[no-untyped-def]
         integers = (types.intp,) * 3
-        signature = types.void(x, *integers[:2], panels, types.intp, out, *integers)
+        signature = types.void(x, *integers, panels, types.intp, out, *integers)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_at, x_row, panels, at, out, out_at, out_row, depth = args
+            x, x_at, x_row, x_step, panels, at, out, out_at, out_row, depth = args
             dtype = signature.args[0].dtype
             lanes = REGISTER_BYTES // (dtype.bitwidth // 8)
             vectors = _VectorBuilder(context, builder, dtype, lanes)
-            x, panels, out = (vectors.data(signature.args[n], args[n]) for n in (0, 3, 5))
+            x, panels, out = (vectors.data(signature.args[n], args[n]) for n in (0, 4, 6))
 
             def constant(n: int) -> Any:
                 return ir.Constant(at.type, n)
@@ -183,15 +214,27 @@ def _make_block(rows: int, registers: int) -> Any:
             origin = builder.gep(panels, [at])
             with cgutils.for_range(builder, depth) as loop:
                 column = builder.mul(loop.index, constant(registers * lanes))
-                pieces = [
-                    vectors.load(builder.gep(origin, [builder.add(column, constant(n * lanes))]))
-                    for n in range(registers)
-                ]
-                for r in range(rows):
-                    value = vectors.splat(builder.load(builder.gep(x_rows[r], [loop.index])))
-                    for n in range(registers):
-                        total = sums[r * registers + n]
-                        builder.store(vectors.fma(value, pieces[n], builder.load(total)), total)
+                shift = builder.mul(loop.index, x_step)
+                values = [builder.gep(row, [shift]) for row in x_rows]
+                pieces = [builder.add(column, constant(n * lanes)) for n in range(registers)]
+                products = [(r, n) for r in range(rows) for n in range(registers)]
+                # what there is less of stays in registers: the rows' values, or the pieces
+                if rows < registers:
+                    values = [vectors.splat(builder.load(value)) for value in values]
+                    products.sort(key=lambda pair: pair[1])
+                else:
+                    pieces = [vectors.load(builder.gep(origin, [piece])) for piece in pieces]
+                for r, n in products:
+                    if rows < registers:
+                        if r == 0:
+                            piece = vectors.load(builder.gep(origin, [pieces[n]]))
+                        value = values[r]
+                    else:
+                        if n == 0:
+                            value = vectors.splat(builder.load(values[r]))
+                        piece = pieces[n]
+                    total = sums[r * registers + n]
+                    builder.store(vectors.fma(value, piece, builder.load(total)), total)
             for total, place in zip(sums, targets, strict=True):
                 vectors.store(builder.load(total), place)
             return context.get_dummy_value()
@@ -206,40 +249,41 @@ _one_wide, _two_wide = (_make_block(rows, _FEW_ROWS_REGISTERS) for rows in (1, 2
 
 
 @overload(add_panels)
-def _add_panels(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
-    def compiled(x, x_row, panels, width, out, out_row, rows, depth):  # type: ignore[no-untyped-def]
-        wide = width * x.itemsize > _REGISTERS * REGISTER_BYTES
-        blocks = 1 if wide else (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-        for p in range(panels.size // (depth * width)):
-            at, r = p * depth * width, np.int64(0)
+def _add_panels(  # type: ignore[no-untyped-def]
+    x, x_at, x_row, x_step, panels, at, width, out, out_at, out_row, rows, depth, columns
+):
+    def compiled(  # type: ignore[no-untyped-def]
+        x, x_at, x_row, x_step, panels, at, width, out, out_at, out_row, rows, depth, columns
+    ):
+        few = width * x.itemsize > _REGISTERS * REGISTER_BYTES
+        most = _FEW_ROWS if few else _BLOCK_ROWS
+        blocks = (rows + most - 1) // most
+        for p in range((columns + width - 1) // width):
+            w, r = at + p * depth * width, np.int64(0)
             for block in range(blocks):
-                more = (rows - r + blocks - block - 1) // (blocks - block)
-                x_at, out_at = r * x_row, r * out_row + p * width
-                if wide and more == 1:
-                    _one_wide(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
-                elif wide:
-                    _two_wide(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
-                elif more == 4:
-                    _four(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
-                elif more == 3:
-                    _three(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
-                elif more == 2:
-                    _two(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
+                n = (rows - r + blocks - block - 1) // (blocks - block)
+                i, j = x_at + r * x_row, out_at + r * out_row + p * width
+                if few and n == 1:
+                    _one_wide(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
+                elif few:
+                    _two_wide(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
+                elif n == 4:
+                    _four(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
+                elif n == 3:
+                    _three(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
+                elif n == 2:
+                    _two(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
                 else:
-                    _one(x, x_at, x_row, panels, at, out, out_at, out_row, depth)
-                r += more
+                    _one(x, i, x_row, x_step, panels, w, out, j, out_row, depth)
+                r += n
 
     return compiled
 
 
 @inline_jit
-def tanh(x, one):  # type: ignore[no-untyped-def]
-    """Hyperbolic tangent of a float32 or float64, to an absolute error of a rounding of ``one``.
-
-    ``one`` is 1 in the dtype of x.
-    """
-    half = sigmoid(x + x)
-    return half + half - one
+def padded(columns, width):  # type: ignore[no-untyped-def]
+    """Columns of whole panels that hold so many."""
+    return (columns + width - 1) // width * width
 
 
 @inline_jit
@@ -248,3 +292,202 @@ def copy(source, source_at, target, target_at, width):  # type: ignore[no-untype
     source_at, target_at = np.uint64(source_at), np.uint64(target_at)
     for d in range(np.uint64(width)):
         target[target_at + d] = source[source_at + d]
+
+
+DEPTH = 128
+"""Rows that a weight gradient sums at once, so that they stay in cache."""
+
+
+@parallel_kernel
+def add_weight_gradient(  # type: ignore[no-untyped-def]
+    task, a, a_row, b, b_row, rows, blocks, m, n, width, stripe, dw
+):
+    """dw[g] = Σ_k a_gᵀ[:, k] b_g[k], for the parts a_g (rows, m) and b_g (rows, n) of a and b.
+
+    The parts lie side by side in rows of ``a_row`` and ``b_row`` numbers. dw is (blocks, m, n). A
+    task has ``stripe`` rows of a block; ``width`` is that of panels. Every sum is in the order of
+    rows.
+    """
+    stripes = (m + stripe - 1) // stripe
+    g, top = task // stripes, task % stripes * stripe
+    high = min(stripe, m - top)
+    count = (n + width - 1) // width
+    sums = np.zeros(high * count * width, a.dtype)
+    panels = np.zeros(DEPTH * count * width, a.dtype)
+    left = np.empty(DEPTH * high, a.dtype)
+    for k in range(0, rows, DEPTH):
+        depth = min(DEPTH, rows - k)
+        for i in range(depth):
+            copy(a, (k + i) * a_row + g * m + top, left, i * high, high)
+            for p in range(count):
+                source, size = (k + i) * b_row + g * n + p * width, min(width, n - p * width)
+                copy(b, source, panels, (p * depth + i) * width, size)
+        add_panels(left, 0, 1, high, panels, 0, width, sums, 0, count * width, high, depth, n)
+    for i in range(high):
+        copy(sums, i * count * width, dw, (g * m + top + i) * n, n)
+
+
+def weight_gradient(a: Tensor, b: Tensor, blocks: int = 1) -> Tensor:
+    """The gradient of a weight (blocks, M, N) from a (R, blocks M) and b (R, blocks N).
+
+    Only the last axis of a and b must be dense. torch's own product would depend on the number of
+    threads at some sizes.
+    """
+    m, n, threads = a.shape[1] // blocks, b.shape[1] // blocks, torch.get_num_threads()
+    dw = a.new_empty((blocks, m, n))
+    stripe = cdiv(cdiv(m, max(1, threads // blocks)), _BLOCK_ROWS) * _BLOCK_ROWS
+    add_weight_gradient(
+        *flat_with_strides(a[None])[::2],
+        *flat_with_strides(b[None])[::2],
+        a.shape[0],
+        blocks,
+        m,
+        n,
+        panel_width(_BLOCK_ROWS, a.element_size()),
+        stripe,
+        flat(dw),
+        tasks=blocks * cdiv(m, stripe),
+        work=0.02 * dw.numel() * a.shape[0],
+    )
+    return dw
+
+
+# The functions below are for vectors of up to LANES numbers, on which + - * work too. Written with
+# them, a step of a gate is one loop that reads and writes many arrays.
+
+
+def load_part(array: np.ndarray, at: int, count: int) -> np.ndarray:
+    """The vector of ``count`` <= LANES numbers from array[at] on."""
+    return array[at : at + count].copy()
+
+
+def store_part(array: np.ndarray, at: int, count: int, vector: np.ndarray) -> None:
+    """Write the first ``count`` <= LANES numbers of a vector from array[at] on."""
+    array[at : at + count] = vector
+
+
+def one_minus(x: np.ndarray) -> np.ndarray:
+    """1 - x."""
+    return 1 - x
+
+
+def sigmoids(x: np.ndarray) -> np.ndarray:
+    """Sigmoid, in float32 within 2 units in the last place."""
+    return np.array([sigmoid(value) for value in x], x.dtype)
+
+
+def tanhs(x: np.ndarray) -> np.ndarray:
+    """Hyperbolic tangent as 2 σ(2 x) - 1: its absolute error is a rounding of 1."""
+    half = sigmoids(x + x)
+    return half + half - 1
+
+
+@_intrinsic
+def _load_masked(typing: Any, array: Any, at: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _VectorBuilder(context, builder, array.dtype, LANES)
+        return vectors.load(vectors.element(array, *args[:2]), vectors.first_lanes(args[2]))
+
+    return _Vector(array.dtype)(array, types.intp, types.intp), generate
+
+
+@_intrinsic
+def _store_masked(typing: Any, array: Any, at: Any, count: Any, vector: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _VectorBuilder(context, builder, array.dtype, LANES)
+        place = vectors.element(array, *args[:2])
+        vectors.store(args[3], place, vectors.first_lanes(args[2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, vector), generate
+
+
+def _constant(vectors: Any, value: float) -> Any:
+    return ir.Constant(vectors.type, [value] * vectors.lanes)
+
+
+def _emit_sigmoid(vectors: Any, dtype: Any, x: Any) -> Any:
+    """The steps of ``_math.py``, for a vector."""
+    builder, one = vectors.builder, _constant(vectors, 1.0)
+    limit = 87.0 if dtype == types.float32 else 700.0
+    y = builder.fsub(_constant(vectors, -0.0), x)
+    for sign, value in ((">", limit), ("<", -limit)):  # NaN stays
+        bound = _constant(vectors, value)
+        y = builder.select(builder.fcmp_ordered(sign, y, bound), bound, y)
+    if dtype != types.float32:
+        exponential = vectors._call(f"llvm.exp.{vectors._suffix}", vectors.type, y)
+        return builder.fdiv(one, builder.fadd(one, exponential))
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return vectors.fma(a, b, c)
+
+    rounding = _constant(vectors, float(_ROUND))
+    shifted = fma(y, _constant(vectors, float(_LOG2E)), rounding)
+    n = builder.fsub(shifted, rounding)
+    r = fma(n, _constant(vectors, -float(_LN2_HIGH)), y)
+    r = fma(n, _constant(vectors, -float(_LN2_LOW)), r)
+    p = _constant(vectors, float(_C6))
+    for coefficient in (_C5, _C4, _C3, _C2, 1.0, 1.0):
+        p = fma(r, p, _constant(vectors, float(coefficient)))
+    integers = ir.VectorType(ir.IntType(32), vectors.lanes)
+
+    def integer(value: int) -> Any:
+        return ir.Constant(integers, [value] * vectors.lanes)
+
+    bits = builder.sub(builder.bitcast(shifted, integers), integer(int(_ROUND_BITS) - 127))
+    power = builder.bitcast(builder.shl(bits, integer(23)), vectors.type)
+    return builder.fdiv(one, fma(p, power, one))
+
+
+@_intrinsic
+def _one_minus(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _VectorBuilder(context, builder, x.dtype, LANES)
+        return builder.fsub(_constant(vectors, 1.0), args[0])
+
+    return x(x), generate
+
+
+@_intrinsic
+def _sigmoids(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _VectorBuilder(context, builder, x.dtype, LANES)
+        return _emit_sigmoid(vectors, x.dtype, args[0])
+
+    return x(x), generate
+
+
+@_intrinsic
+def _tanhs(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _VectorBuilder(context, builder, x.dtype, LANES)
+        half = _emit_sigmoid(vectors, x.dtype, builder.fadd(args[0], args[0]))
+        return vectors.fma(half, _constant(vectors, 2.0), _constant(vectors, -1.0))
+
+    return x(x), generate
+
+
+@overload(load_part)
+def _load_part(array, at, count):  # type: ignore[no-untyped-def]
+    def compiled(array, at, count):  # type: ignore[no-untyped-def]
+        if count < LANES:
+            return _load_masked(array, at, count)
+        return load(array, at)
+
+    return compiled
+
+
+@overload(store_part)
+def _store_part(array, at, count, vector):  # type: ignore[no-untyped-def]
+    def compiled(array, at, count, vector):  # type: ignore[no-untyped-def]
+        if count < LANES:
+            _store_masked(array, at, count, vector)
+        else:
+            store(array, at, vector)
+
+    return compiled
+
+
+overload(one_minus)(lambda x: lambda x: _one_minus(x))
+overload(sigmoids)(lambda x: lambda x: _sigmoids(x))
+overload(tanhs)(lambda x: lambda x: _tanhs(x))

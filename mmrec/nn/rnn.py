@@ -24,8 +24,26 @@ Layer = Callable[..., tuple[Tensor, States]]
 """One direction of one layer: (input, weights, states, options of the op) to (output, states)."""
 
 
+MIN_STEPS = 8
+"""Steps below which laying out the weights costs more than it saves."""
+MIN_LSTM_WORK = 2**21
+"""Multiplications per gate below which torch's LSTM is faster."""
+
+
+def _is_worthwhile(module: nn.RNNBase, sequences: int, steps: int) -> bool:
+    """Whether the kernels are faster than torch at this size.
+
+    torch's GRU is slow at every size. Its LSTM is slow at fewer: it has less to do per call, and
+    several threads share the product of one step.
+    """
+    if isinstance(module, nn.GRU):
+        return steps >= MIN_STEPS
+    work = sequences * steps * module.hidden_size**2
+    return steps >= MIN_STEPS and sequences >= torch.get_num_threads() and work >= MIN_LSTM_WORK
+
+
 def _takes(module: nn.RNNBase, input: Any, states: Any) -> bool:
-    """Whether the kernels take this call: one without mistakes, on the CPU.
+    """Whether the kernels take this call: without mistakes, on the CPU, and not too small.
 
     Args:
         module: its sizes and weights.
@@ -40,13 +58,17 @@ def _takes(module: nn.RNNBase, input: Any, states: Any) -> bool:
         return False
     if x.shape[-1] != module.input_size or x.ndim not in ((2,) if packed else (2, 3)):
         return False
+    unbatched = x.ndim == 2 and not packed
+    if packed:
+        sequences, steps = int(input.batch_sizes[0]), len(input.batch_sizes)
+    else:
+        sequences, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
+        if unbatched:
+            sequences, steps = 1, x.shape[0]
+    if not _is_worthwhile(module, sequences, steps):
+        return False
     tensors = [getattr(module, name) for name in module._flat_weights_names]
     if states is not None:
-        unbatched = x.ndim == 2 and not packed
-        if packed:
-            sequences = int(input.batch_sizes[0])
-        else:
-            sequences = 1 if unbatched else x.shape[0 if module.batch_first else 1]
         layers = module.num_layers * (2 if module.bidirectional else 1)
         shape = (layers, *([] if unbatched else [sequences]), module.hidden_size)
         if not all(isinstance(state, Tensor) and state.shape == shape for state in states):
@@ -148,7 +170,8 @@ def _run(
 def _gru_layer(
     x: Tensor, weights: list[Tensor], states: States | None, **options: Any
 ) -> tuple[Tensor, States]:
-    w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
     output, final = gru(F.linear(x, w_ih, b_ih), w_hh, b_hh, *(states or (None,)), **options)
     return output, (final,)
 
@@ -168,8 +191,8 @@ class GRU(nn.GRU):
     ``torch.nn.GRU``, and this class is a subclass of it. Where ``torch.nn.GRU`` computes in
     bfloat16 or float16, the recurrence here is float32 inside.
 
-    Tensors on other devices and transforms of ``torch.func`` take torch's own forward pass.
-    Gradients are those of the first order.
+    Tensors on other devices, transforms of ``torch.func`` and calls of few steps take torch's own
+    forward pass. Gradients of the kernel are those of the first order.
     """
 
     def forward(  # type: ignore[override]
@@ -190,7 +213,7 @@ class GRU(nn.GRU):
         """
         states = None if hx is None else (hx,)
         if not _takes(self, input, states):
-            return super().forward(input, hx)  # type: ignore[arg-type,no-any-return]
+            return super().forward(input, hx)
         output, (state,) = _run(self, input, states, _gru_layer)
         return output, state
 
@@ -198,8 +221,9 @@ class GRU(nn.GRU):
 class LSTM(nn.LSTM):
     """``torch.nn.LSTM`` with the kernel ``mmrec.kernels.lstm``.
 
-    What ``GRU`` says of ``torch.nn.GRU`` holds here of ``torch.nn.LSTM``. With ``proj_size``,
-    torch's own forward pass runs.
+    What ``GRU`` says of ``torch.nn.GRU`` holds here of ``torch.nn.LSTM``. torch's own forward pass
+    also runs with ``proj_size``, for fewer sequences than threads, and for little work, where it is
+    as fast.
     """
 
     def forward(  # type: ignore[override]
@@ -221,6 +245,6 @@ class LSTM(nn.LSTM):
         states = tuple(hx) if isinstance(hx, tuple | list) else None
         mistaken = hx is not None and (states is None or len(states) != 2)
         if mistaken or not _takes(self, input, states):
-            return super().forward(input, hx)  # type: ignore[arg-type,no-any-return]
+            return super().forward(input, hx)
         output, (state, cell) = _run(self, input, states, _lstm_layer)
         return output, (state, cell)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrec import nn
 from mmrec.kernels import gated_recurrence, scan
 from mmrec.kernels.gated_recurrence import reference as recurrence_reference
 from mmrec.kernels.scan import reference as scan_reference
@@ -347,8 +348,8 @@ def _compare_cumprods(shape: tuple[int, ...], effort: Effort, report: Report) ->
 def recurrence_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
     """List the cases of the gated recurrence, against torch.nn.GRU and LSTM of the same width.
 
-    GRU and LSTM include their input projections, which torch does not offer separately; their
-    weights get gradients too. mmrec has rows for the recurrence alone and with its projection.
+    The recurrence alone has a case of its own. The layers include their input projections, which
+    torch does not offer separately; their weights get gradients too.
 
     Args:
         shapes: shapes (B, T, D); None for RECURRENCE_SHAPES.
@@ -398,19 +399,19 @@ def _compare_recurrences(shape: tuple[int, ...], effort: Effort, report: Report)
 def _time_recurrent_layers(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
     """Time whole layers: projection and recurrence, with gradients of the input and all weights."""
     width, x, upstream = shape[2], torch.randn(shape, requires_grad=True), torch.randn(shape)
-    projection = torch.nn.Linear(width, 3 * width)
-    weight = torch.nn.Parameter(torch.randn(width, width) * width**-0.5)
-    gru = torch.nn.GRU(width, width, batch_first=True)
-    lstm = torch.nn.LSTM(width, width, batch_first=True)
+    modules: dict[str, torch.nn.Module] = {
+        "mmrec.nn.GatedRecurrence": nn.GatedRecurrence(width, width, batch_first=True),
+        "mmrec.nn.GRU": nn.GRU(width, width, batch_first=True),
+        "mmrec.nn.LSTM": nn.LSTM(width, width, batch_first=True),
+        "torch.nn.GRU": torch.nn.GRU(width, width, batch_first=True),
+        "torch.nn.LSTM": torch.nn.LSTM(width, width, batch_first=True),
+    }
 
-    def layer() -> Tensor:
-        z, gate, decay = projection(x).chunk(3, -1)
-        return gated_recurrence(z, gate, decay, weight)[0]
+    def output(module: torch.nn.Module) -> Callable[[], Tensor]:
+        return lambda: module(x)[0]
 
     layers: list[tuple[str, Callable[[], Tensor], list[Tensor]]] = [
-        ("mmrec with projection", layer, [x, weight, *projection.parameters()]),
-        ("torch.nn.GRU", lambda: gru(x)[0], [x, *gru.parameters()]),
-        ("torch.nn.LSTM", lambda: lstm(x)[0], [x, *lstm.parameters()]),
+        (name, output(module), [x, *module.parameters()]) for name, module in modules.items()
     ]
 
     def both(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:

@@ -13,7 +13,9 @@ from mmrec.kernels.cumprod import reference as cumprod_reference
 from mmrec.kernels.fused_linear_cross_entropy import reference as loss_reference
 from mmrec.kernels.gated_delta_rule import reference as delta_rule_reference
 from mmrec.kernels.gated_recurrence import reference as recurrence_reference
+from mmrec.kernels.gru import reference as gru_reference
 from mmrec.kernels.kda import reference as kda_reference
+from mmrec.kernels.lstm import reference as lstm_reference
 from mmrec.kernels.min_gru_mixer import reference as mixer_reference
 from mmrec.kernels.relu_squared import reference as relu_reference
 from mmrec.kernels.rmsnorm_conv1d import reference as norm_reference
@@ -48,6 +50,12 @@ CASES = {
         kernels.gated_recurrence,
         recurrence_reference.gated_recurrence,
         [*[(2, 5, 4)] * 3, (2, 2, 2), (2, 4)],
+    ),
+    "gru": Case(kernels.gru, gru_reference.gru, [(2, 5, 12), (12, 4), (12,), (2, 4)]),
+    "lstm": Case(
+        lambda p, w, h: kernels.lstm(p, w, h, h)[:1],
+        lambda p, w, h: lstm_reference.lstm(p, w, h, h)[:1],
+        [(2, 5, 16), (16, 4), (2, 4)],
     ),
     "gated_delta_rule": Case(
         lambda *x: kernels.gated_delta_rule(*x[:5], None, x[5], True, **DELTA_RULE_OPTIONS),

@@ -24,36 +24,67 @@ longest comes first: the sequences that have not ended yet are always the first 
 
 import numpy as np
 
-from mmrec.kernels._bf16 import read
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._math import cdiv, sigmoid
-from mmrec.kernels._simd import add_product
-
-DEPTH = 128
-"""Steps that dW sums at once, so that their rows of dg stay in cache."""
-
-
-@inline_jit
-def _add_recurrent(x, w, size, out, rows, width):
-    """out += x @ block_diag(w) for x and out (rows, width); w (G, size, size), or empty."""
-    if w.size > 0:
-        for at in range(0, width, size):
-            add_product(x, at, width, 1, w, at * size, size, out, at, width, rows, size, size)
+from mmrec.kernels._recurrent import (
+    add_panels,
+    copy,
+    load_part,
+    one_minus,
+    padded,
+    sigmoids,
+    store_part,
+)
+from mmrec.kernels._simd import LANES, fma
 
 
 @inline_jit
-def _step(z, z_at, f, f_at, state, gates, at, h, h_at, input_decay, width):
-    """One step of one sequence. gates holds h_{t-1} W + g_t before, and s_t after."""
-    z_at, f_at, at, h_at = np.uint64(z_at), np.uint64(f_at), np.uint64(at), np.uint64(h_at)
-    one = h.dtype.type(1)
-    for d in range(np.uint64(width)):
-        gates[at + d] = sigmoid(gates[at + d])
-    for d in range(np.uint64(width)):
-        gamma = sigmoid(f[f_at + d])
-        new = (one - input_decay * gamma) * z[z_at + d] * gates[at + d] + gamma * state[at + d]
-        state[at + d] = new
-        h[h_at + d] = new
+def _add_recurrent(x, x_row, panels, panel_width, size, out, out_row, rows, width):
+    """out += x @ block_diag(w) for x and out (rows, D); ``panels`` holds the blocks, or nothing."""
+    if panels.size > 0:
+        length = panels.size // (width // size)
+        for block in range(width // size):
+            at = block * size
+            add_panels(
+                x,
+                at,
+                x_row,
+                1,
+                panels,
+                block * length,
+                panel_width,
+                out,
+                block * padded(size, panel_width),
+                out_row,
+                rows,
+                size,
+                size,
+            )
+
+
+@inline_jit
+def _copy_blocks(source, source_at, target, target_at, size, room, width):
+    """Copy D numbers whose blocks of ``size`` lie ``room`` apart in the target."""
+    for block in range(width // size):
+        copy(source, source_at + block * size, target, target_at + block * room, size)
+
+
+@inline_jit
+def _step(z, z_at, f, f_at, state, state_at, gates, at, room, h, s, h_at, scale, size, width):
+    """One step of one sequence. gates holds h_{t-1} W + g_t; s is written unless empty."""
+    for block in range(0, width, size):
+        for d in range(0, size, LANES):
+            n, j = min(LANES, size - d), block + d
+            gate = sigmoids(load_part(gates, at + block // size * room + d, n))
+            gamma = sigmoids(load_part(f, f_at + j, n))
+            source = load_part(z, z_at + j, n)
+            if scale:
+                source = one_minus(gamma) * source
+            new = fma(gamma, load_part(state, state_at + j, n), source * gate)
+            store_part(state, state_at + j, n, new)
+            store_part(h, h_at + j, n, new)
+            if s.size > 0:
+                store_part(s, h_at + j, n, gate)
 
 
 @parallel_kernel
@@ -68,7 +99,8 @@ def gated_recurrence_fwd(
     f,
     f_sb,
     f_st,
-    w,
+    panels,
+    panel_width,
     size,
     initial,
     sequence_bounds,
@@ -81,33 +113,46 @@ def gated_recurrence_fwd(
 ):
     """Fill h (B, T, D), final (N, D) and, unless it is empty, s (B, T, D) for the backward pass.
 
-    w (G, P, P) or empty; size is P; initial (N, D).
+    ``panels`` holds the blocks of W, one after the other, or nothing; size is P; initial (N, D).
     """
     width = initial.size // max(1, sequence_bounds.shape[0])
-    input_decay = h.dtype.type(scale_input)
+    room = padded(size, panel_width)
+    row = width // size * room
     tile = tiles[task]
     members = (tile >= 0).sum()
     state = np.empty(members * width, h.dtype)
-    gates = np.empty_like(state)
+    gates = np.zeros(members * row, h.dtype)
     for r in range(members):
-        read(initial, tile[r] * width, state, r * width, width)
+        copy(initial, tile[r] * width, state, r * width, width)
     rows = members
     for t in range(sequence_bounds[tile[0], 2] - sequence_bounds[tile[0], 1]):
         while sequence_bounds[tile[rows - 1], 1] + t >= sequence_bounds[tile[rows - 1], 2]:
             rows -= 1
         for r in range(rows):
             b, at = sequence_bounds[tile[r], 0], sequence_bounds[tile[r], 1] + t
-            read(g, b * g_sb + at * g_st, gates, r * width, width)
-        _add_recurrent(state, w, size, gates, rows, width)
+            _copy_blocks(g, b * g_sb + at * g_st, gates, r * row, size, room, width)
+        _add_recurrent(state, width, panels, panel_width, size, gates, row, rows, width)
         for r in range(rows):
             b, at = sequence_bounds[tile[r], 0], sequence_bounds[tile[r], 1] + t
-            z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
-            here = (b * time + at) * width
-            _step(z, z_at, f, f_at, state, gates, r * width, h, here, input_decay, width)
-            if s.size > 0:
-                read(gates, r * width, s, here, width)
+            _step(
+                z,
+                b * z_sb + at * z_st,
+                f,
+                b * f_sb + at * f_st,
+                state,
+                r * width,
+                gates,
+                r * row,
+                room,
+                h,
+                s,
+                (b * time + at) * width,
+                scale_input,
+                size,
+                width,
+            )
     for r in range(members):
-        read(state, r * width, final, tile[r] * width, width)
+        copy(state, r * width, final, tile[r] * width, width)
 
 
 @inline_jit
@@ -126,38 +171,31 @@ def _step_back(
     df,
     here,
     carry,
-    gamma,
-    dlogits,
     at,
-    input_decay,
+    room,
+    dlogits,
+    dlogits_at,
+    scale,
+    size,
     width,
 ):
     """One step back of one sequence. carry holds u_t - dh_t before, and γ_t u_t after."""
-    z_at, f_at, dh_at, before_at, here, at = (
-        np.uint64(z_at),
-        np.uint64(f_at),
-        np.uint64(dh_at),
-        np.uint64(before_at),
-        np.uint64(here),
-        np.uint64(at),
-    )
-    one = s.dtype.type(1)
-    width = np.uint64(width)
-    # Short loops, because LLVM does not vectorise one that writes many arrays: it cannot prove
-    # that they do not overlap.
-    for d in range(width):
-        gamma[at + d] = sigmoid(f[f_at + d])
-    for d in range(width):
-        carry[at + d] += dh[dh_at + d]
-        dz[here + d] = carry[at + d] * (one - input_decay * gamma[at + d]) * s[here + d]
-    for d in range(width):
-        dlogits[at + d] = dz[here + d] * z[z_at + d] * (one - s[here + d])
-        dg[here + d] = dlogits[at + d]
-    for d in range(width):
-        slope = carry[at + d] * gamma[at + d] * (one - gamma[at + d])
-        df[here + d] = slope * (before[before_at + d] - input_decay * z[z_at + d] * s[here + d])
-    for d in range(width):
-        carry[at + d] *= gamma[at + d]
+    for block in range(0, width, size):
+        for d in range(0, size, LANES):
+            n, j, k = min(LANES, size - d), block + d, at + block // size * room + d
+            gamma, gate = sigmoids(load_part(f, f_at + j, n)), load_part(s, here + j, n)
+            u = load_part(carry, k, n) + load_part(dh, dh_at + j, n)
+            source = load_part(z, z_at + j, n)
+            dsource = u * one_minus(gamma) * gate if scale else u * gate
+            dlogit = dsource * source * one_minus(gate)
+            value = load_part(before, before_at + j, n)
+            if scale:
+                value = value - source * gate
+            store_part(dz, here + j, n, dsource)
+            store_part(dg, here + j, n, dlogit)
+            store_part(dlogits, dlogits_at + j, n, dlogit)
+            store_part(df, here + j, n, u * gamma * one_minus(gamma) * value)
+            store_part(carry, k, n, u * gamma)
 
 
 @parallel_kernel
@@ -172,7 +210,8 @@ def gated_recurrence_bwd(
     dh,
     dh_sb,
     dh_st,
-    wt,
+    panels,
+    panel_width,
     size,
     initial,
     sequence_bounds,
@@ -187,15 +226,19 @@ def gated_recurrence_bwd(
     dinitial,
     scale_input,
 ):
-    """Fill dz, dg, df (B, T, D) and dinitial (N, D); wt holds the transposed blocks of W."""
+    """Fill dz, dg, df (B, T, D) and dinitial (N, D); ``panels`` holds the transposed blocks of W.
+
+    Without W, ``panels`` is empty, and size is D; it is never 0.
+    """
     width = initial.size // max(1, sequence_bounds.shape[0])
-    input_decay = h.dtype.type(scale_input)
+    room = padded(size, panel_width)
+    row = width // size * room
     tile = tiles[task]
     members = (tile >= 0).sum()
-    carry = np.empty(members * width, h.dtype)
-    gamma, dlogits = np.empty_like(carry), np.empty_like(carry)
+    carry = np.zeros(members * row, h.dtype)
+    dlogits = np.empty(members * width, h.dtype)
     for r in range(members):
-        read(dfinal, tile[r] * width, carry, r * width, width)
+        _copy_blocks(dfinal, tile[r] * width, carry, r * row, size, room, width)
     rows = 0
     for t in range(sequence_bounds[tile[0], 2] - sequence_bounds[tile[0], 1] - 1, -1, -1):
         while (
@@ -206,98 +249,32 @@ def gated_recurrence_bwd(
             n = tile[r]
             b, at = sequence_bounds[n, 0], sequence_bounds[n, 1] + t
             here = (b * time + at) * width
-            z_at, f_at = b * z_sb + at * z_st, b * f_sb + at * f_st
-            dh_at = b * dh_sb + at * dh_st
-            if t > 0:
-                _step_back(
-                    z,
-                    z_at,
-                    f,
-                    f_at,
-                    dh,
-                    dh_at,
-                    h,
-                    here - width,
-                    s,
-                    dz,
-                    dg,
-                    df,
-                    here,
-                    carry,
-                    gamma,
-                    dlogits,
-                    r * width,
-                    input_decay,
-                    width,
-                )
-            else:
-                _step_back(
-                    z,
-                    z_at,
-                    f,
-                    f_at,
-                    dh,
-                    dh_at,
-                    initial,
-                    n * width,
-                    s,
-                    dz,
-                    dg,
-                    df,
-                    here,
-                    carry,
-                    gamma,
-                    dlogits,
-                    r * width,
-                    input_decay,
-                    width,
-                )
-        _add_recurrent(dlogits, wt, size, carry, rows, width)
+            before, before_at = (h, here - width) if t > 0 else (initial, n * width)
+            _step_back(
+                z,
+                b * z_sb + at * z_st,
+                f,
+                b * f_sb + at * f_st,
+                dh,
+                b * dh_sb + at * dh_st,
+                before,
+                before_at,
+                s,
+                dz,
+                dg,
+                df,
+                here,
+                carry,
+                r * row,
+                room,
+                dlogits,
+                r * width,
+                scale_input,
+                size,
+                width,
+            )
+        _add_recurrent(dlogits, width, panels, panel_width, size, carry, row, rows, width)
     for r in range(members):
-        read(carry, r * width, dinitial, tile[r] * width, width)
-
-
-@parallel_kernel
-def gated_recurrence_weight_gradient(task, h, initial, dg, sequence_bounds, time, size, stripe, dw):
-    """dw (G, P, P) += Σ_t h_{t-1}ᵀ dg_t; size is P; a task has ``stripe`` rows of a block."""
-    width = initial.size // max(1, sequence_bounds.shape[0])
-    stripes = cdiv(size, stripe)
-    left = task // stripes * size
-    top = left + task % stripes * stripe
-    rows = min(stripe, left + size - top)
-    for n in range(sequence_bounds.shape[0]):
-        steps = sequence_bounds[n, 2] - sequence_bounds[n, 1]
-        at = (sequence_bounds[n, 0] * time + sequence_bounds[n, 1]) * width
-        if steps > 0:
-            add_product(
-                initial,
-                n * width + top,
-                1,
-                width,
-                dg,
-                at + left,
-                width,
-                dw,
-                top * size,
-                size,
-                rows,
-                1,
-                size,
-            )
-        for t in range(0, steps - 1, DEPTH):
-            here, depth = at + t * width, min(DEPTH, steps - 1 - t)
-            add_product(
-                h,
-                here + top,
-                1,
-                width,
-                dg,
-                here + width + left,
-                width,
-                dw,
-                top * size,
-                size,
-                rows,
-                depth,
-                size,
-            )
+        for block in range(width // size):
+            at = block * size
+            copy(carry, r * row + block * room, dinitial, tile[r] * width + at, size)

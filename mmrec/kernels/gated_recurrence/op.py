@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.kernels._math import cdiv
+from mmrec.kernels._recurrent import (
+    make_tiles,
+    panel_width,
+    states_before,
+    to_panels,
+    weight_gradient,
+)
 from mmrec.kernels._register import register
 from mmrec.kernels._tensors import (
     broadcast_to,
@@ -23,7 +29,6 @@ from mmrec.kernels._tensors import (
     empty,
     flat,
     flat_with_strides,
-    make_sequence_bounds,
     promote,
     require_finite,
     resolve_initial_state,
@@ -32,30 +37,12 @@ from mmrec.kernels._tensors import (
 )
 from mmrec.kernels.gated_recurrence import kernel
 
-MAX_TILE_ROWS = 8
-"""Sequences in a tile at most, so that their sums fit the vector registers."""
-MAX_STRIPE = 128
-"""Rows of dW in a task at most; the more rows, the less often dg is read."""
 
-
-def _make_tiles(z: Tensor, cu_seqlens: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """``sequence_bounds`` (N, 3), and ``tiles`` (M, R): the sequences of each task, -1 for none.
-
-    Tiles are as large as leaves one for every thread. Tiling never shows in the results, because no
-    sum depends on which sequences share a tile. Packed sequences are sorted by length, longest
-    first, so that similar lengths share a tile, and tiles go to the threads in turn.
-    """
-    sequence_bounds = make_sequence_bounds(z.shape[0], z.shape[1], cu_seqlens)
-    sequences, threads = len(sequence_bounds), torch.get_num_threads()
-    tiles_per_thread = cdiv(sequences, MAX_TILE_ROWS * threads)
-    rows = cdiv(sequences, max(1, tiles_per_thread * threads)) or 1
-    tiles = np.full((cdiv(sequences, rows), rows), -1)
-    order = tiles.reshape(-1)[:sequences]
-    if cu_seqlens is None:
-        order[:] = np.arange(sequences)
-        return sequence_bounds, tiles
-    order[:] = np.argsort(sequence_bounds[:, 1] - sequence_bounds[:, 2], kind="stable")
-    return sequence_bounds, np.concatenate([tiles[first::threads] for first in range(threads)])
+def _panels(weight: Tensor, width: int) -> np.ndarray:
+    """The blocks of W (G, P, P) in panels of output columns, one block after the other."""
+    if weight.numel() == 0:
+        return flat(weight)
+    return np.concatenate([to_panels(block.t(), width) for block in weight])
 
 
 def _work(z: Tensor, weight: Tensor) -> float:
@@ -75,13 +62,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, gates = empty(z), empty(z, None if save_gates else (0,))
     final_state = empty(initial_state)
-    sequence_bounds, tiles = _make_tiles(z, cu_seqlens)
+    sequence_bounds, tiles = make_tiles(z, cu_seqlens)
+    columns = panel_width(tiles.shape[1], z.element_size())
     kernel.gated_recurrence_fwd(
         *flat_with_strides(z),
         *flat_with_strides(gate_logits),
         *flat_with_strides(decay_logits),
-        flat(weight),
-        weight.shape[-1],
+        _panels(weight, columns),
+        columns,
+        max(1, weight.shape[-1]),
         flat(initial_state),
         sequence_bounds,
         tiles,
@@ -126,13 +115,15 @@ def _backward(
     dz, dgate, ddecay = (empty(z) for _ in range(3))
     dweight = weight.new_zeros(weight.shape if weight_needs_grad else (0,))
     dinitial = empty(initial_state)
-    sequence_bounds, tiles = _make_tiles(z, cu_seqlens)
+    sequence_bounds, tiles = make_tiles(z, cu_seqlens)
+    columns = panel_width(tiles.shape[1], z.element_size())
     kernel.gated_recurrence_bwd(
         *flat_with_strides(z),
         *flat_with_strides(decay_logits),
         *flat_with_strides(dh),
-        flat(weight.transpose(1, 2)),
-        weight.shape[-1],
+        _panels(weight.transpose(1, 2), columns),
+        columns,
+        max(1, weight.shape[-1]),
         flat(initial_state),
         sequence_bounds,
         tiles,
@@ -149,20 +140,9 @@ def _backward(
         work=_work(z, weight),
     )
     if dweight.numel():
-        rows_per_thread = cdiv(z.shape[2], torch.get_num_threads())
-        stripe = min(MAX_STRIPE, cdiv(rows_per_thread, MAX_TILE_ROWS) * MAX_TILE_ROWS)
-        kernel.gated_recurrence_weight_gradient(
-            flat(h),
-            flat(initial_state),
-            flat(dgate),
-            sequence_bounds,
-            z.shape[1],
-            weight.shape[-1],
-            stripe,
-            flat(dweight),
-            tasks=weight.shape[0] * cdiv(weight.shape[-1], stripe),
-            work=_work(z, weight),
-        )
+        before = states_before(h, initial_state, cu_seqlens, True, False)
+        rows = (before.flatten(0, 1), dgate.flatten(0, 1))
+        dweight = weight_gradient(*rows, weight.shape[0])
     return dz, dgate, ddecay, dweight, dinitial
 
 

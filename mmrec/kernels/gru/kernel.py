@@ -32,39 +32,38 @@ import numpy as np
 
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._math import sigmoid
-from mmrec.kernels._recurrent import add_panels, copy, tanh
+from mmrec.kernels._recurrent import (
+    add_panels,
+    copy,
+    load_part,
+    one_minus,
+    padded,
+    sigmoids,
+    store_part,
+    tanhs,
+)
+from mmrec.kernels._simd import LANES, fma
 
 
 @inline_jit
-def _begin(p, p_at, bias, gates, at, width):
-    """gates: the inputs and biases of r and z, and the bias of v."""
-    p_at, at, d2, d3 = np.uint64(p_at), np.uint64(at), np.uint64(2 * width), np.uint64(3 * width)
-    for d in range(d2):
-        gates[at + d] = p[p_at + d] + bias[d]
-    for d in range(d2, d3):
-        gates[at + d] = bias[d]
-
-
-@inline_jit
-def _step(p, p_at, gates, at, state, state_at, h, h_at, s, s_at, width):
-    """One step of one sequence. gates holds the logits of r and z, and v."""
-    p_n, r, v, h_at = np.uint64(p_at + 2 * width), np.uint64(at), np.uint64(at + 2 * width), h_at
-    z, state_at, h_at = np.uint64(at + width), np.uint64(state_at), np.uint64(h_at)
-    one = h.dtype.type(1)
-    for d in range(np.uint64(2 * width)):
-        gates[r + d] = sigmoid(gates[r + d])
-    if s.size > 0:
-        copy(gates, at, s, s_at, 3 * width)
-    for d in range(np.uint64(width)):
-        gates[v + d] = tanh(p[p_n + d] + gates[r + d] * gates[v + d], one)
-    if s.size > 0:
-        copy(gates, at + 2 * width, s, s_at + 3 * width, width)
-    for d in range(np.uint64(width)):
-        n = gates[v + d]
-        state[state_at + d] = n + gates[z + d] * (state[state_at + d] - n)
-    for d in range(np.uint64(width)):
-        h[h_at + d] = state[state_at + d]
+def _step(p, p_at, product, at, state, state_at, h, h_at, s, s_at, width):
+    """One step of one sequence. product holds U h_{t-1} + b; s is written unless empty."""
+    for d in range(0, width, LANES):
+        n = min(LANES, width - d)
+        r = sigmoids(load_part(p, p_at + d, n) + load_part(product, at + d, n))
+        place = width + d
+        z = sigmoids(load_part(p, p_at + place, n) + load_part(product, at + place, n))
+        place = 2 * width + d
+        v = load_part(product, at + place, n)
+        new = tanhs(fma(r, v, load_part(p, p_at + place, n)))
+        h_t = fma(z, load_part(state, state_at + d, n) - new, new)
+        store_part(state, state_at + d, n, h_t)
+        store_part(h, h_at + d, n, h_t)
+        if s.size > 0:
+            store_part(s, s_at + d, n, r)
+            store_part(s, s_at + width + d, n, z)
+            store_part(s, s_at + 2 * width + d, n, v)
+            store_part(s, s_at + 3 * width + d, n, new)
 
 
 @parallel_kernel
@@ -91,11 +90,11 @@ def gru_fwd(
     s has the layout of h with 4D in place of D. ``reverse`` runs from the last step to the first.
     """
     width = bias.size // 3
-    row = (bias.size + panel_width - 1) // panel_width * panel_width
+    row = padded(bias.size, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     state = np.empty(members * width, h.dtype)
-    gates = np.zeros(members * row, h.dtype)
+    product = np.zeros(members * row, h.dtype)
     for r in range(members):
         copy(initial, tile[r] * width, state, r * width, width)
     rows = members
@@ -103,48 +102,45 @@ def gru_fwd(
         while sequence_bounds[tile[rows - 1], 1] + t >= sequence_bounds[tile[rows - 1], 2]:
             rows -= 1
         for r in range(rows):
-            b, first, end = sequence_bounds[tile[r]]
-            at = end - 1 - t if reverse else first + t
-            _begin(p, b * p_sb + at * p_st, bias, gates, r * row, width)
-        add_panels(state, width, panels, panel_width, gates, row, rows, width)
+            copy(bias, 0, product, r * row, 3 * width)
+        add_panels(
+            state, 0, width, 1, panels, 0, panel_width, product, 0, row, rows, width, 3 * width
+        )
         for r in range(rows):
             b, first, end = sequence_bounds[tile[r]]
             at = end - 1 - t if reverse else first + t
             p_at, h_at = b * p_sb + at * p_st, b * h_sb + at * h_st
-            _step(p, p_at, gates, r * row, state, r * width, h, h_at, s, 4 * h_at, width)
+            _step(p, p_at, product, r * row, state, r * width, h, h_at, s, 4 * h_at, width)
     for r in range(members):
         copy(state, r * width, final, tile[r] * width, width)
 
 
 @inline_jit
-def _step_back(s, s_at, before, before_at, dh, dh_at, dg, carry, at, width):
-    """One step back of one sequence. carry holds u_t - dh_t before, and z_t u_t after.
+def _step_back(s, s_at, before, before_at, dh, dh_at, dg, carry, at, dproduct, dproduct_at, width):
+    """One step back of one sequence.
 
-    s and dg have the same places.
+    carry holds u_t - dh_t before, and z_t u_t after. dg has the places of s; dproduct is its part
+    that is multiplied, for all sequences of the tile one after the other.
     """
-    before_at, dh_at, at, count = (
-        np.uint64(before_at),
-        np.uint64(dh_at),
-        np.uint64(at),
-        np.uint64(width),
-    )
-    i0, i1 = np.uint64(s_at), np.uint64(s_at + width)
-    i2, i3 = np.uint64(s_at + 2 * width), np.uint64(s_at + 3 * width)
-    one = s.dtype.type(1)
-    for d in range(count):
-        carry[at + d] += dh[dh_at + d]
-    for d in range(count):  # dn
-        z, n = s[i1 + d], s[i3 + d]
-        dg[i3 + d] = carry[at + d] * (one - z) * (one - n * n)
-    for d in range(count):  # dv
-        dg[i0 + d] = dg[i3 + d] * s[i0 + d]
-    for d in range(count):  # dr
-        dg[i1 + d] = dg[i0 + d] * s[i2 + d] * (one - s[i0 + d])
-    for d in range(count):  # dz
-        z, n = s[i1 + d], s[i3 + d]
-        dg[i2 + d] = carry[at + d] * (before[before_at + d] - n) * z * (one - z)
-    for d in range(count):
-        carry[at + d] *= s[i1 + d]
+    for d in range(0, width, LANES):
+        n = min(LANES, width - d)
+        r, z = load_part(s, s_at + d, n), load_part(s, s_at + width + d, n)
+        v = load_part(s, s_at + 2 * width + d, n)
+        new = load_part(s, s_at + 3 * width + d, n)
+        u = load_part(dh, dh_at + d, n) + load_part(carry, at + d, n)
+        dnew = u * one_minus(z) * one_minus(new * new)
+        dv = dnew * r
+        dr = dv * v * one_minus(r)
+        zu = z * u
+        dz = zu * (load_part(before, before_at + d, n) - new) * one_minus(z)
+        store_part(carry, at + d, n, zu)
+        store_part(dg, s_at + d, n, dv)
+        store_part(dg, s_at + width + d, n, dr)
+        store_part(dg, s_at + 2 * width + d, n, dz)
+        store_part(dg, s_at + 3 * width + d, n, dnew)
+        store_part(dproduct, dproduct_at + d, n, dv)
+        store_part(dproduct, dproduct_at + width + d, n, dr)
+        store_part(dproduct, dproduct_at + 2 * width + d, n, dz)
 
 
 @parallel_kernel
@@ -169,11 +165,11 @@ def gru_bwd(
 ):
     """Fill dg with dv, dr, dz, dn, in the layout of s, and dinitial (N, D)."""
     width = initial.size // max(1, sequence_bounds.shape[0])
-    row = (width + panel_width - 1) // panel_width * panel_width
+    row = padded(width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     carry = np.zeros(members * row, h.dtype)
-    logits = np.empty(members * 3 * width, h.dtype)
+    dproduct = np.empty(members * 3 * width, h.dtype)
     for r in range(members):
         copy(dfinal, tile[r] * width, carry, r * row, width)
     rows = 0
@@ -187,12 +183,24 @@ def gru_bwd(
             at = end - 1 - t if reverse else first + t
             h_at, dh_at = b * h_sb + at * h_st, b * dh_sb + at * dh_st
             if t > 0:
-                before_at = h_at + h_st if reverse else h_at - h_st
-                _step_back(s, 4 * h_at, h, before_at, dh, dh_at, dg, carry, r * row, width)
+                before, before_at = h, h_at + h_st if reverse else h_at - h_st
             else:
-                before_at = tile[r] * width
-                _step_back(s, 4 * h_at, initial, before_at, dh, dh_at, dg, carry, r * row, width)
-            copy(dg, 4 * h_at, logits, r * 3 * width, 3 * width)
-        add_panels(logits, 3 * width, panels, panel_width, carry, row, rows, 3 * width)
+                before, before_at = initial, tile[r] * width
+            _step_back(
+                s,
+                4 * h_at,
+                before,
+                before_at,
+                dh,
+                dh_at,
+                dg,
+                carry,
+                r * row,
+                dproduct,
+                r * 3 * width,
+                width,
+            )
+        depth = 3 * width
+        add_panels(dproduct, 0, depth, 1, panels, 0, panel_width, carry, 0, row, rows, depth, width)
     for r in range(members):
         copy(carry, r * row, dinitial, tile[r] * width, width)

@@ -16,6 +16,7 @@ from mmrec.kernels._recurrent import (
     panel_width,
     states_before,
     to_panels,
+    weight_gradient,
     work,
 )
 from mmrec.kernels._register import register
@@ -46,7 +47,7 @@ def _forward(
     h, final_state = empty(projected, size), empty(initial_state)
     saved = empty(projected, (*size[:2], 4 * size[2]) if save else (0,))
     p, rows = (x if batch_first else x.transpose(0, 1) for x in (projected, h))
-    sequence_bounds, tiles = make_tiles(*p.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(p, cu_seqlens)
     columns = panel_width(tiles.shape[1], p.element_size())
     kernel.gru_fwd(
         *flat_with_strides(p),
@@ -93,11 +94,12 @@ def _backward(
     cu_seqlens: Tensor | None,
     batch_first: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     width = weight.shape[1]
     dgates, dinitial = empty(saved), empty(initial_state)
     dh, rows = (x if batch_first else x.transpose(0, 1) for x in (dh, h))
-    sequence_bounds, tiles = make_tiles(*rows.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(rows, cu_seqlens)
     columns = panel_width(tiles.shape[1], h.element_size())
     kernel.gru_bwd(
         *flat_with_strides(dh),
@@ -115,7 +117,12 @@ def _backward(
         tasks=len(tiles),
         work=work(saved),
     )
-    return dgates, dinitial
+    if not weight_needs_grad:
+        return dgates, weight.new_empty(0), dinitial
+    before = states_before(h, initial_state, cu_seqlens, batch_first, reverse)
+    dproduct = dgates[..., : 3 * width].flatten(0, 1)  # of v, r, z
+    (dweight,) = weight_gradient(dproduct, before.flatten(0, 1))
+    return dgates, dweight.roll(-width, 0), dinitial
 
 
 def _backward_fake(
@@ -128,8 +135,10 @@ def _backward_fake(
     cu_seqlens: Tensor | None,
     batch_first: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return saved.new_empty(saved.shape), initial_state.new_empty(initial_state.shape)
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape if weight_needs_grad else (0,))
+    return saved.new_empty(saved.shape), dweight, initial_state.new_empty(initial_state.shape)
 
 
 def _setup_context(
@@ -149,23 +158,31 @@ def _gradient(
     width = weight.shape[1]
     dh = h.new_zeros(()).expand(h.shape) if dh is None else dh
     dfinal = torch.zeros_like(initial_state) if dfinal is None else dfinal
-    dgates, dinitial = _backward_op(
-        dh, dfinal, weight, initial_state, h, saved, cu_seqlens, ctx.batch_first, ctx.reverse
+    weight_needs_grad, bias_needs_grad = ctx.needs_input_grad[1:3]
+    dgates, dweight, dinitial = _backward_op(
+        dh,
+        dfinal,
+        weight,
+        initial_state,
+        h,
+        saved,
+        cu_seqlens,
+        ctx.batch_first,
+        ctx.reverse,
+        weight_needs_grad,
     )
-    dproduct = dgates[..., : 3 * width].flatten(0, 1)  # of v, r, z
-    dweight = dbias = None
-    if ctx.needs_input_grad[1]:
-        before = states_before(h, initial_state, cu_seqlens, ctx.batch_first, ctx.reverse)
-        dweight = torch.mm(dproduct.t(), before.flatten(0, 1)).roll(-width, 0)
-    if ctx.needs_input_grad[2]:
-        dbias = dproduct.sum(0).roll(-width, 0)
+    dbias = None
+    if bias_needs_grad:
+        dbias = dgates[..., : 3 * width].flatten(0, 1).sum(0).roll(-width)
+    dweight = dweight if weight_needs_grad else None
     return dgates[..., width:], dweight, dbias, dinitial, None, None, None, None
 
 
 _backward_op = register(
     "gru_bwd",
     "(Tensor dh, Tensor dfinal, Tensor weight, Tensor initial_state, Tensor h, Tensor saved, "
-    "Tensor? cu_seqlens, bool batch_first, bool reverse) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, bool batch_first, bool reverse, bool weight_needs_grad) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

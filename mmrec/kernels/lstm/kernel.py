@@ -24,29 +24,39 @@ import numpy as np
 
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._math import sigmoid
-from mmrec.kernels._recurrent import add_panels, copy, tanh
+from mmrec.kernels._recurrent import (
+    add_panels,
+    copy,
+    load_part,
+    one_minus,
+    padded,
+    sigmoids,
+    store_part,
+    tanhs,
+)
+from mmrec.kernels._simd import LANES, fma, zeros
 
 
 @inline_jit
-def _step(gates, at, state, cell, state_at, h, h_at, width):
-    """One step of one sequence. gates holds logits before, and the gates after."""
-    i, f = np.uint64(at), np.uint64(at + width)
-    g, o = np.uint64(at + 2 * width), np.uint64(at + 3 * width)
-    state_at, h_at, count = np.uint64(state_at), np.uint64(h_at), np.uint64(width)
-    one = h.dtype.type(1)
-    for d in range(np.uint64(2 * width)):
-        gates[i + d] = sigmoid(gates[i + d])
-    for d in range(count):
-        gates[g + d] = tanh(gates[g + d], one)
-    for d in range(count):
-        gates[o + d] = sigmoid(gates[o + d])
-    for d in range(count):
-        cell[state_at + d] = gates[f + d] * cell[state_at + d] + gates[i + d] * gates[g + d]
-    for d in range(count):
-        state[state_at + d] = gates[o + d] * tanh(cell[state_at + d], one)
-    for d in range(count):
-        h[h_at + d] = state[state_at + d]
+def _step(gates, at, state, cell, state_at, h, h_at, s, c, width):
+    """One step of one sequence. gates holds p + U h_{t-1}; s and c are written unless empty."""
+    for d in range(0, width, LANES):
+        n = min(LANES, width - d)
+        i = sigmoids(load_part(gates, at + d, n))
+        f = sigmoids(load_part(gates, at + width + d, n))
+        g = tanhs(load_part(gates, at + 2 * width + d, n))
+        o = sigmoids(load_part(gates, at + 3 * width + d, n))
+        c_t = fma(f, load_part(cell, state_at + d, n), i * g)
+        h_t = o * tanhs(c_t)
+        store_part(cell, state_at + d, n, c_t)
+        store_part(state, state_at + d, n, h_t)
+        store_part(h, h_at + d, n, h_t)
+        if s.size > 0:
+            store_part(c, h_at + d, n, c_t)
+            store_part(s, 4 * h_at + d, n, i)
+            store_part(s, 4 * h_at + width + d, n, f)
+            store_part(s, 4 * h_at + 2 * width + d, n, g)
+            store_part(s, 4 * h_at + 3 * width + d, n, o)
 
 
 @parallel_kernel
@@ -76,7 +86,7 @@ def lstm_fwd(
     ``reverse`` runs from the last step to the first.
     """
     width = initial.size // max(1, sequence_bounds.shape[0])
-    row = (4 * width + panel_width - 1) // panel_width * panel_width
+    row = padded(4 * width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
     state, cell = np.empty(members * width, h.dtype), np.empty(members * width, h.dtype)
@@ -92,15 +102,14 @@ def lstm_fwd(
             b, first, end = sequence_bounds[tile[r]]
             at = end - 1 - t if reverse else first + t
             copy(p, b * p_sb + at * p_st, gates, r * row, 4 * width)
-        add_panels(state, width, panels, panel_width, gates, row, rows, width)
+        add_panels(
+            state, 0, width, 1, panels, 0, panel_width, gates, 0, row, rows, width, 4 * width
+        )
         for r in range(rows):
             b, first, end = sequence_bounds[tile[r]]
             at = end - 1 - t if reverse else first + t
             h_at = b * h_sb + at * h_st
-            _step(gates, r * row, state, cell, r * width, h, h_at, width)
-            if s.size > 0:
-                copy(gates, r * row, s, 4 * h_at, 4 * width)
-                copy(cell, r * width, c, h_at, width)
+            _step(gates, r * row, state, cell, r * width, h, h_at, s, c, width)
     for r in range(members):
         copy(state, r * width, final, tile[r] * width, width)
         copy(cell, r * width, final_cell, tile[r] * width, width)
@@ -108,41 +117,36 @@ def lstm_fwd(
 
 @inline_jit
 def _step_back(
-    s, s_at, c, c_at, before, before_at, dh, dh_at, dp, carry, at, dcell, cell_at, width
+    s, c, c_at, before, before_at, dh, dh_at, dp, carry, at, dcell, mine, dproduct, width
 ):
-    """One step back of one sequence. carry holds u_t - dh_t before, and 0 after.
+    """One step back of one sequence.
 
-    dcell holds f_{t+1} w_{t+1} + dc_t before, and f_t w_t after. s and dp have the same places.
+    carry holds u_t - dh_t before and 0 after, and dcell f_{t+1} w_{t+1} + dc_t before and
+    f_t w_t after. dp has the places of s; dproduct is the same for all sequences side by side.
     """
-    c_at, before_at, dh_at, at, cell_at, count = (
-        np.uint64(c_at),
-        np.uint64(before_at),
-        np.uint64(dh_at),
-        np.uint64(at),
-        np.uint64(cell_at),
-        np.uint64(width),
-    )
-    i, f = np.uint64(s_at), np.uint64(s_at + width)
-    g, o = np.uint64(s_at + 2 * width), np.uint64(s_at + 3 * width)
-    one = s.dtype.type(1)
-    for d in range(count):
-        carry[at + d] = (carry[at + d] + dh[dh_at + d]) * s[o + d]  # u o
-    for d in range(count):  # tanh(c), for now
-        dp[o + d] = tanh(c[c_at + d], one)
-    for d in range(count):
-        dcell[cell_at + d] += carry[at + d] * (one - dp[o + d] * dp[o + d])
-    for d in range(count):
-        dp[o + d] *= carry[at + d] * (one - s[o + d])
-    for d in range(count):
-        dp[i + d] = dcell[cell_at + d] * s[g + d] * s[i + d] * (one - s[i + d])
-    for d in range(count):
-        dp[g + d] = dcell[cell_at + d] * s[i + d] * (one - s[g + d] * s[g + d])
-    for d in range(count):
-        dcell[cell_at + d] *= s[f + d]  # f w
-    for d in range(count):
-        dp[f + d] = dcell[cell_at + d] * before[before_at + d] * (one - s[f + d])
-    for d in range(count):
-        carry[at + d] = 0
+    s_at, out_at = 4 * c_at, 4 * mine
+    for d in range(0, width, LANES):
+        n = min(LANES, width - d)
+        i, f = load_part(s, s_at + d, n), load_part(s, s_at + width + d, n)
+        g, o = load_part(s, s_at + 2 * width + d, n), load_part(s, s_at + 3 * width + d, n)
+        uo = (load_part(dh, dh_at + d, n) + load_part(carry, at + d, n)) * o
+        tanh_c = tanhs(load_part(c, c_at + d, n))
+        w = load_part(dcell, mine + d, n) + uo * one_minus(tanh_c * tanh_c)
+        do = uo * tanh_c * one_minus(o)
+        wi, wf = w * i, w * f
+        di = wi * g * one_minus(i)
+        df = wf * load_part(before, before_at + d, n) * one_minus(f)
+        dg = wi * one_minus(g * g)
+        store_part(carry, at + d, n, zeros(c))
+        store_part(dcell, mine + d, n, wf)
+        store_part(dp, s_at + d, n, di)
+        store_part(dp, s_at + width + d, n, df)
+        store_part(dp, s_at + 2 * width + d, n, dg)
+        store_part(dp, s_at + 3 * width + d, n, do)
+        store_part(dproduct, out_at + d, n, di)
+        store_part(dproduct, out_at + width + d, n, df)
+        store_part(dproduct, out_at + 2 * width + d, n, dg)
+        store_part(dproduct, out_at + 3 * width + d, n, do)
 
 
 @parallel_kernel
@@ -169,11 +173,12 @@ def lstm_bwd(
 ):
     """Fill dp, the gradient of p, in the layout of s, and dinitial and dinitial_cell (N, D)."""
     width = initial_cell.size // max(1, sequence_bounds.shape[0])
-    row = (width + panel_width - 1) // panel_width * panel_width
+    row = padded(width, panel_width)
     tile = tiles[task]
     members = (tile >= 0).sum()
-    carry, dcell = np.zeros(members * row, c.dtype), np.empty(members * width, c.dtype)
-    logits = np.empty(members * 4 * width, c.dtype)
+    carry = np.zeros(members * row, c.dtype)
+    dcell = np.empty(members * width, c.dtype)
+    dproduct = np.empty(members * 4 * width, c.dtype)
     for r in range(members):
         copy(dfinal, tile[r] * width, carry, r * row, width)
         copy(dfinal_cell, tile[r] * width, dcell, r * width, width)
@@ -189,43 +194,27 @@ def lstm_bwd(
             c_at, dh_at = b * c_sb + at * c_st, b * dh_sb + at * dh_st
             here, mine = r * row, r * width
             if t > 0:
-                before_at = c_at + c_st if reverse else c_at - c_st
-                _step_back(
-                    s,
-                    4 * c_at,
-                    c,
-                    c_at,
-                    c,
-                    before_at,
-                    dh,
-                    dh_at,
-                    dp,
-                    carry,
-                    here,
-                    dcell,
-                    mine,
-                    width,
-                )
+                before, before_at = c, c_at + c_st if reverse else c_at - c_st
             else:
                 before, before_at = initial_cell, tile[r] * width
-                _step_back(
-                    s,
-                    4 * c_at,
-                    c,
-                    c_at,
-                    before,
-                    before_at,
-                    dh,
-                    dh_at,
-                    dp,
-                    carry,
-                    here,
-                    dcell,
-                    mine,
-                    width,
-                )
-            copy(dp, 4 * c_at, logits, r * 4 * width, 4 * width)
-        add_panels(logits, 4 * width, panels, panel_width, carry, row, rows, 4 * width)
+            _step_back(
+                s,
+                c,
+                c_at,
+                before,
+                before_at,
+                dh,
+                dh_at,
+                dp,
+                carry,
+                here,
+                dcell,
+                mine,
+                dproduct,
+                width,
+            )
+        depth = 4 * width
+        add_panels(dproduct, 0, depth, 1, panels, 0, panel_width, carry, 0, row, rows, depth, width)
     for r in range(members):
         copy(carry, r * row, dinitial, tile[r] * width, width)
         copy(dcell, r * width, dinitial_cell, tile[r] * width, width)

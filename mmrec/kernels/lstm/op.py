@@ -16,6 +16,7 @@ from mmrec.kernels._recurrent import (
     panel_width,
     states_before,
     to_panels,
+    weight_gradient,
     work,
 )
 from mmrec.kernels._register import register
@@ -47,7 +48,7 @@ def _forward(
     gates = empty(projected, (*size[:2], 4 * size[2]) if save else (0,))
     cells = empty(projected, size if save else (0,))
     p, rows = (x if batch_first else x.transpose(0, 1) for x in (projected, h))
-    sequence_bounds, tiles = make_tiles(*p.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(p, cu_seqlens)
     columns = panel_width(tiles.shape[1], p.element_size())
     kernel.lstm_fwd(
         *flat_with_strides(p),
@@ -80,9 +81,10 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = (*projected.shape[:2], weight.shape[1])
-    states = (x.new_empty(x.shape) for x in (initial_state, initial_cell))
+    final_state, final_cell = (x.new_empty(x.shape) for x in (initial_state, initial_cell))
     gates = projected.new_empty((*size[:2], 4 * size[2]) if save else (0,))
-    return projected.new_empty(size), *states, gates, projected.new_empty(size if save else (0,))
+    cells = projected.new_empty(size if save else (0,))
+    return projected.new_empty(size), final_state, final_cell, gates, cells
 
 
 def _backward(
@@ -90,16 +92,19 @@ def _backward(
     dfinal: Tensor,
     dfinal_cell: Tensor,
     weight: Tensor,
+    initial_state: Tensor,
     initial_cell: Tensor,
+    h: Tensor,
     gates: Tensor,
     cells: Tensor,
     cu_seqlens: Tensor | None,
     batch_first: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dprojected, dinitial, dinitial_cell = empty(gates), empty(initial_cell), empty(initial_cell)
     dh, rows = (x if batch_first else x.transpose(0, 1) for x in (dh, cells))
-    sequence_bounds, tiles = make_tiles(*rows.shape[:2], cu_seqlens)
+    sequence_bounds, tiles = make_tiles(rows, cu_seqlens)
     columns = panel_width(tiles.shape[1], cells.element_size())
     kernel.lstm_bwd(
         *flat_with_strides(dh),
@@ -119,7 +124,11 @@ def _backward(
         tasks=len(tiles),
         work=work(gates),
     )
-    return dprojected, dinitial, dinitial_cell
+    if not weight_needs_grad:
+        return dprojected, weight.new_empty(0), dinitial, dinitial_cell
+    before = states_before(h, initial_state, cu_seqlens, batch_first, reverse)
+    (dweight,) = weight_gradient(dprojected.flatten(0, 1), before.flatten(0, 1))
+    return dprojected, dweight, dinitial, dinitial_cell
 
 
 def _backward_fake(
@@ -127,15 +136,19 @@ def _backward_fake(
     dfinal: Tensor,
     dfinal_cell: Tensor,
     weight: Tensor,
+    initial_state: Tensor,
     initial_cell: Tensor,
+    h: Tensor,
     gates: Tensor,
     cells: Tensor,
     cu_seqlens: Tensor | None,
     batch_first: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = initial_cell.shape
-    return gates.new_empty(gates.shape), gates.new_empty(shape), gates.new_empty(shape)
+    dweight = weight.new_empty(weight.shape if weight_needs_grad else (0,))
+    return gates.new_empty(gates.shape), dweight, gates.new_empty(shape), gates.new_empty(shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,35 +162,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(
     ctx: Any, dh: Tensor | None, dfinal: Tensor | None, dfinal_cell: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    weight, initial_state, initial_cell, h, gates, cells, cu_seqlens = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    initial_cell, h = saved[2:4]
     dh = h.new_zeros(()).expand(h.shape) if dh is None else dh
     dfinal, dfinal_cell = (
         torch.zeros_like(initial_cell) if x is None else x for x in (dfinal, dfinal_cell)
     )
-    dprojected, dinitial, dinitial_cell = _backward_op(
+    weight_needs_grad = ctx.needs_input_grad[1]
+    dprojected, dweight, dinitial, dinitial_cell = _backward_op(
         dh,
         dfinal,
         dfinal_cell,
-        weight,
-        initial_cell,
-        gates,
-        cells,
-        cu_seqlens,
+        *saved,
         ctx.batch_first,
         ctx.reverse,
+        weight_needs_grad,
     )
-    dweight = None
-    if ctx.needs_input_grad[1]:
-        before = states_before(h, initial_state, cu_seqlens, ctx.batch_first, ctx.reverse)
-        dweight = torch.mm(dprojected.flatten(0, 1).t(), before.flatten(0, 1))
+    dweight = dweight if weight_needs_grad else None
     return dprojected, dweight, dinitial, dinitial_cell, None, None, None, None
 
 
 _backward_op = register(
     "lstm_bwd",
-    "(Tensor dh, Tensor dfinal, Tensor dfinal_cell, Tensor weight, Tensor initial_cell, "
-    "Tensor gates, Tensor cells, Tensor? cu_seqlens, bool batch_first, bool reverse) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor dh, Tensor dfinal, Tensor dfinal_cell, Tensor weight, Tensor initial_state, "
+    "Tensor initial_cell, Tensor h, Tensor gates, Tensor cells, Tensor? cu_seqlens, "
+    "bool batch_first, bool reverse, bool weight_needs_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
