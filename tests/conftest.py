@@ -98,3 +98,11 @@ def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
     trainer = Trainer(folder, corpus, model, config, "tiny", echo=lines.append, **options)
     trainer.lines = lines  # type: ignore[attr-defined]
     return trainer
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Call bytes by their number in the names of tests: compressed ones hold the time of day.
+
+    The workers of pytest-xdist must find the same names, and they do not start in the same second.
+    """
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
