@@ -31,7 +31,7 @@ from typing import Any
 import h5py
 import numpy as np
 from mutations import mutate
-from outputs import add_force, check_results
+from outputs import add_add, add_force, check_results, write_runs
 
 from mmrec.errors import InputError
 from mmrec.profiling.kernel_bench import describe_machine
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files that went wrong")
     parser.add_argument("--json", type=Path)
+    add_add(parser)
     add_force(parser)
     options = parser.parse_args()
     if options.json:
@@ -324,7 +325,7 @@ def main() -> None:
     }
     print(json.dumps(result["counts"], indent=1))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_runs(options.json, result, add=options.add)
     raise SystemExit(any(counts[b] for b in BAD))
 
 

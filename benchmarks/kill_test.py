@@ -33,7 +33,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from outputs import add_force, check_results
+from outputs import add_add, add_force, check_results, write_runs
 
 from mmrec.checkpoint.checkpoint import load_model
 from mmrec.checkpoint.hdf5 import read_json
@@ -337,6 +337,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json"
     )
+    add_add(parser)
     add_force(parser)
     args = parser.parse_args()
     check_results(parser, args, args.out)
@@ -353,12 +354,13 @@ def main() -> None:
     total = {n: sum(r[n] for r in results.values()) for n in ("kills", "steps", "log_lines_equal")}
     result = {
         "machine": describe_machine(),
+        "seed": args.seed,
         "omp_threads": os.environ.get("OMP_NUM_THREADS"),
         **total,
         "seconds": round(time.monotonic() - begin),
         "scenarios": results,
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_runs(args.out, result, add=args.add)
     print(
         f"{total['kills']} kills, {total['steps']} steps: {total['log_lines_equal']} log lines and "
         "all arrays equal bit for bit"
