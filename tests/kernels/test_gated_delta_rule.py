@@ -1,5 +1,6 @@
 """Gated delta rule: against its reference and other packages, gradcheck, the laws, and recall."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from mmrec.kernels import (
     delta_rule,
@@ -114,6 +116,29 @@ def test_long_sequences_stay_exact() -> None:
     single[3] *= 0.02  # slow decay, long memory
     normalised = {"use_qk_l2norm_in_kernel": True}
     laws.agrees(partial(run, **normalised), partial(exact, **normalised), single, 2e-5)
+
+
+def test_gradient_of_strong_decay_is_exact() -> None:
+    """Σ g dg per head, which is the gradient of A_log where g = -exp(A_log) softplus(…).
+
+    Every number that goes into it is tiny where the decay is strong, beside those in dq and dv.
+    """
+    double = inputs(1, 64, 16, 16)[:5]
+    double[3] = -torch.linspace(1, 16, 16) * softplus(torch.randn(1, 64, 16).double() + 1)
+    upstream = torch.randn(1, 64, 16, 16)
+
+    def log_rate_gradient(form: Callable[..., Any], dtype: torch.dtype) -> Tensor:
+        q, k, v, g, beta = (x.float().to(dtype) for x in double)
+        g.requires_grad_()
+        out = form(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]
+        (dg,) = torch.autograd.grad(out, g, upstream.to(dtype))
+        return (g * dg).detach().double().sum((0, 1))
+
+    want = log_rate_gradient(reference.gated_delta_rule, torch.float64)
+    plain = ((log_rate_gradient(reference.chunked, SINGLE) - want) / want).abs().max()
+    error = ((log_rate_gradient(gated_delta_rule, SINGLE) - want) / want).abs().max()
+    assert error < 2e-5
+    assert error < 2 * plain
 
 
 @pytest.mark.parametrize("shift", [-200.0, -30.0, 30.0, 200.0])

@@ -36,9 +36,14 @@ for a triangle:
 (The errors of a chunk solve (I + P diag β) u = v - γ Sᵀ k̂. Its adjoint is (I + Pᵀ diag β) de = dE.
 G writes both inverses without a division by β.)
 
-Let x_t = <gradient of S_t from later steps, S_t>. Scaling S shows that
-x_{t-1} = x_t + q̂_t·dq̂_t - v_t·dv_t, and that the gradient of log α_t is x_{t-1}. Each chunk starts
-this sum anew from <A, S>, so that its rounding does not grow with T.
+α_i is a factor of Γ_ts for s < i <= t, of γ_t for t >= i, of η_s for s < i, and of γ_C. So the
+gradient of log α_i is the sum of these times their gradients:
+
+    Σ_{s<i<=t} M_ts (do_t·e_s) - P_ts (dv_t·e_s)  +  Σ_{t>=i} γ_t (q̂_t·(S do_t) - k̂_t·(S dv_t))
+    + Σ_{s<i} η_s k̂_s·(A e_s)  +  γ_C <A, S>
+
+Every term has the factor α_i, so the sum is exact for strong decay too. (A running sum of
+q̂_t·dq̂_t - v_t·dv_t is shorter, but its terms lack that factor: they cancel, and rounding remains.)
 
 All scratch arrays are flat. Both passes pad K and V with zeros to whole vectors. A task is one
 value head of one sequence. Heads are independent, so tasks share nothing that they write.
@@ -422,8 +427,8 @@ def _fill_decays(alpha, count, width, decay, stride):
 
 
 @inline_jit
-def _gram(x, x_at, x_stride, yt, y_stride, decay, steps, depth, out, stride):
-    """out[t, s] = Γ_ts (row t of x) · (column s of yt) for s <= t, else 0."""
+def _gram(x, x_at, x_stride, yt, y_stride, steps, depth, out, stride):
+    """out[t, s] = (row t of x) · (column s of yt) for s <= t, and anything for s > t."""
     for j in range(0, steps, LANES):
         rows = steps - j
         for t in range(steps):
@@ -444,9 +449,34 @@ def _gram(x, x_at, x_stride, yt, y_stride, decay, steps, depth, out, stride):
             LANES,
             FULL,
         )
-        for t in range(j, steps):
-            at = t * stride + j
-            store(out, at, load(out, at) * load(decay, at))
+
+
+@inline_jit
+def _multiply(x, y, count):
+    """x *= y for whole vectors."""
+    for i in range(0, count, LANES):
+        store(x, i, load(x, i) * load(y, i))
+
+
+@inline_jit
+def _log_decay_gradient(change, to_end_change, from_start_change, steps, pad, stride, x, out):
+    """out[i] = the gradient of log α_i, from the changes by each decay.
+
+    Args:
+        change: one number per pair of steps, Γ times its gradient, zero for s > t.
+        to_end_change: (C) η times its gradient, zero from ``steps`` on; overwritten.
+        from_start_change: (C) γ times its gradient.
+        x: γ_C times its gradient.
+    """
+    for i in range(steps - 1, -1, -1):
+        total = zeros(change)
+        for j in range(0, pad, LANES):
+            store(to_end_change, j, load(to_end_change, j) + load(change, i * stride + j))
+        to_end_change[i] = 0  # the decays from step i on do not have the factors α_i, α_{i-1}, …
+        for j in range(0, pad, LANES):
+            total = total + load(to_end_change, j)
+        x += from_start_change[i]
+        out[i] = x + add_lanes(total)
 
 
 @inline_jit
@@ -489,9 +519,6 @@ def gated_delta_rule_bwd(
     k,
     k_sb,
     k_st,
-    v,
-    v_sb,
-    v_st,
     g,
     g_sb,
     g_st,
@@ -518,7 +545,7 @@ def gated_delta_rule_bwd(
     """Fill dq, dk (B, T, HV, K), dv (B, T, HV, V), dg, db (B, T, HV).
 
     dstate (N, HV, K, V) goes from dS_T to dS_0. The arguments up to chunk_states are those of the
-    forward pass. Each value head has its own rows of dq and dk.
+    forward pass, without v. Each value head has its own rows of dq and dk.
     """
     time, value_heads, values = dv.shape[1:]
     keys, dtype = dstate.shape[2], dstate.dtype
@@ -549,12 +576,14 @@ def gated_delta_rule_bwd(
     # one number per pair of steps
     decay, pairs = np.empty(chunk_size * cs, dtype), np.empty(chunk_size * cs, dtype)
     solved, scores = np.empty(chunk_size * cs, dtype), np.empty(chunk_size * cs, dtype)
+    change = np.empty(chunk_size * cs, dtype)
     # one number per step
     alpha, beta = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
     from_start, minus_from_start = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
     to_end, minus_beta = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
     q_factor, k_factor = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
-    x_change, pair = np.empty(chunk_size, dtype), np.empty(2, dtype)
+    to_end_change, from_start_change = np.empty(chunk_size, dtype), np.empty(chunk_size, dtype)
+    dlog_alpha, pair = np.empty(chunk_size, dtype), np.empty(2, dtype)
     _load_transposed(dstates, task * block, keys, values, at, ks)
     for chunk in range(cdiv(end - begin, chunk_size) - 1, -1, -1):
         t = begin + chunk * chunk_size
@@ -584,15 +613,23 @@ def gated_delta_rule_bwd(
             minus_beta[i] = -beta[i]
 
         # dE, then de, then dV and dβ
-        _gram(qk, k_begin, ks, kt, cs, decay, steps, width, pairs, cs)
+        _gram(qk, k_begin, ks, kt, cs, steps, width, pairs, cs)
+        _multiply(pairs, decay, steps * cs)
         for i in range(steps):
             pairs[i * cs + i] = 0
         _solve(pairs, beta, steps, pad, pair, solved, cs)
-        _gram(qk, q_begin, ks, kt, cs, decay, steps, width, scores, cs)
+        _gram(qk, q_begin, ks, kt, cs, steps, width, scores, cs)
+        _multiply(scores, decay, steps * cs)
         et[:] = 0
         add_tiled_product(at, 0, ks, 1, kt, 0, cs, et, 0, cs, value_width, width, pad, FULL)
         _transpose_rows(et, 0, cs, value_width, pad, der, vs)
+        here = (row * time + t) * value_heads * values + v_at
+        _load_rows(errors_flat, here, value_heads * values, steps, values, er, 0, vs)
+        er[steps * vs : pad * vs] = 0
         _scale_rows(der, 0, vs, steps, value_width, to_end, der, 0)
+        to_end_change[:] = 0
+        for i in range(steps):
+            to_end_change[i] = beta[i] * _dot(der, i * vs, er, i * vs, value_width)
         add_tiled_product(
             scores, 0, 1, cs, dor, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
@@ -600,31 +637,37 @@ def gated_delta_rule_bwd(
         add_tiled_product(
             solved, 0, 1, cs, dod, 0, vs, der, 0, vs, steps, steps, value_width, UPPER
         )
-        here = (row * time + t) * value_heads * values + v_at
-        _load_rows(errors_flat, here, value_heads * values, steps, values, er, 0, vs)
-        er[steps * vs : pad * vs] = 0
         for i in range(steps):
             slope = beta[i] * (one - beta[i]) if b_is_logit else one
             db[row, t + i, head] = slope * _dot(der, i * vs, er, i * vs, value_width)
         _scale_rows(er, 0, vs, steps, value_width, beta, er, 0)
         _scale_rows(der, 0, vs, steps, value_width, beta, der, 0)
         _store_rows(der, 0, vs, steps, values, dvs, here, value_heads * values)
-        _load_rows(v, row * v_sb + t * v_st + v_at, v_st, steps, values, dod, 0, vs)
-        for i in range(steps):
-            x_change[i] = -_dot(dod, i * vs, der, i * vs, value_width)
 
         # dQ̂ and dK̂
         _scale_rows(dor, 0, vs, steps, value_width, from_start, dod, 0)
         _scale_rows(der, 0, vs, steps, value_width, minus_from_start, dod, v_begin)
         dqk[: 2 * steps * ks] = 0
         add_tiled_product(dod, 0, vs, 1, st, 0, ks, dqk, 0, ks, 2 * steps, value_width, width, FULL)
+        for i in range(steps):
+            at_q, at_k = i * ks, k_begin + i * ks
+            by_q, by_k = _dot(qk, at_q, dqk, at_q, width), _dot(qk, at_k, dqk, at_k, width)
+            from_start_change[i] = by_q + by_k
         _transpose_rows(er, 0, vs, pad, value_width, et, cs)
-        _gram(dor, 0, vs, et, cs, decay, steps, value_width, scores, cs)
+        _gram(dor, 0, vs, et, cs, steps, value_width, solved, cs)
+        for i in range(0, steps * cs, LANES):
+            raw = load(solved, i)
+            store(change, i, raw * load(scores, i))
+            store(scores, i, raw * load(decay, i))
         add_tiled_product(scores, 0, cs, 1, qk, k_begin, ks, dqk, 0, ks, steps, steps, width, LOWER)
         add_tiled_product(
             scores, 0, 1, cs, qk, q_begin, ks, dqk, k_begin, ks, steps, steps, width, UPPER
         )
-        _gram(der, 0, vs, et, cs, decay, steps, value_width, pairs, cs)
+        _gram(der, 0, vs, et, cs, steps, value_width, solved, cs)
+        for i in range(0, steps * cs, LANES):
+            raw = load(solved, i)
+            store(change, i, load(change, i) - raw * load(pairs, i))
+            store(pairs, i, raw * load(decay, i))
         _scale_rows(er, 0, vs, steps, value_width, to_end, der, 0)
         add_tiled_product(
             der, 0, vs, 1, at, 0, ks, dqk, k_begin, ks, steps, value_width, width, FULL
@@ -637,15 +680,12 @@ def gated_delta_rule_bwd(
         add_tiled_product(
             pairs, 0, cs, 1, qk, k_begin, ks, dqk, k_begin, ks, steps, steps, width, FULL
         )
-        for i in range(steps):
-            x_change[i] += _dot(qk, i * ks, dqk, i * ks, width)
 
         # what the next chunk reads first; it lies before this one
         at_next = max(t - chunk_size, begin)
         next_steps = t - at_next
         _prefetch_rows(k, row * k_sb + at_next * k_st + k_at, k_st, next_steps, keys)
         _prefetch_rows(q, row * q_sb + at_next * q_st + k_at, q_st, next_steps, keys)
-        _prefetch_rows(v, row * v_sb + at_next * v_st + v_at, v_st, next_steps, values)
         _prefetch_rows(do, row * do_sb + at_next * do_st + v_at, do_st, next_steps, values)
         here = (row * time + at_next) * value_heads * values + v_at
         _prefetch_rows(errors_flat, here, value_heads * values, next_steps, values)
@@ -653,19 +693,20 @@ def gated_delta_rule_bwd(
             here = ((first_chunks[n] + chunk - 1) * value_heads + head) * width * value_width
             _prefetch_rows(chunk_states_flat, here, 0, 1, width * value_width)
 
-        # A, and <A, S> for dα
-        chunk_decay = splat(from_start, steps - 1)
-        for i in range(0, value_width * ks, LANES):
-            store(at, i, load(at, i) * chunk_decay)
-        add_tiled_product(dod, 0, 1, vs, qk, 0, ks, at, 0, ks, value_width, 2 * steps, width, FULL)
-        total = zeros(at)
+        # γ_C A, γ_C <A, S> and dα, then A
+        chunk_decay, total = splat(from_start, steps - 1), zeros(at)
         for i in range(value_width):
-            for j in range(0, width, LANES):
-                total = fma(load(at, i * ks + j), load(st, i * ks + j), total)
+            row_total = zeros(at)
+            for j in range(i * ks, i * ks + width, LANES):
+                decayed = load(at, j) * chunk_decay
+                store(at, j, decayed)
+                row_total = fma(decayed, load(st, j), row_total)
+            total = total + row_total
         x = add_lanes(total)
+        _log_decay_gradient(change, to_end_change, from_start_change, steps, pad, cs, x, dlog_alpha)
         for i in range(steps):
-            dg[row, t + i, head] = x * (one - alpha[i] if g_is_logit else one)
-            x -= x_change[i]
+            dg[row, t + i, head] = dlog_alpha[i] * (one - alpha[i] if g_is_logit else one)
+        add_tiled_product(dod, 0, 1, vs, qk, 0, ks, at, 0, ks, value_width, 2 * steps, width, FULL)
 
         if normalise:
             _normalise_adjoint(qk, q_begin, dqk, q_begin, ks, steps, width, q_factor, q_scale, pair)

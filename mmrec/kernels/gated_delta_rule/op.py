@@ -194,7 +194,7 @@ def _backward(
         sequence_bounds,
         first_chunks,
         chunk_size,
-        *[item for x in (q, k, v, g, beta) for item in flat_with_strides(x)],
+        *[item for x in (q, k, g, beta) for item in flat_with_strides(x)],
         *Options(scale, normalise, g_is_logit, beta_is_logit),
         heads,
         errors.numpy(),
