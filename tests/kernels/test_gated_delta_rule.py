@@ -255,6 +255,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(OP, (*packed, cu, False, *options))
     torch.library.opcheck(OP, (*(x.requires_grad_() for x in packed), cu, True, *options))
     *step, state = inputs(2, 1, 2, 3)
+    steps = torch.ops.mmrec.gated_delta_rule_steps.default
+    torch.library.opcheck(steps, (*step, state, None, *options))
     update = torch.ops.mmrec.gated_delta_rule_update.default
     torch.library.opcheck(update, (state, *(x[:, 0] for x in step), *options))
 
@@ -321,7 +323,7 @@ def test_other_forms_are_the_same_rule() -> None:
         assert torch.equal(got, want)
     short = fused_recurrent_gated_delta_rule(q, k, v, g, beta, **options)  # type: ignore[arg-type]
     want, want_state = run(q, k, v, g, beta, state)
-    assert torch.equal(short[0], want)
+    torch.testing.assert_close(short[0], want)
     # steps one by one, in place
     outputs = [
         gated_delta_rule_update(state, q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t])
@@ -331,6 +333,27 @@ def test_other_forms_are_the_same_rule() -> None:
     torch.testing.assert_close(state, want_state)
     low = [x[:, 0].bfloat16() for x in (q, k, v)]
     assert gated_delta_rule_update(state, *low, g[:, 0], beta[:, 0]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("keys", "values"), [(3, 5), (16, 16), (17, 20), (128, 64)])
+def test_few_steps_agree_with_reference(keys: int, values: int) -> None:
+    few = fused_recurrent_gated_delta_rule
+    for time, dtype in ((0, SINGLE), (1, SINGLE), (8, torch.float64)):
+        *sequences, state = inputs(2, time, 2, keys, dtype, group=2, value_width=values)
+        before = state.mT.contiguous().mT  # any strides are read, and the state is kept
+        for options in ({"scale": -1.5}, LOGITS):
+            got = few(*sequences, initial_state=before, output_final_state=True, **options)  # type: ignore[arg-type]
+            for x, want in zip(got, exact(*sequences, state, **options), strict=True):
+                torch.testing.assert_close(x, want, rtol=2e-5, atol=2e-5)
+        assert torch.equal(before, state)
+    *packed, states = inputs(1, 4, 2, keys, n=3, value_width=values)
+    cu = {"cu_seqlens": torch.tensor([0, 1, 1, 4]), "output_final_state": True}
+    got = few(*packed, initial_state=states, **cu)  # type: ignore[arg-type]
+    for x, want in zip(got, run(*packed, states, cu_seqlens=cu["cu_seqlens"]), strict=True):
+        torch.testing.assert_close(x, want)
+    low = [x.bfloat16() for x in inputs(2, 2, 2, keys, SINGLE, value_width=values)[:5]]
+    wide, _ = few(*(x.float() for x in low))
+    assert torch.equal(few(*low)[0], wide.bfloat16())
 
 
 def test_update_refuses_what_it_cannot_do() -> None:

@@ -371,6 +371,107 @@ def gated_delta_rule_fwd(
 
 
 @inline_jit
+def _read_state(s, at, keys, values, k, q, r, p):
+    """r (V) = Sᵀ k and p (V) = Sᵀ q for a dense matrix S (K, V). k and q are padded with zeros."""
+    r[:] = 0
+    p[:] = 0
+    whole, last = values - values % LANES, keys - 1
+    for i in range(0, keys, 4):  # so that r and p are loaded and stored once for four rows
+        s0, s1 = at + i * values, at + min(i + 1, last) * values
+        s2, s3 = at + min(i + 2, last) * values, at + min(i + 3, last) * values
+        k0, k1, k2, k3 = splat(k, i), splat(k, i + 1), splat(k, i + 2), splat(k, i + 3)
+        q0, q1, q2, q3 = splat(q, i), splat(q, i + 1), splat(q, i + 2), splat(q, i + 3)
+        for j in range(0, whole, LANES):
+            x0, x1, x2, x3 = load(s, s0 + j), load(s, s1 + j), load(s, s2 + j), load(s, s3 + j)
+            store(r, j, fma(k3, x3, fma(k2, x2, fma(k1, x1, fma(k0, x0, load(r, j))))))
+            store(p, j, fma(q3, x3, fma(q2, x2, fma(q1, x1, fma(q0, x0, load(p, j))))))
+        for j in range(whole, values):
+            x0, x1, x2, x3 = s[s0 + j], s[s1 + j], s[s2 + j], s[s3 + j]
+            r[j] += k[i] * x0 + k[i + 1] * x1 + k[i + 2] * x2 + k[i + 3] * x3
+            p[j] += q[i] * x0 + q[i + 1] * x1 + q[i + 2] * x2 + q[i + 3] * x3
+
+
+@inline_jit
+def _write_state(s, s_at, keys, values, alpha, k, e, out, at):
+    """A dense matrix (K, V) of ``out`` = α S + k eᵀ. alpha is (1,); ``out`` may be ``s``."""
+    whole, decay = values - values % LANES, splat(alpha, 0)
+    for i in range(keys):
+        here, there, by = s_at + i * values, at + i * values, splat(k, i)
+        for j in range(0, whole, LANES):
+            store(out, there + j, fma(by, load(e, j), load(s, here + j) * decay))
+        for j in range(whole, values):
+            out[there + j] = alpha[0] * s[here + j] + k[i] * e[j]
+
+
+@parallel_kernel
+def gated_delta_rule_step(
+    task,
+    sequence_bounds,
+    q,
+    q_sb,
+    q_st,
+    k,
+    k_sb,
+    k_st,
+    v,
+    v_sb,
+    v_st,
+    g,
+    g_sb,
+    g_st,
+    b,
+    b_sb,
+    b_st,
+    scale,
+    normalise,
+    g_is_logit,
+    b_is_logit,
+    heads,
+    initial,
+    state,
+    out,
+):
+    """Fill out (B, T, HV, V) and state (N, HV, K, V) from initial, step by step, for few steps.
+
+    ``initial`` may be ``state`` itself. Each step reads the state in place and writes it once, so
+    there are no panels to fill.
+    """
+    time, value_heads, values = out.shape[1:]
+    keys, dtype = state.shape[2], state.dtype
+    width, value_width = _pad(keys), _pad(values)
+    states, outs, before = state.reshape(-1), out.reshape(-1), initial.reshape(-1)
+    n, head = task // value_heads, task % value_heads
+    row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
+    k_at, v_at, at = head // (value_heads // heads) * keys, head * values, task * keys * values
+    one, q_scale = dtype.type(1), dtype.type(scale)
+    krow, qrow, factor = np.empty(width, dtype), np.empty(width, dtype), np.empty(1, dtype)
+    alpha, beta = np.empty(1, dtype), np.empty(1, dtype)
+    e, r, p = (
+        np.empty(value_width, dtype),
+        np.empty(value_width, dtype),
+        np.empty(value_width, dtype),
+    )
+    if begin == end:
+        states[at : at + keys * values] = before[at : at + keys * values]
+    for t in range(begin, end):
+        _load_rows(k, row * k_sb + t * k_st + k_at, k_st, 1, keys, krow, 0, width)
+        _normalise_rows(krow, 0, width, 1, width, one, normalise, factor)
+        _load_rows(q, row * q_sb + t * q_st + k_at, q_st, 1, keys, qrow, 0, width)
+        _normalise_rows(qrow, 0, width, 1, width, q_scale, normalise, factor)
+        _load_rows(v, row * v_sb + t * v_st + v_at, v_st, 1, values, e, 0, value_width)
+        _load_decays(g, row * g_sb + t * g_st + head, g_st, 1, g_is_logit, alpha)
+        _load_gates(b, row * b_sb + t * b_st + head, b_st, 1, b_is_logit, 0, beta)
+        q_k = _dot(qrow, 0, krow, 0, width)
+        _read_state(before, at, keys, values, krow, qrow, r, p)
+        for j in range(value_width):
+            e[j] = beta[0] * (e[j] - alpha[0] * r[j])
+            p[j] = alpha[0] * p[j] + q_k * e[j]
+        _write_state(before, at, keys, values, alpha, krow, e, states, at)
+        write(p, 0, outs, (row * time + t) * value_heads * values + v_at, values)
+        before = states
+
+
+@inline_jit
 def _transpose_rows(x, at, stride, rows, columns, out, out_stride):
     """out (columns, out_stride) = x (rows, stride) transposed; both sizes are whole vectors."""
     for i in range(0, rows, LANES):

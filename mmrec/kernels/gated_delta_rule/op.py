@@ -33,6 +33,8 @@ from mmrec.kernels.gated_delta_rule import kernel
 
 MAX_WIDTH = 256
 """Largest K and V."""
+FEW_STEPS = 8
+"""T up to which going step by step is faster than filling panels for blocks of steps."""
 
 
 class Options(NamedTuple):
@@ -240,6 +242,62 @@ def _gradient(ctx: Any, dout: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tenso
     return *gradients, None, None, None, None, None, None
 
 
+def _run_steps(
+    inputs: tuple[Tensor, ...],
+    initial_state: Tensor,
+    state: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor | None,
+    options: Options,
+) -> None:
+    """Fill out and state, step by step. initial_state may be state."""
+    q, k, v = inputs[:3]
+    sequence_bounds = make_sequence_bounds(q.shape[0], q.shape[1], cu_seqlens)
+    kernel.gated_delta_rule_step(
+        sequence_bounds,
+        *[item for x in inputs for item in flat_with_strides(x)],
+        *options,
+        q.shape[2],
+        initial_state.numpy(),
+        state.numpy(),
+        _as_array(out),
+        tasks=len(sequence_bounds) * v.shape[2],
+        work=v.numel() * k.shape[-1] * 0.3,
+    )
+
+
+def _steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    normalise: bool,
+    g_is_logit: bool,
+    beta_is_logit: bool,
+) -> tuple[Tensor, Tensor]:
+    out, state = empty(v), empty(initial_state)
+    options = Options(scale, normalise, g_is_logit, beta_is_logit)
+    _run_steps((q, k, v, g, beta), initial_state.contiguous(), state, out, cu_seqlens, options)
+    return out, state
+
+
+def _steps_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
+
+
 def _update(
     state: Tensor,
     q: Tensor,
@@ -253,9 +311,8 @@ def _update(
     beta_is_logit: bool,
 ) -> Tensor:
     inputs = tuple(x.unsqueeze(1) for x in (q, k, v, g, beta))
-    out, nothing = empty(inputs[2]), state.new_empty((0, *state.shape[1:]))
-    options = Options(scale, normalise, g_is_logit, beta_is_logit)
-    _run_forward(inputs, state, out, nothing, nothing, None, options)
+    out, options = empty(inputs[2]), Options(scale, normalise, g_is_logit, beta_is_logit)
+    _run_steps(inputs, state, state, out, None, options)
     return out.squeeze(1)
 
 
@@ -281,6 +338,12 @@ _op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_gradient,
+)
+_steps_op = register(
+    "gated_delta_rule_steps",
+    f"({_INPUTS}, Tensor initial_state, Tensor? cu_seqlens, {_OPTIONS}) -> (Tensor, Tensor)",
+    _steps,
+    _steps_fake,
 )
 # It changes its state, so it has no gradient, and torch registers none.
 torch.library.define(
@@ -348,6 +411,51 @@ def _make_options(
     return Options(float(scale), bool(normalise), bool(g_is_logit), bool(beta_is_logit))
 
 
+def _compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    cu_seqlens: Tensor | None,
+    use_logsigmoid_in_kernel: bool,
+    check: bool,
+    few_steps: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments of ``gated_delta_rule`` and compute it.
+
+    ``few_steps``: go step by step where T is at most FEW_STEPS and no gradient is needed.
+    """
+    inputs = _check_sequences(q, k, v, g, beta, "B, T", cu_seqlens)
+    batch, _, value_heads, values = inputs[2].shape
+    keys = inputs[0].shape[-1]
+    options = _make_options(
+        scale, keys, use_qk_l2norm_in_kernel, use_logsigmoid_in_kernel, use_beta_sigmoid_in_kernel
+    )
+    shape = (sequence_count(batch, cu_seqlens), value_heads, keys, values)
+    axes = "B, HV, K, V" if cu_seqlens is None else "N, HV, K, V"
+    inputs = (*inputs, resolve_initial_state(initial_state, inputs[3], shape, axes))
+    if check:
+        names = ("q", "k", "v", "g", "beta", "initial_state")
+        require_finite(**dict(zip(names, inputs, strict=True)))
+        if not use_logsigmoid_in_kernel and bool((inputs[3] > 0).any()):
+            raise ValueError(
+                f"g must be a log decay, at most 0; its largest value is {inputs[3].max():g}"
+            )
+    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if few_steps and not save_states and q.shape[1] <= FEW_STEPS:
+        out, final_state = _steps_op(*inputs, cu_seqlens, *options)
+    else:
+        out, final_state, *_ = _op(*inputs, cu_seqlens, save_states, *options)
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return cast(out, dtype), final_state if output_final_state else None
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -407,26 +515,21 @@ def gated_delta_rule(
     Source: Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule"
     (arXiv:2412.06464), eq. 10.
     """
-    inputs = _check_sequences(q, k, v, g, beta, "B, T", cu_seqlens)
-    batch, _, value_heads, values = inputs[2].shape
-    keys = inputs[0].shape[-1]
-    options = _make_options(
-        scale, keys, use_qk_l2norm_in_kernel, use_logsigmoid_in_kernel, use_beta_sigmoid_in_kernel
+    return _compute(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        cu_seqlens,
+        use_logsigmoid_in_kernel,
+        check,
     )
-    shape = (sequence_count(batch, cu_seqlens), value_heads, keys, values)
-    axes = "B, HV, K, V" if cu_seqlens is None else "N, HV, K, V"
-    inputs = (*inputs, resolve_initial_state(initial_state, inputs[3], shape, axes))
-    if check:
-        names = ("q", "k", "v", "g", "beta", "initial_state")
-        require_finite(**dict(zip(names, inputs, strict=True)))
-        if not use_logsigmoid_in_kernel and bool((inputs[3] > 0).any()):
-            raise ValueError(
-                f"g must be a log decay, at most 0; its largest value is {inputs[3].max():g}"
-            )
-    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    out, final_state, *_ = _op(*inputs, cu_seqlens, save_states, *options)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return cast(out, dtype), final_state if output_final_state else None
 
 
 def fused_recurrent_gated_delta_rule(
@@ -445,12 +548,13 @@ def fused_recurrent_gated_delta_rule(
     use_logsigmoid_in_kernel: bool = False,
     check: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``gated_delta_rule`` under the name that flash-linear-attention gives to short sequences.
+    """``gated_delta_rule`` for decoding, where T is 1 or a few. Arguments and results are those.
 
-    On a CPU both are one function: the forward pass goes step by step in any case, and stores
-    nothing where no gradient is asked for. ``gated_delta_rule_update`` takes one step in place.
+    Without a gradient, up to 8 steps go one by one and read the initial state where it lies;
+    otherwise it is ``gated_delta_rule`` itself. Both agree to rounding.
+    ``gated_delta_rule_update`` takes one step in place.
     """
-    return gated_delta_rule(
+    return _compute(
         q,
         k,
         v,
@@ -462,8 +566,9 @@ def fused_recurrent_gated_delta_rule(
         use_qk_l2norm_in_kernel,
         use_beta_sigmoid_in_kernel,
         cu_seqlens,
-        use_logsigmoid_in_kernel=use_logsigmoid_in_kernel,
-        check=check,
+        use_logsigmoid_in_kernel,
+        check,
+        few_steps=True,
     )
 
 
