@@ -12,6 +12,7 @@ same case to a kernel.
 
 import contextlib
 import ctypes
+import functools
 import mmap
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,7 @@ def flat_with_strides(x: Tensor) -> tuple[np.ndarray, int, int]:
     x = _bits(x.detach()).resolve_conj().resolve_neg()
     if x.is_contiguous() and x.numel():  # the common case, at a lower cost per call
         stride_t = x.numel() // (x.shape[0] * x.shape[1])
-        return _to_array(x.view(-1)), x.shape[1] * stride_t, stride_t
+        return _to_array(x).reshape(-1), x.shape[1] * stride_t, stride_t  # faster than Tensor.view
     dense = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size != 1 and stride != dense:
@@ -81,6 +82,15 @@ def flat_with_strides(x: Tensor) -> tuple[np.ndarray, int, int]:
     return _to_array(x.as_strided((length,), (1,))), stride_b, stride_t
 
 
+@functools.lru_cache(maxsize=16)  # a step of decoding asks for the same every time; none writes it
+def _plain_bounds(batch: int, time: int) -> np.ndarray:
+    """(B, 3) where each batch row is one sequence."""
+    sequence_bounds = np.empty((batch, 3), np.int64)
+    sequence_bounds[:, 0], sequence_bounds[:, 1] = np.arange(batch), 0
+    sequence_bounds[:, 2] = time
+    return sequence_bounds
+
+
 def make_sequence_bounds(batch: int, time: int, cu_seqlens: Tensor | None) -> np.ndarray:
     """(N, 3) int64: the batch row, first step and end of each sequence.
 
@@ -94,10 +104,7 @@ def make_sequence_bounds(batch: int, time: int, cu_seqlens: Tensor | None) -> np
         ValueError: cu_seqlens does not rise from 0 to T.
     """
     if cu_seqlens is None:
-        sequence_bounds = np.empty((batch, 3), np.int64)
-        sequence_bounds[:, 0], sequence_bounds[:, 1] = np.arange(batch), 0
-        sequence_bounds[:, 2] = time
-        return sequence_bounds
+        return _plain_bounds(batch, time)
     edges = cu_seqlens.numpy().astype(np.int64)
     if edges[0] != 0 or edges[-1] != time or (np.diff(edges) < 0).any():
         raise ValueError(

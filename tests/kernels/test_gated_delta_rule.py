@@ -137,8 +137,7 @@ def test_gradient_of_strong_decay_is_exact() -> None:
     want = log_rate_gradient(reference.gated_delta_rule, torch.float64)
     plain = ((log_rate_gradient(reference.chunked, SINGLE) - want) / want).abs().max()
     error = ((log_rate_gradient(gated_delta_rule, SINGLE) - want) / want).abs().max()
-    assert error < 2e-5
-    assert error < 2 * plain
+    assert error < plain / 10
 
 
 @pytest.mark.parametrize("shift", [-200.0, -30.0, 30.0, 200.0])
