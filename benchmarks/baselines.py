@@ -5,7 +5,11 @@
 trains one model in this process and prints one JSON line. Every model trains on the same tokens and
 is scored on every token of the validation split. A recurrent model carries its state through the
 whole split; a model with a window sees each token after at least half a window. The settings of the
-baselines were found by `race.py --search`, except those of nanoGPT's published recipe ("nanogpt").
+baselines were found by `search.py`, except those of nanoGPT's published recipe ("nanogpt").
+
+What mmrec's training has, a baseline can have as well: Muon for its matrices (``optimizer=muon``),
+weight decay, dropout of embeddings, layers and logits, windows whose state is carried on
+(``carry``, LSTM and GRU), bfloat16 and compiling; and an average of the weights (``ema``).
 
 Axes: B sequences, T tokens per sequence, D width, V vocabulary size.
 """
@@ -29,6 +33,7 @@ from mmrec.config import MODEL_SETTINGS, TRAIN_SETTINGS
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import WindowLoader
 from mmrec.data.prepare import prepare
+from mmrec.optimizer import MuonAdamW
 from mmrec.runtime.numeric import cdiv
 from mmrec.training.lr_schedule import lr_factor
 
@@ -71,6 +76,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gru": {"lr": 4e-3, "batch": 8, "seq_len": 128, "width": 256, "depth": 2},
     "mingru": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
     "mamba": {"lr": 3e-3, "batch": 16, "seq_len": 128, "width": 128, "depth": 4},
+    "xlstm": {
+        "lr": 3e-3,
+        "batch": 8,
+        "seq_len": 128,
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "slstm": False,
+    },
 }
 # What differs with a bpe vocabulary of 5,000 (searched on TinyStories).
 BPE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -85,13 +99,18 @@ BPE_SETTINGS: dict[str, dict[str, Any]] = {
 # dropout gets it, and in the longest runs mmrec gets a strong weight decay.
 SMALL_TEXT, DROPOUT_BY_SECONDS = 4_000_000, {200: 0.1, 600: 0.2}
 # Settings of the training loop below, which trains all models but mmrec.
-LOOP_SETTINGS = {
+LOOP_SETTINGS: dict[str, Any] = {
+    "optimizer": "adamw",  # or muon: Muon for the matrices of the layers, AdamW for the rest
+    "matrix_lr": 0.02,  # Muon's
     "warmup": 0.03,
     "schedule": "linear",
     "floor": 0.0,
     "beta2": 0.95,
     "decay": 0.1,
     "dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "carry": False,  # windows continue the state of those before
+    "ema": 0.0,  # horizon of the average of the weights that is scored, as a share of the run
     "bf16": False,
     "compile": False,
 }
@@ -109,6 +128,10 @@ def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[s
             if name == "mmrec" and dropout == max(DROPOUT_BY_SECONDS.values()):
                 chosen["weight_decay"] = 1.0
     return chosen
+
+
+STATEFUL = ("lstm", "gru")
+"""Baselines whose state can be carried from window to window."""
 
 
 class Attention(nn.Module):
@@ -140,8 +163,9 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """A small modern transformer: RoPE, QK-norm, relu², outputs initialised to zero."""
 
-    def __init__(self, vocab: int, width: int, depth: int, heads: int, dropout: float) -> None:
+    def __init__(self, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
+        width, depth, heads = options["width"], options["depth"], options["heads"]
         self.embedding = nn.Embedding(vocab, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(depth))
@@ -149,13 +173,14 @@ class Transformer(nn.Module):
         self.down_proj = nn.ModuleList(
             nn.Linear(4 * width, width, bias=False) for _ in range(depth)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
+        self.dropout = nn.Dropout(options["dropout"])
         for attention, down in zip(self.attention, self.down_proj, strict=True):
             nn.init.zeros_(attention.out_proj.weight)  # type: ignore[union-attr, arg-type]
             nn.init.zeros_(down.weight)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embedding_dropout(self.embedding(tokens))
         norm = x.shape[-1:]
         for attention, up, down in zip(self.attention, self.up_proj, self.down_proj, strict=True):
             x = x + self.dropout(attention(F.rms_norm(x, norm)))
@@ -166,27 +191,70 @@ class Transformer(nn.Module):
 class Recurrent(nn.Module):
     """torch.nn.LSTM or GRU with logits tied to the embedding; evaluation carries its state."""
 
-    def __init__(self, kind: str, vocab: int, width: int, depth: int, dropout: float) -> None:
+    def __init__(self, kind: str, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
+        width, depth, dropout = options["width"], options["depth"], options["dropout"]
         self.embedding = nn.Embedding(vocab, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
         between = dropout if depth > 1 else 0.0
         cls = nn.LSTM if kind == "lstm" else nn.GRU
         self.rnn = cls(width, width, depth, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        x, state = self.rnn(self.embedding(tokens), state)
+        x, state = self.rnn(self.embedding_dropout(self.embedding(tokens)), state)
         return F.linear(self.dropout(x), self.embedding.weight), state
+
+
+class XLSTM(nn.Module):
+    """The xLSTM of the package of its authors: mLSTM blocks, and one sLSTM block in the middle."""
+
+    def __init__(self, vocab: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        from xlstm import (
+            FeedForwardConfig,
+            mLSTMBlockConfig,
+            mLSTMLayerConfig,
+            sLSTMBlockConfig,
+            sLSTMLayerConfig,
+            xLSTMBlockStack,
+            xLSTMBlockStackConfig,
+        )
+
+        width, depth, heads = options["width"], options["depth"], options["heads"]
+        self.embedding = nn.Embedding(vocab, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
+        self.blocks = xLSTMBlockStack(
+            xLSTMBlockStackConfig(
+                mlstm_block=mLSTMBlockConfig(mLSTMLayerConfig(num_heads=heads)),
+                slstm_block=sLSTMBlockConfig(
+                    sLSTMLayerConfig(backend="vanilla", num_heads=heads),
+                    FeedForwardConfig(proj_factor=1.3, act_fn="gelu"),
+                ),
+                context_length=options["seq_len"],
+                num_blocks=depth,
+                embedding_dim=width,
+                dropout=options["dropout"],
+                slstm_at=[depth // 2] if options["slstm"] else [],
+            )
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.blocks(self.embedding_dropout(self.embedding(tokens)))
+        return F.linear(x, self.embedding.weight)
 
 
 def build(name: str, vocab: int, options: dict[str, Any], nanogpt: Path | None) -> nn.Module:
     """Build the model of a baseline; ``nanogpt`` is the folder of a nanoGPT checkout."""
     width, depth, dropout = options["width"], options["depth"], options["dropout"]
-    if name in ("lstm", "gru"):
-        return Recurrent(name, vocab, width, depth, dropout)
+    if name in STATEFUL:
+        return Recurrent(name, vocab, options)
     if name == "transformer":
-        return Transformer(vocab, width, depth, options["heads"], dropout)
+        return Transformer(vocab, options)
+    if name == "xlstm":
+        return XLSTM(vocab, options)
     if name == "mingru":
         from minGRU_pytorch.minLM import minLM
 
@@ -232,7 +300,7 @@ def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: b
     stream = torch.from_numpy(np.concatenate(([0], tokens)).astype(np.int64))
     total = 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        if name in ("lstm", "gru"):
+        if name in STATEFUL:
             state = None
             for lo in range(0, len(tokens), 1024):
                 x, y = stream[lo : lo + 1024], stream[lo + 1 : lo + 1025]
@@ -258,37 +326,98 @@ def score(name: str, model: nn.Module, tokens: np.ndarray, seq_len: int, bf16: b
     return total / len(tokens)
 
 
+def make_optimizer(model: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return the optimizer of a baseline. Embeddings, norms and biases have no weight decay."""
+    betas = (0.9, options["beta2"])
+    if hasattr(model, "configure_optimizers"):  # nanoGPT makes its own optimizer
+        optimizer: torch.optim.Optimizer = model.configure_optimizers(
+            options["decay"], options["lr"], betas, "cpu"
+        )
+        return optimizer
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim >= 2 and "emb" not in n]
+    others = [p for n, p in named if p.ndim < 2 or "emb" in n]
+    if options["optimizer"] == "muon":
+        flat = [p for p in matrices if p.ndim == 2]  # not the kernels of convolutions
+        others += [p for p in matrices if p.ndim > 2]
+        return MuonAdamW(
+            [
+                {"params": flat, "weight_decay": options["decay"], "use_muon": True},
+                {"params": others, "weight_decay": 0.0, "use_muon": False},
+            ],
+            lr=options["lr"],
+            matrix_lr=options["matrix_lr"],
+            betas=betas,
+        )
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, lr=options["lr"], betas=betas, weight_decay=options["decay"], fused=True
+    )
+
+
+class AverageOfWeights:
+    """An exponential average of a model's weights, which is scored in their place."""
+
+    def __init__(self, model: nn.Module, horizon: float) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            model: the model.
+            horizon: how far back the average reaches, as a share of the run.
+        """
+        self._parameters, self._horizon = list(model.parameters()), horizon
+        self._average = [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self, step_share: float, done: float) -> None:
+        """Take in the weights after a step.
+
+        Args:
+            step_share: how much of the run the step was.
+            done: how much of the run is done; the average never reaches back to its beginning.
+        """
+        weight = min(1.0, step_share / max(min(self._horizon, done / 4), 1e-9))
+        torch._foreach_lerp_(self._average, self._parameters, weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the weights of the model and their average."""
+        for p, average in zip(self._parameters, self._average, strict=True):
+            kept = p.clone()
+            p.copy_(average)
+            average.copy_(kept)
+
+
 def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Train a baseline for its seconds; compilation and the first steps do not count."""
     options = args.set
     torch.manual_seed(args.seed)
     vocab = corpus.tokenizer.vocab_size
     model = build(name, vocab, options, args.nanogpt)
-    if hasattr(model, "configure_optimizers"):  # nanoGPT makes its own optimizer
-        optimizer = model.configure_optimizers(
-            options["decay"], options["lr"], (0.9, options["beta2"]), "cpu"
-        )
-    else:
-        matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "emb" not in n]
-        others = [p for n, p in model.named_parameters() if p.ndim < 2 or "emb" in n]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=options["lr"],
-            betas=(0.9, options["beta2"]),
-            weight_decay=options["decay"],
-            fused=True,
-        )
-    loader = WindowLoader(corpus.train.tokens, options["batch"], options["seq_len"], args.seed)
+    optimizer = make_optimizer(model, options)
+    average = AverageOfWeights(model, options["ema"]) if options["ema"] else None
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    carry = options["carry"] and name in STATEFUL
+    loader = WindowLoader(
+        corpus.train.tokens, options["batch"], options["seq_len"], args.seed, carry=carry
+    )
     training_model: Any = torch.compile(model) if options["compile"] else model
+    state: Any = None
 
     def backward(step: int) -> None:
+        nonlocal state
         x, y = loader.batch_at(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             if name.startswith("nanogpt"):
                 loss = training_model(x, y)[1]
             else:
-                logits = logits_of(name, training_model, x)
+                if carry:
+                    if loader.starts_epoch(step):
+                        state = None
+                    logits, state = training_model(x, state)
+                    state = _detached(state)
+                else:
+                    logits = logits_of(name, training_model, x)
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         loss.backward()
 
@@ -299,22 +428,31 @@ def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[
     optimizer.zero_grad(set_to_none=True)
 
     def validate() -> float:
-        return score(name, model, corpus.val.tokens, options["seq_len"], options["bf16"])
+        if average:
+            average.swap()
+        loss = score(name, model, corpus.val.tokens, options["seq_len"], options["bf16"])
+        if average:
+            average.swap()
+        return loss
 
     spent, step, curve, next_validation = 0.0, 0, [], args.seconds / VALIDATIONS
     while spent < args.seconds:
         begin = time.perf_counter()
+        before = spent
         factor = lr_factor(
             spent / args.seconds, options["warmup"], options["schedule"], options["floor"]
         )
-        for group in optimizer.param_groups:
-            group["lr"] = options["lr"] * factor
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
         backward(step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         spent += time.perf_counter() - begin
+        if average:
+            average.update((spent - before) / args.seconds, spent / args.seconds)
+            spent = before + time.perf_counter() - begin
         if next_validation <= spent < args.seconds and args.curve:
             curve.append((spent, validate()))
             next_validation += args.seconds / VALIDATIONS
@@ -331,6 +469,11 @@ def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": options,
     }
+
+
+def _detached(state: Any) -> Any:
+    """The state of a recurrent model, cut off from the graph of the window that it ends."""
+    return tuple(map(_detached, state)) if isinstance(state, tuple) else state.detach()
 
 
 def to_toml(options: dict[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """The race: which model reaches the lowest loss in equal training time on the same cores?
 
     python benchmarks/race.py input.txt --seconds 30 108 300 --nanogpt path/to/nanoGPT
-    python benchmarks/race.py input.txt --search gru lstm --seconds 40
 
 mmrec and its baselines (benchmarks/baselines.py) train one after the other, each in a process of
 its own, for the same wall-clock seconds, with a learning-rate schedule that ends at that time. Time
 for compilation, warm-up and validation does not count. Scores are medians over seeds, on the whole
-validation split.
+validation split. `search.py` finds the settings.
 """
 
 import argparse
@@ -18,31 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baselines import SETTINGS, pair, settings
+from baselines import SETTINGS, pair
 from outputs import add_force, check_results
 
 from mmrec.profiling.kernel_bench import describe_machine
 from mmrec.runtime.pictures import METADATA
 
 RESULTS = Path(__file__).parent / "results"
-# Coordinate search: each setting in turn goes up or down from its start while the loss improves.
-SEARCH: dict[str, list[Any]] = {
-    "lr": [1e-3, 2e-3, 4e-3, 8e-3],
-    "batch": [2, 4, 8, 16, 32],
-    "seq_len": [64, 128, 256],
-    "width": [96, 128, 192, 256, 384],
-    "depth": [1, 2, 3, 4, 6],
-    "dropout": [0.0, 0.1, 0.2],
-    "bf16": [False, True],
-    "compile": [False, True],
-}
-# Settings that are not searched.
-FIXED = {
-    "nanogpt": set(SEARCH),
-    "nanogpt-tuned": {"bf16", "compile"},
-    "mmrec": set(SEARCH),
-    "mamba": {"dropout"},
-}
 
 
 def measure(
@@ -79,35 +60,6 @@ def measure(
     if process.returncode:
         return {"name": name, "seed": seed, "budget": seconds, "error": process.stderr[-300:]}
     return json.loads(process.stdout.splitlines()[-1]) | {"load": load}
-
-
-def search(name: str, args: argparse.Namespace) -> None:
-    """Search the settings of a model one after the other at the first budget; print the best."""
-    best: dict[str, Any] = dict(args.set)
-    start = settings(name, args.seconds[0], args.tokenizer)
-
-    def loss_with(tried: dict[str, Any]) -> float:
-        row = measure(name, args, args.seconds[0], 0, best | tried, curve=False)
-        loss = row.get("loss", float("inf"))
-        print(f"  {name} {json.dumps(best | tried)}: {loss:.4f}", flush=True)
-        return loss
-
-    score = loss_with({})
-    for key, values in SEARCH.items():
-        if key in FIXED.get(name, set()):
-            continue
-        current = (start | best)[key]
-        above = [v for v in values if v > current]
-        below = [v for v in values[::-1] if v < current]
-        for direction in (above, below):
-            for value in direction:
-                loss = loss_with({key: value})
-                if loss >= score:
-                    break
-                score, best = loss, best | {key: value}
-            if best.get(key, current) != current:  # the other direction would be worse
-                break
-    print(f"{name}: {score:.4f} with {json.dumps(best)}", flush=True)
 
 
 def table(rows: list[dict[str, Any]], unit: str) -> list[str]:
@@ -189,7 +141,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs="+", default=[108.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--search", nargs="+", choices=list(SETTINGS), help="tune these models")
     parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all models")
     parser.add_argument("--preset", default="tiny", help="mmrec's preset")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
@@ -204,10 +155,6 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep the rows of other models")
     add_force(parser)
     args = parser.parse_args()
-    if args.search:
-        for name in args.search:
-            search(name, args)
-        return
     if not args.nanogpt:
         args.models = [m for m in args.models if not m.startswith("nanogpt")]
     unit = "nats/char" if args.tokenizer == "char" else "bits per byte"

@@ -1,0 +1,163 @@
+"""Search the settings of a contender of the race, for one text, vocabulary and training time.
+
+    python benchmarks/search.py lstm king-james.txt --tokenizer char --seconds 108 --trials 24
+
+Every contender, mmrec among them, gets as many trials, each as long as the race that its settings
+are for, and the same sampler (Optuna's TPE). The first trial is the settings that it has now. The
+text is one that the race does not score. The log, ``benchmarks/results/search/*.log``, is Optuna's
+journal of all trials; a search that is started again goes on where it stopped. Needs `optuna`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from baselines import pair, settings
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from race import measure
+
+from mmrec.config import TRAIN_SETTINGS, preset, preset_train_settings
+
+LOGS = Path(__file__).parent / "results" / "search"
+
+Space = dict[str, tuple[float, float] | list[Any]]
+"""A range is searched on a logarithmic scale, a list is a choice."""
+
+LOOP: Space = {
+    "optimizer": ["adamw", "muon"],
+    "lr": (5e-4, 3e-2),
+    "matrix_lr": (5e-3, 1e-1),
+    "decay": (1e-2, 3.0),
+    "batch": [2, 4, 8, 16, 32],
+    "seq_len": [32, 64, 128, 256],
+    "warmup": [0.01, 0.03, 0.1],
+    "beta2": [0.9, 0.95, 0.99],
+    "dropout": [0.0, 0.05, 0.1, 0.2, 0.3],
+    "embedding_dropout": [0.0, 0.1, 0.2],
+    "ema": [0.0, 0.02, 0.05],
+    "bf16": [False, True],
+    "compile": [False, True],
+}
+"""What all baselines have."""
+RECURRENT: Space = {
+    "width": [128, 192, 256, 320, 384, 512],
+    "depth": [1, 2, 3],
+    "carry": [False, True],
+}
+SPACES: dict[str, Space] = {
+    "lstm": LOOP | RECURRENT,
+    "gru": LOOP | RECURRENT,
+    "transformer": LOOP
+    | {"width": [128, 192, 256, 320, 384], "depth": [2, 3, 4, 6], "heads": [2, 4]},
+    "nanogpt-tuned": {
+        key: value
+        for key, value in LOOP.items()
+        if key not in ("optimizer", "matrix_lr", "embedding_dropout")
+    }
+    | {"width": [96, 128, 192, 256], "depth": [2, 3, 4, 6]},
+    "mingru": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4]},
+    "mamba": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4]},
+    "xlstm": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4], "slstm": [False, True]},
+    "mmrec": {
+        "lr": (2e-3, 4e-2),
+        "matrix_lr": (5e-3, 6e-2),
+        "weight_decay": (3e-2, 3.0),
+        "ngram_weight_decay": (1e-1, 5.0),
+        "batch_size": [4, 8, 16, 32],
+        "seq_len": [64, 128, 256],
+        "warmup": [0.01, 0.03, 0.1],
+        "beta2": [0.9, 0.95, 0.99],
+        "dropout": [0.0, 0.05, 0.1, 0.2, 0.3],
+        "state": ["window", "carry"],
+    },
+}
+
+
+def space_of(name: str) -> Space:
+    """The settings of a contender that are searched, without those that its model ignores."""
+    ignored = {"mamba": {"dropout"}}.get(name, set())
+    if name in ("nanogpt-tuned", "mingru", "mamba"):
+        ignored = ignored | {"embedding_dropout"}
+    return {key: value for key, value in SPACES[name].items() if key not in ignored}
+
+
+def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """The settings of a trial."""
+    chosen: dict[str, Any] = {}
+    for key, values in space.items():
+        if key == "matrix_lr" and chosen.get("optimizer") == "adamw":
+            continue
+        if isinstance(values, tuple):
+            chosen[key] = float(f"{trial.suggest_float(key, *values, log=True):.2g}")
+        else:
+            chosen[key] = trial.suggest_categorical(key, values)
+    return chosen
+
+
+def current_settings(name: str, args: argparse.Namespace, space: Space) -> dict[str, Any]:
+    """The settings that a contender has now, as far as the space holds them."""
+    now = settings(name, args.seconds, args.tokenizer, Path(args.data).stat().st_size)
+    if name == "mmrec":
+        defaults = {key: setting.default for key, setting in TRAIN_SETTINGS.items()}
+        model = preset(args.preset, args.tokenizer)
+        defaults |= preset_train_settings(args.preset, args.tokenizer) | {"dropout": model.dropout}
+        now = defaults | now
+    return {
+        key: now[key]
+        for key, values in space.items()
+        if key in now and (isinstance(values, tuple) or now[key] in values)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=list(SPACES))
+    parser.add_argument("data", help="a text file")
+    parser.add_argument("--tokenizer", default="char", help="char, byte or bpe")
+    parser.add_argument("--seconds", type=float, default=108.0)
+    parser.add_argument("--trials", type=int, default=24, help="trials in all")
+    parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all trials")
+    parser.add_argument("--preset", default="tiny", help="mmrec's preset")
+    parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    space = {key: value for key, value in space_of(args.name).items() if key not in dict(args.set)}
+    LOGS.mkdir(parents=True, exist_ok=True)
+    stem = f"{Path(args.data).stem}-{args.tokenizer}-{args.seconds:g}s-{args.name}"
+    study = optuna.create_study(
+        study_name=stem,
+        storage=JournalStorage(JournalFileBackend(str(LOGS / f"{stem}.log"))),
+        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=8),
+        load_if_exists=True,
+    )
+    if not study.trials:
+        study.enqueue_trial(current_settings(args.name, args, space))
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = suggest(trial, space)
+        row = measure(args.name, args, args.seconds, 0, dict(args.set) | chosen, curve=False)
+        if "error" in row:
+            trial.set_user_attr("error", row["error"])
+            raise optuna.TrialPruned
+        for key in ("tokens", "parameters", "load", "bits_per_byte"):
+            trial.set_user_attr(key, row[key])
+        print(
+            f"{row['loss']:.4f} nats, {row['parameters']:,} parameters: {json.dumps(chosen)}",
+            flush=True,
+        )
+        return float(row["loss"])
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    study.optimize(objective, n_trials=max(0, args.trials - done))
+    print(
+        f"best of {len(study.trials)}: {study.best_value:.4f} nats with "
+        f"{json.dumps(study.best_params)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
