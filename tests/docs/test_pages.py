@@ -15,7 +15,7 @@ OTHER_PROGRAMS = {
     *("--index-url", "--no-deps"),  # pip
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
-    *("--seconds", "--search", "--nanogpt", "--threads"),  # benchmarks
+    *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
     *("--llama2c", "--long", "--show"),
     *("--install-completion", "--option"),
 }
