@@ -6,9 +6,8 @@ float32. Every function here takes float32 and float64 as well and leaves their 
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import inline_jit, overload
 
 _ROUND, _ONE = np.uint32(0x7FFF), np.uint32(1)
 _SHIFT, _NAN = np.uint32(16), np.uint16(0x7FC0)

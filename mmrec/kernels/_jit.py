@@ -17,6 +17,7 @@ from typing import Any
 
 import numba
 import platformdirs
+from numba import extending
 from numba.core import event
 
 # The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
@@ -69,10 +70,75 @@ def _cache_folder_of(file: str) -> str:
     return str(CACHE_FOLDER / f"mmrec-{digest.hexdigest()[:16]}")
 
 
-def inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for a function that kernels call. The order of its sums is kept."""
+_names: dict[str, Callable[..., Any]] = {}
+"""Functions that are compiled into others, by module and qualified name; see ``_claim``."""
+
+
+def _claim(name: str, function: Callable[..., Any]) -> None:
+    """Note that a function has a name, under which the linker will know its code.
+
+    The linker knows compiled code by module, qualified name, types of the arguments, and a number
+    that Numba counts in each process. Two functions of one name can therefore change places: where
+    the kernels in the cache were compiled by different processes, the number of one function in
+    one kernel can be that of the other function in another kernel, and whichever code is loaded
+    first serves both. So every name must stand for one function.
+
+    Raises:
+        ValueError: another function has the name.
+    """
+    before = _names.setdefault(name, function)
+    if before is not function and before.__code__ != function.__code__:
+        raise ValueError(f"functions that are compiled need names of their own; two have {name}")
+    if before is not function and function.__closure__:
+        raise ValueError(f"each function that a factory makes needs a variant; two are {name}")
+
+
+def inline_jit(function: Callable[..., Any], variant: str = "") -> Callable[..., Any]:
+    """Decorator for a function that kernels call. The order of its sums is kept.
+
+    Args:
+        function: takes and returns what Numba can compile.
+        variant: tells functions apart that the same factory makes; see ``_claim``.
+
+    Raises:
+        ValueError: another function has the same name and variant.
+    """
+    if variant:
+        function.__qualname__ += f"[{variant}]"
+    _claim(f"{function.__module__}.{function.__qualname__}", function)
     compiled: Callable[..., Any] = numba.njit(**_EXACT)(function)
     return compiled
+
+
+def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Decorator: what compiled code calls in place of a plain function.
+
+    As ``numba.extending.overload``, but what the decorated function returns is named after the
+    plain function; see ``_claim``.
+
+    Args:
+        function: the plain function.
+        options: further options of Numba's decorator.
+
+    Raises:
+        ValueError: the module has an overload of this function already.
+    """
+
+    def decorate(choose: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"{function.__module__}.{function.__qualname__}"
+        _claim(f"{choose.__module__} overload {name}", choose)
+
+        @functools.wraps(choose)
+        def choose_and_name(*types: Any) -> Any:
+            chosen = choose(*types)
+            if chosen is not None and "<locals>" in chosen.__qualname__:
+                chosen.__qualname__ = f"overload[{name}]"
+            return chosen
+
+        extending.overload(function, **options)(choose_and_name)
+        return choose
+
+    return decorate
 
 
 def compiled_kernel(function: Callable[..., Any], *, parallel: bool = False) -> Callable[..., Any]:

@@ -8,7 +8,9 @@ import math
 
 import numpy as np
 from numba import types
-from numba.extending import overload, register_jitable
+from numba.extending import register_jitable
+
+from mmrec.kernels._jit import overload
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # ln 2 as a sum of two, so that n ln 2 is subtracted exactly

@@ -24,9 +24,9 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import inline_jit, overload
 
 PANEL = 32
 """Rows of a panel."""

@@ -1,17 +1,16 @@
 """Matrix products inside kernels whose sums stay in registers: the tiles of the gated delta rule.
 
-``add_product`` of ``_simd.py`` serves products of few rows. Here rows are many, and columns are a
-multiple of LANES: a block of columns of the right matrix stays in the first-level cache while all
-rows pass. The left matrix may be triangular; most zeros of a triangle are then left out. Every
-output is one sum in the order of depth, so the tiles never show in the results.
+Rows are many, and columns are a multiple of LANES: a block of columns of the right matrix stays in
+the first-level cache while all rows pass. The left matrix may be triangular; most zeros of a
+triangle are then left out. Every output is one sum in the order of depth, so the tiles never show
+in the results.
 """
 
 from typing import Any
 
 import numpy as np
-from numba.extending import overload
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import inline_jit, overload
 from mmrec.kernels._simd import REGISTER_BYTES, REGISTERS, make_block_product
 
 FULL, LOWER, UPPER = 0, 1, 2
@@ -45,11 +44,10 @@ def _make_column_product(registers: int) -> Any:
     """The product for all rows, and the columns that so many registers hold."""
     most, four, two, one = (make_block_product(rows, registers) for rows in (_ROWS, 4, 2, 1))
 
-    @inline_jit
     def column_product(  # type: ignore[no-untyped-def]
         x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, rows, depth, shape
     ):
-        r, unused = np.int64(0), np.int64(0)
+        r = np.int64(0)
         while r < rows:
             count = rows - r
             for size in (1, 2, 4, _ROWS):
@@ -63,16 +61,16 @@ def _make_column_product(registers: int) -> Any:
             x_r, w_r = x_at + r * x_row + begin * x_step, w_at + begin * w_row
             out_r, length = out_at + r * out_row, end - begin
             if count == _ROWS:
-                most(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length, unused)
+                most(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length)
             elif count == 4:
-                four(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length, unused)
+                four(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length)
             elif count == 2:
-                two(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length, unused)
+                two(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length)
             else:
-                one(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length, unused)
+                one(x, x_r, x_row, x_step, w, w_r, w_row, out, out_r, out_row, length)
             r += count
 
-    return column_product
+    return inline_jit(column_product, f"{registers} registers")
 
 
 _wide, _narrow = _make_column_product(2), _make_column_product(1)

@@ -16,10 +16,9 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import overload
 from torch import Tensor
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import inline_jit, overload
 from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import (
     _C2,

@@ -5,7 +5,7 @@ registers. This module says outright what shall be a vector. It offers
 
 * ``load``, ``store``, ``splat``, ``zeros``, ``fma``, ``add_lanes``, ``transpose`` and the operators
   + - * on vectors of LANES numbers (for the gated delta rule);
-* ``add_product``, a matrix product with its sums in registers (for the gated recurrence);
+* ``make_block_product``, a matrix product with its sums in registers;
 * ``prefetch``, which brings a number's cache line closer before it is used.
 
 ``_VectorBuilder`` generates the instructions of both. All of them index flat arrays without bounds
@@ -22,9 +22,9 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import intrinsic, register_model
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import overload
 
 LANES = 16
 """Numbers in a vector of ``load``, ``store`` and so on."""
@@ -342,108 +342,39 @@ _AVX512 = binding.get_host_cpu_features().get("avx512f", False)
 REGISTER_BYTES, REGISTERS = (64, 32) if _AVX512 else (32, 16)
 
 
-def add_product(  # type: ignore[no-untyped-def]
-    x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, rows, depth, columns
-):
-    """out[r, j] += Σ_k x[r, k] w[k, j]; the arguments are described above."""
-    for r in range(rows):
-        row = slice(out_at + r * out_row, out_at + r * out_row + columns)
-        for k in range(depth):
-            w_k = w[w_at + k * w_row : w_at + k * w_row + columns]
-            out[row] += x[x_at + r * x_row + k * x_step] * w_k
-
-
-def make_block_product(rows: int, registers: int, masked: bool = False) -> Any:
-    """The product for a number of rows, and as many columns as ``registers`` registers hold.
-
-    If ``masked``, it is for fewer columns than one register holds: ``columns`` says how many.
-    """
+def make_block_product(rows: int, registers: int) -> Any:
+    """The product for a number of rows, and as many columns as ``registers`` registers hold."""
 
     @intrinsic
     def block_product(  # type: ignore[no-untyped-def]
-        typing, x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns
+        typing, x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth
     ):
-        integers = (types.intp,) * 4
-        signature = types.void(x, *integers[:3], w, *integers[:2], out, *integers)
+        integers = (types.intp,) * 3
+        signature = types.void(x, *integers, w, *integers[:2], out, *integers)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns = args
+            x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth = args
             dtype = signature.args[0].dtype
             lanes = registers * REGISTER_BYTES // (dtype.bitwidth // 8)
             vectors = _VectorBuilder(context, builder, dtype, lanes)
             x, w, out = (vectors.data(signature.args[n], args[n]) for n in (0, 4, 7))
-            mask = vectors.first_lanes(columns) if masked else None
             numbers = [ir.Constant(x_at.type, r) for r in range(rows)]
             x_begins = [builder.add(x_at, builder.mul(x_row, r)) for r in numbers]
             out_begins = [builder.add(out_at, builder.mul(out_row, r)) for r in numbers]
             pointers = [builder.gep(out, [begin]) for begin in out_begins]
-            sums = [cgutils.alloca_once_value(builder, vectors.load(p, mask)) for p in pointers]
+            sums = [cgutils.alloca_once_value(builder, vectors.load(p)) for p in pointers]
             with cgutils.for_range(builder, depth) as loop:
                 w_begin = builder.add(w_at, builder.mul(loop.index, w_row))
-                w_k = vectors.load(builder.gep(w, [w_begin]), mask)
+                w_k = vectors.load(builder.gep(w, [w_begin]))
                 shift = builder.mul(loop.index, x_step)
                 for total, begin in zip(sums, x_begins, strict=True):
                     x_rk = builder.load(builder.gep(x, [builder.add(begin, shift)]))
                     product = vectors.fma(vectors.splat(x_rk), w_k, builder.load(total))
                     builder.store(product, total)
             for total, pointer in zip(sums, pointers, strict=True):
-                vectors.store(builder.load(total), pointer, mask)
+                vectors.store(builder.load(total), pointer)
             return context.get_dummy_value()
 
         return signature, generate
 
     return block_product
-
-
-def _make_row_product(rows: int) -> Any:
-    """The product for exactly that many rows; it takes as many columns at once as registers hold.
-
-    Half of the registers hold sums, and a row has at most four of them.
-    """
-    registers = min(4, REGISTERS // 2 // rows)
-    full = make_block_product(rows, registers)
-    single = make_block_product(rows, 1)
-    partial = make_block_product(rows, 1, masked=True)
-
-    @inline_jit
-    def row_product(  # type: ignore[no-untyped-def]
-        x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns
-    ):
-        lanes = REGISTER_BYTES // x.itemsize
-        while columns >= registers * lanes:
-            full(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-            w_at, out_at = w_at + registers * lanes, out_at + registers * lanes
-            columns -= registers * lanes
-        while columns >= lanes:
-            single(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-            w_at, out_at, columns = w_at + lanes, out_at + lanes, columns - lanes
-        if columns > 0:
-            partial(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-
-    return row_product
-
-
-_rows_1, _rows_2, _rows_3, _rows_4, _rows_8 = (_make_row_product(rows) for rows in (1, 2, 3, 4, 8))
-
-
-@overload(add_product)
-def _add_product(  # type: ignore[no-untyped-def]
-    x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, rows, depth, columns
-):
-    def compiled(  # type: ignore[no-untyped-def]
-        x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, rows, depth, columns
-    ):
-        while rows >= 8:
-            _rows_8(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-            x_at, out_at, rows = x_at + 8 * x_row, out_at + 8 * out_row, rows - 8
-        if rows >= 4:
-            _rows_4(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-            x_at, out_at, rows = x_at + 4 * x_row, out_at + 4 * out_row, rows - 4
-        if rows == 3:
-            _rows_3(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-        elif rows == 2:
-            _rows_2(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-        elif rows == 1:
-            _rows_1(x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth, columns)
-
-    return compiled

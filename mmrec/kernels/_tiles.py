@@ -15,9 +15,8 @@ from typing import Any
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import overload
 
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import inline_jit, overload
 from mmrec.kernels._simd import LANES, _intrinsic, _VectorBuilder
 
 TILE = 8 if binding.get_host_cpu_features().get("avx512f", False) else 4
@@ -94,14 +93,13 @@ def _make_tile(begin: int) -> Any:
 
         return signature, generate
 
-    @inline_jit
     def product(  # type: ignore[no-untyped-def]
         factor, x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, rows, depth
     ):
         for row in range(0, rows, TILE):
             tile(factor, row, x, x_at, x_row, x_step, w, w_at, w_row, out, out_at, out_row, depth)
 
-    return product
+    return inline_jit(product, f"begin {begin}")
 
 
 _store, _add, _scale_add = _make_tile(_ZERO), _make_tile(_OUT), _make_tile(_SCALED_OUT)

@@ -14,8 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import overload
 
+from mmrec.kernels._jit import overload
 from mmrec.kernels._simd import LANES, _intrinsic, _Vector, _VectorBuilder, load
 
 LOG2E = 1.4426950408889634
