@@ -4,6 +4,7 @@ Nothing here imports torch, so that compiled code which reads and writes NumPy a
 used without it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,22 @@ def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return decorate
 
 
-def compiled_kernel(function: Callable[..., Any], *, parallel: bool = False) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _cached_in_its_folder(function: Callable[..., Any]) -> Iterator[bool]:
+    """While it is entered, what Numba decorates is cached in the folder of the function's file.
+
+    Yields whether there is such a folder.
+    """
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    folder = _cache_folder_of(sys.modules[function.__module__].__file__ or "")
+    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+    try:
+        yield folder != ""
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for a function that Python calls: compiled code, kept in CACHE_FOLDER.
 
     Other Python threads run while it runs. The order of its sums is kept.
@@ -149,17 +165,23 @@ def compiled_kernel(function: Callable[..., Any], *, parallel: bool = False) -> 
     Args:
         function: takes and returns what Numba can compile. Numba's cache knows it by its file and
             its qualified name, and its file decides the folder.
-        parallel: run each ``prange`` in it on Numba's threads.
     """
-    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    folder = _cache_folder_of(sys.modules[function.__module__].__file__ or "")
-    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
-    try:
-        options = {**_EXACT, "nogil": True, "cache": folder != ""}
-        compiled: Callable[..., Any] = numba.njit(parallel=parallel, **options)(function)
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+    with _cached_in_its_folder(function) as cache:
+        compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache, **_EXACT)(function)
     return compiled
+
+
+def compiled_c_function(function: Callable[..., Any], signature: Any) -> Any:
+    """A function that compiled code calls by its ``address``, compiled now and kept likewise.
+
+    Each ``prange`` in it runs on Numba's threads.
+
+    Args:
+        function: takes and returns numbers.
+        signature: their types in Numba.
+    """
+    with _cached_in_its_folder(function) as cache:
+        return numba.cfunc(signature, cache=cache, parallel=True, nopython=True)(function)
 
 
 class _CompileNotice(event.Listener):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -31,16 +32,13 @@ class Forms:
         from mmrec.kernels.scan import kernel
 
         self.seen: list[str] = []
-        for form in ("serial", "parallel"):
-            run = getattr(kernel.scan_fwd, form)
-            monkeypatch.setattr(kernel.scan_fwd, form, self.note(form, run))
+        run = kernel.scan_fwd.run
 
-    def note(self, form: str, run: object) -> object:
-        def call(*args: object) -> None:
-            self.seen.append(form)
-            run(*args)  # type: ignore[operator]
+        def noted(on_threads: bool, *args: Any) -> None:
+            self.seen.append("parallel" if on_threads else "serial")
+            run(on_threads, *args)
 
-        return call
+        monkeypatch.setattr(kernel.scan_fwd, "run", noted)
 
 
 @_launch.parallel_kernel
@@ -56,6 +54,20 @@ def test_what_a_task_allocates_is_its_own() -> None:
     out = np.zeros(len(sizes))
     _fill(sizes, out, tasks=len(sizes), work=1e9)
     assert (out == np.arange(len(sizes)) * sizes * 1000 + sizes * sizes).all()
+
+
+@_launch.parallel_kernel
+def _fail(task, sizes):  # type: ignore[no-untyped-def]
+    if task == sizes[0]:
+        raise ValueError("no")
+
+
+def test_a_task_that_fails_is_an_error() -> None:
+    """In both forms; as when memory ends."""
+    for work in (0, 1e9):
+        _fail(np.array([7]), tasks=5, work=work)
+        with pytest.raises((ValueError, MemoryError)):
+            _fail(np.array([3]), tasks=5, work=work)
 
 
 def test_numba_follows_torch_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
