@@ -171,6 +171,7 @@ def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+@functools.cache  # whoever has its address needs it as long as the process lives
 def compiled_c_function(function: Callable[..., Any], signature: Any) -> Any:
     """A function that compiled code calls by its ``address``, compiled now and kept likewise.
 

@@ -188,11 +188,11 @@ def parallel_threshold(nanoseconds: float) -> Iterator[None]:
 
 
 class ParallelKernel:
-    """A loop over independent tasks, compiled in two forms that give the same bits.
+    """A loop over independent tasks, in two forms of one compiled body that give the same bits.
 
-    The decorated body takes the number of its task, then the arguments. It is a function of its
-    own so that what it allocates belongs to the task: Numba moves allocations out of the body of a
-    ``prange``, which once broke one whose size depended on the task.
+    The decorated body takes the number of its task, then the arguments. It is no part of a
+    ``prange``: that would compile it several times, and Numba moves allocations out of the body of
+    a ``prange``, which once broke one whose size depended on the task.
 
     The parallel form uses as many threads as torch does. The serial form runs small work, and
     replaces the parallel form on one thread, in a forked child (OpenMP does not survive a fork),
