@@ -67,7 +67,14 @@ def _make_bind(body: Any) -> Any:
             arguments = cgutils.unpack_tuple(builder, values[0])
             data_type = ir.LiteralStructType([value.type for value in arguments])
             data = cgutils.alloca_once(builder, data_type)
-            for n, value in enumerate(arguments):
+            for n, (value, value_type) in enumerate(zip(arguments, args.types, strict=True)):
+                if isinstance(value_type, types.Array):
+                    # tasks borrow the arrays: threads that count references to one would wait for
+                    # each other
+                    array = context.make_array(value_type)(context, builder, value)
+                    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                    array.parent = cgutils.get_null_value(array.parent.type)
+                    value = array._getvalue()
                 builder.store(value, cgutils.gep_inbounds(builder, data, 0, n))
 
             name = builder.module.get_unique_name("run_task")
