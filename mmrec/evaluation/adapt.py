@@ -5,6 +5,9 @@ of gradient descent on it. So every token is predicted by a model that has seen 
 it, and the scores are as honest as plain ones; they answer another question. The recurrent state is
 carried on. The weights are never set back, also not at a document's end.
 
+The step is RMSProp with Adam's bias correction: the gradient over the root of its running mean
+square.
+
 Sources: Mikolov et al. 2010, "Recurrent neural network based language model", section 2; Krause et
 al. 2018 (arXiv:1709.07432).
 """
@@ -24,6 +27,8 @@ from mmrec.model import LayerState, Model, State
 
 SEGMENT_TOKENS = 64
 """Tokens that are scored, and then learnt from, at once (docs/development/decisions)."""
+BETA2 = 0.999
+"""Decay of the running mean of squared gradients."""
 
 
 def check_length(n_tokens: int) -> None:
@@ -61,8 +66,9 @@ def evaluate_dynamically(
     check_length(split.n_tokens)
     begin, updates = time.perf_counter(), 0
     model.eval().requires_grad_()  # without dropout, as in the literature
+    # without momentum, which goes on in the direction of segments that are past
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.adapt_lr, weight_decay=0.0, fused=True
+        model.parameters(), lr=config.adapt_lr, betas=(0.0, BETA2), weight_decay=0.0, fused=True
     )
     state: State | None = None
     sums = ScoreSums()
@@ -79,7 +85,7 @@ def evaluate_dynamically(
                 f"adapt_lr must be lower than {config.adapt_lr:g}"
             )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         updates += 1
         state = _detach(state)

@@ -35,12 +35,12 @@ def adapt(split: Split, eot: int, lr: float, **options: Any) -> DynamicEvaluatio
 
 
 def test_scores_equal_a_plain_computation(corpus: Corpus) -> None:
-    """Score a segment, then one step of Adam on it, written out."""
+    """Score a segment, then one step of RMSProp on it, written out."""
     split, lr = first_tokens(corpus, 5 * SEGMENT_TOKENS + 20), 3e-3
     scores = adapt(split, corpus.tokenizer.eot, lr)
     model = make_model().eval()
     parameters = [*model.parameters()]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    mean_squares = [torch.zeros_like(p) for p in parameters]
     text = torch.from_numpy(np.append(corpus.tokenizer.eot, split.tokens).astype(np.int64))
     state, nats, steps = None, [], 0
     for begin in range(0, split.n_tokens, SEGMENT_TOKENS):
@@ -50,11 +50,9 @@ def test_scores_equal_a_plain_computation(corpus: Corpus) -> None:
         nats.append(-logp.sum().item())
         grads = torch.autograd.grad(-logp.sum() / SEGMENT_TOKENS, parameters)
         steps += 1
-        for p, g, (first, second) in zip(parameters, grads, moments, strict=True):
-            first.mul_(0.9).add_(g, alpha=0.1)
-            second.mul_(0.999).add_(g * g, alpha=0.001)
-            step = first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
-            p.data -= lr * step
+        for p, g, square in zip(parameters, grads, mean_squares, strict=True):
+            square.mul_(0.999).add_(g * g, alpha=0.001)
+            p.data -= lr * g / ((square / (1 - 0.999**steps)).sqrt() + 1e-8)
         layers = [type(s)(*(x if x is None else x.detach() for x in s)) for s in state.layers]
         state = state._replace(layers=layers)
     assert scores.updates == steps == 6
