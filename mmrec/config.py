@@ -624,8 +624,8 @@ class AdaptationConfig(Section):
 
     adapt_lr: float = setting(
         1e-4,
-        "Learning rate of --adapt. A higher one helps on a long text that is unlike the training "
-        "text, and harms on others.",
+        "Learning rate of --adapt. 1e-3 helps more on a text that is unlike the training text, and "
+        "harms on one that is like it.",
         minimum=0,
         exclusive_minimum=True,
     )
