@@ -9,19 +9,21 @@ import typer
 from mmrec.cli.options import ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
 from mmrec.cli.streams import print_json, print_note
+from mmrec.config import TRAIN_SETTINGS, AdaptationConfig
 from mmrec.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
-    from mmrec.evaluation.evaluate import Evaluation
+    from mmrec.evaluation.evaluate import DynamicEvaluation, Evaluation
     from mmrec.evaluation.report import Report
 
-EVAL_SETTINGS = ("text_field", "skip_bad")
+READ_SETTINGS = ("text_field", "skip_bad")
+ADAPTATION = AdaptationConfig.settings()
 TEMPERATURES, MAX_TOKENS = "0,0.8,1", 120
 """Defaults of the options of --prompts."""
 
 
-@settings_options(EVAL_SETTINGS)
+@settings_options([*READ_SETTINGS, *ADAPTATION], declared=TRAIN_SETTINGS | ADAPTATION)
 def evaluate(
     where: Annotated[
         list[Path] | None,
@@ -29,6 +31,14 @@ def evaluate(
     ] = None,
     model: ModelsOption = None,
     data: Annotated[str | None, typer.Option(help="Another text to score in full.")] = None,
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt",
+            help="Add a row for dynamic evaluation: a copy of the model learns from each part of "
+            "the text after its score.",
+        ),
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw loss by position in the document and calibration as a PNG."),
@@ -73,18 +83,23 @@ def evaluate(
 
     if prompts is not None and tasks is not None:
         raise InputError("--tasks has no effect with --prompts")
+    adaptation = {k: v for k, v in settings.items() if k in ADAPTATION}
+    reading = {k: v for k, v in settings.items() if k in READ_SETTINGS}
+    adapts = adapt or None
     needs: dict[str, dict[str, Any]] = {
         "--prompts": {"temperatures": temperatures, "max_tokens": max_tokens, "report": report},
         "--tasks": {"include_path": include_path},
-        "--data or --prompts": settings,
+        "--adapt": adaptation,
+        "--data or --prompts": reading,
     }
-    text = prompts if data is None else data
-    for (option, dependent), needed in zip(needs.items(), (prompts, tasks, text), strict=True):
-        if needed is None:
+    needed = (prompts, tasks, adapts, prompts if data is None else data)
+    for (option, dependent), value in zip(needs.items(), needed, strict=True):
+        if value is None:
             _refuse(dependent, f"has no effect without {option}")
     if prompts is not None or tasks is not None:
         task = "--tasks" if prompts is None else "--prompts"
-        _refuse({"data": data, "plot": plot}, f"has no effect with {task}")
+        _refuse({"data": data, "adapt": adapts, "plot": plot}, f"has no effect with {task}")
+    config = AdaptationConfig(**adaptation) if adapt else None
     if force and plot is None and report is None:
         raise InputError("--force overwrites --plot or --report; give one of them")
     chosen = several_models(where, model)
@@ -105,12 +120,12 @@ def evaluate(
     if prompts is not None:
         temperatures = TEMPERATURES if temperatures is None else temperatures
         _write_samples(
-            models, prompts, settings, temperatures, max_tokens or MAX_TOKENS, report, as_json
+            models, prompts, reading, temperatures, max_tokens or MAX_TOKENS, report, as_json
         )
     elif tasks is not None:
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
-        _score(models[0], data, settings, plot, as_json, force)
+        _score(models[0], data, reading, config, plot, as_json, force)
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:
@@ -202,6 +217,7 @@ def _score(
     loaded: "LoadedModel",
     data: str | None,
     settings: dict[str, Any],
+    adaptation: AdaptationConfig | None,
     plot: Path | None,
     as_json: bool,
     force: bool,
@@ -217,11 +233,16 @@ def _score(
             bar.total = total
             bar.update(count)
 
-        scores, report, description = evaluate_source(loaded, data, progress=show, **settings)
+        scores, report, description = evaluate_source(
+            loaded, data, adaptation=adaptation, progress=show, **settings
+        )
     title = f"{loaded.path}, step {loaded.step:,}"
     if as_json:
         extra = {"checkpoint": str(loaded.path), "step": loaded.step, "data": description}
-        print_json(extra | dataclasses.asdict(scores) | dataclasses.asdict(report))
+        facts = dataclasses.asdict(scores)
+        if adaptation is None:
+            del facts["dynamic"]
+        print_json(extra | facts | dataclasses.asdict(report))
     else:
         article = "the " * description.startswith("validation")
         _print_scores(scores, report, f"{title}, on {article}{description}")
@@ -243,6 +264,15 @@ def _print_scores(scores: "Evaluation", report: "Report", heading: str) -> None:
     typer.echo(
         f"  scored          {scores.tokens:,} tokens, {scores.bytes:,} bytes, {report.documents:,} "
         f"documents, {rate:,.0f} tokens/s"
+    )
+    if scores.dynamic is not None:
+        _print_dynamic(scores.dynamic)
+
+
+def _print_dynamic(scores: "DynamicEvaluation") -> None:
+    typer.echo(
+        f"  with --adapt    {scores.bits_per_byte:.4f} bits per byte: dynamic evaluation, "
+        f"{scores.updates:,} updates at rate {scores.learning_rate:g}, {scores.seconds:.1f} s"
     )
 
 

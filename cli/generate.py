@@ -20,7 +20,7 @@ from mmrec.cli.options import (
     settings_options,
 )
 from mmrec.cli.streams import argument_text, print_json, print_note, read_standard_input
-from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
+from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, SamplingConfig
 from mmrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 READ_SETTINGS = ("text_field", "skip_bad")
 SAMPLING = SamplingConfig.settings()
+ADAPTATION = AdaptationConfig.settings()
 
 
-@settings_options([*SAMPLING, *READ_SETTINGS], declared=ALL_SETTINGS | SAMPLING)
+@settings_options(
+    [*SAMPLING, *READ_SETTINGS, *ADAPTATION], declared=ALL_SETTINGS | SAMPLING | ADAPTATION
+)
 def generate(
     where: Annotated[
         Path | None,
@@ -54,6 +57,13 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE", help="A text before the prompt, as for --data; it is not printed."
+        ),
+    ] = None,
+    adapt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="As --read; and the model learns from the text first. Its file stays as it is.",
         ),
     ] = None,
     state: Annotated[
@@ -98,15 +108,24 @@ def generate(
     """Continue a prompt, for example: mmrec generate --prompt "It was"."""
     sampling = SamplingConfig(**{k: v for k, v in settings.items() if k in SAMPLING})
     reading = {k: v for k, v in settings.items() if k in READ_SETTINGS}
+    adaptation = {k: v for k, v in settings.items() if k in ADAPTATION}
+    if adapt is not None:
+        options = {"--read": read, "--state": state, "--save-state": save_state}
+        _check_adapt(adapt, weights, options)
+        read = adapt
+    elif adaptation:
+        raise InputError("--adapt-lr has no effect without --adapt")
+    config = AdaptationConfig(**adaptation)
     if prompts is not None and prompt is not None:
         raise InputError("give prompts once, by --prompt or by --prompts; got both")
     if prompts is None and read is None:
         for name in reading:
             raise InputError(
-                f"--{name.replace('_', '-')} has no effect without --prompts or --read"
+                f"--{name.replace('_', '-')} has no effect without --prompts, --read or --adapt"
             )
     if prompts is not None and read is not None and reading:
-        raise InputError("--text-field and --skip-bad are for --prompts or for --read; got both")
+        option = "--read" if adapt is None else "--adapt"
+        raise InputError(f"--text-field and --skip-bad are for --prompts or for {option}; got both")
     if read == "-" and "-" in (prompt, str(prompts)):
         raise InputError("standard input can be read only once; got - twice")
     if save_state is not None and (prompts is not None or samples > 1 or as_json):
@@ -144,7 +163,10 @@ def generate(
         logprobs=logprobs,
         return_state=False,
     )
-    decoder = Decoder.load(path, weights=weights, threads=threads)
+    if adapt is None:
+        decoder = Decoder.load(path, weights=weights, threads=threads)
+    else:
+        decoder = _adapted_decoder(path, adapt, config, reading if prompts is None else {}, threads)
     request = replace(request, logit_bias=_parse_biases(logit_bias or [], decoder.tokenizer))
     session = None
     if read is not None or state is not None or save_state is not None:
@@ -165,6 +187,58 @@ def generate(
         _print_all(decoder, request, texts, samples, as_json=as_json)
     if sys.stderr.isatty():
         typer.echo(f"[{path}, {time.perf_counter() - begin:.1f} s]", err=True)
+
+
+def _check_adapt(text: str, weights: str, options: dict[str, Any]) -> None:
+    """Raise InputError if --adapt cannot be used with this text or these options."""
+    from mmrec.data.corpus import is_prepared
+    from mmrec.data.sources import is_single_pass
+
+    for option, value in options.items():
+        if value is not None:
+            reason = (
+                "both read a text before the prompt"
+                if option == "--read"
+                else "a session belongs to the weights of a file"
+            )
+            raise InputError(f"{option} cannot be used with --adapt: {reason}")
+    if weights != "float32":
+        raise InputError(f"--adapt needs weights that can learn: --weights float32; got {weights}")
+    if is_single_pass(text):
+        raise InputError(f"--adapt reads its text twice, so it must be a file; got {text}")
+    if is_prepared(text):
+        raise InputError(f"--adapt must be a text; {text} is a prepared corpus")
+
+
+def _adapted_decoder(
+    path: Path,
+    text: str,
+    config: AdaptationConfig,
+    reading: dict[str, Any],
+    threads: int | None,
+) -> "Decoder":
+    """The model after it learnt from a text."""
+    from tqdm import tqdm
+
+    from mmrec.checkpoint.checkpoint import load_model  # with torch
+    from mmrec.evaluation.source import adapt_to_source
+    from mmrec.inference.decoder import Decoder
+
+    with tqdm(unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count)
+
+        adapted, scores = adapt_to_source(load_model(path), text, config, progress=show, **reading)
+    dynamic = scores.dynamic
+    assert dynamic is not None
+    print_note(
+        f"adapted to {text} by {dynamic.updates:,} updates in {dynamic.seconds:.1f} s; bits per "
+        f"byte of that text, each part before it was learnt: {dynamic.bits_per_byte:.4f}; without "
+        f"adapting {scores.bits_per_byte:.4f}"
+    )
+    return Decoder.from_model(adapted.model, adapted.tokenizer, threads=threads)
 
 
 def _open_session(

@@ -13,7 +13,7 @@ from mmrec.runtime.malloc import keep_freed_memory
 HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
 """Commands that keep all cores busy. Others use torch's defaults."""
 DECODER_COMMANDS = ("generate", "chat", "score", "serve")
-"""Commands that run the compiled decoder alone, without torch."""
+"""Commands that run the compiled decoder alone, without torch; unless they adapt the model."""
 UNUSED_BLAS = "scipy.linalg.cython_blas"
 """What Numba imports for matrix products of NumPy functions. The decoder uses none of them."""
 
@@ -53,11 +53,12 @@ def prepare_process(
         is_busy: Measures whether other processes use the cores.
     """
     share_cores(environ)
-    if command[:1] and command[0] in DECODER_COMMANDS:
+    adapts = any(word.split("=")[0] == "--adapt" for word in command)
+    if command[:1] and command[0] in DECODER_COMMANDS and not adapts:
         # Without this, a third of the start and 20 MB would go to scipy. Numba then refuses to
         # compile np.dot and its like, which is why only whole processes of mmrec do it.
         sys.modules.setdefault(UNUSED_BLAS, None)  # type: ignore[arg-type]
-    is_heavy = " ".join(command).startswith(HEAVY_COMMANDS)
+    is_heavy = " ".join(command).startswith(HEAVY_COMMANDS) or adapts
     chosen_by_user = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environ.keys()
     if is_heavy and not chosen_by_user and is_busy():
         # Numba's kernels run on torch's OpenMP pool. Its idle threads spin, and meanwhile no other

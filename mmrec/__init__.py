@@ -16,7 +16,7 @@ from mmrec.config import PRESETS, VERSION, ModelConfig, TrainConfig
 from mmrec.errors import InputError, StorageError, TrainingDivergedError
 
 if TYPE_CHECKING:
-    from mmrec.api import evaluate, generate, load
+    from mmrec.api import adapt, evaluate, generate, load
     from mmrec.checkpoint.checkpoint import LoadedModel
     from mmrec.inference.decoder import Decoder
     from mmrec.inference.session import Session
@@ -39,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "TrainingDivergedError",
     "__version__",
+    "adapt",
     "evaluate",
     "generate",
     "load",
@@ -53,6 +54,7 @@ _LAZY = {
     "Model": "mmrec.model",
     "Run": "mmrec.training.setup",
     "Session": "mmrec.inference.session",
+    "adapt": "mmrec.api",
     "evaluate": "mmrec.api",
     "generate": "mmrec.api",
     "load": "mmrec.api",

@@ -6,10 +6,10 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.config import DEFAULT_MAX_TOKENS
+from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation
-from mmrec.evaluation.source import evaluate_source
+from mmrec.evaluation.source import adapt_to_source, evaluate_source
 from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.setup import Run
 
@@ -90,10 +90,12 @@ def evaluate(
     *,
     text_field: str = "",
     skip_bad: bool = False,
+    adapt: bool = False,
+    adapt_lr: float | None = None,
 ) -> Evaluation:
     """Score a model on a text, as ``mmrec eval`` does, and print nothing.
 
-    Every token is scored once.
+    Every token is scored once. The model stays as it is, also with ``adapt``.
 
     Args:
         source: see ``load``.
@@ -102,20 +104,80 @@ def evaluate(
             model was trained on.
         text_field: field or column of a record that holds the text; empty is ``text``.
         skip_bad: skip broken records and files that are not UTF-8.
+        adapt: score the text by dynamic evaluation, too: a copy of the model learns from each part
+            of the text after its score. These scores are ``dynamic`` of the result.
+        adapt_lr: learning rate of that; None is the default of ``mmrec eval --adapt``.
 
     Returns:
         Loss in nats per token, perplexity, bits per byte, accuracy, tokens and bytes.
 
     Raises:
-        InputError: the model or the text cannot be read, or an argument is of another type.
+        InputError: the model or the text cannot be read, the text is too short to adapt to, or an
+            argument is of another type or out of its range.
     """
     if not isinstance(data, str | Path | None):
         raise InputError(f"data must be a name, a path or None; got {data!r}")
+    if not isinstance(adapt, bool):
+        raise InputError(f"adapt must be of type bool; got {adapt!r}")
+    if adapt_lr is not None and not adapt:
+        raise InputError(f"adapt_lr has no effect without adapt; got {adapt_lr!r}")
+    reading = _check_reading(text_field, skip_bad)
+    text = None if data is None else str(data)
+    adaptation = _adaptation(adapt_lr) if adapt else None
+    loaded = load(source)
+    with hide_progress_bars():
+        return evaluate_source(loaded, text, adaptation=adaptation, **reading)[0]
+
+
+def adapt(
+    source: ModelSource,
+    data: str | Path,
+    *,
+    text_field: str = "",
+    skip_bad: bool = False,
+    adapt_lr: float | None = None,
+) -> tuple[LoadedModel, Evaluation]:
+    """Let a copy of a model learn from a text while it reads it once (dynamic evaluation).
+
+    The model and its file stay as they are.
+
+    >>> adapted, scores = mmrec.adapt("runs/tiny-book", "other.txt")  # doctest: +SKIP
+    >>> scores.bits_per_byte, scores.dynamic.bits_per_byte  # doctest: +SKIP
+    >>> session = mmrec.Session(adapted.decoder)  # doctest: +SKIP
+    >>> session.read(Path("other.txt"))  # doctest: +SKIP
+    >>> "".join(session.generate(seed=1))  # doctest: +SKIP
+
+    Args:
+        source: see ``load``.
+        data: a name or path as for ``--data``.
+        text_field: field or column of a record that holds the text; empty is ``text``.
+        skip_bad: skip broken records and files that are not UTF-8.
+        adapt_lr: learning rate; None is the default of ``mmrec generate --adapt``.
+
+    Returns:
+        The model with the weights after the text; and the scores of the text, those of the model
+        before and, as ``dynamic``, those while it learnt.
+
+    Raises:
+        InputError: the model or the text cannot be read, the text is too short, or an argument is
+            of another type or out of its range.
+    """
+    if not isinstance(data, str | Path):
+        raise InputError(f"data must be a name or a path; got {data!r}")
+    reading, adaptation = _check_reading(text_field, skip_bad), _adaptation(adapt_lr)
+    loaded = load(source)
+    with hide_progress_bars():
+        return adapt_to_source(loaded, str(data), adaptation, **reading)
+
+
+def _adaptation(adapt_lr: float | None) -> AdaptationConfig:
+    return AdaptationConfig() if adapt_lr is None else AdaptationConfig(adapt_lr)
+
+
+def _check_reading(text_field: str, skip_bad: bool) -> dict[str, Any]:
+    """Return how a text is read, as keyword arguments."""
     if not isinstance(text_field, str):
         raise InputError(f"text_field must be of type str; got {text_field!r}")
     if not isinstance(skip_bad, bool):
         raise InputError(f"skip_bad must be of type bool; got {skip_bad!r}")
-    text = None if data is None else str(data)
-    loaded = load(source)
-    with hide_progress_bars():
-        return evaluate_source(loaded, text, text_field=text_field, skip_bad=skip_bad)[0]
+    return {"text_field": text_field, "skip_bad": skip_bad}

@@ -616,6 +616,22 @@ class SamplingConfig(Section):
 
 
 @dataclass(frozen=True)
+class AdaptationConfig(Section):
+    """How a model learns from a text while it reads it."""
+
+    section: ClassVar[str] = "adaptation"
+    title: ClassVar[str] = "Adaptation"
+
+    adapt_lr: float = setting(
+        1e-4,
+        "Learning rate of --adapt. 1e-3 helps more on a text that is unlike the training text, and "
+        "harms on one that is like it.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig(Section):
     """What a server allows. Each request is checked against these limits."""
 

@@ -40,6 +40,26 @@ class Evaluation:
     tokens: int
     bytes: int
     seconds: float
+    dynamic: "DynamicEvaluation | None" = None
+    """Scores of the same text by dynamic evaluation, if they were asked for. The numbers above are
+    those of the model as it is."""
+
+
+@dataclass(frozen=True)
+class DynamicEvaluation:
+    """Scores over a whole text by a model that learns from each part of it after its score."""
+
+    loss: float
+    """Mean cross-entropy, in nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    updates: int
+    """Updates of the weights."""
+    learning_rate: float
+    segment_tokens: int
+    """Tokens that are scored between two updates."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,51 @@ class TokenScores:
     def empty(cls, count: int) -> "TokenScores":
         """Allocate the scores of ``count`` tokens, without values."""
         return cls(np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool))
+
+
+class ScoreSums:
+    """Sums over the tokens of a text that were scored so far."""
+
+    def __init__(self, token_scores: TokenScores | None = None) -> None:
+        """Begin with no token; ``token_scores`` is filled with the scores of each token."""
+        self.nats, self.correct, self.tokens = 0.0, 0, 0
+        self._token_scores = token_scores
+
+    def add(self, logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+        """Score n tokens.
+
+        Args:
+            logits: (n, V) float32.
+            targets: (n,) int64, the tokens.
+            positions: (n,) int64, their places in the text.
+
+        Returns:
+            Minus the log-probability of each token in nats, (n,) float32, with its gradient.
+        """
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        with torch.no_grad():
+            most_likely = logits.argmax(-1)
+            hits = most_likely == targets
+            self.nats += float(losses.sum(dtype=torch.float64))
+            self.correct += int(hits.sum())
+            self.tokens += len(targets)
+            if (scores := self._token_scores) is not None:
+                confidence = F.cross_entropy(logits, most_likely, reduction="none").neg().exp()
+                places = positions.numpy()
+                scores.nats[places] = losses.detach().numpy()
+                scores.confidence[places] = confidence.numpy()
+                scores.correct[places] = hits.numpy()
+        return losses
+
+    def means(self, n_bytes: int) -> tuple[float, float, float, float]:
+        """Return loss, perplexity, bits per byte and accuracy, as ``Evaluation`` has them.
+
+        Args:
+            n_bytes: UTF-8 bytes of the text.
+        """
+        loss = self.nats / self.tokens
+        perplexity = math.exp(min(loss, 700.0))
+        return loss, perplexity, self.nats / math.log(2) / n_bytes, self.correct / self.tokens
 
 
 def evaluate_split(
@@ -127,7 +192,7 @@ def evaluate(
     training, begin = model.training, time.perf_counter()
     model.eval()
     state: State | None = None
-    nats, correct = 0.0, 0
+    sums = ScoreSums(token_scores)
     positions = torch.arange(streams * cdiv(len(tokens), streams))
     chunk_positions = positions.view(streams, -1).split(chunk, 1)
     try:
@@ -143,27 +208,13 @@ def evaluate(
                 position[mask].split(LOGITS_CHUNK),
                 strict=True,
             ):
-                logits = model.lm_head(h)
-                losses = F.cross_entropy(logits, target, reduction="none")
-                nats += float(losses.sum(dtype=torch.float64))
-                most_likely = logits.argmax(-1)
-                hits = most_likely == target
-                correct += int(hits.sum())
-                if token_scores is not None:
-                    confidence = F.cross_entropy(logits, most_likely, reduction="none").neg().exp()
-                    token_scores.nats[index.numpy()] = losses.numpy()
-                    token_scores.confidence[index.numpy()] = confidence.numpy()
-                    token_scores.correct[index.numpy()] = hits.numpy()
+                sums.add(model.lm_head(h), target, index)
             if progress is not None:
                 progress(int(mask.sum()))
     finally:
         model.train(training)
-    loss = nats / len(tokens)
     return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=nats / math.log(2) / n_bytes,
-        accuracy=correct / len(tokens),
+        *sums.means(n_bytes),
         tokens=len(tokens),
         bytes=n_bytes,
         seconds=time.perf_counter() - begin,

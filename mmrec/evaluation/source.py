@@ -1,18 +1,23 @@
 """Evaluate a loaded model on its validation split or on any other text."""
 
+import copy
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
+from mmrec.config import AdaptationConfig
 from mmrec.data.corpus import Corpus, Split, is_prepared
 from mmrec.data.readers import ReadOptions
 from mmrec.data.sources import iter_documents
 from mmrec.data.tokenize import encode_documents
 from mmrec.errors import InputError
+from mmrec.evaluation.adapt import check_length, evaluate_dynamically
 from mmrec.evaluation.evaluate import Evaluation, TokenScores, evaluate_split
 from mmrec.evaluation.provenance import training_config, training_corpus
 from mmrec.evaluation.report import Report, make_report
+from mmrec.model import Model
 from mmrec.runtime.names import user_path
 
 COPY_SEARCH_TOKENS = 20_000_000  # tokens of the training text that are searched for copies
@@ -66,6 +71,7 @@ def evaluate_source(
     *,
     text_field: str = "",
     skip_bad: bool = False,
+    adaptation: AdaptationConfig | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[Evaluation, Report, str]:
     """Score a loaded model on a text.
@@ -75,28 +81,85 @@ def evaluate_source(
         data: the text; see ``open_split``.
         text_field: field or column of ``data`` that holds the text; empty is ``text``.
         skip_bad: skip broken records and files that are not UTF-8.
-        progress: called with the number of tokens just scored and the number of all tokens.
+        adaptation: how to score the text by dynamic evaluation, too; None leaves that out.
+        progress: called with the number of tokens just scored and the number of all tokens to
+            score.
 
     Returns:
-        The scores, the scores broken down, and the description of the text.
+        The scores, the scores of the plain model broken down, and the description of the text.
 
     Raises:
-        InputError: see ``open_split``.
+        InputError: see ``open_split`` and ``adapt.evaluate_dynamically``.
     """
     split, description = open_split(loaded, data, text_field=text_field, skip_bad=skip_bad)
     tokenizer, scores = loaded.tokenizer, TokenScores.empty(split.n_tokens)
-    evaluation = evaluate_split(
-        loaded.model,
-        split,
-        tokenizer,
-        reset_at_documents=training_config(loaded).data.state != "window",
-        token_scores=scores,
-        progress=None if progress is None else lambda count: progress(count, split.n_tokens),
-    )
+    evaluation, _ = _score(loaded, split, adaptation, scores, progress)
     token_bytes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     tokens = np.asarray(split.tokens)
     report = make_report(tokens, tokenizer.eot, np.array(token_bytes), scores)
     return evaluation, report, description
+
+
+def adapt_to_source(
+    loaded: LoadedModel,
+    data: str,
+    adaptation: AdaptationConfig = AdaptationConfig(),
+    *,
+    text_field: str = "",
+    skip_bad: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[LoadedModel, Evaluation]:
+    """Let a copy of a model learn from a text while it reads it once.
+
+    Args:
+        loaded: the checkpoint, which stays as it is.
+        data: the text; see ``open_split``.
+        adaptation: how the model learns.
+        text_field: field or column of ``data`` that holds the text; empty is ``text``.
+        skip_bad: skip broken records and files that are not UTF-8.
+        progress: called with the number of tokens just scored and the number of all tokens to
+            score.
+
+    Returns:
+        The model with the weights after the text; and the scores of the text, those of the model
+        before and, as ``dynamic``, those while it learnt.
+
+    Raises:
+        InputError: see ``open_split`` and ``adapt.evaluate_dynamically``.
+    """
+    split, _ = open_split(loaded, data, text_field=text_field, skip_bad=skip_bad)
+    evaluation, model = _score(loaded, split, adaptation, None, progress)
+    return dataclasses.replace(loaded, model=model), evaluation
+
+
+def _score(
+    loaded: LoadedModel,
+    split: Split,
+    adaptation: AdaptationConfig | None,
+    token_scores: TokenScores | None,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[Evaluation, Model]:
+    """The scores, and the model after dynamic evaluation: a copy, if there was any."""
+    if adaptation is not None:
+        check_length(split.n_tokens)
+    total = split.n_tokens * (1 if adaptation is None else 2)
+    show = None if progress is None else lambda count: progress(count, total)
+    reset = training_config(loaded).data.state != "window"
+    evaluation = evaluate_split(
+        loaded.model,
+        split,
+        loaded.tokenizer,
+        reset_at_documents=reset,
+        token_scores=token_scores,
+        progress=show,
+    )
+    if adaptation is None:
+        return evaluation, loaded.model
+    model, eot = copy.deepcopy(loaded.model), loaded.tokenizer.eot
+    dynamic = evaluate_dynamically(
+        model, split, eot, adaptation, reset_at_documents=reset, progress=show
+    )
+    return dataclasses.replace(evaluation, dynamic=dynamic), model
 
 
 def training_text(loaded: LoadedModel) -> bytes:

@@ -560,6 +560,9 @@ MISTAKES = [
             ("--prompts short.txt", "--data book.txt", "with --prompts"),
             ("--prompts short.txt", "--plot a.png", "with --prompts"),
             ("--prompts short.txt", "--tasks x", "with --prompts"),
+            ("--prompts short.txt", "--adapt", "with --prompts"),
+            ("--tasks x", "--adapt", "with --tasks"),
+            ("", "--adapt-lr 0.1", "without --adapt"),
             ("--tasks x", "--report a.md", "without --prompts"),
             ("--tasks x", "--plot a.png", "with --tasks"),
             ("", "--temperatures 1", "without --prompts"),
@@ -592,6 +595,38 @@ MISTAKES = [
     ("eval", "--report", "--prompts short.txt --report runs", "--report must be a file to write"),
     ("eval", "--tasks", "--tasks none-such", "the harness has no task 'none-such'"),
     ("eval", "--include-path", "--tasks x --include-path none", "must be a folder of tasks; none"),
+    *[
+        (
+            "eval",
+            "--adapt-lr",
+            f"--data book.txt --adapt --adapt-lr {value}",
+            f"adapt_lr must be finite and > 0; got {value}",
+        )
+        for value in ("0", "-1", "nan", "inf")
+    ],
+    ("eval", "--adapt", "--data word.txt --adapt", "must be longer than a segment of 64 .*; got 9"),
+    ("eval", "--adapt", "--data empty.txt --adapt", "empty.txt is empty"),
+    ("eval", "--adapt", "char --data snow.txt --adapt", "line 2, character 4: the character '☃'"),
+    *[
+        ("generate", option, f"{arguments} --prompt x", message)
+        for option, arguments, message in (
+            ("--adapt", "--adapt none.txt", "no data at none.txt: no such file or folder"),
+            ("--adapt", "--adapt empty.txt", "empty.txt is empty: expected text"),
+            ("--adapt", "--adapt=", "--adapt must not be empty; got ''"),
+            ("--adapt", "--adapt word.txt", "must be longer than a segment of 64 tokens; got 9"),
+            ("--adapt", "char --adapt snow.txt", "snow.txt, line 2, character 4: the character"),
+            ("--adapt", "--adapt -", "--adapt reads its text twice, so it must be a file; got -"),
+            ("--adapt", "--adapt char.h5", "--adapt must be a text; char.h5 is a prepared corpus"),
+            ("--adapt", "--adapt bad.txt", "bad.txt must be UTF-8"),
+            ("--adapt", "--adapt book.txt --text-field x", "names a field of records"),
+            ("--adapt-lr", "--adapt-lr 0.1", "--adapt-lr has no effect without --adapt"),
+            ("--adapt-lr", "--adapt book.txt --adapt-lr 0", "adapt_lr must be finite and > 0; got"),
+            ("--weights", "--adapt book.txt --weights int8", "needs weights .*float32; got int8"),
+            ("--read", "--adapt book.txt --read book.txt", "--read cannot be used with --adapt"),
+            ("--state", "--adapt book.txt --state s.h5", "--state cannot be used with --adapt"),
+            ("--save-state", "--adapt book.txt --save-state s.h5", "--save-state cannot be used"),
+        )
+    ],
     (
         "generate",
         "--model",

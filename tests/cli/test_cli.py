@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         with zipfile.ZipFile("zip.txt", "w") as zip_file, tarfile.open("tar.txt", "w") as tar_file:
             zip_file.write("small.toml")
             tar_file.add("small.toml")
+        Path("word.txt").write_text("one word")
         Path("short.txt").write_text("a few words only, not enough " * 3)
         Path("book.txt").write_text(text_file.read_text())
         Path("snow.txt").write_text("def\nin ☃: pass\n" * 40)

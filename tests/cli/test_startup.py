@@ -84,11 +84,14 @@ def test_what_reads_a_model_does_not_import_torch(modules: str) -> None:
     assert "torch" not in run.stdout.split()
 
 
-@pytest.mark.parametrize(("command", "blocked"), [("generate", True), ("train", False)])
+@pytest.mark.parametrize(
+    ("command", "blocked"),
+    [("generate", True), ("train", False), ("generate --adapt=a.txt", False)],
+)
 def test_only_the_decoder_does_without_scipy(
     monkeypatch: pytest.MonkeyPatch, command: str, blocked: bool
 ) -> None:
     monkeypatch.delitem(sys.modules, UNUSED_BLAS, raising=False)
-    prepare_process([command], {}, lambda: False)
+    prepare_process(command.split(), {}, lambda: False)
     assert (UNUSED_BLAS in sys.modules) == blocked
     sys.modules.pop(UNUSED_BLAS, None)
