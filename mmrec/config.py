@@ -522,6 +522,32 @@ class FinetuneConfig(Section):
 
 
 @dataclass(frozen=True)
+class DistillationConfig(Section):
+    """Training that learns what earlier models predict."""
+
+    section: ClassVar[str] = "distillation"
+    title: ClassVar[str] = "Distillation"
+
+    teachers: str = setting(
+        "",
+        "Runs or checkpoints with the same tokenizer, joined by commas. The model learns the mean "
+        "of their predictions.",
+    )
+    teacher_weight: float = setting(
+        1.0,
+        "Share of the loss that compares with the teachers; the rest compares with the text.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_weight < 1 and not self.teachers:
+            raise InputError(f"teacher_weight needs teachers; got {self.teacher_weight:g} alone")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig(Section):
     """When a run validates, saves and stops."""
 
@@ -662,6 +688,7 @@ class TrainConfig:
     length: LengthConfig = LengthConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    distillation: DistillationConfig = DistillationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
 
@@ -677,6 +704,8 @@ class TrainConfig:
             )
         if finetune.replay_fraction and self.data.state == "carry":
             raise InputError("replay_fraction needs state window or document; got 'carry'")
+        if self.distillation.teachers and self.data.state == "carry":
+            raise InputError("teachers need state window or document; got 'carry'")
 
     @classmethod
     def from_flat(cls, settings: dict[str, Any]) -> Self:
@@ -734,6 +763,7 @@ TRAIN_SECTIONS: dict[str, type[Section]] = {
         LengthConfig,
         OptimizerConfig,
         FinetuneConfig,
+        DistillationConfig,
         EvaluationConfig,
         OutputConfig,
     )

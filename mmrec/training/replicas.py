@@ -91,6 +91,7 @@ def forward_backward(
     state: State | None = None,
     end_of_text: int | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
 ) -> tuple[float, State]:
     """Add the gradient of a batch's mean loss, times ``scale``, to ``p.grad`` of each parameter.
 
@@ -109,6 +110,7 @@ def forward_backward(
         end_of_text: a token at which a document begins and the recurrent state is reset; None
             never resets it.
         process_group: the processes that train together.
+        compute_loss: takes the place of ``model.loss``, with its arguments and results.
 
     Returns:
         The mean loss in nats per token, and the state after the batch, which carries no gradient.
@@ -123,7 +125,7 @@ def forward_backward(
             share = len(tokens_part) / len(tokens)
             generator = torch.Generator().manual_seed(seed)
             document_starts = None if end_of_text is None else tokens_part == end_of_text
-            loss, new_state = model.loss(
+            loss, new_state = (compute_loss or model.loss)(
                 tokens_part,
                 targets_part,
                 state_part,

@@ -65,6 +65,7 @@ from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
 from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.callbacks import Callback
+from mmrec.training.distillation import teacher_names
 from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
 from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
 
@@ -98,6 +99,8 @@ class RunPlan:
         settings = self.train.flat()
         for name in SOURCES:
             yield from source_files(settings[name])
+        if settings["teachers"]:
+            yield from map(find_checkpoint, map(user_path, teacher_names(settings["teachers"])))
 
 
 @dataclass(frozen=True)
@@ -380,11 +383,13 @@ def _in_every_folder(
     if is_single_pass(replay):
         replay = str(open_corpus(replay, corpus.tokenizer, echo).path.resolve())
     initial, out = finetune.initialize_from, config.output.out
+    teachers = config.distillation.teachers
     return config.replace(
         data=absolute_source(data),
         val_file=absolute_source(val_file),
         replay_data=absolute_source(replay),
         initialize_from=str(absolute_path(user_path(initial))) if initial else "",
+        teachers=",".join(str(absolute_path(user_path(n))) for n in teacher_names(teachers)),
         out=str(absolute_path(user_path(out))) if out else "",
     )
 

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.numeric import cdiv
 from mmrec.training import divergence
 from mmrec.training.callbacks import Callback
+from mmrec.training.distillation import Teachers, distillation_loss
 from mmrec.training.lr_schedule import lr_factor
 from mmrec.training.metrics import (
     EPOCH_HEADER,
@@ -170,6 +172,9 @@ class Trainer:
         """What identifies the texts that are trained on. A run continues with the same only."""
         if finetune.replay_fraction:
             self._add_replay()
+        self._teachers: Teachers | None = None
+        if config.distillation.teachers:
+            self._add_teachers()
         if corpus.val.n_tokens <= data.seq_len:
             raise InputError(
                 f"the validation split must hold one window of {data.seq_len + 1} tokens; it has "
@@ -224,6 +229,8 @@ class Trainer:
             )
         if config.finetune.lora_rank and size > 1:
             raise InputError(f"lora_rank needs a single process; there are {size}")
+        if config.distillation.teachers and size > 1:
+            raise InputError(f"teachers need a single process; there are {size}")
         if self.callbacks and size > 1:
             # a stop that one process requests alone would leave the others waiting for it
             raise InputError(f"callbacks need a single process; there are {size}")
@@ -242,6 +249,12 @@ class Trainer:
         )
         assert not isinstance(self.loader, ReplayLoader)
         self.loader = ReplayLoader(self.loader, earlier_loader, finetune.replay_fraction)
+
+    def _add_teachers(self) -> None:
+        """Load the models that this one learns from."""
+        names, tokenizer = self.config.distillation.teachers, self.corpus.tokenizer
+        self._teachers = Teachers.load(names, tokenizer, self.config.optimizer.precision)
+        self.fingerprints["teachers_fingerprint"] = self._teachers.fingerprint()
 
     def train_new_tokens(self) -> None:
         """Let the embeddings of new tokens learn where LoRA or ``freeze`` has frozen the embedding.
@@ -538,6 +551,10 @@ class Trainer:
         first = max(0, data_step * self.batches_per_step - self.progress.missing_batches)
         total, count = 0.0, batches * group.size
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
+        compute_loss = None
+        if self._teachers:
+            weight = self.config.distillation.teacher_weight
+            compute_loss = partial(distillation_loss, self.model, self._teachers, weight)
         for batch in range(first, first + batches):
             tokens, targets = self.loader.batch_at(batch)
             if self.config.data.state != "carry" or self.loader.starts_epoch(batch):
@@ -551,6 +568,7 @@ class Trainer:
                 state=self.recurrent_state,
                 end_of_text=end_of_text,
                 process_group=group,
+                compute_loss=compute_loss,
             )
             total += loss / count
         if self._frozen_tokens:
@@ -739,6 +757,13 @@ class Trainer:
             f"data    {self.corpus.info['source']}: {train.n_tokens:,} training tokens, "
             f"{val.n_tokens:,} validation tokens"
         )
+        if self._teachers:
+            count, weight = len(self._teachers.models), self.config.distillation.teacher_weight
+            self.echo(
+                f"teach   the training loss compares with the mean prediction of {count} "
+                f"model{'s' * (count > 1)}"
+                + (f", and for {1 - weight:g} of it with the text" if weight < 1 else "")
+            )
         compile_seconds, step_seconds = self._time_steps()
         rate = self.next_batches * self.batch_tokens / step_seconds
         if self.total_steps is None:
@@ -797,7 +822,8 @@ class Trainer:
                 f"{min(self.batches_until(steps), self.batches_per_step) / per_epoch:.2f} times"
             )
         name, count = max(read, key=lambda source: source[1])
-        if count > DEFAULT_EPOCHS and not self.model.config.dropout:
+        # what a student learns is not the text, and is not memorised
+        if count > DEFAULT_EPOCHS and not self.model.config.dropout and not self._teachers:
             limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
             if count > MANY_EPOCHS:
                 limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
@@ -1081,6 +1107,11 @@ def check_same_text(
         )
     for key, value in now.items():
         if saved.get(key, value) != value:
+            if key == "teachers_fingerprint":
+                raise InputError(
+                    f"the teachers {config.distillation.teachers} have changed since {path} was "
+                    "saved; a run continues with the same teachers only"
+                )
             is_replay = key == "replay_fingerprint"
             text = config.finetune.replay_data if is_replay else config.data.source
             what = key if key in ("mixture", "split", "tokenizer") else "text"

@@ -1202,6 +1202,19 @@ MISTAKES = [
         "lora_alpha must be finite and > 0; got 0",
     ),
     ("train", "--freeze", "tiny --data book.txt --freeze heads", "freeze must be .*; got 'heads'"),
+    ("train", "--teachers", "tiny --data book.txt --teachers none", "no checkpoint at .*none"),
+    (
+        "finetune",
+        "--teachers",
+        "runs/one --data book.txt --teachers runs/one,",
+        "teachers must be runs or checkpoints joined by commas; got 'runs/one,'",
+    ),
+    (
+        "train",
+        "--teacher-weight",
+        "tiny --data book.txt --teacher-weight 0.5",
+        "teacher_weight needs teachers; got 0.5 alone",
+    ),
     (
         "train",
         "--replay-data",

@@ -1,0 +1,120 @@
+"""Distillation: the loss against its definition, teachers that do not fit, and exact resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmrec.config import ModelConfig, TrainConfig
+from mmrec.data.corpus import Corpus
+from mmrec.data.prepare import prepare
+from mmrec.errors import InputError
+from mmrec.model import Model
+from mmrec.training.distillation import Teachers, distillation_loss
+from tests.conftest import make_trainer
+
+CONFIG = ModelConfig(16, 2, 2, vocab_size=11, layer_types="nl", ngram_buckets=32)
+
+
+def logits_of(model: Model, tokens: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(tokens)[0].double().numpy()
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def randomised(config: ModelConfig = CONFIG) -> Model:
+    """A model whose layers do something: new ones end in zeros."""
+    model = Model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_loss_is_the_cross_entropy_with_the_mean_of_the_teachers(weight: float) -> None:
+    student, *models = (randomised() for _ in range(3))
+    tokens, targets = torch.randint(11, (2, 2, 7))
+    loss, _ = distillation_loss(student, Teachers(models), weight, tokens, targets)
+    mean = np.mean([softmax(logits_of(m, tokens)) for m in models], axis=0)
+    log_p = np.log(softmax(logits_of(student, tokens)))
+    text = -np.take_along_axis(log_p, targets.numpy()[..., None], -1).mean()
+    expected = weight * -(mean * log_p).sum(-1).mean() + (1 - weight) * text
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for m in models for p in m.parameters())
+    # at the student's own prediction the gradient of the logits is zero
+    student.zero_grad()
+    distillation_loss(student, Teachers([student_copy(student)]), 1.0, tokens, targets)[
+        0
+    ].backward()
+    assert student.embedding.grad is not None
+    assert student.embedding.grad.abs().max() < 1e-6
+
+
+def student_copy(student: Model) -> Model:
+    copy = Model(student.config)
+    copy.load_state_dict(student.state_dict())
+    return copy
+
+
+@pytest.fixture(scope="module")
+def teachers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two runs of other seeds."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed in (1, 2):
+        make_trainer(corpus, folder / f"{seed}", steps=4, seed=seed, draw_curve=False).fit()
+    return f"{folder}/1, {folder}/2/last.h5"
+
+
+def test_a_stopped_run_with_teachers_resumes_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, teachers: str
+) -> None:
+    settings = {"teachers": teachers, "teacher_weight": 0.8, "draw_curve": False}
+    whole = make_trainer(corpus, tmp_path / "whole", **settings)
+    whole.fit()
+    assert "mean prediction of 2 models, and for 0.2" in "\n".join(whole.lines)  # type: ignore[attr-defined]
+    plain = make_trainer(corpus, tmp_path / "plain", draw_curve=False)
+    plain.fit()
+    assert not torch.equal(plain.model.embedding, whole.model.embedding)
+    first = make_trainer(corpus, tmp_path / "run", **settings)
+    step = first.train_step
+
+    def stop_after_seven() -> tuple[float, float, float]:
+        if first.progress.step == 6:
+            first.request_stop()
+        return step()
+
+    first.train_step = stop_after_seven  # type: ignore[method-assign]
+    assert first.fit()["steps"] == 7
+    resumed = make_trainer(corpus, tmp_path / "run", **settings)
+    assert resumed.fit(resume=True)["steps"] == 12
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = settings | {"teachers": teachers.split(",")[0]}
+    with pytest.raises(InputError, match=r"the teachers .*/1 have changed since"):
+        make_trainer(corpus, tmp_path / "run", **other).fit(resume=True)
+
+
+def test_teachers_need_the_tokenizer_of_the_run(
+    text_file: Path, tmp_path: Path, teachers: str
+) -> None:
+    characters = Corpus.open(prepare(str(text_file), "char", out=tmp_path / "char.h5"))
+    with pytest.raises(
+        InputError, match=r"must have the tokenizer of the run, char of \d+; .*byte"
+    ):
+        make_trainer(characters, tmp_path / "run", teachers=teachers)
+
+
+def test_settings_of_teachers() -> None:
+    with pytest.raises(InputError, match=r"teacher_weight needs teachers; got 0.5 alone"):
+        TrainConfig.from_flat({"teacher_weight": 0.5})
+    with pytest.raises(InputError, match=r"teachers need state window or document; got 'carry'"):
+        TrainConfig.from_flat({"teachers": "a", "state": "carry"})
+    with pytest.raises(InputError, match=r"joined by commas; got 'a,,b'"):
+        Teachers.load("a,,b", None, "float32")  # type: ignore[arg-type]
