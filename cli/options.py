@@ -147,8 +147,7 @@ def misplaced_path_hint(word: str) -> str:
         return f"; to use this checkpoint: mmrec generate {word}"
     if path.is_dir() and any(path.glob("*.h5")):
         return (
-            f"; to use this run: mmrec generate {word}; to continue it: mmrec train --resume --out "
-            f"{word}"
+            f"; to use this run: mmrec generate {word}; to continue it: mmrec train --resume {word}"
         )
     return f"; to train on this text: mmrec train tiny --data {word}" if path.exists() else ""
 

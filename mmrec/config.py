@@ -520,6 +520,7 @@ class OptimizerConfig(Section):
         maximum=1,
         exclusive_minimum=True,
     )
+    """Source of the default: Hägele et al. 2024 (arXiv:2405.18392)."""
     weight_decay: float = setting(
         0.1, "Weight decay of the matrices, multiplied by matrix_lr.", minimum=0
     )

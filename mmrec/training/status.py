@@ -269,7 +269,7 @@ def read_status(run: Path) -> tuple[RunStatus, Curve]:
         fraction_done=_fraction_done(length, log.step, total, seconds, left),
         train_loss=sum(log.recent_losses) / len(log.recent_losses) if log.recent_losses else None,
         val_loss=newest["loss"] if newest else None,
-        val_bits_per_byte=newest["bits_per_byte"] if newest else None,
+        val_bits_per_byte=newest.get("bits_per_byte") if newest else None,
         val_step=newest["step"] if newest else None,
         best_val_loss=best["loss"] if best else None,
         best_step=best["step"] if best else None,
@@ -302,7 +302,7 @@ def _read_log(data: bytes) -> _Log:
     train = [_line(lines[i]) for i in sorted(chosen)]
     others = (_line(line) for line, train in zip(lines, is_train, strict=True) if not train)
     val = [x for x in others if x["kind"] == "val"]
-    curve = Curve(*([(x["step"], x["loss"]) for x in kind] for kind in (train, val)))
+    curve = Curve(*([(x["step"], float(x["loss"])) for x in kind] for kind in (train, val)))
     recent = [loss for _, loss in curve.train[-LAST_LOSSES:]]
     return _Log(train[-1]["step"] if train else 0, recent, curve, val)
 

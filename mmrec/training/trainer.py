@@ -766,6 +766,7 @@ class Trainer:
             steps = max(1, int(60 * length.minutes / step_seconds))
             length_text = f"{length.minutes:.6g} min of training, about {_count_steps(steps)}"
         elif length.until is not None:
+            self._read_clock()
             steps = self.progress.step + max(1, int(self._seconds_left / step_seconds))
             length_text = f"until {length.until}, about {_count_steps(steps)}"
         else:
@@ -778,6 +779,8 @@ class Trainer:
         # scoring a token takes about half the time of training on it
         seconds_left = steps_left * step_seconds
         seconds_left += scored / (2 * rate) * steps_left / max(1, steps)
+        if length.until is not None:
+            seconds_left = self._seconds_left
         is_short = tokens < steps * self.tokens_per_step
         self.echo(
             f"budget  {length_text} of {'up to ' * is_short}{self.tokens_per_step:,} tokens = "
@@ -1118,7 +1121,8 @@ def check_same_text(
             what = key if key in ("mixture", "split", "tokenizer") else "text"
             raise InputError(
                 f"the {what} of {text} is another one, or changed since {path} was saved; a run "
-                "continues with the same text only, under any name"
+                "continues with the same text only, under any name; a new run takes up its model "
+                "with --initialize-from"
             )
 
 

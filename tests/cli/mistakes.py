@@ -99,7 +99,7 @@ MISTAKES = [
     ),
     ("train", "PRESET", "", "name a preset: mmrec train tiny"),
     ("train", "PRESET", "book.txt", "must be one of tiny, .*got 'book.txt'; .*--data book.txt"),
-    ("train", "PRESET", "runs/one", "got 'runs/one'; .*mmrec train --resume --out runs/one"),
+    ("train", "PRESET", "runs/one", "got 'runs/one'; .*mmrec train --resume runs/one"),
     ("train", "PRESET", "tiny mini", "unexpected extra argument\\(s\\) \\(mini\\)"),
     ("train", "--config", "--config none.toml", "cannot read config file none.toml: No such file"),
     ("train", "--config", "--config .", "cannot read config file .: Is a directory"),
@@ -478,7 +478,7 @@ MISTAKES = [
         "train",
         "--data",
         "--resume --out runs/one --data short.txt",
-        "the text of .*short.txt is another one.* a run continues with the same text only",
+        "the text of .*short.txt is another one.* same text only, .*with --initialize-from",
     ),
     (
         "train",
