@@ -106,7 +106,9 @@ def lock_owner(folder: Path) -> str | None:
     path = folder / LOCK_FILE
     if not path.exists():
         return None
-    if sys.platform == "win32":
+    try:
+        import fcntl
+    except ImportError:  # Windows
         lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
@@ -114,8 +116,6 @@ def lock_owner(folder: Path) -> str | None:
             return _owner(folder)
         lock.release()
         return None
-    import fcntl
-
     with contextlib.suppress(OSError), path.open("rb") as file:
         try:  # a writer who comes meanwhile waits longer than this takes
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """Where a run stands: the line a minute, status.json, and what a reader makes of them."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -113,6 +114,35 @@ def test_a_run_that_ended(corpus: Corpus, tmp_path: Path) -> None:
     assert now.train_loss == pytest.approx(sum(x for _, x in curve.train) / 12)
     assert curve.val == [(v["step"], v["val"]) for v in trainer.progress.validations]
     assert now.length == "12 steps"
+
+
+def test_the_command_prints_what_was_read(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As lines for people, in plain characters of the terminal's width, or as JSON."""
+    from tests.cli.test_cli import call
+
+    make_trainer(corpus, tmp_path / "runs/one", draw_curve=False).fit()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "40")
+    now, curve = read_status(Path("runs/one"))
+    assert call(monkeypatch, "status") == 0
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    assert lines[:2] == ["run     runs/one", "state   ended: its length was reached"]
+    assert lines[2].startswith("step    12 of 12, 100.0% of the run; ")
+    assert f"best    {now.best_val_loss:.4f} at step {now.best_step}" in lines
+    assert f"speed   {now.tokens_per_second:,} tokens/s" in lines
+    assert lines[-15:] == text_curve(curve, 39)
+    assert call(monkeypatch, "status runs/one --json") == 0
+    read = json.loads(capsys.readouterr().out)
+    ages = {"checkpoint_age", "last_step_age"}
+    assert {k: v for k, v in read.items() if k not in ages} == {
+        k: v for k, v in dataclasses.asdict(now).items() if k not in ages
+    }
+    assert all(0 <= read[age] < 60 for age in ages)
 
 
 def test_a_run_in_progress_and_one_that_was_killed(
