@@ -38,7 +38,7 @@ def status(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where a run stands, while it trains or after: mmrec status runs/tiny-stdlib."""
+    """Show where a run stands, while it trains or after it ended: mmrec status RUN."""
     from mmrec.training.status import find_run, read_status, text_curve
 
     if watch and (as_json or not sys.stdout.isatty()):
