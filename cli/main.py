@@ -22,6 +22,7 @@ from mmrec.cli.options import App, misplaced_path_hint
 from mmrec.cli.score import score
 from mmrec.cli.serve import serve
 from mmrec.cli.startup import prepare_process
+from mmrec.cli.status import status
 from mmrec.cli.streams import OutputError, standard_streams
 from mmrec.cli.train import train
 from mmrec.config import VERSION
@@ -35,6 +36,7 @@ app = App(
     context_settings={"help_option_names": ["--help", "-h"]},  # of every command
 )
 app.command("train")(train)
+app.command("status")(status)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
@@ -70,6 +72,7 @@ def main(
 TOO_LARGE = ("allocate memory", "size calculation overflowed", "multiplication overflow")
 """What torch says of tensors that do not fit in memory, or whose size is no 64-bit number."""
 PLAIN_WORDS = {
+    "Value error, ": "",
     "Input should be a valid integer.*": "must be a whole number",
     "Input should be a valid number.*": "must be a number",
     "Input should be (greater|less) than or equal to": r"must be \1 than or equal to",

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from mmrec.config import (
+    LENGTHS,
     MODEL_SETTINGS,
     PRESETS,
     TRAIN_SECTIONS,
@@ -146,8 +147,7 @@ def misplaced_path_hint(word: str) -> str:
         return f"; to use this checkpoint: mmrec generate {word}"
     if path.is_dir() and any(path.glob("*.h5")):
         return (
-            f"; to use this run: mmrec generate {word}; to continue it: mmrec train --resume --out "
-            f"{word}"
+            f"; to use this run: mmrec generate {word}; to continue it: mmrec train --resume {word}"
         )
     return f"; to train on this text: mmrec train tiny --data {word}" if path.exists() else ""
 
@@ -190,12 +190,19 @@ def settings_options(
 
 
 def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
+    metavar = s.metavar or ("|".join(s.choices) if s.choices else None)
+    is_amount = s.flat_name in LENGTHS and s.type is not str
+    if is_amount:
+        from mmrec.training.length import parse_amount
+
+        metavar = "N|+N"
     option = typer.Option(
         s.flag,
         help=s.help,
         rich_help_panel=PANELS.get(s.section, s.section.capitalize()),
-        metavar=s.metavar or ("|".join(s.choices) if s.choices else None),
+        metavar=metavar,
         show_default=_shown_default(s),
+        parser=functools.partial(parse_amount, kind=s.type) if is_amount else None,
     )
     kind: Any = s.type if is_required else s.type | None
     return inspect.Parameter(

@@ -16,13 +16,17 @@ from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
 @settings_options()
 def train(
-    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help=PRESET_HELP)] = None,
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="PRESET", help=f"{PRESET_HELP} With --resume, the run folder."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="TOML file with preset and tables such as [data], [model], [optimizer]."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out, or the newest run.")
+        bool,
+        typer.Option("--resume", help="Continue RUN, or the newest run: mmrec train --resume RUN."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the run in --out.")] = False,
     parallel: Annotated[
@@ -33,10 +37,12 @@ def train(
 ) -> None:
     """Train a model, for example: mmrec train tiny --data book.txt.
 
-    Settings come from the preset, then from --config, then from the options.
+    Settings come from the preset, then from --config, then from the options. A run that is resumed
+    takes a longer length, such as --minutes +60, which is added to what it has trained.
     """
     if resume:
         _check_resume(preset, config, force, settings)
+        settings |= {} if preset is None else {"out": preset}
     elif preset is not None and preset not in PRESETS and (hint := misplaced_path_hint(preset)):
         raise InputError(f"PRESET must be one of {', '.join(PRESETS)}; got {preset!r}{hint}")
     check_launch(parallel)
@@ -65,9 +71,12 @@ def train(
 def _check_resume(
     preset: str | None, config: Path | None, force: bool, settings: dict[str, Any]
 ) -> None:
-    if preset is not None and Path(preset).is_dir():
-        raise InputError(f"--resume takes the run as --out: mmrec train --resume --out {preset}")
-    wrong = ["PRESET"] * (preset is not None) + ["--config"] * (config is not None)
+    if preset is not None and "out" in settings:
+        raise InputError(
+            f"give the run once, as RUN or as --out; got {preset} and --out {settings['out']}"
+        )
+    is_preset = preset in PRESETS and not Path(preset).is_dir()
+    wrong = ["PRESET"] * is_preset + ["--config"] * (config is not None)
     wrong += ["--force"] * force
     wrong += [ALL_SETTINGS[name].flag for name in settings if name not in RESUMABLE_SETTINGS]
     if wrong:

@@ -9,7 +9,9 @@ A setting has two names. In code and in TOML it stands in a section: ``config.op
 """
 
 import dataclasses
+import datetime
 import math
+import time
 import tomllib
 import types
 import typing
@@ -392,7 +394,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class LengthConfig(Section):
-    """How long training lasts. At most one of the three is given."""
+    """How long training lasts. At most one of the settings is given."""
 
     section: ClassVar[str] = "length"
     title: ClassVar[str] = "Length"
@@ -408,14 +410,78 @@ class LengthConfig(Section):
         maximum=MAX_COUNT,
         exclusive_minimum=True,
     )
+    until: str | None = setting(
+        None,
+        "Train until this time: 07:00, the next time that a clock shows it, or 2026-12-01 07:00.",
+        metavar="TIME",
+    )
+    """Held as a moment in time, with its offset from UTC."""
 
     def __post_init__(self) -> None:
+        for name in self.settings():
+            if name != "until" and str(getattr(self, name)).startswith("+"):
+                raise InputError(
+                    f"{name} {getattr(self, name)} is added to what a run has trained, so it needs "
+                    "--resume; a new run takes the number alone"
+                )
         super().__post_init__()
         given = [name for name in self.settings() if getattr(self, name) is not None]
         if len(given) > 1:
-            raise InputError(
-                f"only one of steps, epochs, minutes may be given; got {', '.join(given)}"
-            )
+            names = ", ".join(self.settings())
+            raise InputError(f"only one of {names} may be given; got {', '.join(given)}")
+        if self.until is not None:
+            object.__setattr__(self, "until", resolve_moment(self.until))
+
+    def describe(self) -> str:
+        """The length in words, such as ``1,000 steps``."""
+        if self.steps is not None:
+            return f"{self.steps:,} step{'s' * (self.steps != 1)}"
+        if self.until is not None:
+            return f"until {self.until}"
+        for name in ("epochs", "minutes"):
+            if (value := getattr(self, name)) is not None:
+                return f"{value:.6g} {name}"
+        return "the default length"
+
+
+def resolve_moment(text: str) -> str:
+    """Resolve a time of day or a local date and time to a moment.
+
+    Args:
+        text: ``07:00``, the next time that a clock shows it; ``2026-12-01 07:00``, seconds may
+            follow; or what this function returns.
+
+    Returns:
+        The moment as ``2026-12-01 07:00:00+01:00``.
+
+    Raises:
+        InputError: the text is neither a time nor a date and a time.
+    """
+    now = datetime.datetime.now().astimezone()
+    try:
+        if "-" in text:
+            moment = datetime.datetime.fromisoformat(text)
+            if len(text) <= len("2026-12-01"):
+                raise ValueError("a date alone has no time")
+        else:
+            time_of_day = datetime.time.fromisoformat(f"0{text}" if text[1:2] == ":" else text)
+            if time_of_day.tzinfo is not None:
+                raise ValueError("a time of day is that of this machine")
+            moment = datetime.datetime.combine(now.date(), time_of_day)
+            if moment <= now.replace(tzinfo=None):
+                moment += datetime.timedelta(days=1)
+        moment = moment.astimezone()
+    except (ValueError, OverflowError, OSError):
+        raise InputError(
+            f"until must be a time such as 07:00, or a date and a time such as 2026-12-01 07:00; "
+            f"got {text!r}"
+        ) from None
+    return moment.isoformat(" ", "seconds")
+
+
+def seconds_until(moment: str) -> float:
+    """Seconds from now to a moment as ``resolve_moment`` returns it; negative if it has passed."""
+    return datetime.datetime.fromisoformat(moment).timestamp() - time.time()
 
 
 @dataclass(frozen=True)
@@ -442,8 +508,19 @@ class OptimizerConfig(Section):
     )
     warmup: float = setting(0.03, "Warmup, as a share of the run.", minimum=0, maximum=1)
     schedule: str = setting(
-        "linear", "Learning-rate schedule after warmup.", choices=("cosine", "linear", "constant")
+        "linear",
+        "Learning-rate schedule after warmup; wsd (warmup, stable, decay) stays at the peak until "
+        "the last part of the run.",
+        choices=("cosine", "linear", "constant", "wsd"),
     )
+    decay_fraction: float = setting(
+        0.2,
+        "Share of the run, at its end, in which the rate of schedule wsd falls.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+    """Source of the default: Hägele et al. 2024 (arXiv:2405.18392)."""
     weight_decay: float = setting(
         0.1, "Weight decay of the matrices, multiplied by matrix_lr.", minimum=0
     )
@@ -479,6 +556,14 @@ class OptimizerConfig(Section):
         minimum=0,
         maximum=(1 << 63) - 1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule == "wsd" and self.warmup + self.decay_fraction > 1:
+            raise InputError(
+                "warmup and decay_fraction of schedule wsd must be at most 1 together; got "
+                f"{self.warmup:g} and {self.decay_fraction:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -777,7 +862,7 @@ LENGTHS = tuple(LengthConfig.settings())
 """The settings of which at most one sets the length of a run."""
 SOURCES = ("data", "val_file", "replay_data")
 """The settings that name texts. A resume may name other places with the same texts."""
-RESUMABLE_SETTINGS = {*LENGTHS, *SOURCES, "out", "on_nan"}
+RESUMABLE_SETTINGS = {*LENGTHS, *SOURCES, "out", "on_nan", "patience"}
 """The settings that a resume may change."""
 
 

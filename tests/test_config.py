@@ -33,7 +33,9 @@ def test_toml_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 @hypothesis.given(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
-    st.sampled_from([n for n, s in TRAIN_SETTINGS.items() if s.type is str and not s.choices]),
+    st.sampled_from(
+        [n for n, s in TRAIN_SETTINGS.items() if s.type is str and not s.choices and n != "until"]
+    ),
 )
 @hypothesis.example(
     'a "quoted" \\ path\nwith a line end,\r\n a tab\t, [brackets], """ and é', "data"
@@ -73,7 +75,7 @@ def test_flat_names_are_unique_and_every_setting_has_help() -> None:
         ({"lr": float("nan")}, "lr must be finite and > 0; got nan"),
         ({"lr": float("inf")}, "lr must be finite and > 0; got inf"),
         ({"seq_len": 0}, "seq_len must be a whole number from 1 to .*; got 0"),
-        ({"steps": 5, "epochs": 1.0}, "only one of steps, epochs, minutes .*; got steps, epochs"),
+        ({"steps": 5, "epochs": 1.0}, "only one of steps, epochs, minutes, .*; got steps, epochs"),
         ({"minutes": -1.0}, r"minutes must lie in \(0, 10\^15\]; got -1"),
         ({"epochs": 10**400}, r"epochs must lie in .*; got 1000"),
         ({"schedule": "cosinus"}, "schedule must be one of .*; got 'cosinus'; did you mean"),

@@ -52,6 +52,7 @@ def run(arguments):
 run("train tiny --data text.txt --tokenizer byte --steps 4 --batch-size 2 --seq-len 32 "
     "--eval-every 2 --save-every 2 --out run")
 run("train --resume --out run --steps 6")
+run("status run")
 run("eval run")
 run("generate --model run --prompt def --max-tokens 5 --seed 1")
 """

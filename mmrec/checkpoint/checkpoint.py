@@ -380,11 +380,25 @@ def restore_training_state(
         return progress
 
 
-def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
-    """Read progress, random state, and the names of the moments of each parameter."""
+def read_progress(path: Path) -> dict[str, Any]:
+    """Read the progress of a checkpoint, with ``step``, and none of its weights.
+
+    Raises:
+        InputError: There is no complete checkpoint with a training state at ``path``.
+    """
+    with open_checkpoint(path) as file:
+        return _progress(file, path)
+
+
+def _progress(file: h5py.File, path: Path) -> dict[str, Any]:
     if "progress" not in file:
         raise InputError(f"{path} holds a model but no training state: resume from last.h5")
-    progress = read_json(file, "progress") | {"step": read_header(file)[0]}
+    return read_json(file, "progress") | {"step": read_header(file)[0]}
+
+
+def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
+    """Read progress, random state, and the names of the moments of each parameter."""
+    progress = _progress(file, path)
     moments = {name: _stored_moments(file, name) for name, _ in model.named_parameters()}
     return progress, read_array(file, "rng", np.uint8), moments
 

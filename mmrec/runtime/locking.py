@@ -15,6 +15,7 @@ from mmrec.runtime.atomic import remove_stale_temporaries
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 """What a file system without locks answers."""
+LOCK_FILE, OWNER_FILE = ".mmrec.lock", ".mmrec.lock.owner"
 PATIENCE = 0.1
 """Seconds that a lock is waited for: its owner may be about to release it."""
 
@@ -37,7 +38,7 @@ class FolderLock:
             InputError: The folder cannot be created or written.
         """
         self.folder = folder
-        self._path, self._owner_path = folder / ".mmrec.lock", folder / ".mmrec.lock.owner"
+        self._path, self._owner_path = folder / LOCK_FILE, folder / OWNER_FILE
         # several objects, and several threads, must exclude each other: nothing may be shared
         self._lock = FileLock(self._path, timeout=PATIENCE, thread_local=False)
         self._held = False
@@ -59,12 +60,9 @@ class FolderLock:
                 warnings.simplefilter("ignore")
                 self._lock.acquire(poll_interval=PATIENCE / 4)
         except Timeout:
-            owner = ""
-            with contextlib.suppress(OSError):
-                owner = self._owner_path.read_text("utf-8").strip()
             raise RunLockedError(
-                f"{self.folder} is being written by {owner or 'another process'}: wait for it, "
-                "stop it, or choose another --out"
+                f"{self.folder} is being written by {_owner(self.folder)}: wait for it, stop it, "
+                "or choose another --out"
             ) from None
         except NotImplementedError:
             pass
@@ -94,3 +92,39 @@ class FolderLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def lock_owner(folder: Path) -> str | None:
+    """Who holds the lock of a folder, for a reader, who needs none.
+
+    Args:
+        folder: The folder. Nothing is written in it.
+
+    Returns:
+        Such as ``process 7 on host``; None if nobody holds it, or the system does not say.
+    """
+    path = folder / LOCK_FILE
+    if not path.exists():
+        return None
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return _owner(folder)
+        lock.release()
+        return None
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        try:  # a writer who comes meanwhile waits longer than this takes
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _owner(folder)
+    return None
+
+
+def _owner(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (folder / OWNER_FILE).read_text("utf-8").strip() or "another process"
+    return "another process"

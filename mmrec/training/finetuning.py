@@ -20,7 +20,7 @@ from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.training.run_dir import check_run_dir
-from mmrec.training.setup import RunPlan, begin_run
+from mmrec.training.setup import RunPlan, begin_run, check_schedule
 from mmrec.training.trainer import Trainer
 
 DEFAULTS: dict[str, Any] = {
@@ -170,6 +170,7 @@ def _resolve(
     # check the settings before any text is read; the earlier text has no path yet
     config = TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
     check_given_settings(given, config.data)
+    check_schedule(given, config)
     model = dataclasses.replace(source.model.config, **model_changes)
     return settings, model
 

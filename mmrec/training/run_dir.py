@@ -10,8 +10,12 @@ from mmrec.checkpoint.outputs import check_not_read, is_same_file
 from mmrec.errors import InputError, RunLockedError
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
+from mmrec.training.status import STATUS_FILE
 
-FILES = ("config.toml", "metrics.jsonl", "loss.png", "summary.json", "best.h5", "last.h5")
+FILES = (
+    *("config.toml", "metrics.jsonl", "loss.png", STATUS_FILE, "summary.json"),
+    *("best.h5", "last.h5"),
+)
 """The files of a run besides its ``step-N.h5`` checkpoints."""
 CONFIG_MARK = "# The settings of a run, written by mmrec.\n"
 """First line of the ``config.toml`` of a run; a user's own file has another."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint.checkpoint import LoadedModel, load_model
+from mmrec.checkpoint.checkpoint import LoadedModel, load_model, read_progress
 from mmrec.checkpoint.header import read_metadata
 from mmrec.checkpoint.manager import (
     find_checkpoint,
@@ -66,6 +66,8 @@ from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
 from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.callbacks import Callback
 from mmrec.training.distillation import teacher_names
+from mmrec.training.length import check_not_past, given_lengths, resumed_length
+from mmrec.training.metrics import Progress, from_plain
 from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
 from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
 
@@ -151,8 +153,9 @@ def train(
             the model ``initialize_from``; without either, ``tiny``.
         config: a TOML configuration file.
         resume: continue a run: its folder, or True for the folder ``out``, or for the newest run if
-            ``out`` is not given. Only the length, ``on_nan`` and ``out`` may be given with it; and
-            ``data``, ``val_file`` and ``replay_data``, for the same text in another place.
+            ``out`` is not given. Only the length, ``patience``, ``on_nan`` and ``out`` may be given
+            with it; and ``data``, ``val_file`` and ``replay_data``, for the same text in another
+            place. A length such as ``minutes="+60"`` is added to what the run has trained.
         force: overwrite the run in the folder ``out``.
         callbacks: see ``mmrec.Callback``.
         progress: whether to print messages and a progress bar.
@@ -281,10 +284,22 @@ def plan_run(
     model = ModelConfig.from_dict(dataclasses.asdict(shape) | model_settings)
     own = given if source is None else {k: v for k, v in given.items() if k != "vocab"}
     check_given_settings(own, config.data)
+    check_schedule(given, config)
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)
     inputs = () if config_path is None else (Path(config_path),)
     return RunPlan(name, model, config, source, inputs=inputs)
+
+
+def check_schedule(given: dict[str, Any], config: TrainConfig) -> None:
+    """Check that a given setting of the schedule has an effect.
+
+    Raises:
+        InputError: it has none.
+    """
+    schedule = config.optimizer.schedule
+    if "decay_fraction" in given and schedule != "wsd":
+        raise InputError(f"--decay-fraction has no effect: the schedule is {schedule}, not wsd")
 
 
 def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:
@@ -332,6 +347,7 @@ def begin_run(
         InputError: the data or the folder is not usable, or the source cannot be grown.
     """
     config, model, source = plan.train, plan.model, plan.source
+    check_not_past(config.length.until)
     default, out = default_run_dir(plan.preset, config.data.source), config.output.out
     if out or force:  # before any long work
         check_run_dir(user_path(out) if out else default, plan.input_files, force=force)
@@ -467,7 +483,8 @@ def resume_run(
     for name in given:
         if name not in RESUMABLE_SETTINGS:
             raise InputError(f"a resume keeps the settings of its run; {name} cannot be given")
-    changes = {k: v for k, v in given.items() if k != "out"}
+    lengths = given_lengths(given)
+    changes = {k: v for k, v in given.items() if k != "out" and k not in LENGTHS}
     folder = latest_stage(user_path(given["out"])) if "out" in given else newest_run()
     path = folder / "config.toml"
     if not path.exists():
@@ -480,6 +497,13 @@ def resume_run(
     lock = FolderLock(folder)
     try:
         preset, model, config, metadata = _saved_settings(folder, changes)
+        progress = _saved_progress(folder)
+        patience = config.evaluation.patience
+        if lengths and 0 < patience <= progress.evals_since_best:
+            raise InputError(
+                f"{folder} ended early, after {patience} validations without a better loss: to "
+                "train it longer, give --patience too, 0 for never"
+            )
         if "replay_data" in given and not config.finetune.replay_fraction:
             raise InputError("--replay-data has no effect: the run was started without a replay")
         text: Source = config.data.source if documents is None else documents
@@ -504,6 +528,15 @@ def resume_run(
         trainer = Trainer(
             folder, corpus, model, config, preset, echo=echo, process_group=process_group, **options
         )
+        length = resumed_length(
+            lengths,
+            config.length,
+            progress,
+            batches_per_step=trainer.batches_per_step,
+            batches_per_epoch=trainer.loader.batches_per_epoch,
+            folder=folder,
+        )
+        trainer.config = dataclasses.replace(trainer.config, length=length)
     except BaseException:
         lock.release()
         raise
@@ -560,10 +593,16 @@ def _saved_settings(
                 f"{path} must hold every setting of the run, which has no checkpoint; it lacks "
                 f"{missing}: start the run again"
             )
-    if any(changes.get(name) is not None for name in LENGTHS):
-        settings = {k: v for k, v in settings.items() if k not in LENGTHS}
     config = TrainConfig.from_flat(settings | changes)
     return preset, ModelConfig.from_dict(shape), config, header.metadata if header else {}
+
+
+def _saved_progress(folder: Path) -> Progress:
+    """Where a run stands, as its newest readable checkpoint says."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with contextlib.suppress(InputError):
+            return from_plain(Progress, read_progress(checkpoint))
+    return Progress()
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ from mmrec.training.run_dir import check_run_dir, remove_run_files
 from mmrec.training.setup import RunPlan, begin_run, resume_run
 from mmrec.training.trainer import Trainer
 
+STAGE_LENGTHS = tuple(name for name in LENGTHS if name != "until")
+"""The lengths that a stage may have. A moment in time would end whichever stage runs then."""
 SHARED_ONLY = ("data", "tokenizer", "vocab")
 """Settings of the text and its tokens, which are the same in all stages."""
 DEFAULT_FOLDER = "runs/chain"
@@ -110,8 +112,8 @@ def read_recipe(path: Path) -> list[Stage]:
     tables = recipe.pop("stage", [])
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise InputError(f"recipe {path} must hold one [[stage]] or more; it holds none")
-    settings = [name for name in TRAIN_SETTINGS if name not in ("initialize_from", "out")]
-    shared_names = [name for name in settings if name not in LENGTHS]
+    settings = [n for n in TRAIN_SETTINGS if n not in ("initialize_from", "out", "until")]
+    shared_names = [name for name in settings if name not in STAGE_LENGTHS]
     _check_names(recipe, [*shared_names, "out"], f"recipe {path}")
     out = recipe.pop("out", DEFAULT_FOLDER)
     if not (isinstance(out, str) and out):
@@ -139,7 +141,7 @@ def read_recipe(path: Path) -> list[Stage]:
 
 def _check_names(table: dict[str, Any], known: list[str], where: str) -> None:
     for name in table:
-        if name in (*LENGTHS, *SHARED_ONLY) and name not in known:
+        if name in (*STAGE_LENGTHS, *SHARED_ONLY) and name not in known:
             place = "above all stages" if name in SHARED_ONLY else "in each [[stage]]"
             raise InputError(f"{name} must stand {place}, not in {where}")
         if name not in known:
@@ -154,10 +156,10 @@ def _stage(
     tokenizer: str,
     earlier: list[Stage],
 ) -> Stage:
-    lengths = [name for name in LENGTHS if name in table]
+    lengths = [name for name in STAGE_LENGTHS if name in table]
     if len(lengths) != 1:
         got = " and ".join(lengths) or "none"
-        raise InputError(f"its length must be one of {', '.join(LENGTHS)}; got {got}")
+        raise InputError(f"its length must be one of {', '.join(STAGE_LENGTHS)}; got {got}")
     name, method = table.get("preset"), table.get("method", "preserve")
     sizes = table.get("model", {})
     if not isinstance(name, str):
@@ -232,17 +234,21 @@ def check_unchanged(folder: Path, state: dict[str, Any], stages: list[Stage]) ->
             f"{advice}"
         )
     for number, (old_stage, new_stage) in enumerate(zip(before, now, strict=True), 1):
-        for (name, old), (_, new) in zip(_flat(old_stage), _flat(new_stage), strict=False):
-            if old != new and name not in PLACES:
+        known = dict(_flat(old_stage))  # a setting may be newer than the folder
+        for path, new in _flat(new_stage):
+            if path[-1] not in PLACES and known.get(path, new) != new:
                 raise InputError(
-                    f"{folder} holds stages of another recipe (stage {number}: {name} was "
-                    f"{old!r}, now {new!r}): {advice}"
+                    f"{folder} holds stages of another recipe (stage {number}: {path[-1]} was "
+                    f"{known[path]!r}, now {new!r}): {advice}"
                 )
 
 
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(
+    values: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in values.items():
-        yield from _flat(value) if isinstance(value, dict) else [(name, value)]
+        inner = (*path, name)
+        yield from _flat(value, inner) if isinstance(value, dict) else [(inner, value)]
 
 
 # ---- training the stages

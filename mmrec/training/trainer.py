@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from mmrec.checkpoint import manager
 from mmrec.checkpoint.checkpoint import (
@@ -37,6 +35,7 @@ from mmrec.config import (
     ModelConfig,
     TrainConfig,
     config_to_toml,
+    seconds_until,
 )
 from mmrec.data.corpus import EVALUATION_STREAMS, Corpus
 from mmrec.data.dataloader import (
@@ -90,6 +89,7 @@ from mmrec.training.replicas import (
     split_state,
 )
 from mmrec.training.run_dir import CONFIG_MARK
+from mmrec.training.status import StatusReporter
 
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
@@ -135,7 +135,7 @@ class Trainer:
             process_group: the processes that train together.
             callbacks: see ``Callback``; in a single process only.
             retry: asked after a failed write whether to try again.
-            show_progress: whether to show a progress bar.
+            show_progress: whether to show a progress bar, or a line a minute without a terminal.
             draw_curve: whether to draw ``loss.png``.
 
         Raises:
@@ -211,6 +211,8 @@ class Trainer:
         agree = process_group.all_reduce_max if process_group.size > 1 else None
         self.stop_signal = StopSignal(agree)
         self._stop_requested = False
+        self._seconds_left = 0.0
+        """Seconds from the newest step to the end of a run that trains until a moment."""
         self._frozen_tokens = 0
         """So many rows of the embedding are frozen while those of new tokens learn."""
         self.metrics: MetricsLog = NullMetricsLog()
@@ -300,9 +302,9 @@ class Trainer:
 
     @property
     def total_steps(self) -> int | None:
-        """Length of the run in steps; None if minutes set it."""
+        """Length of the run in steps; None if the time sets it."""
         length, per_epoch = self.config.length, self.loader.batches_per_epoch
-        if length.minutes is not None:
+        if length.minutes is not None or length.until is not None:
             return None
         if length.epochs is not None:
             batches = max(1, round(length.epochs * per_epoch))
@@ -337,12 +339,39 @@ class Trainer:
 
     def fraction_done(self, steps_ahead: float = 0.0) -> float:
         """How much of the run is done, 0 to 1, or will be ``steps_ahead`` steps from now."""
-        p = self.progress
-        minutes = self.config.length.minutes
-        if minutes is not None:
-            seconds = p.seconds * (1 + steps_ahead / max(1, p.step))
-            return min(1.0, seconds / (60 * minutes))
-        return min(1.0, (p.step + steps_ahead) / (self.total_steps or 1))
+        p, length = self.progress, self.config.length
+        if self.total_steps is not None:
+            return min(1.0, (p.step + steps_ahead) / self.total_steps)
+        seconds = p.seconds * (1 + steps_ahead / max(1, p.step))
+        if length.minutes is not None:
+            return min(1.0, seconds / (60 * length.minutes))
+        return min(1.0, seconds / max(1e-9, p.seconds + self._seconds_left))
+
+    def lr_share(self) -> float:
+        """The learning rates of the next step, as a share of their peaks."""
+        c = self.config.optimizer
+        factor = lr_factor(
+            self.fraction_done(0.5), c.warmup, c.schedule, c.final_lr_ratio, c.decay_fraction
+        )
+        return factor * self.progress.lr_scale
+
+    def seconds_left(self, steps_per_second: float) -> float:
+        """Seconds to the end of the run, about.
+
+        Args:
+            steps_per_second: the speed.
+        """
+        p, length = self.progress, self.config.length
+        if self.total_steps is not None:
+            return max(0, self.total_steps - p.step) / steps_per_second
+        if length.minutes is not None:
+            return max(0.0, 60 * length.minutes - p.seconds)
+        return self._seconds_left
+
+    def _read_clock(self) -> None:
+        """Note how long it is until the moment that ends the run, the same in all processes."""
+        if (until := self.config.length.until) is not None:
+            self._seconds_left = max(0.0, self.process_group.all_reduce_max(seconds_until(until)))
 
     @property
     def resets_at_documents(self) -> bool:
@@ -381,6 +410,7 @@ class Trainer:
         held = (lock or FolderLock(self.run_dir)) if is_first else contextlib.nullcontext()
         with held, self.stop_signal:
             torch.set_rng_state(self.rng_state)  # whatever was drawn since __init__
+            self._read_clock()
             if resume:
                 self._resume()
             elif self.config.finetune.initialize_from:
@@ -415,23 +445,16 @@ class Trainer:
             self.log_run_summary()
             if self.config.evaluation.on_nan == "rollback" and not self._has_checkpoint():
                 self.save_resumable("step-0.h5")
-            with tqdm(
-                total=self.total_steps,
-                initial=self.progress.step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if os.isatty(2) else 30.0,
-                smoothing=0.05,
-                disable=not self._show_progress,
-            ) as bar:
-
-                def echo_above_bar(line: str) -> None:
-                    bar.clear()
-                    echo(line)
-                    bar.refresh()
-
-                self.echo = echo_above_bar
-                self._train_loop(bar)
+            with StatusReporter(
+                self.run_dir if self.process_group.rank == 0 else None,
+                self.total_steps,
+                self.progress.step,
+                self.seconds_left,
+                echo=echo,
+                show=self._show_progress,
+            ) as reporter:
+                self.echo = reporter.echo
+                self._train_loop(reporter)
                 is_over = self.patience_exceeded or self.fraction_done() >= 1.0
                 if self.stop_signal.signal_number:
                     ended = "signal"
@@ -448,11 +471,12 @@ class Trainer:
         self._prune_checkpoints(self.config.evaluation.keep_checkpoints)
         return ended
 
-    def _train_loop(self, bar: Any) -> None:
+    def _train_loop(self, reporter: StatusReporter) -> None:
         """Take steps, and do what is due after them, until something ends the run."""
         evaluation = self.config.evaluation
         while True:
             p = self.progress
+            self._read_clock()
             try:
                 self.run_due_events()
                 if p.step and p.step % evaluation.save_every == 0:
@@ -465,7 +489,6 @@ class Trainer:
                 loss, grad_norm, lr = self.train_step()
             except TrainingDivergedError as error:
                 self._handle_divergence(error)
-                bar.n = self.progress.step
                 continue
             batches = self.next_batches
             p.missing_batches += self.batches_per_step - batches
@@ -475,9 +498,9 @@ class Trainer:
             p.add_loss(loss)
             self.metrics.write("train", p.step, loss=loss, lr=lr, grad_norm=grad_norm)
             self._warn_on_spike()
-            rate = batches * self.batch_tokens / seconds
-            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {rate:,.0f} tok/s", refresh=False)
-            bar.update()
+            tokens = batches * self.batch_tokens
+            rate = tokens / seconds
+            reporter.step(p.step, p.seconds, loss=loss, lr=lr, tokens=tokens, rate=rate)
             for callback in self.callbacks:
                 values = {"step": p.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 callback.on_step(self, values | {"tokens_per_second": rate})
@@ -523,9 +546,7 @@ class Trainer:
             TrainingDivergedError: the loss or the gradient is not finite; the weights are as
                 before.
         """
-        c, p = self.config.optimizer, self.progress
-        factor = lr_factor(self.fraction_done(0.5), c.warmup, c.schedule, c.final_lr_ratio)
-        factor *= p.lr_scale
+        p, factor = self.progress, self.lr_share()
         self.optimizer.scale_lr(factor)
         self.optimizer.zero_grad(set_to_none=True)
         self.rng_state = torch.get_rng_state()
@@ -536,7 +557,7 @@ class Trainer:
             culprit = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
             raise TrainingDivergedError(f"{culprit} at step {p.step + 1}")
         self.optimizer.step()
-        return loss, grad_norm, c.lr * factor
+        return loss, grad_norm, self.config.optimizer.lr * factor
 
     def compute_gradients(self, data_step: int) -> float:
         """Set the gradients of one step's data, summed over all processes.
@@ -766,10 +787,15 @@ class Trainer:
             )
         compile_seconds, step_seconds = self._time_steps()
         rate = self.next_batches * self.batch_tokens / step_seconds
-        if self.total_steps is None:
-            steps = max(1, int(60 * (length.minutes or 0) / step_seconds))
-            length_text = f"{length.minutes:g} min of training, about {_count_steps(steps)}"
+        if length.minutes is not None:
+            steps = max(1, int(60 * length.minutes / step_seconds))
+            length_text = f"{length.minutes:.6g} min of training, about {_count_steps(steps)}"
+        elif length.until is not None:
+            self._read_clock()
+            steps = self.progress.step + max(1, int(self._seconds_left / step_seconds))
+            length_text = f"until {length.until}, about {_count_steps(steps)}"
         else:
+            assert self.total_steps is not None
             steps, length_text = self.total_steps, _count_steps(self.total_steps)
         steps_left = max(0, steps - self.progress.step)
         epochs, tokens = self.epochs_until(steps), self.batches_until(steps) * self.batch_tokens
@@ -778,6 +804,8 @@ class Trainer:
         # scoring a token takes about half the time of training on it
         seconds_left = steps_left * step_seconds
         seconds_left += scored / (2 * rate) * steps_left / max(1, steps)
+        if length.until is not None:
+            seconds_left = self._seconds_left
         is_short = tokens < steps * self.tokens_per_step
         self.echo(
             f"budget  {length_text} of {'up to ' * is_short}{self.tokens_per_step:,} tokens = "
@@ -1052,6 +1080,13 @@ class Trainer:
         path, info = self._load_latest()
         saved, now = info.get("environment", {}), self._environment()
         self.echo(f"resume  {path}, step {self.progress.step:,}")
+        before = TrainConfig.from_dict(info["train"]).length
+        if before != self.config.length:
+            self.echo(
+                f"length  {before.describe()} before, now {self.config.length.describe()}: the "
+                f"learning rate goes on at {self.lr_share():.0%} of its peak, as in a run of that "
+                f"length ({self.config.optimizer.schedule})"
+            )
         changes = [f"{k} {saved[k]}, now {now[k]}" for k in saved if saved[k] != now.get(k)]
         if changes:
             self.echo(
@@ -1117,7 +1152,8 @@ def check_same_text(
             what = key if key in ("mixture", "split", "tokenizer") else "text"
             raise InputError(
                 f"the {what} of {text} is another one, or changed since {path} was saved; a run "
-                "continues with the same text only, under any name"
+                "continues with the same text only, under any name; a new run takes up its model "
+                "with --initialize-from"
             )
 
 

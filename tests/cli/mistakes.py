@@ -99,7 +99,7 @@ MISTAKES = [
     ),
     ("train", "PRESET", "", "name a preset: mmrec train tiny"),
     ("train", "PRESET", "book.txt", "must be one of tiny, .*got 'book.txt'; .*--data book.txt"),
-    ("train", "PRESET", "runs/one", "got 'runs/one'; .*mmrec train --resume --out runs/one"),
+    ("train", "PRESET", "runs/one", "got 'runs/one'; .*mmrec train --resume runs/one"),
     ("train", "PRESET", "tiny mini", "unexpected extra argument\\(s\\) \\(mini\\)"),
     ("train", "--config", "--config none.toml", "cannot read config file none.toml: No such file"),
     ("train", "--config", "--config .", "cannot read config file .: Is a directory"),
@@ -357,14 +357,60 @@ MISTAKES = [
         f"tiny --vocab {BIG}",
         "vocab must be a whole number from 0 .*; got 1000000",
     ),
-    ("train", "--steps", "tiny --steps 1.5", "'--steps': must be a whole number; got '1.5'"),
+    (
+        "train",
+        "--steps",
+        "tiny --steps 1.5",
+        "'--steps': must be a whole number, or . and a whole number with --resume; got '1.5'",
+    ),
+    ("train", "--epochs", "--resume --epochs +x", "'--epochs': must be a number, or .*; got '.x'"),
+    (
+        "train",
+        "--minutes",
+        "tiny --data book.txt --minutes +60",
+        "minutes .60 is added to what a run has trained, so it needs --resume",
+    ),
+    (
+        "train",
+        "--steps",
+        "--resume runs/one --steps 5",
+        "steps must not be less than the 6 that runs/one has trained; got 5",
+    ),
+    ("train", "--until", "tiny --until noon", "until must be a time such as 07:00.*; got 'noon'"),
+    ("train", "--until", "tiny --until 07:00 --steps 5", "only one of .*until may be given"),
+    *[
+        (command, "--until", f"{before} --until 2020-01-01T07:00", "until must lie ahead; .*passed")
+        for command, before in (
+            ("train", "tiny --data book.txt --tokenizer byte"),
+            ("train", "--resume runs/one"),
+            ("finetune", "runs/one --data book.txt"),
+        )
+    ],
+    *[
+        (
+            command,
+            "--decay-fraction",
+            f"{before} --decay-fraction 0.1",
+            "--decay-fraction has no effect: the schedule is linear, not wsd",
+        )
+        for command, before in (("train", "tiny"), ("finetune", "runs/one --data book.txt"))
+    ],
+    (
+        "train",
+        "--warmup",
+        "tiny --schedule wsd --warmup 0.9",
+        "warmup and decay_fraction of schedule wsd must be at most 1 together; got 0.9 and 0.2",
+    ),
+    ("status", "RUN", "runs/none", "no run in runs/none: expected a folder with a metrics.jsonl"),
+    ("status", "RUN", "book.txt", "no run in book.txt: expected a folder with a metrics.jsonl"),
+    ("status", "--watch", "runs/one --watch", "--watch needs a terminal; for another program: --j"),
     ("train", "--steps", "tiny --steps", "'--steps' requires an argument .see mmrec train --help"),
     ("train", "--steps", "tiny --stpes 4", "No such option: --stpes; did you mean '--steps'."),
     (
         "train",
         "--resume",
-        "--resume runs/one",
-        "takes the run as --out: .* --resume --out runs/one",
+        "--resume runs/one --out runs/two",
+        "give the run once, as RUN or as --out; got runs/one and --out runs/two",
     ),
     ("train", "--minutes", "tiny --steps 5 --minutes 1", "only one of steps, epochs, minutes"),
     ("train", "--lr", "tiny --lr fast", "'--lr': must be a number; got 'fast'"),
@@ -432,7 +478,7 @@ MISTAKES = [
         "train",
         "--data",
         "--resume --out runs/one --data short.txt",
-        "the text of .*short.txt is another one.* a run continues with the same text only",
+        "the text of .*short.txt is another one.* same text only, .*with --initialize-from",
     ),
     (
         "train",

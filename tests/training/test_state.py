@@ -128,6 +128,37 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert_same(uninterrupted, run(corpus, tmp_path / "resumed", resume=True, **settings))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+@pytest.mark.parametrize("killed_at", [13, 19])
+def test_a_longer_run_resumes_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, schedule: str, killed_at: int
+) -> None:
+    """A run that ended is given a longer length, and killed before and after a checkpoint of it."""
+    settings = {"schedule": schedule, "eval_every": 3}
+    for name in ("uninterrupted", "resumed"):
+        run(corpus, tmp_path / name, steps=12, **settings)
+    uninterrupted = run(corpus, tmp_path / "uninterrupted", resume=True, steps=21, **settings)
+    told = uninterrupted.lines  # type: ignore[attr-defined]
+    share = {"linear": "42%", "wsd": "100%"}[schedule]
+    assert f"length  12 steps before, now 21 steps: the learning rate goes on at {share} of" in (
+        "\n".join(told)
+    )
+    run(corpus, tmp_path / "resumed", killed_at=killed_at, resume=True, steps=21, **settings)
+    assert_same(uninterrupted, run(corpus, tmp_path / "resumed", resume=True, steps=21, **settings))
+
+
+def test_a_stable_rate_does_not_depend_on_the_length(corpus: Corpus, tmp_path: Path) -> None:
+    """A wsd run that is given a longer length before its decay is a run of that length."""
+    settings = {"schedule": "wsd", "warmup": 0.0, "decay_fraction": 0.25}
+    long = run(corpus, tmp_path / "long", steps=20, **settings)
+    run(corpus, tmp_path / "short", steps=12, killed_at=10, **settings)
+    run(corpus, tmp_path / "short", steps=12, killed_at=9, resume=True, **settings)
+    trainer = run(corpus, tmp_path / "short", steps=20, resume=True, **settings)
+    assert_same(long, trainer)
+    rates = [x["lr"] for x in events(tmp_path / "long", "train")]
+    assert rates == pytest.approx([0.01] * 15 + [0.009, 0.007, 0.005, 0.003, 0.001])
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_validation_that_a_signal_interrupts_is_repeated_on_resume(
     corpus: Corpus, tmp_path: Path, at: int

@@ -43,6 +43,7 @@ def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
         "config.toml",
         "metrics.jsonl",
         "loss.png",
+        "status.json",
         "summary.json",
         "best.h5",
         "last.h5",
@@ -362,6 +363,8 @@ def test_learning_rate_schedules() -> None:
     assert lr_factor(1.0, 0.1, "linear", 0.2) == pytest.approx(0.2)
     assert lr_factor(0.9, 0.0, "constant", 0.0) == 1.0
     assert lr_factor(1.0, 1.0, "cosine", 0.0) == 0.0
+    for fraction, factor in ((0.05, 0.5), (0.1, 1.0), (0.6, 1.0), (0.8, 0.6), (0.9, 0.4), (1, 0.2)):
+        assert lr_factor(fraction, 0.1, "wsd", 0.2, 0.4) == pytest.approx(factor)
 
 
 def test_a_resumed_log_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> None:
