@@ -1,4 +1,7 @@
-"""``mmrec chat``: write with a model at the terminal. It continues what you write."""
+"""``mmrec chat``: write with a model at the terminal.
+
+A model with a chat template answers messages. Any other continues what you write.
+"""
 
 import contextlib
 import os
@@ -28,6 +31,7 @@ from mmrec.runtime.interrupts import note_interrupts, repeated_interrupts
 from mmrec.runtime.names import printable, shorten, user_path
 
 if TYPE_CHECKING:
+    from mmrec.inference.decoder import Decoder
     from mmrec.inference.session import Session
 
 try:
@@ -61,6 +65,10 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens per answer.", min=0, max=MAX_COUNT)
     ] = DEFAULT_MAX_TOKENS,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Message of the system, if the model has a template."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End an answer at it; repeatable.")
     ] = None,
@@ -69,26 +77,45 @@ def chat(
     ] = None,
     **sampling: Any,
 ) -> None:
-    """Write a text in turns with a model, which continues what you write; /help tells how."""
+    """Write in turns with a model, which answers or goes on with your text; /help tells how."""
     SamplingConfig(**sampling)
     from mmrec.checkpoint.manager import find_checkpoint
     from mmrec.inference.decoder import Decoder
-    from mmrec.inference.session import Session
 
     stop_texts = [argument_text(text, "--stop") for text in stop or ()]
     if not all(stop_texts):
         raise InputError("a stop text must not be empty")
+    if system is not None:
+        system = argument_text(system, "--system")
+        if state is not None:
+            raise InputError("--system has no effect with --state, which holds the chat so far")
     path = find_checkpoint(one_model(where, model))
     decoder = Decoder.load(path, weights=weights, threads=threads)
-    session = Session(decoder) if state is None else Session.load(state, decoder)
+    session = _begin_session(decoder, path, state, system)
     conversation = Chat(session, sampling, max_tokens=max_tokens, stop=stop_texts, seed=seed)
     if sys.stdin.isatty():
-        _note(f"{path}, step {decoder.step:,}. It continues what you write; /help tells the rest.")
+        manner = "answers" if conversation.is_chat else "continues"
+        _note(f"{path}, step {decoder.step:,}. It {manner} what you write; /help tells the rest.")
         conversation.history()
     with repeated_interrupts(), _prompt_history():
         is_clean = _run(conversation)
     if not (is_clean or sys.stdin.isatty()):
         raise typer.Exit(2)
+
+
+def _begin_session(
+    decoder: "Decoder", path: Path, state: Path | None, system: str | None
+) -> "Session":
+    """A session in which the model answers, if it has a chat template, or continues."""
+    if not decoder.tokenizer.chat_template:
+        from mmrec.inference.session import Session
+
+        if system is not None:
+            raise InputError(f"--system has no effect: {path} has no chat template")
+        return Session(decoder) if state is None else Session.load(state, decoder)
+    from mmrec.inference.chat import ChatSession
+
+    return ChatSession(decoder, system or "") if state is None else ChatSession.load(state, decoder)
 
 
 def _run(conversation: "Chat") -> bool:
@@ -236,13 +263,14 @@ class Turn:
 
 
 class Chat:
-    """A text that is written in turns: its session, the settings of answers, and the turns.
+    """What is written in turns: its session, the settings of answers, and the turns.
 
     Attributes:
         session: The text so far and its state.
         turns: What led to it, the newest last.
         draft: What the next line begins with, for the user to edit; None if none is edited.
         is_ended: Whether the user has ended the chat.
+        is_chat: Whether the model answers messages by a chat template, instead of continuing.
     """
 
     def __init__(
@@ -264,13 +292,14 @@ class Chat:
             seed: That of every answer; None draws one for each.
         """
         self.session, self.turns = session, list[Turn]()
+        self.is_chat = bool(session.decoder.tokenizer.chat_template)
         self.draft: str | None = None
         self.is_ended = False
         self._sampling = dict(sampling or {})
         self._max_tokens, self._stop, self._seed = max_tokens, stop, seed
 
     def take(self, line: str) -> None:
-        """Do what a line says: a command after ``/``, else text to continue.
+        """Do what a line says: a command after ``/``, else a message or text to continue.
 
         Raises:
             InputError: It holds a mistake. Nothing has changed.
@@ -300,10 +329,10 @@ class Chat:
             COMMANDS[name].run(self, argument)
 
     def send(self, message: str, seed: int | None = None) -> None:
-        """Append a message to the text and let the model continue it.
+        """Say something and let the model answer, or append a text and let the model continue it.
 
         Args:
-            message: May be empty.
+            message: May be empty: the model goes on.
             seed: That of the answer; None is that of the chat, or a new one.
         """
         from mmrec.runtime.progress import progress_bar
@@ -339,7 +368,9 @@ class Chat:
             _write("\n")
         if completion.finish_reason == "cancelled":
             _note("(stopped)")
-        elif completion.finish_reason == "stop" and not self._stop:
+        elif self.is_chat and completion.finish_reason == "length":
+            _note("(the answer has more tokens; an empty line goes on with it)")
+        elif completion.finish_reason == "stop" and not (self._stop or self.is_chat):
             _note("(here the model ends its text)")
         return completion.text
 
@@ -404,8 +435,8 @@ class Chat:
         _note(what)
 
     def new(self, argument: str) -> None:
-        """Begin an empty text."""
-        self._replace(type(self.session)(self.session.decoder), "new text")
+        """Begin an empty text or chat."""
+        self._replace(self.session.fresh(), "new chat" if self.is_chat else "new text")
 
     def save(self, argument: str) -> None:
         """Write the session to a file."""
@@ -461,14 +492,17 @@ class Chat:
             _write(turn.answer if turn.answer.endswith("\n") else f"{turn.answer}\n")
 
     def _show_text(self, session: "Session") -> None:
-        """Print the end of a text."""
-        if session.length:
+        """Print the end of a text, or the messages of a chat."""
+        messages = getattr(session, "messages", None)
+        for message in messages or ():
+            _write(f"{message['role']}: {message['content']}\n")
+        if session.length and messages is None:
             _note(f"(a text of {session.length:,} tokens, which ends:)")
             _write(f"{session.text[-SHOWN_CHARS:]}\n")
 
     def help(self, argument: str) -> None:
         """Tell the commands."""
-        print(HELP, flush=True)
+        print(CHAT_HELP if self.is_chat else HELP, flush=True)
 
     def quit(self, argument: str) -> None:
         """End the chat."""
@@ -495,7 +529,7 @@ COMMANDS = {
     "edit": Command("[TEXT]", "change your newest message and send it again", Chat.edit),
     "retry": Command("", "another answer to it, with another seed", Chat.retry),
     "undo": Command("", "return to where the text stood before it", Chat.undo),
-    "new": Command("", "begin an empty text", Chat.new),
+    "new": Command("", "begin anew, with nothing written", Chat.new),
     "save": Command("NAME", "write the text and its state to NAME.h5", Chat.save),
     "load": Command("NAME", "continue what /save wrote", Chat.load),
     "history": Command("", "show the turns", Chat.history),
@@ -508,18 +542,24 @@ COMMANDS = {
 SAMPLING_NAMES = [name.replace("_", "-") for name in SAMPLING]
 
 
-def _help() -> str:
+def _help(introduction: list[str]) -> str:
     rows = [(f"/{name} {c.argument}", c.help) for name, c in COMMANDS.items()]
     rows += [(f"/{s.flag.removeprefix('--')} [X]", s.help) for s in SAMPLING.values()]
     lines = [f"  {usage:<26} {text}" for usage, text in rows]
-    return "\n".join(
-        [
-            "The model continues what you write, directly after its last character. An empty",
-            "line lets it go on. A line that ends in \\ goes on in the next one. A text that",
-            "begins with / is written with //. Ctrl-C stops an answer; the text so far stays.",
-            *lines,
-        ]
-    )
+    return "\n".join([*introduction, *lines])
 
 
-HELP = _help()
+HELP = _help(
+    [
+        "The model continues what you write, directly after its last character. An empty",
+        "line lets it go on. A line that ends in \\ goes on in the next one. A text that",
+        "begins with / is written with //. Ctrl-C stops an answer; the text so far stays.",
+    ]
+)
+CHAT_HELP = _help(
+    [
+        "The model answers your messages. After an answer that was cut short an empty line",
+        "lets it go on. A line that ends in \\ goes on in the next one. A message that begins",
+        "with / is written with //. Ctrl-C stops an answer; what is written of it stays.",
+    ]
+)

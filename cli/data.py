@@ -94,7 +94,11 @@ def _print(corpus: "Corpus", splits: dict[str, Any]) -> None:
         f"moved between splits as near-duplicates: {info['near_duplicates']:,}; cut, with text in "
         f"both splits: {info.get('cut_documents', 0):,}"
     )
-    typer.echo(f"tokenizer {corpus.tokenizer.kind}, {corpus.tokenizer.vocab_size:,} tokens\n")
+    typer.echo(f"tokenizer {corpus.tokenizer.kind}, {corpus.tokenizer.vocab_size:,} tokens")
+    if corpus.train.answers is not None and corpus.val.answers is not None:
+        count = int(corpus.train.answers.sum() + corpus.val.answers.sum())
+        typer.echo(f"conversations: {count:,} tokens of answers are learnt; bytes are of answers")
+    typer.echo()
     heading = f"{'documents':>12}{'bytes':>14}{'share':>8}{'tokens':>14}{'bytes/token':>13}"
     typer.echo(f"{'':12}{heading}")
     for name, split in splits.items():

@@ -62,7 +62,7 @@ def grow(
     from mmrec.data.sources import iter_documents, source_files
     from mmrec.data.tokenizer import extend_characters
     from mmrec.evaluation.provenance import files_of_run
-    from mmrec.finetune.grow import GrowthPlan, added_character_pieces, grow_checkpoint
+    from mmrec.finetune.grow import GrowthPlan, added_token_pieces, grow_checkpoint
 
     if to is None and vocab is None and data is None and not sizes:
         flags = ", ".join(ALL_SETTINGS[name].flag for name in SIZES)
@@ -90,7 +90,7 @@ def grow(
         tokenizer, pieces = _extend_vocabulary(source, vocab, data)
     elif data is not None:
         tokenizer = extend_characters(tokenizer, (d.text for d in iter_documents(data)))
-        pieces = added_character_pieces(source, tokenizer)
+        pieces = added_token_pieces(source, tokenizer)
         if not pieces and new == old:
             raise InputError(f"nothing to grow: {path} knows every character of {data} already")
     new = dataclasses.replace(new, vocab_size=tokenizer.vocab_size)

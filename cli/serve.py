@@ -42,16 +42,13 @@ def serve(
     threads: ThreadsOption = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Jinja template of the chats that the model was fine-tuned on."
-        ),
+        typer.Option(metavar="FILE", help="Jinja template of chats; by default the model's own."),
     ] = None,
     **limits: Any,
 ) -> None:
     """Serve a model as OpenAI's API and as a page, for example: mmrec serve runs/tiny-book."""
     try:
         from mmrec.server.app import Server
-        from mmrec.server.chat import chat_renderer
         from mmrec.server.listen import is_loopback, listen, url
         from mmrec.server.listen import serve as serve_until_signal
         from mmrec.server.worker import warm_up
@@ -60,6 +57,7 @@ def serve(
             raise
         raise InputError("mmrec serve needs packages: pip install 'mmrec[serve]'") from None
     from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.data.chat_template import ChatTemplate, read_template
     from mmrec.inference.decoder import Decoder
 
     config = ServerConfig(**limits)
@@ -70,14 +68,13 @@ def serve(
             f"other machines can reach --host {host}, so it needs --api-key, or MMREC_API_KEY"
         )
     path = find_checkpoint(one_model(where, model))
-    template = None if chat_template is None else _read_template(chat_template)
+    source = None if chat_template is None else read_template(chat_template)
     with listen(host, port) as listener:  # first of all that takes time: the port may be taken
         decoder = Decoder.load(path, weights=weights, threads=threads)
-        template = template or decoder.metadata.get("chat_template")
-        render = None
-        if template is not None:
+        template, source = None, source or decoder.tokenizer.chat_template
+        if source:
             name = f"--chat-template {chat_template}" if chat_template else f"that of {path}"
-            render = chat_renderer(str(template), decoder.tokenizer, name)
+            template = ChatTemplate(source, decoder.tokenizer, name)
         warm_up(decoder)
         server = Server(
             decoder,
@@ -85,7 +82,7 @@ def serve(
             config,
             api_key=api_key,
             is_local=api_key is None,
-            render_chat=render,
+            chat_template=template,
         )
         number = serve_until_signal(
             server,
@@ -100,10 +97,3 @@ def _model_name(path: Path) -> str:
     """The name of a run, or of a checkpoint outside of a run."""
     is_of_run = re.fullmatch(r"(best|last|step-\d+)\.h5", path.name)
     return (path.resolve().parent.name if is_of_run else path.stem) or path.stem
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"--chat-template must be UTF-8 text; {path} is not") from None

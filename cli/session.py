@@ -72,6 +72,9 @@ def run_to_end(
     best = f"best model {folder / 'best.h5'}, of step {summary['best_step']:,}"
     say(f"{best}: {summary['best_reason']}")
     curve = f"curve {folder / 'loss.png'}; " if (folder / "loss.png").exists() else ""
+    if trainer.corpus.train.answers is not None:
+        say(f"{curve}next: {shlex.join(['mmrec', 'chat', str(folder)])}")
+        return
     generate_command = shlex.join(["mmrec", "generate", "--model", str(folder), "--prompt"])
     say(f'{curve}next: {generate_command} "..."')
 

@@ -41,12 +41,16 @@ class Split:
         tokens: (n,) uint16 or uint32. A long array is read from the disk as it is used.
         doc_offsets: (documents + 1,) int64, index in ``tokens`` where each document begins; the
             last is n.
-        doc_bytes: (documents,) int64, UTF-8 bytes of each document.
+        doc_bytes: (documents,) int64, UTF-8 bytes of each document; of a conversation those of its
+            answers.
+        answers: (n,) bool, for conversations, whether a token belongs to an answer; only those are
+            learnt and scored. None for texts, of which all tokens are.
     """
 
     tokens: np.ndarray
     doc_offsets: np.ndarray
     doc_bytes: np.ndarray
+    answers: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -149,7 +153,10 @@ def _read_split(file: h5py.File, path: Path, name: str, tokenizer: Tokenizer) ->
     fits = len(offsets) == len(doc_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
     if not fits or (np.diff(offsets) <= 0).any() or (doc_bytes < 0).any():
         raise ValueError(f"the documents of {name} do not add up to its tokens")
-    return Split(tokens, offsets, doc_bytes)
+    answers = None
+    if f"{name}/answers" in file:
+        answers = read_array(file, f"{name}/answers", np.uint8, tokens.shape).astype(bool)
+    return Split(tokens, offsets, doc_bytes, answers)
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:

@@ -3,6 +3,7 @@
 Axes: B windows per batch, T tokens per window.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from mmrec.errors import InputError
 from mmrec.runtime.numeric import cdiv
 
 TRAINING_SPLIT = "the training split"
+IGNORED = -100
+"""Target of a token that is not learnt, as in torch."""
 MIXTURE_BLOCK = 256
 """Windows in which a mixture keeps the shares of its components exactly."""
 
@@ -238,6 +241,115 @@ def make_loader(
     return MixtureLoader(components, weights, batch_size, seq_len, seed, names)
 
 
+class ConversationLoader:
+    """Batches of windows that hold whole conversations, of which the answers alone are targets.
+
+    Each conversation begins with the end token, at which the recurrent state is reset. They are
+    packed into windows once, by the seed; an epoch visits the windows in a new random order. A
+    conversation that is longer than a window is cut at its end. A batch depends only on the seed
+    and its number.
+
+    Attributes:
+        batch_size, seq_len, seed: as given.
+        batches_per_epoch: whole batches that the windows fill, at least 1.
+        cut: number of conversations that are longer than a window.
+        left_out: number of those that have no answer before the cut. They are in no window.
+        fill: share of the places in windows that hold a token.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        doc_offsets: np.ndarray,
+        answers: np.ndarray,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+    ) -> None:
+        """Pack the conversations.
+
+        Args:
+            tokens: (n,) token ids; each conversation ends with the end token.
+            doc_offsets: (conversations + 1,) int64, where each begins.
+            answers: (n,) bool, whether a token belongs to an answer.
+            batch_size: B.
+            seq_len: T.
+            seed: seed of the packing and of the orders.
+
+        Raises:
+            InputError: the conversations do not fill one batch.
+        """
+        self._tokens, self._answers, self._starts = tokens, answers, doc_offsets[:-1]
+        self._eot = int(tokens[-1])
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        lengths = np.diff(doc_offsets) - 1  # the end token stands before the first token
+        self._lengths = np.minimum(lengths, seq_len)
+        places = np.append(np.flatnonzero(answers), len(tokens))
+        first_answers = places[np.searchsorted(places, self._starts)] - self._starts
+        is_used = first_answers < self._lengths
+        self.cut, self.left_out = int((lengths > seq_len).sum()), int((~is_used).sum())
+        self._windows = self._pack(np.flatnonzero(is_used))
+        self.fill = int(self._lengths[is_used].sum()) / max(1, len(self._windows) * seq_len)
+        self.batches_per_epoch = len(self._windows) // batch_size
+        if self.batches_per_epoch == 0:
+            raise InputError(
+                f"one batch needs {batch_size:,} windows of {seq_len:,} tokens; the conversations "
+                f"of the training split fill {len(self._windows):,}: use more of them, a smaller "
+                "batch_size or seq_len"
+            )
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def _pack(self, conversations: np.ndarray) -> list[list[int]]:
+        """Put each conversation, in random order, into the fullest window that has room."""
+        windows: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # free places and number of each window, sorted
+        for i in np.random.default_rng(self.seed).permutation(conversations).tolist():
+            length = int(self._lengths[i])
+            at = bisect.bisect_left(rooms, (length, -1))
+            if at == len(rooms):
+                windows.append([])
+                room, number = self.seq_len, len(windows) - 1
+            else:
+                room, number = rooms.pop(at)
+            windows[number].append(i)
+            if room > length:
+                bisect.insort(rooms, (room - length, number))
+        return windows
+
+    def starts_epoch(self, number: int) -> bool:
+        """Whether no row of a batch continues another: always so."""
+        return True
+
+    def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of a batch.
+
+        Args:
+            number: number of the batch, from 0, counted over all epochs.
+
+        Returns:
+            Inputs (B, T) int64 and targets (B, T) int64, IGNORED where no answer is.
+        """
+        epoch, position = divmod(number, self.batches_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order, self._epoch = rng.permutation(len(self._windows)), epoch
+        chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        inputs = np.empty((self.batch_size, self.seq_len), np.int64)
+        targets = np.full((self.batch_size, self.seq_len), IGNORED, np.int64)
+        for row, window in enumerate(chosen.tolist()):
+            at = 0
+            for i in self._windows[window]:
+                begin, length = int(self._starts[i]), int(self._lengths[i])
+                tokens = self._tokens[begin : begin + length].astype(np.int64)
+                is_answer = self._answers[begin : begin + length]
+                inputs[row, at] = self._eot
+                inputs[row, at + 1 : at + length] = tokens[:-1]
+                targets[row, at : at + length][is_answer] = tokens[is_answer]
+                at += length
+            inputs[row, at:] = tokens[-1]  # goes on after the last conversation, and is not learnt
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
 class ReplayLoader:
     """Batches in which a share of the windows comes from earlier text, against forgetting.
 
@@ -253,7 +365,10 @@ class ReplayLoader:
     """
 
     def __init__(
-        self, new: WindowLoader | MixtureLoader, earlier: WindowLoader, fraction: float
+        self,
+        new: WindowLoader | MixtureLoader | ConversationLoader,
+        earlier: WindowLoader,
+        fraction: float,
     ) -> None:
         """Make the loader.
 

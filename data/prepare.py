@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
 from mmrec.checkpoint.outputs import check_not_read, check_output
 from mmrec.config import DataConfig
+from mmrec.data.conversations import holds_conversations, prepare_conversations
 from mmrec.data.corpus import (
     CORPUS_SUFFIXES,
     KIND,
@@ -166,6 +167,9 @@ def prepare(
         tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
             bytes of the training text.
 
+    A tokenizer with a chat template makes a corpus of conversations from a file that holds some,
+    unless ``options`` name a text field; see ``mmrec.data.conversations``.
+
     Raises:
         InputError: the source cannot be read, is empty or too small to split, a document is not a
             string, the tokenizer is unknown, a given one does not know a character, or ``out`` must
@@ -174,6 +178,12 @@ def prepare(
     """
     echo = progress or (lambda line: None)
     options = dataclasses.replace(options or ReadOptions())  # with counts of its own
+    if _is_chat(source, tokenizer, options):
+        assert isinstance(source, str | Path)
+        assert isinstance(tokenizer, Tokenizer)
+        return prepare_conversations(
+            source, tokenizer, options, echo, add_characters=add_characters
+        )
     components = _components(source)
     if out is not None:
         inputs = [*source_files(source), *source_files(options.val_file)]
@@ -239,6 +249,12 @@ def prepare(
         else:
             preparation.write(path)
     return path
+
+
+def _is_chat(source: Source, tokenizer: str | Tokenizer, options: ReadOptions) -> bool:
+    """Whether a source is read as conversations."""
+    has_template = isinstance(tokenizer, Tokenizer) and bool(tokenizer.chat_template)
+    return has_template and not options.text_field and holds_conversations(source)
 
 
 def _components(source: Source) -> list[tuple[float, str, Source]]:

@@ -443,6 +443,8 @@ def record_text(record: Any, location: str, options: ReadOptions) -> str | None:
         problem = f"must have a field {options.field!r} that holds text; "
         if options.field in record:
             problem += f"it holds {_json_kind(text)} (--skip-bad skips such records)"
+        elif "messages" in record or {"prompt", "completion"} <= record.keys():
+            problem += f"its fields are: {fields} (mmrec finetune RUN --chat takes conversations)"
         else:
             problem += f"its fields are: {fields} (--text-field names another)"
     else:

@@ -1,14 +1,15 @@
 """Tokenizers by name: byte-level BPE (Hugging Face ``tokenizers``), characters, bytes.
 
-Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. Encoding never
-produces it: the letters ``<|endoftext|>`` in a text are encoded as letters.
+Every tokenizer has one special token, ``<|endoftext|>``, that ends a document. Those of models that
+chat have further ones, which their chat template writes. Encoding never produces a special token:
+the letters ``<|endoftext|>`` in a text are encoded as letters.
 """
 
 import json
 import os
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,8 @@ from mmrec.runtime.progress import progress_bar, ticking_bar
 
 KINDS = ("bpe", "char", "byte")
 EOT = "<|endoftext|>"
+MAX_VOCAB = 1 << 32
+"""Most tokens of a tokenizer."""
 MAX_WORD_BYTES = 256
 """Bytes of a word from which BPE training learns. Longer ones are cut there: the time of training
 grows with the length of the words, and a text without spaces is one word."""
@@ -32,9 +35,18 @@ class Tokenizer:
         kind: ``bpe``, ``char`` or ``byte``.
         vocab_size: number of ids.
         eot: id of the end of a document.
+        special_tokens: ids of the special tokens by name, ``<|endoftext|>`` among them.
+        chat_template: how messages become a text, in Jinja as transformers uses it; empty if the
+            model does not chat.
     """
 
-    def __init__(self, kind: str, vocabulary: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        vocabulary: str,
+        special_tokens: Mapping[str, int] | None = None,
+        chat_template: str = "",
+    ) -> None:
         """Build a tokenizer from its vocabulary.
 
         Args:
@@ -42,31 +54,41 @@ class Tokenizer:
             vocabulary: for ``bpe`` JSON of ``tokens``, the words in order of their ids, and
                 ``merges``, pairs of words; for ``char`` the characters in order; for ``byte``
                 the empty string.
+            special_tokens: ids of further special tokens by name. The vocabulary has the other
+                ids, in order.
+            chat_template: see the attribute.
 
         Raises:
             InputError: there is no such kind.
-            ValueError: the vocabulary is damaged.
+            ValueError: the vocabulary or the special tokens are damaged.
         """
-        self.kind, self._vocabulary = kind, vocabulary
+        self.kind, self._vocabulary, self.chat_template = kind, vocabulary, chat_template
         self.eot = 256 if kind == "byte" else 0
+        self._added = dict(special_tokens or {})
         if kind == "bpe":
             stored = json.loads(vocabulary)
-            self._bytes = _byte_table(stored["tokens"], stored["merges"])
-            self._bpe = _build_bpe(stored["tokens"], stored["merges"])
-            self.vocab_size = len(self._bytes)
+            token_bytes = _byte_table(stored["tokens"], stored["merges"])
         elif kind == "char":
             vocabulary.encode()  # halves of a surrogate pair are no characters
-            self.vocab_size = len(vocabulary) + 1
+            token_bytes = [b"", *(character.encode() for character in vocabulary)]
+        elif kind == "byte":
+            token_bytes = [*(bytes([i]) for i in range(256)), b""]
+        else:
+            raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
+        self._bytes = _insert_special_tokens(token_bytes, self._added, self.eot)
+        self.vocab_size = len(self._bytes)
+        self.special_tokens = {EOT: self.eot, **self._added}
+        self._word_ids = np.delete(np.arange(self.vocab_size), list(self._added.values()))
+        """Id of each entry of the vocabulary."""
+        if kind == "bpe":
+            self._bpe = _build_bpe(stored["tokens"], stored["merges"], self._word_ids.tolist())
+        elif kind == "char":
             code_points = _code_points(vocabulary)
             # id of each code point; 0, which no character has, if it is unknown
             self._ids = np.zeros(int(code_points.max(initial=0)) + 2, np.uint32)
-            self._ids[code_points] = np.arange(1, self.vocab_size)
+            self._ids[code_points] = self._word_ids[1:]
             if np.count_nonzero(self._ids) != len(vocabulary):
                 raise ValueError("its vocabulary holds a character twice")
-        elif kind == "byte":
-            self.vocab_size = 257
-        else:
-            raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
 
     def encode(self, text: str, name: str = "the text") -> np.ndarray:
         """Return the token ids (n,) int64 of a text.
@@ -134,17 +156,17 @@ class Tokenizer:
             raise InputError(f"{place}: {code_point} is half of a surrogate pair, not a character")
         raise InputError(
             f"{place}: the character {character!r} ({code_point}) is not among the "
-            f"{self.vocab_size - 1:,} that this char tokenizer knows; bpe and byte know every "
+            f"{len(self._vocabulary):,} that this char tokenizer knows; bpe and byte know every "
             "character, and mmrec finetune and mmrec grow --data add characters to a model"
         )
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token; those of the end token are empty."""
-        if token == self.eot:
-            return b""
-        if self.kind == "byte":
-            return bytes([token])
-        return self._vocabulary[token - 1].encode() if self.kind == "char" else self._bytes[token]
+        """Return the UTF-8 bytes of a token; those of a special token are empty."""
+        return self._bytes[token]
+
+    def special_name(self, token: int) -> str | None:
+        """Return the name of a special token; None of any other."""
+        return next((name for name, i in self.special_tokens.items() if i == token), None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -153,15 +175,53 @@ class Tokenizer:
     def extends(self, other: "Tokenizer") -> bool:
         """Whether this tokenizer makes the same tokens as another one of all that the other knows.
 
-        Equal tokenizers do, and a ``char`` tokenizer to which characters were added.
+        Equal tokenizers do, a ``char`` tokenizer to which characters were added, and any to which
+        special tokens were added.
         """
         if self.kind == other.kind == "char":
-            return self._vocabulary.startswith(other._vocabulary)
-        return self.to_json() == other.to_json()
+            is_same_text = self._vocabulary.startswith(other._vocabulary)
+        else:
+            is_same_text = (self.kind, self._vocabulary) == (other.kind, other._vocabulary)
+        new = self._added.items() - other._added.items()
+        return (
+            is_same_text
+            and other._added.items() <= self._added.items()
+            and all(token >= other.vocab_size for _, token in new)
+        )
+
+    def with_chat_template(self, template: str, special_tokens: Iterable[str]) -> "Tokenizer":
+        """Return this tokenizer with a chat template.
+
+        Args:
+            template: see the attribute ``chat_template``.
+            special_tokens: names of the special tokens that it writes. New ones get ids after those
+                that there are.
+
+        Raises:
+            InputError: there is no room for them.
+        """
+        new = [name for name in special_tokens if name not in self.special_tokens]
+        size = self.vocab_size + len(new)
+        if size > MAX_VOCAB:
+            raise InputError(
+                f"a tokenizer may have {MAX_VOCAB:,} tokens; with the {len(new)} special tokens of "
+                f"the chat template this one would have {size:,}"
+            )
+        added = self._added | {name: self.vocab_size + i for i, name in enumerate(new)}
+        return Tokenizer(self.kind, self._vocabulary, added, template)
+
+    def _with_vocabulary(self, vocabulary: str) -> "Tokenizer":
+        """This tokenizer with entries added to the end of its vocabulary."""
+        return Tokenizer(self.kind, vocabulary, self._added, self.chat_template)
 
     def to_json(self) -> str:
         """Return all that is needed to build the tokenizer again, as JSON."""
-        return json.dumps({"kind": self.kind, "vocabulary": self._vocabulary}, ensure_ascii=False)
+        values: dict[str, Any] = {"kind": self.kind, "vocabulary": self._vocabulary}
+        if self._added:
+            values["special_tokens"] = self._added
+        if self.chat_template:
+            values["chat_template"] = self.chat_template
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -172,11 +232,31 @@ class Tokenizer:
         """
         try:
             stored = json.loads(text)
-            return cls(str(stored["kind"]), str(stored["vocabulary"]))
+            special_tokens, template = stored.get("special_tokens"), stored.get("chat_template", "")
+            if not isinstance(template, str):
+                raise ValueError("its chat template must be text")
+            return cls(str(stored["kind"]), str(stored["vocabulary"]), special_tokens, template)
         except InputError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
             raise InputError(f"the stored tokenizer is damaged: {error!r}") from None
+
+
+def _insert_special_tokens(
+    token_bytes: list[bytes], ids: Mapping[str, int], eot: int
+) -> list[bytes]:
+    """Bytes of every id, those of special tokens empty.
+
+    Their ids must come after the end token's and leave no gap; a ValueError says so.
+    """
+    for name, token in sorted(ids.items(), key=lambda item: item[1]):
+        is_id = type(token) is int and eot < token <= len(token_bytes)
+        if not is_id or not name or name == EOT:
+            raise ValueError(f"its special token {name!r} has the id {token!r}")
+        token_bytes.insert(token, b"")
+    if len(set(ids.values())) != len(ids):
+        raise ValueError("two special tokens have one id")
+    return token_bytes
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -224,15 +304,15 @@ def _pre_tokenizer(*, cut_long_words: bool = False) -> Any:
     return pre_tokenizers.Sequence([words, pieces])
 
 
-def _build_bpe(tokens: list[str], merges: list[list[str]]) -> Any:
-    """Build the ``tokenizers`` object of a byte-level BPE."""
+def _build_bpe(tokens: list[str], merges: list[list[str]], ids: list[int]) -> Any:
+    """Build the ``tokenizers`` object of a byte-level BPE, whose words have these ids."""
     # encode_batch uses threads of its own; without this a later fork prints a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as LibraryTokenizer
 
-    ids = {word: i for i, word in enumerate(tokens)}
-    bpe = LibraryTokenizer(models.BPE(ids, [(a, b) for a, b in merges]))
+    vocabulary = dict(zip(tokens, ids, strict=True))
+    bpe = LibraryTokenizer(models.BPE(vocabulary, [(a, b) for a, b in merges]))
     bpe.pre_tokenizer = _pre_tokenizer()
     bpe.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
     bpe.encode_special_tokens = True  # the letters of EOT stay letters
@@ -251,7 +331,7 @@ def check_tokenizer_settings(kind: str, vocab_size: int) -> None:
     """
     if kind not in KINDS:
         raise InputError(f"tokenizer must be one of {', '.join(KINDS)}; got {kind!r}")
-    if kind == "bpe" and not 257 <= vocab_size <= 1 << 32:
+    if kind == "bpe" and not 257 <= vocab_size <= MAX_VOCAB:
         raise InputError(
             f"a bpe vocabulary must hold at least 257 tokens, the bytes and {EOT}, and at most "
             f"2^32; got {vocab_size}"
@@ -321,7 +401,8 @@ def extend_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """
     assert tokenizer.kind == "char"
     known = tokenizer._vocabulary
-    return Tokenizer("char", known + "".join(sorted(_characters(texts).difference(known))))
+    new = "".join(sorted(_characters(texts).difference(known)))
+    return tokenizer._with_vocabulary(known + new)
 
 
 def extend_tokenizer(
@@ -345,21 +426,22 @@ def extend_tokenizer(
         raise InputError(
             f"only a bpe vocabulary can grow; this tokenizer is {tokenizer.kind!r}{hint}"
         )
-    if not tokenizer.vocab_size < vocab_size <= 1 << 32:
+    if not tokenizer.vocab_size < vocab_size <= MAX_VOCAB:
         raise InputError(
             f"a grown vocabulary must hold more than the {tokenizer.vocab_size:,} "
             f"tokens that there are, and at most 2^32; got {vocab_size}"
         )
     stored = json.loads(tokenizer._vocabulary)
     tokens, merges = list(stored["tokens"]), list(stored["merges"])
-    joined_ids: dict[str, list[int]] = {token: [i] for i, token in enumerate(tokens)}
+    joined_ids = {token: [i] for token, i in zip(tokens, tokenizer._word_ids.tolist(), strict=True)}
+    old_count, new_count = len(tokens), vocab_size - tokenizer.vocab_size
     pre_tokenizer = _pre_tokenizer(cut_long_words=True)
     with progress_bar(None, "reading") as bar:
         word_counts = Counter(
             word for t in _counted(texts, bar) for word, _ in pre_tokenizer.pre_tokenize_str(t)
         )
     words = [[t.value for t in tokenizer._bpe.model.tokenize(word)] for word in word_counts]
-    bar = progress_bar(vocab_size - len(tokens), "adding tokens", "tok")
+    bar = progress_bar(new_count, "adding tokens", "tok")
     frequencies = list(word_counts.values())
     pair_counts: Counter[tuple[str, str]] = Counter()
     words_with_pair: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -373,7 +455,7 @@ def extend_tokenizer(
         count_pairs(word, 1)
     queue = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(queue)
-    while queue and len(tokens) < vocab_size:
+    while queue and len(tokens) < old_count + new_count:
         negative_count, pair = heappop(queue)
         if -negative_count != pair_counts[pair]:  # outdated; the queue holds the new count, too
             continue
@@ -396,8 +478,7 @@ def extend_tokenizer(
             heappush(queue, (-pair_counts[changed], changed))
     bar.close()
     vocabulary = json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False)
-    new_tokens = tokens[tokenizer.vocab_size :]
-    return Tokenizer("bpe", vocabulary), [joined_ids[token] for token in new_tokens]
+    return tokenizer._with_vocabulary(vocabulary), [joined_ids[t] for t in tokens[old_count:]]
 
 
 def _merge_pair(word: list[str], pair: tuple[str, str]) -> list[str]:

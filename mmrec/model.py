@@ -445,18 +445,24 @@ class Model(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            targets: (B, T) int64, the token that follows each of them.
+            targets: (B, T) int64, the token that follows each of them; negative where it does not
+                count.
             state, document_starts, generator: see ``hidden_states``.
 
         Returns:
-            The loss, a scalar in nats per token, and the new state.
+            The loss, a scalar in nats per token that counts, and the new state. It is 0 if none
+            counts.
         """
         hidden, state = self.hidden_states(
             tokens, state, document_starts=document_starts, generator=generator
         )
-        loss = fused_linear_cross_entropy(
-            hidden.flatten(0, 1), self.embedding, targets.flatten(), bf16=self.bf16
-        )
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        counts = targets >= 0
+        if not counts.all():
+            hidden, targets = hidden[counts], targets[counts]
+            if not len(targets):  # the gradient of every parameter exists, and is zero
+                return hidden.sum() + 0 * self.embedding.sum(), state
+        loss = fused_linear_cross_entropy(hidden, self.embedding, targets, bf16=self.bf16)
         return loss, state
 
 

@@ -26,7 +26,7 @@ CHUNK = 512  # tokens of a single text per forward pass
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores over a whole text."""
+    """Scores over a whole text; of conversations over the tokens of their answers."""
 
     loss: float
     """Mean cross-entropy, in nats per token."""
@@ -133,7 +133,7 @@ def evaluate_split(
     token_scores: TokenScores | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Score a whole split of a corpus.
+    """Score a whole split of a corpus; of conversations their answers.
 
     Args:
         model: left in the mode (training or evaluation) that it is in.
@@ -152,6 +152,7 @@ def evaluate_split(
         split.tokens,
         tokenizer.eot,
         split.n_bytes,
+        answers=split.answers,
         reset_at_documents=reset_at_documents,
         token_scores=token_scores,
         progress=progress,
@@ -166,6 +167,7 @@ def evaluate(
     n_bytes: int,
     *,
     chunk: int = 256,
+    answers: np.ndarray | None = None,
     reset_at_documents: bool = False,
     token_scores: TokenScores | None = None,
     progress: Callable[[int], object] | None = None,
@@ -176,17 +178,20 @@ def evaluate(
         model: left in the mode (training or evaluation) that it is in.
         tokens: (n,) token ids of any integer dtype; every document ends with ``eot``.
         eot: id of the end token, which is also the context of the first token.
-        n_bytes: UTF-8 bytes of the text that the tokens encode.
+        n_bytes: UTF-8 bytes of the text that the scored tokens encode.
         chunk: tokens of each stream per forward pass. It changes speed and memory only.
+        answers: (n,) bool, the tokens that are scored; the others are read only. None scores all.
         reset_at_documents: start every document from the empty state.
-        token_scores: filled with the scores of each token.
+        token_scores: filled with the scores of each token; those of tokens that are not scored are
+            left as they are.
         progress: called with the number of tokens just scored; an exception that it raises ends
             the evaluation.
 
     Raises:
         InputError: there is no token to score.
     """
-    if len(tokens) == 0 or n_bytes == 0:
+    scored = len(tokens) if answers is None else int(answers.sum())
+    if scored == 0 or n_bytes == 0:
         raise InputError("nothing to evaluate: the validation split is empty")
     streams = count_evaluation_streams(len(tokens))
     training, begin = model.training, time.perf_counter()
@@ -195,10 +200,14 @@ def evaluate(
     sums = ScoreSums(token_scores)
     positions = torch.arange(streams * cdiv(len(tokens), streams))
     chunk_positions = positions.view(streams, -1).split(chunk, 1)
+    counted = torch.ones(len(positions), dtype=torch.bool)
+    if answers is not None:
+        counted[: len(tokens)] = torch.from_numpy(answers)
     try:
         for (x, y, mask), position in zip(
             evaluation_streams(tokens, eot, streams, chunk), chunk_positions, strict=True
         ):
+            read, mask = mask, mask & counted[position]
             document_starts = x == eot if reset_at_documents else None
             hidden, state = model.hidden_states(x, state, document_starts=document_starts)
             # logits are large, so only LOGITS_CHUNK rows of them exist at once
@@ -210,12 +219,12 @@ def evaluate(
             ):
                 sums.add(model.lm_head(h), target, index)
             if progress is not None:
-                progress(int(mask.sum()))
+                progress(int(read.sum()))
     finally:
         model.train(training)
     return Evaluation(
         *sums.means(n_bytes),
-        tokens=len(tokens),
+        tokens=scored,
         bytes=n_bytes,
         seconds=time.perf_counter() - begin,
     )

@@ -74,7 +74,11 @@ def bootstrap_interval(
 
 
 def make_report(
-    tokens: np.ndarray, eot: int, token_bytes: np.ndarray, scores: TokenScores
+    tokens: np.ndarray,
+    eot: int,
+    token_bytes: np.ndarray,
+    scores: TokenScores,
+    answers: np.ndarray | None = None,
 ) -> Report:
     """Break the scores of tokens down by document, position and confidence.
 
@@ -83,15 +87,17 @@ def make_report(
         eot: id of the end token.
         token_bytes: (V,) int64, bytes that each token stands for.
         scores: scores of the tokens.
+        answers: (n,) bool, the tokens that were scored; None for all.
     """
+    counted = np.ones(len(tokens), bool) if answers is None else answers
     ends = np.flatnonzero(tokens == eot) + 1
     starts = np.concatenate(([0], ends[ends < len(tokens)]))
-    nats = scores.nats.astype(np.float64)
+    nats = np.where(counted, scores.nats, 0).astype(np.float64)
     position = np.arange(len(tokens)) - np.repeat(starts, np.diff(starts, append=len(tokens)))
     positions: list[dict[str, float]] = []
     low, high = 0, 1
     while low <= position.max():
-        in_bin = (position >= low) & (position < high)
+        in_bin = counted & (position >= low) & (position < high)
         if in_bin.any():
             positions.append(
                 {
@@ -103,19 +109,21 @@ def make_report(
             )
         low, high = high, 2 * high
     calibration: list[dict[str, float]] = []
-    bins = np.minimum((scores.confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    confidence_of_scored = np.where(counted, scores.confidence, 0)
+    bins = np.minimum((confidence_of_scored * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     error = 0.0
     for i in range(CONFIDENCE_BINS):
-        in_bin = bins == i
+        in_bin = counted & (bins == i)
         if in_bin.any():
             confidence = float(scores.confidence[in_bin].mean())
             correct = float(scores.correct[in_bin].mean())
             calibration.append(
                 {"tokens": int(in_bin.sum()), "confidence": confidence, "correct": correct}
             )
-            error += abs(confidence - correct) * in_bin.mean()
+            error += abs(confidence - correct) * (in_bin.sum() / counted.sum())
     interval = bootstrap_interval(
-        np.add.reduceat(nats, starts), np.add.reduceat(token_bytes[tokens], starts)
+        np.add.reduceat(nats, starts),
+        np.add.reduceat(np.where(counted, token_bytes[tokens], 0), starts),
     )
     return Report(len(starts), interval, positions, calibration, float(error))
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import AdaptationConfig
+from mmrec.data.conversations import conversations_to_score, holds_conversations
 from mmrec.data.corpus import Corpus, Split, is_prepared
 from mmrec.data.readers import ReadOptions
 from mmrec.data.sources import iter_documents
@@ -48,7 +49,8 @@ def open_split(
         raise InputError(f"{flag} is for a text in --data; got {data or 'no --data'}")
     if data is None:
         corpus = training_corpus(loaded)
-        return corpus.val, f"validation split of {training_config(loaded).data.source}"
+        answers = " (its answers)" * (corpus.val.answers is not None)
+        return corpus.val, f"validation split of {training_config(loaded).data.source}{answers}"
     if is_prepared(data):
         corpus = Corpus.open(user_path(data))
         if not loaded.tokenizer.extends(corpus.tokenizer):
@@ -57,6 +59,10 @@ def open_split(
                 "give its text instead"
             )
         return corpus.val, f"validation split of {data}"
+    if loaded.tokenizer.chat_template and not text_field and holds_conversations(data):
+        split = conversations_to_score(data, loaded.tokenizer, options)
+        skipped = options.skipped_records
+        return split, f"the answers of {data}" + f" (lines skipped: {skipped:,})" * bool(skipped)
     split = encode_documents(loaded.tokenizer, iter_documents(data, options))
     if not split.n_tokens:
         raise options.no_text(data)
@@ -96,7 +102,7 @@ def evaluate_source(
     evaluation, _ = _score(loaded, split, adaptation, scores, progress)
     token_bytes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     tokens = np.asarray(split.tokens)
-    report = make_report(tokens, tokenizer.eot, np.array(token_bytes), scores)
+    report = make_report(tokens, tokenizer.eot, np.array(token_bytes), scores, split.answers)
     return evaluation, report, description
 
 
@@ -140,11 +146,14 @@ def _score(
     progress: Callable[[int, int], object] | None,
 ) -> tuple[Evaluation, Model]:
     """The scores, and the model after dynamic evaluation: a copy, if there was any."""
+    is_chat = split.answers is not None
     if adaptation is not None:
+        if is_chat:
+            raise InputError("a model adapts to a text; got conversations")
         check_length(split.n_tokens)
     total = split.n_tokens * (1 if adaptation is None else 2)
     show = None if progress is None else lambda count: progress(count, total)
-    reset = training_config(loaded).data.state != "window"
+    reset = is_chat or training_config(loaded).data.state != "window"
     evaluation = evaluate_split(
         loaded.model,
         split,

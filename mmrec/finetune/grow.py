@@ -335,22 +335,27 @@ class GrowthPlan:
         return result
 
 
-def added_character_pieces(source: LoadedModel, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return what the rows of characters that were added to a ``char`` tokenizer start from.
+def added_token_pieces(source: LoadedModel, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return what the rows of characters and special tokens start from that a tokenizer has more.
 
-    A new row is the mean of those of a few characters that the model expects least. Its logit is
-    the mean of their logits, so by Jensen's inequality its probability is at most the mean p of
-    their probabilities. n new characters raise the loss on old text by at most log(1 + n p).
+    A special token of a chat starts from the end token: after both another one speaks.
+
+    The row of a character is the mean of those of a few characters that the model expects least.
+    Its logit is the mean of their logits, so by Jensen's inequality its probability is at most the
+    mean p of their probabilities. n new characters raise the loss on old text by at most
+    log(1 + n p).
 
     Args:
         source: the model.
-        tokenizer: the model's own, or the same with more characters after the old ones.
+        tokenizer: the model's own, or one that extends it.
 
     Returns:
         ``pieces`` as ``GrowthPlan`` takes them.
     """
-    count = tokenizer.vocab_size - source.tokenizer.vocab_size
-    return [_least_expected_tokens(source)] * count if count else []
+    old_size, special = source.tokenizer.vocab_size, {*tokenizer.special_tokens.values()}
+    new = range(old_size, tokenizer.vocab_size)
+    least = [] if special.issuperset(new) else _least_expected_tokens(source)
+    return [[source.tokenizer.eot] if token in special else least for token in new]
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ NO_STREAMS = kernel.Streams(
     np.empty(0, np.int32),
     np.empty(0),
     0,
+    np.empty(0, np.int64),
 )
 NOTHING_DRAWN = kernel.Drawn(
     np.empty(0, np.int64),
@@ -96,19 +97,21 @@ class Stream:
     """What is added to the logits of tokens."""
     return_state: bool = True
     """Whether ``state`` is needed after the end token."""
+    stop_token: int | None = None
+    """A token that ends the text, besides the end token."""
     drawn: int = 0
     """Tokens drawn so far."""
     counts: np.ndarray | None = None
     """(V,) int32, how often each token was drawn; kept where a penalty needs it."""
     finished: str | None = None
-    """``stop`` after the end token, ``length`` at the limit, else None."""
+    """``stop`` after the end or stop token, ``length`` at the limit, else None."""
 
 
 class Decoded(NamedTuple):
     """The tokens that one call drew for one stream."""
 
     tokens: np.ndarray
-    """(n,) int32, without the end token."""
+    """(n,) int32, without the end or stop token."""
     logprobs: np.ndarray
     """(n,) float32, log-probability of each in nats, before penalties, temperature and filters."""
     top_tokens: np.ndarray
@@ -331,6 +334,7 @@ class Decoder:
             np.array([token for bias in biases for token, _ in bias], np.int32),
             np.array([value for bias in biases for _, value in bias], np.float64),
             self.tokenizer.eot,
+            np.array([-1 if s.stop_token is None else s.stop_token for s in streams], np.int64),
         )
         width = steps if logprobs else 0
         drawn = kernel.Drawn(

@@ -55,6 +55,8 @@ class Request:
     """Most tokens to generate; 0 reads the prompt only."""
     stop: Sequence[str] = ()
     """Texts that end the generation. They are not part of the text."""
+    stop_token: int | None = None
+    """A token that ends it, besides the end token: that at the end of a turn."""
     seed: int | None = None
     """Equal seeds give equal tokens; None draws a seed, which the completion tells."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -114,7 +116,12 @@ class Request:
         size = decoder.config.vocab_size
         if isinstance(self.prompt, str):
             decoder.tokenizer.check_text(self.prompt, "the prompt")
-        for name, tokens in (("prompt", self.prompt), ("logit_bias", self.logit_bias)):
+        stop_tokens = [] if self.stop_token is None else [self.stop_token]
+        for name, tokens in (
+            ("prompt", self.prompt),
+            ("logit_bias", self.logit_bias),
+            ("stop_token", stop_tokens),
+        ):
             if isinstance(tokens, str) or not len(tokens):
                 continue
             ids = np.array(list(tokens), np.int64)
@@ -175,15 +182,15 @@ class Completion:
     text: str
     """The generated text. Bytes that are no character are U+FFFD."""
     tokens: list[int]
-    """The generated tokens, without the end token. Where a stop text ended the text, the whole
-    tokens before it: a token that the stop text begins in is left out, though the text holds what
-    stands before the stop text in it."""
+    """The generated tokens, without the end or stop token. Where a stop text ended the text, the
+    whole tokens before it: a token that the stop text begins in is left out, though the text holds
+    what stands before the stop text in it."""
     logprobs: list[float] | None
     """Log-probability of each token in nats, before penalties, temperature and filters."""
     top_logprobs: list[TopTokens] | None
     """For each token the most likely tokens of its place, as many as the request asks for."""
     finish_reason: str
-    """``stop`` (the end token or a stop text), ``length`` or ``cancelled``."""
+    """``stop`` (the end token, the stop token or a stop text), ``length`` or ``cancelled``."""
     seed: int
     """Repeats these tokens."""
     prompt_tokens: int
@@ -299,6 +306,7 @@ class Handle:
             self.seed,
             int(self.request.max_tokens),
             dict(self.request.logit_bias),
+            stop_token=self.request.stop_token,
             return_state=self.request.return_state,
         )
         if self.request.max_tokens == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from mmrec.checkpoint.outputs import PAGE_MARK
 from mmrec.config import VERSION, TrainConfig
 from mmrec.data.corpus import Split, count_evaluation_streams
-from mmrec.data.tokenizer import EOT, Tokenizer
+from mmrec.data.tokenizer import Tokenizer
 from mmrec.inference.decoder import Decoder, TokenScores
 from mmrec.runtime.names import printable
 from mmrec.runtime.numeric import cdiv
@@ -187,8 +187,8 @@ def line_bytes(tokenizer: Tokenizer, line: ScoredLine) -> bytes:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     r"""Return the text of a token; bytes that are no character as escapes, such as ``\xe2``."""
-    if token == tokenizer.eot:
-        return EOT
+    if name := tokenizer.special_name(token):
+        return name
     return tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
 
 

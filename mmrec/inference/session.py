@@ -7,8 +7,9 @@ of a long text need it read once.
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import h5py
 import numpy as np
 
 from mmrec.checkpoint.hdf5 import (
@@ -68,6 +69,10 @@ class Session:
     def length(self) -> int:
         """Tokens of the text."""
         return self.state.length
+
+    def fresh(self) -> "Session":
+        """Return a session of the same model with an empty text."""
+        return Session(self.decoder)
 
     def fork(self) -> "Session":
         """Return a session at the same place, independent of this one."""
@@ -208,13 +213,17 @@ class Session:
         check_output(path, KIND, option=option, inputs=inputs, force=force)
         with atomic_h5_file(path, KIND, SCHEMA) as file:
             file.attrs["fingerprint"] = np.bytes_(self.decoder.fingerprint)
-            file.attrs["length"] = self.state.length
-            write_array(file, "state", self.state.values)
-            write_array(file, "recent_tokens", self.state.recent.astype(np.int64))
-            write_array(file, "text", np.frombuffer(self._text, np.uint8), compress=True)
+            self._store(file)
+
+    def _store(self, file: h5py.File) -> None:
+        """Write the text and its state into an open file."""
+        file.attrs["length"] = self.state.length
+        write_array(file, "state", self.state.values)
+        write_array(file, "recent_tokens", self.state.recent.astype(np.int64))
+        write_array(file, "text", np.frombuffer(self._text, np.uint8), compress=True)
 
     @classmethod
-    def load(cls, path: str | Path, decoder: Decoder) -> "Session":
+    def load(cls, path: str | Path, decoder: Decoder) -> Self:
         """Read a session from a file.
 
         Args:

@@ -16,9 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrec.config import ServerConfig
+from mmrec.data.chat_template import ChatTemplate
 from mmrec.errors import InputError, RequestError
 from mmrec.inference.decoder import Decoder
-from mmrec.server.chat import RenderChat
 from mmrec.server.generation import Generation
 from mmrec.server.metrics import Metrics
 from mmrec.server.requests import RequestReader, TextRequest
@@ -60,7 +60,7 @@ class Server:
         *,
         api_key: str | None = None,
         is_local: bool = False,
-        render_chat: RenderChat | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         """Create a server.
 
@@ -71,12 +71,12 @@ class Server:
             api_key: the key that requests must bring; None lets every request pass.
             is_local: whether requests must name this machine as their host. Otherwise the page of
                 another site could reach a server without a key, by a name that it lets lead here.
-            render_chat: gives the prompt of a chat; None if the model has no chat template.
+            chat_template: makes the prompt of a chat; None if the model has none.
         """
         self._is_local = is_local
         self._name, self._decoder, self._api_key = name, decoder, api_key
         self._limits = limits or ServerConfig()
-        self._reader = RequestReader(name, decoder.tokenizer, self._limits, render_chat)
+        self._reader = RequestReader(name, decoder.tokenizer, self._limits, chat_template)
         self._worker = Worker(decoder, self._limits.max_streams, self._on_failure)
         self._metrics = Metrics(
             lambda: min(self._texts, self._limits.max_streams),

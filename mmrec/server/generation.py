@@ -136,6 +136,7 @@ class Generation:
                         sampling=request.sampling,
                         max_tokens=request.max_tokens,
                         stop=request.stop,
+                        stop_token=request.stop_token,
                         seed=seed,
                         logit_bias=request.logit_bias,
                         logprobs=request.logprobs,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmrec.config import TRAIN_SETTINGS, SamplingConfig, ServerConfig, Setting
+from mmrec.data.chat_template import ChatTemplate
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, RequestError, did_you_mean
 
@@ -55,6 +56,8 @@ class TextRequest:
     sampling: SamplingConfig
     max_tokens: int
     stop: tuple[str, ...]
+    stop_token: int | None
+    """Ends an answer of a chat; None for a completion."""
     seed: int | None
     logit_bias: Mapping[int, float]
     logprobs: int | None
@@ -74,7 +77,7 @@ class RequestReader:
         name: str,
         tokenizer: Tokenizer,
         limits: ServerConfig,
-        render_chat: Callable[[list[dict[str, str]]], list[int]] | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         """Create a reader.
 
@@ -82,10 +85,10 @@ class RequestReader:
             name: the name of the model.
             tokenizer: that of the model.
             limits: what a request may ask for.
-            render_chat: gives the prompt of a chat in token ids; None if there is no template.
+            chat_template: makes the prompt of a chat; None if the model has none.
         """
         self._name, self._tokenizer, self._limits = name, tokenizer, limits
-        self._render_chat = render_chat
+        self._chat_template = chat_template
 
     def check_model(self, name: object) -> None:
         """Check that a request is for the model that is served.
@@ -131,6 +134,7 @@ class RequestReader:
                 _count("max_tokens", DEFAULT_TOKENS, 0, self._limits.max_tokens),
             ),
             logprobs=_number(values, self._alternatives("logprobs")),
+            stop_token=None,
             echo=_flag(values, "echo"),
         )
 
@@ -141,14 +145,15 @@ class RequestReader:
             RequestError: as in ``completion``, or the model has no chat template.
         """
         values = self._values(body, CHAT)
-        if self._render_chat is None:
+        template = self._chat_template
+        if template is None:
             raise RequestError(
                 f"the model {self._name!r} has no chat template; use /v1/completions, or start the "
                 "server with --chat-template",
                 code="no_chat_template",
             )
         messages = _messages(values.get("messages"))
-        prompt = self._encoded("messages", lambda: self._render_chat(messages))  # type: ignore[misc]
+        prompt = self._encoded("messages", lambda: template.prompt(messages))
         if values.get("response_format", {"type": "text"}) != {"type": "text"}:
             raise RequestError(
                 "response_format must be of type text; no other is possible",
@@ -166,6 +171,7 @@ class RequestReader:
             _number(values, _count("n", 1, 1, self._limits.max_choices)),
             max_tokens=_number(values, _count("max_completion_tokens", max_tokens, 0, limit)),
             logprobs=(alternatives or 0) if wants_logprobs else None,
+            stop_token=template.end_of_turn,
             echo=False,
         )
 

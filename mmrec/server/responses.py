@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from mmrec.data.tokenizer import EOT, Tokenizer
+from mmrec.data.tokenizer import Tokenizer
 from mmrec.inference.engine import TopTokens
 
 SERVER_ERROR, REQUEST_ERROR, LIMIT_ERROR = (
@@ -36,8 +36,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as text. Bytes that are no character are written as ``bytes:\\xe2``."""
-    if token == tokenizer.eot:
-        return EOT
+    if name := tokenizer.special_name(token):
+        return name
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()

@@ -10,15 +10,20 @@ from typing import Any
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.config import LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
+from mmrec.data.chat_template import read_template
+from mmrec.data.conversations import chat_tokenizer, holds_conversations, read_conversations
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import check_given_settings, open_corpus
+from mmrec.data.readers import ReadOptions
 from mmrec.data.sources import check_read_once, source_files
+from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
 from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.names import user_path
 from mmrec.training.run_dir import check_run_dir
 from mmrec.training.setup import RunPlan, begin_run, check_schedule
 from mmrec.training.trainer import Trainer
@@ -89,6 +94,8 @@ def begin_finetuning(
     where: str | Path,
     given: dict[str, Any],
     *,
+    is_chat: bool = False,
+    chat_template: Path | None = None,
     old_data: str | None = None,
     force: bool = False,
     echo: Callable[[str], None] = print,
@@ -99,6 +106,10 @@ def begin_finetuning(
     Args:
         where: run folder or checkpoint of the model.
         given: settings by flat name; ``data`` is the new text.
+        is_chat: whether ``data`` is a file of conversations, of which the answers are learnt; see
+            ``mmrec.data.conversations``.
+        chat_template: file with the template of the chats; None takes the model's, else
+            ``DEFAULT_TEMPLATE``.
         old_data: the earlier text, on which forgetting is measured and from which
             ``replay_fraction`` draws. None takes the one that the checkpoint names, if the
             ``config.toml`` beside the checkpoint names it too.
@@ -113,10 +124,15 @@ def begin_finetuning(
         InputError: the model, a text or a setting is not usable.
     """
     path = find_checkpoint(Path(where))
-    inputs = (path, *source_files(old_data or ""))
+    template_files = () if chat_template is None else (chat_template,)
+    inputs = (path, *source_files(old_data or ""), *template_files)
     if given.get("out"):  # before any long work
         check_run_dir(Path(given["out"]), inputs, force=force)
+    if is_chat:
+        _check_conversations(given)
+        given = given | {"state": "document"}  # a conversation sees no other
     source = load_model(path)
+    tokenizer = _chat_tokenizer(source, chat_template) if is_chat else None
     settings, model = _resolve(source, given, echo)
     check_read_once([settings["data"], old_data or ""])
     wants_replay = bool(given.get("replay_fraction"))
@@ -124,7 +140,8 @@ def begin_finetuning(
     if wants_replay and earlier is not None:
         settings["replay_data"] = str(earlier.path.resolve())
     train = TrainConfig.from_flat(settings)
-    plan = RunPlan(str(source.metadata.get("preset", "model")), model, train, source, inputs=inputs)
+    preset = str(source.metadata.get("preset", "model"))
+    plan = RunPlan(preset, model, train, source, inputs=inputs, tokenizer=tokenizer)
     lock, trainer = begin_run(plan, force=force, echo=echo, **options)
     corpora = {"new": trainer.corpus} | ({"earlier": earlier} if earlier is not None else {})
     try:
@@ -134,6 +151,43 @@ def begin_finetuning(
         lock.release()
         raise
     return Finetuning(trainer, lock, corpora, before)
+
+
+def _check_conversations(given: dict[str, Any]) -> None:
+    """Check that ``data`` is a file of conversations, and that settings suit them.
+
+    Raises:
+        InputError: they do not.
+    """
+    path = user_path(given["data"])
+    if not path.is_file():
+        raise InputError(f"--chat must be a file of JSON lines; there is none at {path}")
+    if given.get("text_field"):
+        raise InputError(
+            "--text-field has no effect with --chat: messages, or prompt and completion, are read; "
+            f"got {given['text_field']!r}"
+        )
+    if given.get("state", "document") != "document":
+        raise InputError(
+            "--state must be document with --chat, as a conversation sees no other; got "
+            f"{given['state']}"
+        )
+    for name in (given["data"], given.get("val_file", "")):
+        if name and not holds_conversations(name):
+            # the first line that is none says what is wrong
+            next(read_conversations(user_path(name), ReadOptions()), None)
+            raise InputError(
+                f"{name} must hold a conversation per line, as a JSON object with the field "
+                "'messages', or 'prompt' and 'completion'"
+            )
+
+
+def _chat_tokenizer(source: LoadedModel, chat_template: Path | None) -> Tokenizer:
+    """The model's tokenizer with a chat template."""
+    if chat_template is None:
+        return chat_tokenizer(source.tokenizer, None, "the chat template of the model")
+    name = f"--chat-template {chat_template}"
+    return chat_tokenizer(source.tokenizer, read_template(chat_template), name)
 
 
 def _resolve(

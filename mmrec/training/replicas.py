@@ -104,7 +104,7 @@ def forward_backward(
         model: in training mode.
         replicas: what the batch is divided over.
         tokens: (B, T) int64, B >= number of replicas.
-        targets: (B, T) int64.
+        targets: (B, T) int64; negative where a token does not count.
         scale: multiplies the gradient.
         state: the recurrent state before the batch; None starts every row from zero.
         end_of_text: a token at which a document begins and the recurrent state is reset; None
@@ -116,13 +116,13 @@ def forward_backward(
         The mean loss in nats per token, and the state after the batch, which carries no gradient.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    count = replicas.count
+    count, counted = replicas.count, max(1, count_targets(targets))
 
     def replica_task(
         tokens_part: Tensor, targets_part: Tensor, seed: int, state_part: State | None
     ) -> Callable[[], ReplicaResult]:
         def run() -> ReplicaResult:
-            share = len(tokens_part) / len(tokens)
+            share = count_targets(targets_part) / counted
             generator = torch.Generator().manual_seed(seed)
             document_starts = None if end_of_text is None else tokens_part == end_of_text
             loss, new_state = (compute_loss or model.loss)(
@@ -164,6 +164,11 @@ def forward_backward(
     if count > 1:
         replicas.run([add_gradients])
     return sum(loss for loss, _, _ in results), concat_states([s for _, _, s in results])
+
+
+def count_targets(targets: Tensor) -> int:
+    """Number of targets that count: those that are not negative."""
+    return int((targets >= 0).sum())
 
 
 def split_state(state: State, count: int) -> list[State]:

@@ -59,7 +59,7 @@ from mmrec.data.sources import (
 )
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
-from mmrec.finetune.grow import GrowthPlan, added_character_pieces, initialize_from
+from mmrec.finetune.grow import GrowthPlan, added_token_pieces, initialize_from
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
@@ -89,6 +89,8 @@ class RunPlan:
     """The documents to train on; None reads them from ``train.data.source``."""
     method: str = "preserve"
     """How the source is grown to the shape of ``model``; see ``GrowthPlan``."""
+    tokenizer: Tokenizer | None = None
+    """One that extends the source's, with a chat template; None takes the source's."""
     inputs: tuple[Path, ...] = ()
     """Files that are read besides the texts and the source, such as the configuration file."""
 
@@ -367,8 +369,11 @@ def begin_run(
         initialize_trainer(trainer, source, plan.method)
         moments = ", with its moments" if trainer.progress.optimizer_step_offset else ""
         echo(f"start   {source.path}, step {source.step:,}{moments}")
-        count = corpus.tokenizer.vocab_size - source.tokenizer.vocab_size
-        if count:
+        new_ids = range(source.tokenizer.vocab_size, corpus.tokenizer.vocab_size)
+        special = [name for name, i in corpus.tokenizer.special_tokens.items() if i in new_ids]
+        if special:
+            echo(f"note    special tokens new to the model: {', '.join(special)}")
+        if count := len(new_ids) - len(special):
             echo(
                 f"note    characters new to the model, which get embeddings of their own: {count:,}"
             )
@@ -418,9 +423,9 @@ def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus,
     if source is None:
         path = prepare(text, config.data.tokenizer, config.data.vocab, None, echo, options)
         return Corpus.open(path), config
-    tokenizer = source.tokenizer
-    shape = dataclasses.replace(plan.model, vocab_size=tokenizer.vocab_size)
+    shape = dataclasses.replace(plan.model, vocab_size=source.tokenizer.vocab_size)
     GrowthPlan(source.model.config, shape, plan.method)  # a mistake is found before text is read
+    tokenizer = plan.tokenizer or source.tokenizer
     corpus = open_corpus(text, tokenizer, echo, options, add_characters=True)
     return corpus, config.replace(tokenizer=tokenizer.kind, vocab=corpus.tokenizer.vocab_size)
 
@@ -443,7 +448,7 @@ def initialize_trainer(trainer: Trainer, source: LoadedModel, method: str = "pre
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trainer.config.optimizer.seed)
-        pieces = added_character_pieces(source, trainer.corpus.tokenizer)
+        pieces = added_token_pieces(source, trainer.corpus.tokenizer)
         offset = initialize_from(
             trainer.model, source, trainer.optimizer, method=method, pieces=pieces
         )

@@ -39,6 +39,7 @@ from mmrec.config import (
 )
 from mmrec.data.corpus import EVALUATION_STREAMS, Corpus
 from mmrec.data.dataloader import (
+    ConversationLoader,
     MixtureLoader,
     ReplayLoader,
     WindowLoader,
@@ -84,6 +85,7 @@ from mmrec.training.metrics import (
 from mmrec.training.replicas import (
     Replicas,
     concat_states,
+    count_targets,
     forward_backward,
     replica_count,
     split_state,
@@ -159,15 +161,26 @@ class Trainer:
         if finetune.lora_rank:
             apply_lora(self.model, finetune.lora_rank, finetune.lora_alpha)
         freeze_parameters(self.model, finetune.freeze)
-        self.loader: WindowLoader | MixtureLoader | ReplayLoader = make_loader(
-            corpus.train.tokens,
-            corpus.mixture_streams,
-            data.batch_size,
-            data.seq_len,
-            training.seed,
-            carry=data.state == "carry",
-            names=corpus.mixture_names,
-        )
+        self.loader: WindowLoader | MixtureLoader | ConversationLoader | ReplayLoader
+        if corpus.train.answers is not None:
+            self.loader = ConversationLoader(
+                corpus.train.tokens,
+                corpus.train.doc_offsets,
+                corpus.train.answers,
+                data.batch_size,
+                data.seq_len,
+                training.seed,
+            )
+        else:
+            self.loader = make_loader(
+                corpus.train.tokens,
+                corpus.mixture_streams,
+                data.batch_size,
+                data.seq_len,
+                training.seed,
+                carry=data.state == "carry",
+                names=corpus.mixture_names,
+            )
         self.fingerprints = corpus_identity(corpus)
         """What identifies the texts that are trained on. A run continues with the same only."""
         if finetune.replay_fraction:
@@ -175,7 +188,7 @@ class Trainer:
         self._teachers: Teachers | None = None
         if config.distillation.teachers:
             self._add_teachers()
-        if corpus.val.n_tokens <= data.seq_len:
+        if corpus.val.answers is None and corpus.val.n_tokens <= data.seq_len:
             raise InputError(
                 f"the validation split must hold one window of {data.seq_len + 1} tokens; it has "
                 f"{corpus.val.n_tokens}: use more text or a smaller seq_len"
@@ -196,11 +209,22 @@ class Trainer:
         self._recurrent_state_before: State | None = None
         token_bytes = corpus.tokenizer.token_bytes
         sizes = [len(token_bytes(i)) for i in range(corpus.tokenizer.vocab_size)]
-        self.subset = evenly_spaced_sample(
-            corpus.val.tokens, config.evaluation.eval_tokens, EVALUATION_STREAMS
-        )
+        eval_tokens = config.evaluation.eval_tokens
+        self.subset = evenly_spaced_sample(corpus.val.tokens, eval_tokens, EVALUATION_STREAMS)
         """Tokens (n,) of the fixed validation subset."""
-        self.subset_bytes = max(1, sum(sizes[t] for t in self.subset.tolist()))
+        self.subset_answers: np.ndarray | None = None
+        """(n,) bool, which of them count; None if all do."""
+        scored = self.subset
+        if corpus.val.answers is not None:
+            self.subset_answers = evenly_spaced_sample(
+                corpus.val.answers, eval_tokens, EVALUATION_STREAMS
+            )
+            scored = self.subset[self.subset_answers]
+            if not len(scored):
+                raise InputError(
+                    f"eval_tokens must reach an answer of the validation split; got {eval_tokens}"
+                )
+        self.subset_bytes = max(1, sum(sizes[t] for t in scored.tolist()))
         self.progress = Progress()
         self.scores: Evaluation | None = None
         """The newest scores on the validation subset."""
@@ -254,6 +278,8 @@ class Trainer:
 
     def _add_teachers(self) -> None:
         """Load the models that this one learns from."""
+        if self.corpus.train.answers is not None:
+            raise InputError("teachers teach a text; got conversations: leave out --teachers")
         names, tokenizer = self.config.distillation.teachers, self.corpus.tokenizer
         self._teachers = Teachers.load(names, tokenizer, self.config.optimizer.precision)
         self.fingerprints["teachers_fingerprint"] = self._teachers.fingerprint()
@@ -375,8 +401,8 @@ class Trainer:
 
     @property
     def resets_at_documents(self) -> bool:
-        """Whether the recurrent state is reset at each document start."""
-        return self.config.data.state != "window"
+        """Whether the recurrent state is reset at each document start; for conversations always."""
+        return self.config.data.state != "window" or self.corpus.train.answers is not None
 
     @property
     def patience_exceeded(self) -> bool:
@@ -566,25 +592,30 @@ class Trainer:
             data_step: the step whose batches are used, counted from 0.
 
         Returns:
-            The mean loss over all batches and processes, in nats per token.
+            The mean loss over all targets of all batches and processes, in nats per token.
         """
         group, batches = self.process_group, self.next_batches
         first = max(0, data_step * self.batches_per_step - self.progress.missing_batches)
-        total, count = 0.0, batches * group.size
+        total = 0.0
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
         compute_loss = None
         if self._teachers:
             weight = self.config.distillation.teacher_weight
             compute_loss = partial(distillation_loss, self.model, self._teachers, weight)
-        for batch in range(first, first + batches):
-            tokens, targets = self.loader.batch_at(batch)
+        loaded = [self.loader.batch_at(batch) for batch in range(first, first + batches)]
+        all_targets = sum(count_targets(targets) for _, targets in loaded)
+        for batch, (tokens, targets) in enumerate(loaded, first):
+            own_targets = targets.tensor_split(group.size)[group.rank]
+            counted = count_targets(own_targets)
+            # all tokens of a text count: then this is the number of parts, a whole number
+            count = all_targets / counted if counted else math.inf
             if self.config.data.state != "carry" or self.loader.starts_epoch(batch):
                 self.recurrent_state = None
             loss, self.recurrent_state = forward_backward(
                 self.model,
                 self.replicas,
                 tokens.tensor_split(group.size)[group.rank],
-                targets.tensor_split(group.size)[group.rank],
+                own_targets,
                 1 / count,
                 state=self.recurrent_state,
                 end_of_text=end_of_text,
@@ -625,7 +656,7 @@ class Trainer:
             WeightsDivergedError: the validation loss is not finite.
         """
         p = self.progress
-        scores = self._score(self.subset, self.subset_bytes)
+        scores = self._score(self.subset, self.subset_bytes, self.subset_answers)
         if not math.isfinite(scores.loss):
             raise WeightsDivergedError(f"validation loss {scores.loss} at step {p.step}")
         self.scores = scores
@@ -655,7 +686,8 @@ class Trainer:
         p, epoch = self.progress, self.progress.current_epoch
         if not epoch:
             return
-        scores = self._score(self.corpus.val.tokens, self.corpus.val.n_bytes)
+        val = self.corpus.val
+        scores = self._score(val.tokens, val.n_bytes, val.answers)
         number = round(self.epochs_until(p.step), 4)
         row = {
             "epoch": int(number) if number == int(number) else number,
@@ -675,8 +707,8 @@ class Trainer:
             self.echo(EPOCH_HEADER)
         self.echo(epoch_row(row))
 
-    def _score(self, tokens: np.ndarray, n_bytes: int) -> Evaluation:
-        """Score tokens (n,) of the validation split.
+    def _score(self, tokens: np.ndarray, n_bytes: int, answers: np.ndarray | None) -> Evaluation:
+        """Score tokens (n,) of the validation split, or those of ``answers`` (n,) among them.
 
         All processes score all tokens, since a sharded layer is assembled in all of them or in
         none. The scores of rank 0 count.
@@ -687,6 +719,7 @@ class Trainer:
                 tokens,
                 self.corpus.tokenizer.eot,
                 n_bytes,
+                answers=answers,
                 reset_at_documents=self.resets_at_documents,
                 progress=self.stop_signal.raise_if_set,
             )
@@ -837,6 +870,8 @@ class Trainer:
                 "note    an epoch is as many tokens as all sources have; the run reads about "
                 f"{listed}"
             )
+        if isinstance(self.loader, ConversationLoader):
+            yield from self._describe_conversations(self.loader)
         if new_tokens < MIN_READ_SHARE * self.corpus.train.n_tokens:
             yield (
                 f"note    an epoch reads {round(new_tokens):,} of the "
@@ -856,6 +891,20 @@ class Trainer:
             if count > MANY_EPOCHS:
                 limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
             yield f"note    in more than {limit} epochs a model memorises {name}: {advice}"
+
+    def _describe_conversations(self, loader: ConversationLoader) -> Iterator[str]:
+        """Notes on how conversations fill the windows, and on those that do not fit."""
+        yield (
+            f"note    answers alone are learnt; conversations fill {loader.fill:.0%} of the windows"
+        )
+        if loader.cut:
+            longest = int(np.diff(self.corpus.train.doc_offsets).max()) - 1
+            place = next((entry["name"] for entry in self.corpus.info["longest"]), "")
+            yield (
+                f"note    conversations longer than seq_len {loader.seq_len:,}, which are cut "
+                f"there: {loader.cut:,}, {loader.left_out:,} of them before their first answer and "
+                f"left out; the longest, {place}, has {longest:,} tokens"
+            )
 
     def _time_steps(self) -> tuple[float, float]:
         """Compile the kernels and time the gradients of a few steps. The run stays as it was.

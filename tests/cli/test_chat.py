@@ -15,7 +15,10 @@ import pytest
 from mmrec.cli import main
 from mmrec.cli.chat import COMMANDS, SAMPLING, Chat
 from mmrec.errors import InputError
+from mmrec.inference.chat import ChatSession
 from mmrec.inference.session import Session
+from tests.conversations import message
+from tests.inference.test_chat import make_chat_decoder
 from tests.inference.test_session import make_decoder
 
 
@@ -91,6 +94,67 @@ def test_an_edited_line_replaces_the_message(chat: Chat, monkeypatch: pytest.Mon
     assert chat.draft == "//slash"
     chat.take("//slash!")
     assert ([turn.message for turn in chat.turns], chat.draft) == (["/slash!"], None)
+
+
+@pytest.fixture
+def talk() -> Chat:
+    """A chat with a model that has a template."""
+    return Chat(ChatSession(make_chat_decoder(), "Be kind."), max_tokens=12, seed=1)
+
+
+def messages_of(chat: Chat) -> list[dict[str, str]]:
+    assert isinstance(chat.session, ChatSession)
+    return chat.session.messages
+
+
+def test_a_model_with_a_template_answers(talk: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    """/undo, /edit, /retry and /new stand for messages, and the message of the system stays."""
+    system = message("system", "Be kind.")
+    first = answer(talk, "return", capsys).removesuffix("\n")
+    said = [system, message("user", "return"), message("assistant", talk.turns[0].answer)]
+    assert messages_of(talk) == said
+    assert talk.turns[0].answer.removesuffix("\n") == first
+    answer(talk, "more", capsys)
+    assert len(messages_of(talk)) == 5
+    talk.take("/undo")
+    assert messages_of(talk) == said
+    talk.take("/retry")
+    assert messages_of(talk)[1] == said[1]
+    assert messages_of(talk)[2] != said[2]
+    talk.take("/edit def read")
+    assert messages_of(talk)[1] == message("user", "def read")
+    assert [turn.message for turn in talk.turns] == ["def read"]
+    shown = answer(talk, "/history", capsys)
+    assert shown.startswith("system: Be kind.\n> def read\n")
+    talk.take("/new")
+    assert messages_of(talk) == [system]
+    with pytest.raises(InputError, match="there is no answer to go on with"):
+        talk.take("")
+    assert messages_of(talk) == [system]
+    assert "The model answers your messages." in answer(talk, "/help", capsys)
+
+
+def test_a_cut_answer_goes_on_with_an_empty_line(
+    talk: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk.take("return")
+    assert "an empty line goes on with it" in capsys.readouterr().err
+    talk.take("")
+    [_, user, answered] = messages_of(talk)
+    assert user == message("user", "return")
+    assert answered["content"] == talk.turns[0].answer + talk.turns[1].answer
+
+
+def test_a_saved_chat_is_loaded(
+    talk: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk.take("return")
+    said = list(messages_of(talk))
+    talk.take("/save one")
+    talk.take("/new")
+    assert "user: return\n" in answer(talk, "/load one", capsys)
+    assert messages_of(talk) == said
 
 
 def test_saved_and_loaded(

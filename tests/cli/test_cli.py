@@ -23,6 +23,7 @@ from mmrec.cli import main
 from mmrec.config import read_config_file
 from mmrec.runtime.names import printable
 from tests.cli.mistakes import MISTAKES
+from tests.conversations import made_up_stories, message, story_conversations, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         Path("short.txt").write_text("a few words only, not enough " * 3)
         Path("book.txt").write_text(text_file.read_text())
         Path("snow.txt").write_text("def\nin ☃: pass\n" * 40)
+        write_lines(Path("chats.jsonl"), story_conversations(made_up_stories()))
+        bad = [message("user", "hello"), message("bot", "hi")]
+        write_lines(Path("bot.jsonl"), [{"prompt": "a", "completion": "b"}, {"messages": bad}])
+        Path("roles.jinja").write_text("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
         Path("records.jsonl").write_text('{"text": "good", "url": 1}\nbroken\n')
         assert call(patch, "data prepare book.txt --tokenizer char --out other.h5") == 0
         Path("lr.toml").write_text("[optimizer]\nlr = nan\n")

@@ -170,3 +170,22 @@ def test_a_text_may_have_too_little_for_more_tokens() -> None:
 def test_only_a_bpe_grows(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="only a bpe vocabulary can grow"):
         extend_tokenizer(tokenizer, [TEXT], 1000)
+
+
+def test_a_vocabulary_grows_after_special_tokens() -> None:
+    """They keep their ids, and so does every old token."""
+    trained = train_tokenizer("bpe", [TEXT], 300)
+    old = trained.with_chat_template("", ["<|a|>", "<|b|>"])
+    size, text = old.vocab_size, "newer words in a newer text " * 9
+    assert list(old.special_tokens.values()) == [0, size - 2, size - 1]
+    grown, pieces = extend_tokenizer(old, [text], size + 3)
+    assert grown.special_tokens == old.special_tokens
+    assert grown.vocab_size == size + 3
+    for token in range(size):
+        assert grown.token_bytes(token) == old.token_bytes(token)
+    for token, joined in zip(range(size, size + 3), pieces, strict=True):
+        assert grown.token_bytes(token) == b"".join(map(old.token_bytes, joined))
+    ids = grown.encode(text).tolist()
+    assert grown.decode(ids) == text
+    assert max(ids) >= size
+    assert not {size - 2, size - 1} & {*ids}

@@ -14,7 +14,7 @@ from mmrec.data.prepare import prepare
 from mmrec.data.tokenizer import extend_characters
 from mmrec.errors import InputError
 from mmrec.evaluation.source import open_split
-from mmrec.finetune.grow import added_character_pieces, grow_checkpoint
+from mmrec.finetune.grow import added_token_pieces, grow_checkpoint
 from mmrec.model import Model
 from mmrec.runtime.locking import FolderLock
 from mmrec.training.finetuning import begin_finetuning
@@ -95,7 +95,7 @@ def test_new_characters_leave_the_old_function_as_it_is(source: Path, tmp_path: 
     tokenizer = extend_characters(old.tokenizer, ["$1", "€", "漢字"])
     count = tokenizer.vocab_size - old.tokenizer.vocab_size
     assert count == len("$€漢字")
-    pieces = added_character_pieces(old, tokenizer)
+    pieces = added_token_pieces(old, tokenizer)
     assert len(set(map(tuple, pieces))) == 1
     assert len(pieces) == count
     assert old.tokenizer.eot not in pieces[0]
@@ -201,7 +201,7 @@ def test_a_model_grows_in_size_and_by_characters_at_once(
     config = dataclasses.replace(
         old.model.config, width=48, heads=3, vocab_size=tokenizer.vocab_size
     )
-    pieces = added_character_pieces(old, tokenizer)
+    pieces = added_token_pieces(old, tokenizer)
     path = tmp_path / "grown.h5"
     model: Model = grow_checkpoint(
         old, config, path, preset="x", tokenizer=tokenizer, pieces=pieces

@@ -185,6 +185,8 @@ class Streams(NamedTuple):
     bias_tokens: np.ndarray
     bias_values: np.ndarray
     end_token: int
+    stop_tokens: np.ndarray
+    """(B,) int64, a further token that ends the text of each stream, or -1."""
 
 
 class Drawn(NamedTuple):
@@ -193,7 +195,7 @@ class Drawn(NamedTuple):
     counts: np.ndarray
     """(B,) int64, tokens drawn in this call."""
     status: np.ndarray
-    """(B,) int64: 0, STOPPED after the end token, or BROKEN if logits are not finite."""
+    """(B,) int64: 0, STOPPED after an end or stop token, or BROKEN if logits are not finite."""
     tokens: np.ndarray
     """(B, steps) int32."""
     logprobs: np.ndarray
@@ -699,7 +701,7 @@ def _draw(w, s, p, window, last, streams, drawn, row, b):
     if token < 0:
         drawn.status[b] = BROKEN
         return
-    if token == streams.end_token:
+    if token == streams.end_token or token == streams.stop_tokens[b]:
         drawn.status[b] = STOPPED
         return
     drawn.tokens[b, n] = token
