@@ -13,8 +13,8 @@ import numpy as np
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.config import NGRAM_HASH, VERSION, ModelConfig, state_layout
 from mmrec.errors import InputError
-from mmrec.export.safetensors import TOKENIZER_FILE, import_library
-from mmrec.export.tokenizer import tokenizer_to_json
+from mmrec.export.safetensors import import_library
+from mmrec.export.tokenizer import tokenizer_files
 from mmrec.runtime.atomic import atomic_path, atomic_write_text
 
 MODEL_FILE = "model.onnx"
@@ -50,7 +50,8 @@ def export_onnx(loaded: LoadedModel, folder: Path) -> None:
     weights = {name: p.detach().numpy() for name, p in loaded.model.named_parameters()}
     data = build_graph(loaded.model.config, weights)
     folder.mkdir(exist_ok=True)
-    atomic_write_text(folder / TOKENIZER_FILE, tokenizer_to_json(loaded.tokenizer))
+    for name, text in tokenizer_files(loaded.tokenizer).items():
+        atomic_write_text(folder / name, text)
     with atomic_path(folder / MODEL_FILE) as temporary:
         temporary.write_bytes(data)
 

@@ -20,11 +20,16 @@ from mmrec.checkpoint.header import check_header
 from mmrec.config import MODEL_SETTINGS, VERSION, ModelConfig, parameter_shapes
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import DamagedError, InputError
-from mmrec.export.tokenizer import tokenizer_from_json, tokenizer_to_json
+from mmrec.export.tokenizer import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    tokenizer_files,
+    tokenizer_from_json,
+)
 from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_path, atomic_write_text
 
-MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 MODEL_TYPE = "mmrec"
 RENAMED = {"embedding": "embed_tokens.weight", "ngram_embedding": "ngram_embedding.weight"}
 """Parameters with another name in ``modeling_mmrec.py``, where they belong to a module."""
@@ -69,10 +74,7 @@ def export_safetensors(loaded: LoadedModel, folder: Path) -> None:
     write_folder(
         loaded,
         folder,
-        {
-            CONFIG_FILE: config_to_json(loaded),
-            TOKENIZER_FILE: tokenizer_to_json(loaded.tokenizer),
-        },
+        {CONFIG_FILE: config_to_json(loaded), **tokenizer_files(loaded.tokenizer)},
     )
 
 
@@ -142,7 +144,9 @@ def import_folder(folder: Path) -> LoadedModel:
         raise InputError(f"{folder} must be a folder that mmrec export wrote; {found}")
     config = _read_config(folder)
     try:
-        tokenizer = tokenizer_from_json(_read_text(folder, TOKENIZER_FILE))
+        has_template = (folder / TEMPLATE_FILE).is_file()
+        template = _read_text(folder, TEMPLATE_FILE) if has_template else ""
+        tokenizer = tokenizer_from_json(_read_text(folder, TOKENIZER_FILE), template)
     except InputError as error:
         raise InputError(f"{folder / TOKENIZER_FILE} cannot be used: {error}") from None
     if tokenizer.vocab_size != config.vocab_size:

@@ -7,11 +7,13 @@ does not know is an error, as with ours.
 """
 
 import json
+import re
 from typing import Any
 
 from mmrec.data.tokenizer import EOT, Tokenizer, byte_characters
 from mmrec.errors import InputError
 
+TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -26,24 +28,26 @@ CHARACTERS = {
     "invert": False,
 }
 """Each character is a word."""
-WITHOUT_EOT = {"type": "Replace", "pattern": {"Regex": r"\A<\|endoftext\|>\z"}, "content": ""}
-"""The end of a document has no text."""
 UNKNOWN = "<unk>"
 """What a ``WordLevel`` model would write for an unknown word. No vocabulary holds it, so that an
 unknown word is an error."""
 
 
-def tokenizer_to_json(tokenizer: Tokenizer, *, special_eot: bool = False) -> str:
+def tokenizer_to_json(tokenizer: Tokenizer, *, declare_special: bool = False) -> str:
     """Return the contents of a ``tokenizer.json``.
 
     Args:
         tokenizer: the tokenizer.
-        special_eot: declare the end token as a special token that begins every text, which is what
-            ``transformers.AutoTokenizer`` needs. The library then takes the letters of the token
-            in a text for the token itself, unless it is told not to (``encode_special_tokens``).
+        declare_special: declare the special tokens, of which the end token begins every text. This
+            is what ``transformers.AutoTokenizer`` needs. The library then takes the letters of a
+            special token in a text for the token itself, unless it is told not to
+            (``encode_special_tokens``).
     """
     model, words, decoder = _parts(tokenizer)
-    eot = {"id": EOT, "type_id": 0}
+    special = {EOT: tokenizer.eot, **_special_tokens(tokenizer)}
+    # special tokens have no text
+    pattern = "|".join(re.escape(name) for name in special)
+    remove = {"type": "Replace", "pattern": {"Regex": rf"\A(?:{pattern})\z"}, "content": ""}
     contents: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -52,39 +56,62 @@ def tokenizer_to_json(tokenizer: Tokenizer, *, special_eot: bool = False) -> str
         "normalizer": None,
         "pre_tokenizer": words,
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [WITHOUT_EOT, decoder]},
+        "decoder": {"type": "Sequence", "decoders": [remove, decoder]},
         "model": model,
     }
-    if special_eot:
+    if declare_special:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        token = {"id": tokenizer.eot, "content": EOT, **flags, "special": True}
+        eot = {"SpecialToken": {"id": EOT, "type_id": 0}}
         one, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         contents |= {
-            "added_tokens": [token],
+            "added_tokens": [
+                {"id": token, "content": name, **flags, "special": True}
+                for name, token in sorted(special.items(), key=lambda item: item[1])
+            ],
             "decoder": decoder,
             "post_processor": {
                 "type": "TemplateProcessing",
-                "single": [{"SpecialToken": eot}, one],
-                "pair": [{"SpecialToken": eot}, one, {"SpecialToken": eot}, other],
+                "single": [eot, one],
+                "pair": [eot, one, eot, other],
                 "special_tokens": {EOT: {"id": EOT, "ids": [tokenizer.eot], "tokens": [EOT]}},
             },
         }
     return json.dumps(contents, ensure_ascii=False, indent=1) + "\n"
 
 
+def tokenizer_files(tokenizer: Tokenizer, *, declare_special: bool = False) -> dict[str, str]:
+    """The text files of a tokenizer by name; see ``tokenizer_to_json``."""
+    files = {TOKENIZER_FILE: tokenizer_to_json(tokenizer, declare_special=declare_special)}
+    template = json.loads(tokenizer.to_json()).get("chat_template", "")
+    return files | ({TEMPLATE_FILE: template} if template else {})
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids by name of the special tokens besides the end token."""
+    found: dict[str, int] = json.loads(tokenizer.to_json()).get("special_tokens", {})
+    return found
+
+
 def _parts(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The library's model, pre-tokenizer and decoder that do what a tokenizer does."""
-    vocabulary = json.loads(tokenizer.to_json())["vocabulary"]
+    """The library's model, pre-tokenizer and decoder that do what a tokenizer does.
+
+    The model knows the special tokens by their names, but makes none of any text.
+    """
+    vocabulary, special = json.loads(tokenizer.to_json())["vocabulary"], _special_tokens(tokenizer)
+    merges: list[list[str]] = []
     if tokenizer.kind == "char":
-        ids = {word: i for i, word in enumerate([EOT, *vocabulary])}
-        model: dict[str, Any] = {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN}
-        return model, CHARACTERS, {"type": "Fuse"}
-    if tokenizer.kind == "byte":
+        words = [EOT, *vocabulary]
+    elif tokenizer.kind == "byte":
         byte_of = byte_characters()
-        tokens, merges = [*sorted(byte_of, key=byte_of.__getitem__), EOT], []
+        words = [*sorted(byte_of, key=byte_of.__getitem__), EOT]
     else:
         stored = json.loads(vocabulary)
-        tokens, merges = stored["tokens"], stored["merges"]
+        words, merges = stored["tokens"], stored["merges"]
+    free = sorted({*range(len(words) + len(special))} - {*special.values()})
+    ids = dict(zip(words, free, strict=True)) | special
+    if tokenizer.kind == "char":
+        model = {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN}
+        return model, CHARACTERS, {"type": "Fuse"}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -94,17 +121,18 @@ def _parts(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any], dict[s
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
-        "vocab": {word: i for i, word in enumerate(tokens)},
+        "vocab": ids,
         "merges": merges,
     }
     return model, BYTE_LEVEL, BYTE_LEVEL
 
 
-def tokenizer_from_json(text: str) -> Tokenizer:
+def tokenizer_from_json(text: str, chat_template: str = "") -> Tokenizer:
     """Build the tokenizer that ``tokenizer_to_json`` wrote, or transformers after it.
 
     Args:
         text: contents of a ``tokenizer.json``.
+        chat_template: the chat template, if there is one.
 
     Raises:
         InputError: the text is damaged, or describes a tokenizer that mmrec does not have.
@@ -116,14 +144,15 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         words = sorted(ids, key=ids.__getitem__)
         if [ids[word] for word in words] != list(range(len(words))):
             raise ValueError(f"its ids must be 0 to {len(words) - 1}")
-        tokenizer = _tokenizer(model, words)
-        others = [t["content"] for t in stored["added_tokens"] if t["content"] != EOT]
+        tokenizer = _tokenizer(model, words, chat_template)
+        added = [t["content"] for t in stored["added_tokens"]]
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"it is damaged: {type(error).__name__}: {error}") from None
-    if others:
-        raise InputError(f"mmrec's tokenizers have one special token, {EOT}; it adds {others[0]!r}")
+    unknown = [name for name in added if name not in {EOT, *_special_tokens(tokenizer)}]
+    if unknown:
+        raise InputError(f"mmrec cannot keep its added token {unknown[0]!r}")
     ours = dict(zip(("model", "pre_tokenizer"), _parts(tokenizer), strict=False))
     ours["model"] |= {"merges": model.get("merges", [])} if model["type"] == "BPE" else {}
     for name, expected in (*ours.items(), ("normalizer", None)):
@@ -132,16 +161,25 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer(model: dict[str, Any], words: list[str]) -> Tokenizer:
-    """The tokenizer of a library's model, whose words stand in order of their ids."""
+def _tokenizer(model: dict[str, Any], words: list[str], chat_template: str) -> Tokenizer:
+    """The tokenizer of a library's model, whose words stand in order of their ids.
+
+    Its special tokens are the words that no text can become.
+    """
+    values: dict[str, Any] = {}
     if model["type"] == "WordLevel":
-        if words[:1] != [EOT] or any(len(word) != 1 for word in words[1:]):
-            raise ValueError(f"its words must be {EOT} and characters")
-        return Tokenizer("char", "".join(words[1:]))
-    if model["type"] != "BPE":
+        kind, known = "char", {EOT, *(word for word in words if len(word) == 1)}
+        values["vocabulary"] = "".join(word for word in words if len(word) == 1)
+    elif model["type"] == "BPE":
+        merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+        known = {EOT, *byte_characters(), *(a + b for a, b in merges)}
+        tokens = [word for word in words if word in known]
+        kind = "bpe" if merges or tokens[0] == EOT else "byte"
+        text = json.dumps({"tokens": tokens, "merges": merges}, ensure_ascii=False)
+        values["vocabulary"] = text if kind == "bpe" else ""
+    else:
         raise InputError(f"its model must be BPE or WordLevel; got {model['type']!r}")
-    merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
-    if not merges and words[-1] == EOT:
-        return Tokenizer("byte", "")
-    vocabulary = json.dumps({"tokens": words, "merges": merges}, ensure_ascii=False)
-    return Tokenizer("bpe", vocabulary)
+    special = {word: i for i, word in enumerate(words) if word not in known}
+    values |= {"special_tokens": special} if special else {}
+    values |= {"chat_template": chat_template} if chat_template else {}
+    return Tokenizer.from_json(json.dumps({"kind": kind, **values}, ensure_ascii=False))

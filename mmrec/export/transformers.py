@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mmrec.checkpoint.checkpoint import LoadedModel
 from mmrec.data.tokenizer import EOT
-from mmrec.export.safetensors import CONFIG_FILE, TOKENIZER_FILE, config_to_json, write_folder
-from mmrec.export.tokenizer import tokenizer_to_json
+from mmrec.export.safetensors import CONFIG_FILE, config_to_json, write_folder
+from mmrec.export.tokenizer import TEMPLATE_FILE, tokenizer_files
 
 CODE_FILES = ("configuration_mmrec.py", "modeling_mmrec.py")
 AUTO_MAP = {
@@ -34,10 +34,12 @@ def export_transformers(loaded: LoadedModel, folder: Path) -> None:
         StorageError: the system refused.
     """
     eot = loaded.tokenizer.eot
+    texts = tokenizer_files(loaded.tokenizer, declare_special=True)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT),
-        "split_special_tokens": True,  # the letters of the end token in a text stay letters
+        # the letters of the end token in a text stay letters, unless a chat template writes them
+        "split_special_tokens": TEMPLATE_FILE not in texts,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -49,7 +51,7 @@ def export_transformers(loaded: LoadedModel, folder: Path) -> None:
         folder,
         {
             CONFIG_FILE: config_to_json(loaded, auto_map=AUTO_MAP),
-            TOKENIZER_FILE: tokenizer_to_json(loaded.tokenizer, special_eot=True),
+            **texts,
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=2) + "\n",
             "generation_config.json": json.dumps(generation_config, indent=2) + "\n",
             **{name: code.joinpath(name).read_text("utf-8") for name in CODE_FILES},

@@ -82,23 +82,23 @@ def test_a_special_end_token_begins_the_text(
     kind: str, tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     ours = tokenizers[kind]
-    theirs = library(ours, tmp_path, special_eot=True)
+    theirs = library(ours, tmp_path, declare_special=True)
     assert theirs.encode("def f").ids == [ours.eot, *ours.encode("def f").tolist()]
     assert theirs.encode("def f", add_special_tokens=False).ids == ours.encode("def f").tolist()
     assert theirs.decode([ours.eot, *ours.encode("def f").tolist(), ours.eot]) == "def f"
 
 
-@pytest.mark.parametrize("special_eot", [False, True])
+@pytest.mark.parametrize("declare_special", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_read_back(
-    kind: str, special_eot: bool, tokenizers: dict[str, Tokenizer], tmp_path: Path
+    kind: str, declare_special: bool, tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     """From our text, and from the library's text of it."""
     ours = tokenizers[kind]
-    assert tokenizer_from_json(tokenizer_to_json(ours, special_eot=special_eot)).to_json() == (
-        ours.to_json()
-    )
-    text = library(ours, tmp_path, special_eot=special_eot).to_str()
+    assert tokenizer_from_json(
+        tokenizer_to_json(ours, declare_special=declare_special)
+    ).to_json() == (ours.to_json())
+    text = library(ours, tmp_path, declare_special=declare_special).to_str()
     assert tokenizer_from_json(text).to_json() == ours.to_json()
 
 
@@ -112,11 +112,17 @@ def changed(tokenizer: Tokenizer, **parts: Any) -> str:
         ({"normalizer": {"type": "NFC"}}, "its normalizer is not one that mmrec export writes"),
         ({"pre_tokenizer": None}, "its pre_tokenizer is not one"),
         ({"model": {"type": "Unigram", "vocab": {"a": 0}}}, "must be BPE or WordLevel; got 'Uni"),
-        ({"model": {"type": "WordLevel", "vocab": {"ab": 0}}}, "its words must be"),
+        (
+            {"model": {"type": "WordLevel", "vocab": {"ab": 0}}},
+            "its model is not one that mmrec export writes",
+        ),
         ({"model": {"type": "WordLevel", "vocab": {EOT: 0, "a": 2}}}, "its ids must be 0 to 1"),
-        ({"model": {"type": "BPE", "vocab": {EOT: 0, "a": 1}, "merges": []}}, "it is damaged"),
+        (
+            {"model": {"type": "BPE", "vocab": {EOT: 0, "a": 1}, "merges": []}},
+            "tokenizer is damaged",
+        ),
         ({"model": 3}, "it is damaged: TypeError"),
-        ({"added_tokens": [{"content": "<user>"}]}, "one special token, .*; it adds '<user>'"),
+        ({"added_tokens": [{"content": "<user>"}]}, "mmrec cannot keep its added token '<user>'"),
     ],
 )
 def test_another_tokenizer_is_refused(parts: dict[str, Any], message: str) -> None:
