@@ -110,7 +110,7 @@ def _parts(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any], dict[s
     free = sorted({*range(len(words) + len(special))} - {*special.values()})
     ids = dict(zip(words, free, strict=True)) | special
     if tokenizer.kind == "char":
-        model = {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN}
+        model: dict[str, Any] = {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN}
         return model, CHARACTERS, {"type": "Fuse"}
     model = {
         "type": "BPE",
