@@ -14,6 +14,7 @@ from mmrec.cli.chain import chain
 from mmrec.cli.chat import chat
 from mmrec.cli.compare import compare
 from mmrec.cli.eval import evaluate
+from mmrec.cli.export import export, import_
 from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
@@ -46,6 +47,8 @@ app.command("serve")(serve)
 app.command("grow")(grow)
 app.command("finetune")(finetune)
 app.command("chain")(chain)
+app.command("export")(export)
+app.command("import")(import_)
 app.command("info")(info)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -273,14 +273,19 @@ def _find_surrogate(text: str) -> int | None:
     return None
 
 
+def byte_characters() -> dict[str, int]:
+    """The bytes by the printable characters that a byte-level BPE writes for them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def _byte_table(tokens: list[str], merges: list[list[str]]) -> list[bytes]:
     """Bytes of every token id of a byte-level BPE, which writes each byte as a printable character.
 
     The library does not check words and merges, so they are checked here, by a ValueError.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    table = byte_characters()
     known = set(tokens)
     if tokens[:1] != [EOT] or len(known) != len(tokens) or not known >= table.keys():
         raise ValueError(f"its words must be distinct, and be {EOT}, the 256 bytes, and others")

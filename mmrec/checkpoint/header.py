@@ -51,13 +51,18 @@ def read_header(file: h5py.File) -> tuple[int, dict[str, Any]]:
         ValueError: One of them is not valid.
     """
     step, metadata = read_attribute(file, "step", int), read_json(file, "metadata")
+    check_header(step, metadata)
+    return step, metadata
+
+
+def check_header(step: int, metadata: dict[str, Any]) -> None:
+    """Raise ValueError unless steps taken and metadata are valid, as in CheckpointHeader."""
     if step < 0:
         raise ValueError(f"step must be >= 0; it is {step}")
     TrainConfig.from_dict(metadata.get("train", {}))  # raises if a setting is not valid
     for key in ("preset", "source", "fingerprint"):
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{key} in metadata must be text")
-    return step, metadata
 
 
 def read_model_config(file: h5py.File) -> ModelConfig:

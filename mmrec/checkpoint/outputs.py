@@ -96,6 +96,40 @@ def check_output(
     raise InputError(f"{path} is there already{what}: choose another {option}{remedy}")
 
 
+def check_output_folder(folder: Path, *, option: str, force: bool = False) -> None:
+    """Check that a folder may be filled, before the work that it will hold.
+
+    Args:
+        folder: The folder. It need not exist.
+        option: What error messages call it.
+        force: Write into a folder that holds something.
+
+    Raises:
+        InputError: The path is a file, the folder above it does not exist, one of them cannot be
+            written, or the folder holds something.
+    """
+    try:
+        exists, is_folder = folder.exists(), folder.is_dir()
+        held = sorted(p.name for p in folder.iterdir()) if is_folder else []
+    except OSError as error:
+        raise InputError(
+            f"{option} must be a folder to write; {folder}: {error.strerror}"
+        ) from None
+    if exists and not is_folder:
+        raise InputError(f"{option} must be a folder to write; {folder} is a file")
+    above = folder if is_folder else folder.parent
+    if not above.is_dir():
+        raise InputError(f"{option} must lie in a folder that exists; there is no folder {above}")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{option} must be a folder that can be written; {above} cannot")
+    if held and not force:
+        others = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise InputError(
+            f"{option} must be new or empty; {folder} holds {held[0]}{others}: choose another "
+            f"{option}, or add --force to write into it"
+        )
+
+
 def check_not_read(path: Path, inputs: Iterable[Path], *, option: str = "--out") -> None:
     """Check that a file to write is none of those that are read, under any of their names.
 
