@@ -231,15 +231,15 @@ def open_documents(path: Path) -> StoredDocuments | None:
         with open_h5_file(path.with_suffix(".h5"), KIND, SCHEMA, SCHEMA) as file:
             piece_bytes = read_array(file, "piece_bytes", np.uint32)
             ends_document = read_array(file, "ends_document", np.uint8)
-            arrays = {n: read_array(file, n, np.int64).view(t) for n, t in SCAN_ARRAYS.items()}
+            arrays = [read_array(file, n, np.int64).view(t) for n, t in SCAN_ARRAYS.items()]
             info = read_json(file, "info")
         if path.stat().st_size != int(piece_bytes.sum(dtype=np.int64)):
             return None
         os.utime(path)  # so that it is among the texts used last
     except (InputError, OSError):
         return None
-    arrays["signatures"] = arrays["signatures"].reshape(-1, BANDS)
-    scan = SourceScan(**arrays, **info["scan"])
+    keys, sizes, lengths, signatures = arrays
+    scan = SourceScan(keys, sizes, lengths, signatures.reshape(-1, BANDS), **info["scan"])
     pieces = array("I", piece_bytes.tobytes()), array("B", ends_document.tobytes())
     return StoredDocuments(path, *pieces, scan, info["details"])
 

@@ -1,8 +1,8 @@
 """Hashes of the shingles of texts: of every run of a few words, joined by single spaces.
 
-Words are what ``str.split`` makes of a text. The hash of a shingle is FxHash in its version 2, as of
-the Rust package rustc-hash, which ``rensa`` computes of a string. So the signatures are those that
-``rensa`` makes of the shingles as strings, and no string is made.
+Words are what ``str.split`` makes of a text. The hash of a shingle is FxHash in its version 2, that
+of the Rust package rustc-hash, which ``rensa`` computes of a string. So the signatures are those
+that ``rensa`` makes of the shingles as strings, and no string is made.
 
 Source of the hash: https://github.com/rust-lang/rustc-hash
 """
