@@ -104,7 +104,7 @@ def run_prepare(text: Path, vocabulary: int, out: Path, cache: Path, size: int) 
         "vocabulary": vocabulary,
         "mb_per_s": size / 1e6 / seconds,
         "seconds": seconds,
-        "cores_busy": (usage.ru_utime + usage.ru_stime) / seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_mb": usage.ru_maxrss * 1024 / 1e6,
         "stages": {**stages, "write": seconds - trained - tokenised},
     }

@@ -31,7 +31,7 @@ from mmrec.checkpoint.hdf5 import (
 from mmrec.data.corpus import cache_folder
 from mmrec.data.dedup import BANDS
 from mmrec.data.readers import Document, ReadOptions
-from mmrec.data.sources import Source, file_states, read_documents
+from mmrec.data.sources import Source, file_state, file_states, read_documents
 from mmrec.data.split import SourceScan, scan_documents
 from mmrec.errors import InputError, StorageError
 from mmrec.runtime.atomic import remove_stale_temporaries, temporary_path
@@ -57,7 +57,7 @@ class StoredDocuments:
     """Documents in a file.
 
     Attributes:
-        path: the file, the pieces of all documents as UTF-8, one behind the other.
+        path: the file: the pieces of all documents as UTF-8, one behind the other.
         piece_bytes: bytes of each piece.
         ends_document: 1 for the last piece of a document, else 0.
         scan: hashes, sizes and signatures of the documents.
@@ -70,11 +70,18 @@ class StoredDocuments:
     scan: SourceScan
     details: dict[str, Any]
 
+    def __enter__(self) -> "StoredDocuments":
+        self._file = self.path.open("rb", buffering=BUFFER_BYTES)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
     def __iter__(self) -> Iterator[Document]:
-        """Read the documents in order, without names, long ones in pieces."""
-        with self.path.open("rb", buffering=BUFFER_BYTES) as file:
-            for size, ends in zip(self.piece_bytes, self.ends_document, strict=True):
-                yield Document("", file.read(size).decode(), not ends)
+        """Read the documents in order, without names, long ones in pieces; once at a time."""
+        self._file.seek(0)
+        for size, ends in zip(self.piece_bytes, self.ends_document, strict=True):
+            yield Document("", self._file.read(size).decode(), not ends)
 
     def keep(self, path: Path) -> None:
         """Move the text to ``path``, and write beside it what ``open_documents`` needs.
@@ -115,14 +122,14 @@ def read_once(
         InputError: a source cannot be read or changes meanwhile, or there is no room for the text.
         StorageError: the text cannot be written.
     """
-    names = [source for source, _ in sources]
-    states = file_states(names)
-    size = sum(length for _, files in states for _, length, _, _ in files)
+    states = file_states(source for source, _ in sources)
+    size = _expected_bytes(states, sources)
     kept = _kept_path(states, sources, size)
     if kept and not inspect and (stored := open_documents(kept)):
         for (_, options), counts in zip(sources, stored.details["counts"], strict=True):
             options.skipped_records, options.skip_reason, options.has_records = counts
-        yield stored
+        with stored:
+            yield stored
         return
     place = kept.parent if kept else folder
     place.mkdir(parents=True, exist_ok=True)
@@ -130,19 +137,36 @@ def read_once(
     check_room(place, size, "a copy of the text")
     path = temporary_path(place / secrets.token_hex(4))
     try:
-        stored = _store(sources, path, inspect or iter)
-        for before, after in zip(states, file_states(names), strict=False):
-            if before != after:
-                raise InputError(
-                    f"{before[0]} changed while it was read: prepare it again when nothing writes "
-                    "to it"
-                )
+        stored = _store(sources, path, inspect or iter, size)
+        _check_unchanged(states)
         if kept:
             stored.keep(kept)
-            remove_unused_documents(place)
-        yield stored
+        with stored:
+            yield stored
     finally:
         path.unlink(missing_ok=True)
+        if kept:
+            remove_unused_documents(place)
+
+
+def _expected_bytes(states: list[list[Any]], sources: Sequence[tuple[Source, ReadOptions]]) -> int:
+    """About how much text files hold of which the states are known."""
+    sizes = [sum(size for _, size, _, _ in files) for _, files in states]
+    limits = [options.max_bytes for _, options in sources]
+    return sum(min(n, limit or n) for n, limit in zip(sizes, limits, strict=False))
+
+
+def _check_unchanged(states: list[list[Any]]) -> None:
+    """Raise InputError if a file is not as it was when its state was taken."""
+    for path, *before in (file for _, files in states for file in files):
+        try:
+            unchanged = file_state(Path(path)) == before
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise InputError(
+                f"{path} changed while it was read: prepare it again when nothing writes to it"
+            )
 
 
 def _kept_path(
@@ -185,9 +209,15 @@ def check_room(folder: Path, size: int, what: str) -> None:
 
 
 def _store(
-    sources: Sequence[tuple[Source, ReadOptions]], path: Path, inspect: Inspect
+    sources: Sequence[tuple[Source, ReadOptions]], path: Path, inspect: Inspect, size: int
 ) -> StoredDocuments:
-    """Read documents, hash and compare them, and write them into a file."""
+    """Read documents, hash and compare them, and write them into a file.
+
+    Args:
+        sources, inspect: as for ``read_once``.
+        path: the file.
+        size: bytes of text to expect; 0 if that is not known.
+    """
     piece_bytes, ends_document = array("I"), array("B")
     ends: list[int] = []
     counts: list[list[Any]] = []
@@ -198,7 +228,7 @@ def _store(
             ends.append(sum(ends_document))
             counts.append([options.skipped_records, options.skip_reason, options.has_records])
 
-    with progress_bar(None, "reading") as bar, _writing(path) as write:
+    with progress_bar(size or None, "reading") as bar, _writing(path) as write:
 
         def store(document: Document, data: bytes) -> None:
             write(data)
@@ -228,11 +258,11 @@ def _writing(path: Path) -> Iterator[Callable[[bytes], Any]]:
 def open_documents(path: Path) -> StoredDocuments | None:
     """Open documents that were kept, or return None if they are not there or damaged."""
     try:
-        with open_h5_file(path.with_suffix(".h5"), KIND, SCHEMA, SCHEMA) as file:
-            piece_bytes = read_array(file, "piece_bytes", np.uint32)
-            ends_document = read_array(file, "ends_document", np.uint8)
-            arrays = [read_array(file, n, np.int64).view(t) for n, t in SCAN_ARRAYS.items()]
-            info = read_json(file, "info")
+        with open_h5_file(path.with_suffix(".h5"), KIND, SCHEMA, SCHEMA) as index:
+            piece_bytes = read_array(index, "piece_bytes", np.uint32)
+            ends_document = read_array(index, "ends_document", np.uint8)
+            arrays = [read_array(index, n, np.int64).view(t) for n, t in SCAN_ARRAYS.items()]
+            info = read_json(index, "info")
         if path.stat().st_size != int(piece_bytes.sum(dtype=np.int64)):
             return None
         os.utime(path)  # so that it is among the texts used last

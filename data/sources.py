@@ -294,14 +294,14 @@ def read_documents(source: Source, options: ReadOptions) -> Iterator[Document]:
 
 
 def file_states(sources: Iterable[Source]) -> list[list[Any]]:
-    """What tells whether the files of sources are still the same, without reading them.
+    """What tells whether the files of sources are the same as before, without reading them.
 
     Args:
         sources: the sources, none of them a mixture.
 
     Returns:
-        For each source its name, and path, length in bytes, time of the last change and number on
-        the disk of each of its files. Empty if one source is read from anything but files.
+        For each source its name, and the path and the state of each of its files. Empty if one
+        source is read from anything but files.
     """
     states: list[list[Any]] = []
     for source in sources:
@@ -310,11 +310,15 @@ def file_states(sources: Iterable[Source]) -> list[list[Any]]:
         files = []
         for path in source_files(str(source)):
             with contextlib.suppress(OSError):  # reading it will say what is wrong
-                status = path.stat()
-                state = [status.st_size, status.st_mtime_ns, status.st_ino]
-                files.append([str(absolute_path(path)), *state])
+                files.append([os.path.abspath(path), *file_state(path)])  # noqa: PTH100
         states.append([str(source), files])
     return states
+
+
+def file_state(path: Path) -> list[int]:
+    """A file's length in bytes, time of its last change in nanoseconds, and number on the disk."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _given_documents(texts: Iterable[str], options: ReadOptions) -> Iterator[Document]:

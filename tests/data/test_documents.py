@@ -98,12 +98,12 @@ def test_other_text_is_read_again(
 
 def test_texts_used_last_are_kept_up_to_a_limit(lines: Path) -> None:
     texts: list[Path] = []
-    for size in (1, 20_000, 60_000):
+    for size in (15_000, 30_000, 60_000):
         prepare(lines, "byte", options=ReadOptions(max_bytes=size))
         texts += set(kept_texts()).difference(texts)
         settle(texts[-1], 100 - len(texts))
     sizes = [path.stat().st_size for path in texts]
-    prepare(lines, "char", options=ReadOptions(max_bytes=20_000))  # used once more
+    prepare(lines, "char", options=ReadOptions(max_bytes=30_000))  # used once more
     folder = cache_folder().with_name("texts")
     remove_unused_documents(folder, sum(sizes))
     assert set(kept_texts()) == set(texts)
