@@ -51,6 +51,13 @@ SHORT_CHARS, LONG_BYTES = 3_000, 50_000_000
 VOCABULARIES = (5_000, 32_000)
 LIBRARY_CHARS = 20_000_000  # characters that the libraries encode alone
 STEPS = 60  # training steps from each kind of array
+MEASURE = """
+import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6]))
+"""
+"""A small process between this one and the measured one, which would inherit the peak of memory."""
 
 
 def paragraphs(texts: Path) -> Iterator[str]:
@@ -85,12 +92,17 @@ def run_prepare(text: Path, vocabulary: int, out: Path, cache: Path, size: int) 
     command += ["--vocab", str(vocabulary), "--out", str(out)]
     begin, lines = time.perf_counter(), []
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MMREC_CACHE": str(cache)}
+        [sys.executable, "-c", MEASURE, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MMREC_CACHE": str(cache)},
     )
     assert process.stderr is not None
+    assert process.stdout is not None
     for line in process.stderr:
         lines.append((time.perf_counter() - begin, line))
-    _, status, usage = os.wait4(process.pid, 0)
+    status, cpu_seconds, peak_memory = json.loads(process.communicate()[0])
     seconds = time.perf_counter() - begin
     said = "".join(line for _, line in lines)
     if status:
@@ -104,8 +116,8 @@ def run_prepare(text: Path, vocabulary: int, out: Path, cache: Path, size: int) 
         "vocabulary": vocabulary,
         "mb_per_s": size / 1e6 / seconds,
         "seconds": seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_memory_mb": usage.ru_maxrss * 1024 / 1e6,
+        "cpu_seconds": cpu_seconds,
+        "peak_memory_mb": peak_memory,
         "stages": {**stages, "write": seconds - trained - tokenised},
     }
 
