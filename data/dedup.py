@@ -1,11 +1,9 @@
 """Near-duplicate search: MinHash signatures, and clusters of documents that share a band."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-
-from mmrec.data.readers import Document
 
 BANDS = 16
 """Bands of a signature. Two documents are near-duplicates if they agree in one band."""
@@ -13,64 +11,78 @@ ROWS = 8
 """MinHash values that are hashed into one band."""
 SHINGLE_WORDS = 5
 """Consecutive words of one shingle, the element of the sets that are compared."""
-BATCH_CHARS = 1 << 22
-"""Characters of text whose shingles are hashed at once."""
+BATCH_BYTES = 1 << 20
+"""Bytes of text whose shingles are hashed at once."""
 BAND_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
-CountBytes = Callable[[int], Any]
-"""Called with the bytes of each piece of text that has been read."""
 
+class SignatureBuilder:
+    """Computes the banded MinHash signature of each text that is added, beside the reading.
 
-def minhash_signatures(documents: Iterable[Document], count_bytes: CountBytes) -> np.ndarray:
-    """Compute the banded MinHash signature of every document.
-
-    The elements are the shingles of five words in a document's first 65,536 characters. Two
-    documents whose shingles overlap by 90 % (Jaccard similarity) agree in at least one of the 16
-    bands with probability 0.9999; by 80 %: 0.95; by 50 %: 0.06.
-
-    Args:
-        documents: documents, long ones in pieces; only the first piece of each is used.
-        count_bytes: called with the UTF-8 bytes of each piece.
-
-    Returns:
-        (documents, 16) uint64: one hash per band, of eight MinHash values.
+    The elements are the shingles of five words. Two texts whose shingles overlap by 90 % (Jaccard
+    similarity) agree in at least one of the 16 bands with probability 0.9999; by 80 %: 0.95; by
+    50 %: 0.06.
 
     Source:
         Broder 1997, "On the resemblance and containment of documents"; computed by the ``rensa``
         package.
     """
+
+    def __init__(self) -> None:
+        self._texts: list[bytes] = []
+        self._size = 0
+        self._signatures = [np.empty((0, BANDS), np.uint64)]
+        self._under_way: deque[Future[np.ndarray]] = deque()
+        self._pool = ThreadPoolExecutor(1, "mmrec-signatures")
+
+    def __enter__(self) -> "SignatureBuilder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, text: bytes) -> None:
+        """Add a text in UTF-8."""
+        self._texts.append(text)
+        self._size += len(text)
+        if self._size >= BATCH_BYTES:
+            self._submit()
+
+    def _submit(self) -> None:
+        self._under_way.append(self._pool.submit(_signatures, self._texts))
+        self._texts, self._size = [], 0
+        if len(self._under_way) > 2:  # so that memory stays bounded
+            self._signatures.append(self._under_way.popleft().result())
+
+    def finish(self) -> np.ndarray:
+        """Return (texts, 16) uint64: one hash per band, of eight MinHash values."""
+        if self._texts:
+            self._submit()
+        self._signatures += [job.result() for job in self._under_way]
+        return np.concatenate(self._signatures)
+
+
+def _signatures(texts: list[bytes]) -> np.ndarray:
+    """The signatures (texts, 16) uint64 of a batch."""
     from rensa import RMinHash
 
-    signatures: list[np.ndarray] = [np.empty((0, BANDS), np.uint64)]
-    shingle_sets: list[list[str]] = []
-    batch_chars, is_continuation = 0, False
+    from mmrec.kernels.shingles.kernel import shingle_hashes
 
-    def hash_batch() -> None:
-        minima = np.array(
-            RMinHash.digests_from_token_sets(shingle_sets, BANDS * ROWS, 1), np.uint64
-        )
-        bands = np.zeros((len(shingle_sets), BANDS), np.uint64)
-        for row in range(ROWS):
-            # the product wraps round modulo 2^64, as it should
-            bands = (bands ^ minima[:, row::ROWS]) * np.uint64(BAND_MULTIPLIER)
-            bands ^= bands >> np.uint64(29)
-        signatures.append(bands)
-        shingle_sets.clear()
-
-    for document in documents:
-        count_bytes(len(document.text.encode()))
-        if not is_continuation:
-            words = document.text.split()
-            shingles = zip(*(words[i:] for i in range(SHINGLE_WORDS)), strict=False)
-            shingle_sets.append(list(map(" ".join, shingles)) or [document.text])
-            batch_chars += len(document.text)
-            if batch_chars >= BATCH_CHARS:
-                hash_batch()
-                batch_chars = 0
-        is_continuation = document.more
-    if shingle_sets:
-        hash_batch()
-    return np.concatenate(signatures)
+    data = np.frombuffer(b"".join(texts), np.uint8)
+    text_ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    hashes = np.empty(len(data) + len(texts), np.uint64)
+    ends = np.zeros(len(texts) + 1, np.int64)
+    shingle_hashes(data, text_ends, SHINGLE_WORDS, hashes, ends[1:])
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        hashes[: ends[-1]], ends.astype(np.uint64), BANDS * ROWS, 1
+    )
+    minima = np.array(matrix.to_rows(), np.uint64)
+    bands = np.zeros((len(texts), BANDS), np.uint64)
+    for row in range(ROWS):
+        # the product wraps round modulo 2^64, as it should
+        bands = (bands ^ minima[:, row::ROWS]) * np.uint64(BAND_MULTIPLIER)
+        bands ^= bands >> np.uint64(29)
+    return bands
 
 
 def near_duplicate_clusters(signatures: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -28,20 +28,19 @@ from mmrec.data.corpus import (
     Corpus,
     cache_folder,
     is_prepared,
+    token_dtype,
 )
-from mmrec.data.dedup import minhash_signatures
+from mmrec.data.documents import check_room, read_once
 from mmrec.data.readers import Document, ReadOptions
 from mmrec.data.sources import (
     CORPUS_NAMES,
     DOCUMENTS,
-    ReadSource,
     Source,
     check_read_once,
     parse_mixture,
-    rereadable,
     source_files,
 )
-from mmrec.data.split import DROPPED, TRAIN, VAL, SplitPlan, plan_split, scan_documents
+from mmrec.data.split import DROPPED, TRAIN, VAL, SplitPlan, plan_split
 from mmrec.data.tokenize import SHARD_CHARS, AssignedPiece, TokenShards, check_characters
 from mmrec.data.tokenizer import (
     Tokenizer,
@@ -54,8 +53,12 @@ from mmrec.runtime.atomic import remove_stale_temporaries
 from mmrec.runtime.names import MAX_STEM_CHARS, user_path
 from mmrec.runtime.progress import progress_bar
 
-TOKENIZER_SAMPLE_BYTES = 1 << 26
-"""Bytes of training text that a ``bpe`` tokenizer is trained on, about."""
+TOKENIZER_SAMPLE_BYTES = 1 << 24
+"""Bytes of training text that a ``bpe`` tokenizer is trained on if there is much text, about."""
+SAMPLED_FROM = 4
+"""A text of at most so many times the sample is taken whole."""
+ROOM_SAMPLE_CHARS = 1 << 20
+"""Characters at the beginning of the text by which the number of its tokens is estimated."""
 MANY_COPIES = 0.1
 """Share of exact copies among the documents from which on they are mentioned."""
 LOCK_NAME = ".mmrec.prepare.lock"
@@ -165,7 +168,7 @@ def prepare(
         force: replace a file ``out`` that is no corpus, unless it is read.
         shard_chars: characters of text in a shard.
         tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
-            bytes of the training text.
+            bytes of the training text if the source is more than four times as long, else on all.
 
     A tokenizer with a chat template makes a corpus of conversations from a file that holds some,
     unless ``options`` name a text field; see ``mmrec.data.conversations``.
@@ -216,22 +219,14 @@ def prepare(
         raise InputError(f"the folder {folder} cannot be written{advice}")
     if out is not None:
         check_output(out, "corpus", force=force)
+    val_options = dataclasses.replace(options, max_bytes=0, val_file="")
     with contextlib.ExitStack() as stack:
-        val_options = dataclasses.replace(options, max_bytes=0, val_file="")
-        readers = [
-            stack.enter_context(rereadable(component, options, folder))
-            for _, _, component in components
-        ]
-        val_reader = None
-        if options.val_file:
-            val_reader = stack.enter_context(rereadable(options.val_file, val_options, folder))
         stack.enter_context(exclusive_preparation(folder, echo))
         remove_stale_temporaries(folder)
         preparation = _Preparation(
             source=str(source) if isinstance(source, str | Path) else DOCUMENTS,
             mixture=[(weight, name) for weight, name, _ in components],
-            readers=readers,
-            val_reader=val_reader,
+            sources=[component for _, _, component in components],
             tokenizer=tokenizer,
             vocab_size=vocab_size,
             options=options,
@@ -242,7 +237,7 @@ def prepare(
             shard_chars=shard_chars,
             tokenizer_sample_bytes=tokenizer_sample_bytes,
         )
-        preparation.scan_source()
+        preparation.read_sources(stack, folder)
         path = out or folder / preparation.file_name
         if path.exists() and _has_cache_key(path, preparation.cache_key):
             echo(f"corpus {preparation.source}: unchanged, using {path}")
@@ -303,7 +298,7 @@ def open_corpus(
 
 
 def training_texts(source: str | Path, options: ReadOptions | None = None) -> Iterator[str]:
-    """Read the training text of a source, or a random sample of about 64 MB if it is longer.
+    """Read the training text of a source, or a random sample of 16 MB if it is longer than 64 MB.
 
     Args:
         source: see ``iter_documents``.
@@ -316,16 +311,16 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
         InputError: the source cannot be read, or has no training text.
     """
     options = options or ReadOptions()
-    with rereadable(source, options, cache_folder()) as read:
-        scan = scan_documents(read())
-        if not len(scan.keys):
+    with read_once([(source, options)], cache_folder()) as stored:
+        if not len(stored.scan.keys):
             raise options.no_text(str(source))
-        plan = plan_split(scan, options, lambda: minhash_signatures(read(), lambda size: None))
+        plan = plan_split(stored.scan, options)
+        total = int(stored.scan.sizes.sum())
         if not plan.in_train.any():
-            size = _count(int(scan.sizes.sum()), "byte")
-            raise InputError(f"{source} is too small to have training text; it has {size}")
-        fraction = TOKENIZER_SAMPLE_BYTES / int(scan.sizes.sum())
-        yield from sample_training_text(plan.assign(read()), fraction)
+            raise InputError(
+                f"{source} is too small to have training text; it has {_count(total, 'byte')}"
+            )
+        yield from sample_training_text(plan.assign(stored), _sample_fraction(total))
 
 
 @contextlib.contextmanager
@@ -368,10 +363,8 @@ class _Preparation:
 
     source: str
     mixture: list[tuple[float, str]]
-    readers: list[ReadSource]
+    sources: list[Source]
     """One per component of the mixture."""
-    val_reader: ReadSource | None
-    """Reads the given validation text."""
     tokenizer: str | Tokenizer
     vocab_size: int
     options: ReadOptions
@@ -387,35 +380,41 @@ class _Preparation:
         self.kind = self.tokenizer.kind if isinstance(self.tokenizer, Tokenizer) else self.tokenizer
         self.vocab_size = self.vocab_size if self.kind == "bpe" else 0
 
-    def scan_source(self) -> None:
-        """Read the source once: hashes and sizes of its documents, and the cache key.
+    def read_sources(self, stack: contextlib.ExitStack, folder: Path) -> None:
+        """Read the source once: its documents, their hashes and sizes, and the cache key.
+
+        Args:
+            stack: closes what is needed until the corpus is written.
+            folder: where the documents are written meanwhile.
 
         Raises:
             InputError: the source cannot be read, or is empty.
+            StorageError: its documents cannot be written.
         """
-        self.component_ends: list[int] = []
-        tokenizer, new_characters = self.given_tokenizer, set[str]()
-        with progress_bar(None, "reading") as bar:
-            documents = self._counted_documents(bar)
-            if tokenizer and tokenizer.kind == "char":
-                if self.add_characters:
-                    documents = _collect_characters(documents, new_characters)
-                else:
-                    documents = check_characters(tokenizer, documents)
-            self.scan = scan_documents(documents)
+        sources = [(source, self.options) for source in self.sources]
+        if self.options.val_file:
+            sources.insert(0, (self.options.val_file, self.val_options))
+        tokenizer, new_characters, inspect = self.given_tokenizer, set[str](), None
+        if tokenizer and tokenizer.kind == "char":
+            inspect = functools.partial(check_characters, tokenizer)
+            if self.add_characters:
+                inspect = functools.partial(_collect_characters, new_characters)
+        self.stored = stack.enter_context(read_once(sources, folder, inspect))
+        self.scan = self.stored.scan
         if tokenizer and new_characters:
             self.given_tokenizer = extend_characters(tokenizer, new_characters)
-        # of this reading: the ones that follow count the same records again
         self.skipped_records = self.options.skipped_records + self.val_options.skipped_records
-        self.val_documents = self.component_ends.pop(0) if self.val_reader else 0
-        if self.val_reader and not self.val_documents:
+        self.component_ends = list(self.stored.details["ends"])
+        self.val_documents = self.component_ends.pop(0) if self.options.val_file else 0
+        if self.options.val_file and not self.val_documents:
             raise self.val_options.no_text(f"the validation text {self.options.val_file}")
         if len(self.scan.keys) == self.val_documents:
             raise self.options.no_text(self.source)
+        fingerprint = self.scan.fingerprint
         division = [self.val_documents, *self.component_ends]
         if len(division) > 2 or self.val_documents:  # which text is of which source
-            divided = f"{self.scan.fingerprint} {division}"
-            self.scan.fingerprint = hashlib.sha256(divided.encode()).hexdigest()
+            fingerprint = hashlib.sha256(f"{fingerprint} {division}".encode()).hexdigest()
+        self.fingerprint = fingerprint
         if not self.val_options.has_records:
             self.options.check_text_field(self.source)
         if self.skipped_records:
@@ -428,7 +427,7 @@ class _Preparation:
         if self.given_tokenizer:
             tokenizer_key = hashlib.sha256(self.given_tokenizer.to_json().encode()).hexdigest()
         self.cache_key = [
-            self.scan.fingerprint,
+            self.fingerprint,
             self.kind,
             tokenizer_key,
             self.val_documents or self.options.val_fraction,
@@ -443,39 +442,20 @@ class _Preparation:
         key_hash = hashlib.sha256(json.dumps(self.cache_key).encode()).hexdigest()[:16]
         self.file_name = f"{stem}-{self.kind}-{key_hash}.h5"
 
-    def _all_readers(self) -> list[ReadSource]:
-        """The given validation text's reader first."""
-        return [self.val_reader, *self.readers] if self.val_reader else self.readers
-
-    def _counted_documents(self, bar: Any) -> Iterator[Document]:
-        """All documents; ``component_ends`` gets their number up to the end of each reader's."""
-        number = 0
-        for read in self._all_readers():
-            for document in read():
-                bar.update(len(document.text))
-                number += not document.more
-                yield document
-            self.component_ends.append(number)
-
-    def _documents(self) -> Iterator[Document]:
-        return itertools.chain.from_iterable(read() for read in self._all_readers())
-
     def write(self, path: Path) -> None:
         """Split and tokenise the text, and write the corpus file.
 
         Raises:
-            InputError: the text is too small to split, or changed since it was scanned.
+            InputError: the text is too small to split, or there is no room for the corpus.
             StorageError: the file cannot be written.
         """
         scan, size = self.scan, int(self.scan.sizes.sum())
-        with progress_bar(size, "comparing") as bar:
-            plan = plan_split(
-                scan,
-                self.options,
-                lambda: minhash_signatures(self._documents(), bar.update),
-                self.val_documents,
-                self.component_ends if len(self.mixture) > 1 else (),
-            )
+        plan = plan_split(
+            scan,
+            self.options,
+            self.val_documents,
+            self.component_ends if len(self.mixture) > 1 else (),
+        )
         self._check_splits(plan)
         shards = TokenShards(path, self.cache_key, self.shard_chars)
         tokenizer = self.given_tokenizer or shards.tokenizer
@@ -490,17 +470,18 @@ class _Preparation:
                 f"note: this text makes a vocabulary of {tokenizer.vocab_size:,} tokens, not "
                 f"the {self.vocab_size:,} asked for"
             )
+        self._check_room(path.parent, tokenizer, shards)
         begin, remaining = time.perf_counter(), size - shards.bytes
         earlier = f", {shards.bytes:,} bytes were done before" if shards.bytes else ""
         self.echo(f"corpus {self.source}: tokenising{earlier}")
         with progress_bar(size, "tokenising") as bar:
             bar.update(shards.bytes)
-            shards.fill(tokenizer, plan.assign(self._documents()), bar.update)
+            shards.fill(tokenizer, plan.assign(self.stored), bar.update)
         rate = remaining / 1e6 / (time.perf_counter() - begin)
         self._describe_split(plan, shards)
         info = {
             "source": self.source,
-            "fingerprint": scan.fingerprint,
+            "fingerprint": self.fingerprint,
             "cache_key": self.cache_key,
             "duplicates": plan.duplicates,
             "near_duplicates": plan.near_duplicates,
@@ -526,11 +507,11 @@ class _Preparation:
         """
         begin = self.val_documents
         for (_, name), end in zip(self.mixture, self.component_ends, strict=True):
-            has_rule = self.val_reader or len(self.mixture) > 1
+            has_rule = self.options.val_file or len(self.mixture) > 1
             if has_rule and not plan.in_train[begin:end].any():
                 dropped = int((plan.cuts[begin:end] == DROPPED).sum())
                 copies = "copies of other text"
-                if self.val_reader:
+                if self.options.val_file:
                     copies += " or near-duplicates of the validation text"
                 facts = _count(end - begin, "document")
                 if dropped:
@@ -580,11 +561,33 @@ class _Preparation:
             for (weight, name), end in zip(self.mixture, self.component_ends, strict=True)
         ]
 
+    def _check_room(self, folder: Path, tokenizer: Tokenizer, shards: TokenShards) -> None:
+        """Check, before the text is tokenised, that the disk has room for its tokens.
+
+        Raises:
+            InputError: there is no room for as many as the beginning of the text lets expect.
+        """
+        texts: list[str] = []
+        chars = 0
+        for document in self.stored:
+            texts.append(document.text)
+            chars += len(document.text)
+            if chars >= ROOM_SAMPLE_CHARS:
+                break
+        tokens = len(self.scan.keys) + self.scan.lengths.sum() / chars * sum(
+            map(len, tokenizer.encode_batch(texts))
+        )
+        # the shards stay until the corpus file is complete
+        copies = 2 if self.scan.lengths.sum() >= self.shard_chars else 1
+        missing = copies * tokens - shards.n_tokens
+        size = int(missing * np.dtype(token_dtype(tokenizer)).itemsize)
+        check_room(folder, size, "the tokens of the text")
+
     def _train_tokenizer(self, plan: SplitPlan) -> Tokenizer:
-        pieces = plan.assign(self._documents())
+        pieces = plan.assign(self.stored)
         if self.kind != "bpe":  # of validation text, too, so that every character is known
             return train_tokenizer(self.kind, (document.text for _, document in pieces))
-        fraction = self.tokenizer_sample_bytes / int(self.scan.sizes.sum())
+        fraction = _sample_fraction(int(self.scan.sizes.sum()), self.tokenizer_sample_bytes)
         return train_tokenizer(self.kind, sample_training_text(pieces, fraction), self.vocab_size)
 
 
@@ -592,11 +595,16 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _collect_characters(documents: Iterable[Document], characters: set[str]) -> Iterator[Document]:
+def _collect_characters(characters: set[str], documents: Iterable[Document]) -> Iterator[Document]:
     """Pass documents on, and add their characters to a set."""
     for document in documents:
         characters.update(document.text)
         yield document
+
+
+def _sample_fraction(size: int, sample: int = TOKENIZER_SAMPLE_BYTES) -> float:
+    """The share of a text of ``size`` bytes that a tokenizer is trained on."""
+    return 1.0 if size <= SAMPLED_FROM * sample else sample / size
 
 
 def sample_training_text(pieces: Iterable[AssignedPiece], fraction: float) -> Iterator[str]:

@@ -3,8 +3,6 @@
 import contextlib
 import errno
 import glob
-import hashlib
-import json
 import os
 import re
 import sys
@@ -29,7 +27,6 @@ from mmrec.data.readers import (
 )
 from mmrec.data.stdlib import stdlib_documents
 from mmrec.errors import InputError, did_you_mean
-from mmrec.runtime.atomic import remove_stale_temporaries, temporary_path
 from mmrec.runtime.names import path_exists, shorten, user_path
 
 CORPUS_NAMES = ["stdlib", "shakespeare"]
@@ -50,8 +47,6 @@ MIXTURE_COMMA = re.compile(r",(?=\s*(?:\d+\.?\d*|\.\d+):)")
 
 Source = str | Path | Iterable[str]
 """A source of text: a name or path, or the documents themselves."""
-ReadSource = Callable[[], Iterator[Document]]
-"""Reads a source from its start."""
 
 
 def parse_mixture(source: str) -> list[tuple[float, str]]:
@@ -280,52 +275,50 @@ def _standard_input() -> BinaryIO:
     return sys.stdin.buffer
 
 
-@contextlib.contextmanager
-def rereadable(source: Source, options: ReadOptions, folder: Path) -> Iterator[ReadSource]:
-    """Make a source readable from its start as often as needed.
-
-    A source that can be read only once is first copied into a file, which is removed in the end.
+def read_documents(source: Source, options: ReadOptions) -> Iterator[Document]:
+    """Read the documents of a source, or those that are given themselves.
 
     Args:
         source: one source, see ``iter_documents``, or documents, which may be an iterator.
         options: how to read.
-        folder: where the copy is written; created if it is missing.
 
     Yields:
-        A function that reads the documents from the start.
+        The documents, long ones in pieces.
 
     Raises:
         InputError: the source cannot be read, or a document is not a string.
     """
-    if isinstance(source, str | Path) and not is_single_pass(source):
-        yield lambda: iter_documents(source, options)
-        return
-    name = str(source) if isinstance(source, str | Path) else DOCUMENTS
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(folder)
-    name_hash = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    copy = temporary_path(folder / name_hash)
-    try:
-        if isinstance(source, str | Path):
-            _write_copy(copy, iter_documents(source, options))
-        else:
-            _write_copy(copy, _limit_bytes(_given_documents(source, options), options.max_bytes))
-        yield lambda: _read_copy(copy)
-    finally:
-        copy.unlink(missing_ok=True)
+    if isinstance(source, str | Path):
+        return iter_documents(source, options)
+    return _limit_bytes(_given_documents(source, options), options.max_bytes)
 
 
-def _write_copy(path: Path, documents: Iterable[Document]) -> None:
-    """Write documents into a file, one piece per line."""
-    with path.open("w", encoding="ascii") as lines:
-        for document in documents:
-            lines.write(json.dumps([document.name, document.text, document.more]) + "\n")
+def file_states(sources: Iterable[Source]) -> list[list[Any]]:
+    """What tells whether the files of sources are the same as before, without reading them.
+
+    Args:
+        sources: the sources, none of them a mixture.
+
+    Returns:
+        For each source its name, and the path and the state of each of its files. Empty if one
+        source is read from anything but files.
+    """
+    states: list[list[Any]] = []
+    for source in sources:
+        if is_single_pass(source) or str(source) in CORPUS_NAMES:
+            return []
+        files = []
+        for path in source_files(str(source)):
+            with contextlib.suppress(OSError):  # reading it will say what is wrong
+                files.append([os.path.abspath(path), *file_state(path)])  # noqa: PTH100
+        states.append([str(source), files])
+    return states
 
 
-def _read_copy(path: Path) -> Iterator[Document]:
-    with path.open(encoding="ascii") as lines:
-        for line in lines:
-            yield Document(*json.loads(line))
+def file_state(path: Path) -> list[int]:
+    """A file's length in bytes, time of its last change in nanoseconds, and number on the disk."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _given_documents(texts: Iterable[str], options: ReadOptions) -> Iterator[Document]:

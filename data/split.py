@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mmrec.data.dedup import near_duplicate_clusters
+from mmrec.data.dedup import SignatureBuilder, near_duplicate_clusters
 from mmrec.data.readers import Document, ReadOptions
-from mmrec.errors import InputError
 
 MIN_WHOLE_DOCUMENTS = 20
 """With fewer documents than this, each one is cut instead of going to one split undivided."""
@@ -36,6 +35,7 @@ class SourceScan:
         keys: (documents,) uint64, the first eight bytes of the SHA-256 of each text.
         sizes: (documents,) int64, UTF-8 bytes.
         lengths: (documents,) int64, characters.
+        signatures: (documents, 16) uint64, the MinHash signature of each document's beginning.
         fingerprint: SHA-256 of the SHA-256 of each text, in hexadecimal. Names do not matter.
         longest: name, bytes and beginning of the longest documents.
         sampled: the same of a few documents that are chosen by their hash.
@@ -44,50 +44,56 @@ class SourceScan:
     keys: np.ndarray
     sizes: np.ndarray
     lengths: np.ndarray
+    signatures: np.ndarray
     fingerprint: str
     longest: list[dict[str, Any]]
     sampled: list[dict[str, Any]]
 
 
-def scan_documents(documents: Iterable[Document]) -> SourceScan:
-    """Read a source once, and hash and measure its documents.
+def scan_documents(
+    documents: Iterable[Document], store: Callable[[Document, bytes], Any] = lambda *piece: None
+) -> SourceScan:
+    """Read documents once: hash, measure and compare them.
 
     Args:
-        documents: the documents, long ones in pieces.
+        documents: the documents, long ones in pieces. A signature is that of the first piece.
+        store: called with each piece and its text in UTF-8.
     """
     keys, sizes, lengths = array("Q"), array("q"), array("q")
     source_digest = hashlib.sha256()
     digest, size, length, beginning = hashlib.sha256(), 0, 0, ""
     longest: list[tuple[int, int, dict[str, Any]]] = []
     sampled: list[tuple[int, int, dict[str, Any]]] = []
-    for document in documents:
-        beginning = beginning or document.text[:EXCERPT_CHARS]
-        data = document.text.encode()
-        digest.update(data)
-        size, length = size + len(data), length + len(document.text)
-        if document.more:
-            continue
-        text_hash = digest.digest()
-        source_digest.update(text_hash)
-        keys.append(int.from_bytes(text_hash[:8], "big"))
-        sizes.append(size)
-        lengths.append(length)
-        excerpt = {"name": document.name, "bytes": size, "text": beginning}
-        for heap, rank in ((longest, size), (sampled, -keys[-1])):
-            heapq.heappush(heap, (rank, -len(keys), excerpt))
-            if len(heap) > EXCERPTS:
-                heapq.heappop(heap)
-        digest, size, length, beginning = hashlib.sha256(), 0, 0, ""
-    excerpts = (
-        [excerpt for _, _, excerpt in sorted(heap, reverse=True)] for heap in (longest, sampled)
-    )
-    return SourceScan(
-        np.array(keys, np.uint64),
-        np.array(sizes, np.int64),
-        np.array(lengths, np.int64),
-        source_digest.hexdigest(),
-        *excerpts,
-    )
+    with SignatureBuilder() as signatures:
+        for document in documents:
+            data = document.text.encode()
+            store(document, data)
+            if not size:
+                beginning = document.text[:EXCERPT_CHARS]
+                signatures.add(data)
+            digest.update(data)
+            size, length = size + len(data), length + len(document.text)
+            if document.more:
+                continue
+            text_hash = digest.digest()
+            source_digest.update(text_hash)
+            keys.append(int.from_bytes(text_hash[:8], "big"))
+            sizes.append(size)
+            lengths.append(length)
+            excerpt = {"name": document.name, "bytes": size, "text": beginning}
+            for heap, rank in ((longest, size), (sampled, -keys[-1])):
+                heapq.heappush(heap, (rank, -len(keys), excerpt))
+                if len(heap) > EXCERPTS:
+                    heapq.heappop(heap)
+            digest, size, length = hashlib.sha256(), 0, 0
+        return SourceScan(
+            np.array(keys, np.uint64),
+            np.array(sizes, np.int64),
+            np.array(lengths, np.int64),
+            signatures.finish(),
+            source_digest.hexdigest(),
+            *([excerpt for _, _, excerpt in sorted(h, reverse=True)] for h in (longest, sampled)),
+        )
 
 
 @dataclass
@@ -134,21 +140,16 @@ class SplitPlan:
         return bool(self.in_train.any() and self.in_val.any())
 
     def assign(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
-        """Read the source again, and give every piece its split.
+        """Give every piece of the documents its split.
 
         Args:
             documents: the documents that were scanned, in the same order, long ones in pieces.
 
         Yields:
             TRAIN or VAL, and a piece of a document; pieces that are left out do not come.
-
-        Raises:
-            InputError: the documents are more or fewer than those that were scanned.
         """
         index, document_chars = 0, 0
         for document in documents:
-            if index >= len(self.cuts):
-                raise InputError(f"the text changed while it was read: {document.name} is new")
             cut, text = int(self.cuts[index]), document.text
             if cut == 0:
                 yield VAL, document
@@ -165,14 +166,11 @@ class SplitPlan:
                 document_chars += len(text)
             else:
                 index, document_chars = index + 1, 0
-        if index != len(self.cuts):
-            raise InputError("the text changed while it was read: documents are missing")
 
 
 def plan_split(
     scan: SourceScan,
     options: ReadOptions,
-    signatures: Callable[[], np.ndarray],
     val_documents: int = 0,
     source_ends: Sequence[int] = (),
 ) -> SplitPlan:
@@ -197,7 +195,6 @@ def plan_split(
     Args:
         scan: what reading the source found.
         options: ``val_fraction``.
-        signatures: returns the MinHash signatures, (documents, 16) uint64; called only if needed.
         val_documents: the first so many documents are the given validation text; 0 is none.
         source_ends: of a mixture, the number of documents up to the end of each source.
 
@@ -211,7 +208,7 @@ def plan_split(
     if not val_documents and len(first) < MIN_WHOLE_DOCUMENTS:
         cuts[first] = _cut_positions(scan.lengths[first], fraction)
         return SplitPlan(cuts, scan.lengths, duplicates)
-    clusters = near_duplicate_clusters(signatures(), scan.keys)
+    clusters = near_duplicate_clusters(scan.signatures, scan.keys)
     if val_documents:
         cuts[first[first < val_documents]] = 0
         cluster_in_val = np.zeros(len(cuts), bool)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from mmrec.data.corpus import Corpus
+from mmrec.data.documents import read_once
 from mmrec.data.formats import HEAD_BYTES, import_zstandard
 from mmrec.data.prepare import prepare
 from mmrec.data.readers import (
@@ -30,7 +31,7 @@ from mmrec.data.readers import (
     DocumentSplitter,
     ReadOptions,
 )
-from mmrec.data.sources import is_single_pass, iter_documents, parse_mixture, rereadable
+from mmrec.data.sources import is_single_pass, iter_documents, parse_mixture
 from mmrec.data.tokenize import encode_documents
 from mmrec.data.tokenizer import train_tokenizer
 from mmrec.errors import InputError
@@ -119,8 +120,8 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert texts(source) == texts(f"{source}::train") == EXPECTED
     assert texts(f"{source}:test") == ["held out"]
     options = ReadOptions(piece_chars=100)  # of which a long document has many
-    with rereadable(source, options, tmp_path / "copy") as read:
-        assert join_pieces(list(read())) == EXPECTED
+    with read_once([(source, options)], tmp_path / "copy") as stored:
+        assert join_pieces(list(stored)) == join_pieces(list(stored)) == EXPECTED
     assert not list((tmp_path / "copy").iterdir())
     with pytest.raises(InputError, match=r"row 1 must have a field 'words' .*: url, text"):
         texts(source, text_field="words")
@@ -192,8 +193,8 @@ def test_endless_documents_end_at_the_byte_limit(tmp_path: Path) -> None:
 
     corpus = Corpus.open(prepare(endless(), "byte", tmp_path / "made.h5", options=LIMITED))
     assert corpus.train.n_bytes + corpus.val.n_bytes == 5  # equal documents are dropped
-    with rereadable(endless(), LIMITED, tmp_path) as read:
-        assert [d.text for d in read()] == ["12345"] * 20
+    with read_once([(endless(), LIMITED)], tmp_path) as stored:
+        assert [d.text for d in stored] == ["12345"] * 20
 
 
 def test_an_endless_pipe_ends_at_the_byte_limit(tmp_path: Path) -> None:

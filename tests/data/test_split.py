@@ -3,14 +3,14 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from itertools import chain
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmrec.data.dedup import minhash_signatures, near_duplicate_clusters
+from mmrec.data.dedup import near_duplicate_clusters
 from mmrec.data.readers import Document, ReadOptions
 from mmrec.data.split import (
     DROPPED,
@@ -34,7 +34,6 @@ def make_plan(
     return plan_split(
         scan_documents(documents),
         options or ReadOptions(),
-        lambda: minhash_signatures(documents, lambda size: None),
         val_documents,
         source_ends,
     )
@@ -44,7 +43,7 @@ def make_plan_without_copies(documents: list[Document], fraction: float = 0.1) -
     """The plan of documents of which no two are alike; faster than ``make_plan``."""
     unlike = np.arange(len(documents), dtype=np.uint64)[:, None]
     options = ReadOptions(val_fraction=fraction)
-    return plan_split(scan_documents(documents), options, lambda: unlike)
+    return plan_split(replace(scan_documents(documents), signatures=unlike), options)
 
 
 def make_documents(sizes: Sequence[int], seed: int = 0) -> list[Document]:
@@ -172,14 +171,6 @@ def test_given_validation_text_is_kept_out_of_training(library: Library) -> None
     assert val == [texts[0].text, texts[1].text, near.text]
     assert train == [d.text for d in texts[3:]]
     assert (plan.duplicates, plan.near_duplicates) == (3, 1)
-
-
-def test_text_that_changes_while_it_is_read_is_noticed() -> None:
-    documents = [Document(str(i), f"text {i}") for i in range(30)]
-    plan = make_plan(documents)
-    for changed in (documents[:-1], list(chain(documents, documents[:1]))):
-        with pytest.raises(ValueError, match="changed while it was read"):
-            list(plan.assign(changed))
 
 
 @given(

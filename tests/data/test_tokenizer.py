@@ -3,8 +3,9 @@
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmrec.data import tokenizer as tokenizer_module
@@ -42,6 +43,36 @@ def test_every_text_survives_bpe_and_bytes(text: str) -> None:
         ids = tokenizer.encode(text + EOT)
         assert tokenizer.eot not in ids  # the letters are letters
         assert tokenizer.decode(ids) == text + EOT
+
+
+AWKWARD = [
+    "",
+    EOT * 3,
+    "a" * 70_000 + " " + "b" * 65_536,
+    "\n" * 70_000 + "x",
+    "   indented\n\n\n   by spaces   \n\t\ttabs \u00a0\u2003 of other kinds",
+    "it's we'll THEY'RE 'sdon't ''ll 's's",
+    "１２３ ٣٤ ⅷ x² 3rd e\u0301 \u0301 ǅ ʰ 한국어 日本語 ไทย हिन्दी \U0001f600\u200d\U0001f680",
+    "\u180e\u200b\ufeff\u0085\u2028 and\x1c\x1d\x1e\x1f controls\x7f\x01",
+]
+
+
+@given(st.lists(st.text() | st.text("ab '\u2019stl1\n\t\u00a0é日"), max_size=8))
+@example(AWKWARD)
+def test_a_batch_has_the_tokens_of_the_tokenizers_library(texts: list[str]) -> None:
+    """Each text alone is encoded by ``tokenizers``, a batch by ``fastokens``."""
+    batch = KINDS[0].encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [KINDS[0].encode(t).tolist() for t in texts]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 2_000])
+def test_a_batch_of_real_text_has_the_tokens_of_the_tokenizers_library(
+    vocab_size: int, library_documents: list[Document]
+) -> None:
+    tokenizer = train_tokenizer("bpe", [d.text for d in library_documents[:20]], vocab_size)
+    texts = [d.text for d in library_documents[10:60]]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert np.array_equal(ids, tokenizer.encode(text))
 
 
 def test_bytes_that_are_no_character() -> None:
