@@ -619,7 +619,7 @@ class DistillationConfig(Section):
         "of their predictions.",
     )
     teacher_weight: float = setting(
-        1.0,
+        0.7,
         "Share of the loss that compares with the teachers; the rest compares with the text.",
         minimum=0,
         maximum=1,
@@ -628,7 +628,7 @@ class DistillationConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher_weight < 1 and not self.teachers:
+        if self.teacher_weight != self.settings()["teacher_weight"].default and not self.teachers:
             raise InputError(f"teacher_weight needs teachers; got {self.teacher_weight:g} alone")
 
 

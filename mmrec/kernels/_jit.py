@@ -182,7 +182,8 @@ def compiled_c_function(function: Callable[..., Any], signature: Any) -> Any:
         signature: their types in Numba.
     """
     with _cached_in_its_folder(function) as cache:
-        return numba.cfunc(signature, cache=cache, parallel=True, nopython=True)(function)
+        options: dict[str, Any] = {"cache": cache, "parallel": True, "nopython": True}
+        return numba.cfunc(signature, **options)(function)
 
 
 class _CompileNotice(event.Listener):

@@ -122,7 +122,7 @@ def _run_on_threads(tasks, function, data):  # type: ignore[no-untyped-def]
     """Call the C function of ``bind`` for each task; returns how many of them failed."""
     failures = 0
     for task in prange(tasks):  # tasks are independent
-        failures += _call(function, (data, task))
+        failures += _call(function, (data, task))  # type: ignore[call-arg]
     return failures
 
 
