@@ -8,8 +8,10 @@ A folder holds what ``mmrec.export.safetensors`` writes, and two files of this p
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel
+from mmrec.data.chat_template import ChatTemplate
 from mmrec.data.tokenizer import EOT
 from mmrec.export.safetensors import CONFIG_FILE, config_to_json, write_folder
 from mmrec.export.tokenizer import TEMPLATE_FILE, tokenizer_files
@@ -44,7 +46,11 @@ def export_transformers(loaded: LoadedModel, folder: Path) -> None:
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    generation_config = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+    generation_config: dict[str, Any] = dict.fromkeys(("bos_token_id", "pad_token_id"), eot)
+    generation_config["eos_token_id"] = eot
+    if loaded.tokenizer.chat_template:
+        end_of_turn = ChatTemplate(loaded.tokenizer.chat_template, loaded.tokenizer).end_of_turn
+        generation_config["eos_token_id"] = [eot, *([] if end_of_turn is None else [end_of_turn])]
     code = resources.files("mmrec.export")
     write_folder(
         loaded,
