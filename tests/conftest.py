@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,30 @@ def corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def trainer(corpus: Corpus, tmp_path: Path) -> Trainer:
     """A run of 12 steps that is ready to start."""
     return make_trainer(corpus, tmp_path / "run")
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """Run a command of mmrec in a folder, in this process: a new one imports torch for seconds.
+
+    The function takes the folder, the words of the command and the exit ``code`` that it must have.
+    It returns what was printed to standard output and to standard error.
+    """
+    from mmrec.cli import main
+
+    def run(folder: Path, *words: str, code: int = 0) -> tuple[str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["mmrec", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main.run()
+        out, errors = capsys.readouterr()
+        assert int(caught.value.code or 0) == code, errors
+        return out, errors
+
+    return run
 
 
 def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:

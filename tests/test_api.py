@@ -128,12 +128,14 @@ def test_a_validation_text_from_a_pipe_is_there_for_a_resume(
 
 
 def test_the_command_line_trains_the_same_model(
-    run: mmrec.Run, text_file: Path, tmp_path: Path
+    run: mmrec.Run,
+    text_file: Path,
+    tmp_path: Path,
+    run_command: Callable[..., tuple[str, str]],
 ) -> None:
     options = {**SHORT, **SIZES, "steps": 8, "tokenizer": "byte", "out": "cli"}
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    command = [sys.executable, "-m", "mmrec", "train", "tiny", "--data", str(text_file), *arguments]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    run_command(tmp_path, "train", "tiny", "--data", str(text_file), *arguments)
     cli, api = mmrec.load(tmp_path / "cli/last.h5"), mmrec.load(run.last)
     for a, b in zip(cli.model.parameters(), api.model.parameters(), strict=True):
         assert torch.equal(a, b)

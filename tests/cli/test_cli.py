@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import shlex
 import shutil
@@ -11,7 +10,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -535,46 +534,40 @@ def test_bench_train_shows_the_time_of_each_part(
     assert 0 < step["peak_fraction"] < 2
 
 
-def program(folder: Path, arguments: str) -> str:
-    """Run mmrec in a process of its own, without an error or a warning; return what it prints."""
-    command = [sys.executable, "-W", "error", "-m", "mmrec", *arguments.split()]
-    environment = os.environ | {"MMREC_CACHE": str(folder / "cache")}
-    run = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture
+def program(
+    run_command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], str]:
+    """Run mmrec in ``tmp_path`` without an error or a warning; return what it prints."""
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    return lambda arguments: run_command(tmp_path, *arguments.split())[0]
 
 
-def scores(folder: Path, where: str) -> dict[str, Any]:
-    """The JSON output of ``mmrec eval`` for a run."""
-    values: dict[str, Any] = json.loads(program(folder, f"eval {where} --json"))
-    return values
-
-
-def test_a_grown_model_can_be_trained(folder: Path, tmp_path: Path) -> None:
+def test_a_grown_model_can_be_trained(
+    folder: Path, tmp_path: Path, program: Callable[[str], str]
+) -> None:
     """A grown model scores the same. Training and a resume keep its tokenizer and moments."""
     shutil.copytree(folder / "runs/one", tmp_path / "one")
     for name in ("small.toml", "book.txt"):
         shutil.copy(folder / name, tmp_path)
-    out = program(tmp_path, "grow one/last.h5 --width 64 --depth 3 --out grown.h5")
+    out = program("grow one/last.h5 --width 64 --depth 3 --out grown.h5")
     assert "to   width 64, 3 layers (nnn), 2 heads, vocabulary 257, " in out
-    before = scores(tmp_path, "one/last.h5")
-    after = json.loads(program(tmp_path, "eval grown.h5 --data book.txt --json"))
-    ungrown = json.loads(program(tmp_path, "eval one/last.h5 --data book.txt --json"))
+    before = json.loads(program("eval one/last.h5 --json"))
+    after = json.loads(program("eval grown.h5 --data book.txt --json"))
+    ungrown = json.loads(program("eval one/last.h5 --data book.txt --json"))
     assert after["loss"] == pytest.approx(ungrown["loss"], abs=1e-4)
 
     options = "--batch-size 2 --seq-len 32 --eval-every 4 --data book.txt"
-    out = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 12 --out more")
+    out = program(f"train --initialize-from grown.h5 {options} --steps 12 --out more")
     assert "start   grown.h5, step 6, with its moments" in out
     assert (tmp_path / "more/step-0.h5").exists()
-    assert scores(tmp_path, "more")["loss"] < before["loss"]
+    assert json.loads(program("eval more --json"))["loss"] < before["loss"]
 
-    out = program(tmp_path, f"train --initialize-from grown.h5 {options} --steps 6 --out short")
+    out = program(f"train --initialize-from grown.h5 {options} --steps 6 --out short")
     assert "with its moments" in out
-    out = program(tmp_path, "train --resume --out short --steps 12")
+    out = program("train --resume --out short --steps 12")
     assert "resume  short/last.h5, step 6" in out
-    assert scores(tmp_path, "short")["loss"] < before["loss"]
+    assert json.loads(program("eval short --json"))["loss"] < before["loss"]
 
 
 def test_the_preset_and_the_tokenizer_set_the_sequence_length(
@@ -604,7 +597,12 @@ def test_the_preset_and_the_tokenizer_set_the_sequence_length(
         assert config["data"]["seq_len"] == seq_len, arguments
 
 
-def test_a_bpe_run_grows_with_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_bpe_run_grows_with_its_own_tokenizer(
+    folder: Path,
+    tmp_path: Path,
+    program: Callable[[str], str],
+    run_command: Callable[..., tuple[str, str]],
+) -> None:
     """Another text is tokenised with the tokenizer of the first run; none is trained on it."""
     shutil.copy(folder / "book.txt", tmp_path)
     (tmp_path / "other.txt").write_text(Path(__file__).read_text() * 2)
@@ -612,29 +610,28 @@ def test_a_bpe_run_grows_with_its_own_tokenizer(folder: Path, tmp_path: Path) ->
         'preset = "tiny"\n[model]\nwidth = 32\ndepth = 2\nheads = 2\n'
         "[data]\nbatch_size = 2\nseq_len = 32\n[evaluation]\neval_every = 3\n[length]\nsteps = 4\n"
     )
-    program(tmp_path, "train --config s.toml --data book.txt --vocab 400 --out a")
-    out = program(tmp_path, "train --config s.toml --data other.txt --initialize-from a --out b")
+    program("train --config s.toml --data book.txt --vocab 400 --out a")
+    out = program("train --config s.toml --data other.txt --initialize-from a --out b")
     assert "start   a/best.h5, step" in out
     assert "training the bpe" not in out
     with h5py.File(tmp_path / "a/last.h5") as a, h5py.File(tmp_path / "b/last.h5") as b:
         assert a["tokenizer"][()].tobytes() == b["tokenizer"][()].tobytes()
-    program(tmp_path, "train --resume --out b --steps 6")
-    assert scores(tmp_path, "b")["step"] > 0
+    program("train --resume --out b --steps 6")
+    assert json.loads(program("eval b --json"))["step"] > 0
     for name in ("step-0.h5", "last.h5", "best.h5"):
         (tmp_path / "b" / name).unlink()
-    command = [sys.executable, "-m", "mmrec", "train", "--resume", "--out", "b"]
-    resumed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 2
-    assert resumed.stderr.count("\n") == 1
-    assert "b holds no whole checkpoint, so its tokenizer is lost" in resumed.stderr
+    _, errors = run_command(tmp_path, "train", "--resume", "--out", "b", code=2)
+    assert errors.count("\n") == 1
+    assert "b holds no whole checkpoint, so its tokenizer is lost" in errors
 
 
-def test_finetune_on_another_text(folder: Path, tmp_path: Path) -> None:
+def test_finetune_on_another_text(
+    folder: Path, tmp_path: Path, program: Callable[[str], str]
+) -> None:
     """The new text's score improves, both texts are scored, and frozen weights do not change."""
     shutil.copytree(folder / "runs/one", tmp_path / "one")
     (tmp_path / "new.txt").write_text(Path(__file__).read_text())
     out = program(
-        tmp_path,
         "finetune one --data new.txt --freeze embeddings,layers:0 --steps 12 "
         "--eval-every 4 --replay-fraction 0.3 --lr 5e-3 --matrix-lr 1e-2 --out two",
     )
@@ -642,7 +639,7 @@ def test_finetune_on_another_text(folder: Path, tmp_path: Path) -> None:
     assert reported["new"]["after"] < reported["new"]["before"]
     assert set(reported) == {"new", "earlier"}
     assert f"new text new.txt: {reported['new']['before']:.4f} bits per byte before, " in out
-    scored = json.loads(program(tmp_path, "eval two --json"))
+    scored = json.loads(program("eval two --json"))
     assert scored["bits_per_byte"] == pytest.approx(reported["new"]["after"], abs=1e-6)
     with h5py.File(tmp_path / "one/best.h5") as a, h5py.File(tmp_path / "two/last.h5") as b:
         unchanged = {}
@@ -654,20 +651,22 @@ def test_finetune_on_another_text(folder: Path, tmp_path: Path) -> None:
         ):
             unchanged[name] = bool((a[f"model/{name}"][()] == b[f"model/{name}"][()]).all())
     assert list(unchanged.values()) == [True, True, True, False]
-    out = program(tmp_path, "train --resume --out two --steps 14")
+    out = program("train --resume --out two --steps 14")
     assert "resume  two/last.h5, step 12" in out
     Path(tmp_path / "one/config.toml").unlink()
-    out = program(tmp_path, "finetune one --data new.txt --steps 1 --out three")
+    out = program("finetune one --data new.txt --steps 1 --out three")
     assert "forgetting of the earlier text is not measured" in out
 
 
-def test_a_vocabulary_can_be_extended(folder: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_can_be_extended(
+    folder: Path, tmp_path: Path, program: Callable[[str], str]
+) -> None:
     """The same text has fewer, longer tokens, and training continues with them."""
     from mmrec.checkpoint.checkpoint import load_model
 
     shutil.copytree(folder / "bpe", tmp_path / "bpe")
     shutil.copy(folder / "book.txt", tmp_path)
-    out = program(tmp_path, "grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
+    out = program("grow bpe/last.h5 --vocab 500 --width 64 --out more.h5")
     assert "to   width 64, 2 layers (nn), 2 heads, vocabulary 500, " in out
     text = (folder / "book.txt").read_text()
     old, new = load_model(tmp_path / "bpe/last.h5"), load_model(tmp_path / "more.h5")
@@ -675,7 +674,6 @@ def test_a_vocabulary_can_be_extended(folder: Path, tmp_path: Path) -> None:
     assert len(ids) < 0.95 * len(old.tokenizer.encode(text))
     assert new.tokenizer.decode(ids) == text
     out = program(
-        tmp_path,
         "train --initialize-from more.h5 --data book.txt --batch-size 2 --seq-len 32 --steps 4 "
         "--out longer",
     )

@@ -1,5 +1,6 @@
 """Distributed training in real processes: the results of one process, and a common end."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,7 +54,7 @@ OPERATIONS = """
 import os, sys
 import torch
 from torch import nn
-from mmrec.runtime.distributed import SINGLE_PROCESS, TorchrunGroup
+from mmrec.runtime.distributed import SINGLE_PROCESS, STRATEGIES, TorchrunGroup
 
 class Net(nn.Module):
     # 7 rows do not divide by 3 processes; of 2 rows the last process holds none
@@ -71,64 +72,68 @@ class Net(nn.Module):
             x = layer(x).tanh()
         return x @ self.embedding.mT
 
-torch.manual_seed(0)
-single = Net(SINGLE_PROCESS)
-x = torch.randn(3, 5, 4)
-single_loss = single.hidden_states(x).square().sum()
-single_loss.backward()
-torch.manual_seed(1)
-with TorchrunGroup(sys.argv[1]) as group:
-    rank = int(os.environ["RANK"])
-    assert (group.rank, group.size, group.sharded) == (rank, 3, sys.argv[1] == "fsdp")
-    assert group.broadcast_object(rank + 5) == 5
-    assert group.all_gather_object(str(rank)) == ["0", "1", "2"]
-    assert group.all_reduce_max(-1.0 - rank) == -1.0
-    assert group.local_rank_zero_first(lambda: rank + 1) == rank + 1
-    net = Net(group)
-    pairs = list(zip(net.parameters(), single.parameters(), strict=True))
-    for p, q in pairs:
-        group.scatter_tensor_(p.data, q.detach() if rank == 0 else None)
-        assert torch.equal(group.full_tensor(p.detach()), q)
-    with torch.no_grad():
-        net.hidden_states(x)
-    group.reshard(net)
-    loss = net.hidden_states(x[rank : rank + 1]).square().sum()
-    loss.backward()
-    total = group.all_reduce_gradients(loss.item(), [p.grad for p in net.parameters()])
-    torch.testing.assert_close(total, single_loss.item())
-    for p, q in pairs:
-        torch.testing.assert_close(group.full_tensor(p.grad), q.grad)
-        q.grad.copy_(torch.arange(q.numel()).view_as(q))  # exact in bfloat16
-        group.scatter_tensor_(p.grad, q.grad if rank == 0 else None)
-    calls = []
-    def double(tensors):
-        calls.append([t.shape for t in tensors])
-        return [2 * t for t in tensors]
-    shards = [group.local_shard(p.grad) for p, _ in pairs]
-    shapes = [q.shape for _, q in pairs]
-    thirds = [x / 3 for x in shards]  # not exact in bfloat16
-    for dtype in (torch.float32, torch.bfloat16):
-        results = group.map_sharded(lambda full: full, thirds, shapes, dtype)
-        for got, want in zip(results, thirds, strict=True):
-            assert torch.equal(got, want.to(dtype).float())
-    results = group.map_sharded(double, shards, shapes, torch.bfloat16)
-    for (p, q), result in zip(pairs, results, strict=True):
-        assert result.dtype == torch.float32
-        group.local_shard(p.grad).copy_(result)
-        assert torch.equal(group.full_tensor(p.grad), 2 * q.grad)
-    assert calls == [[pairs[rank][1].shape]]  # each process computed one full tensor
+for strategy, os.environ["MASTER_PORT"] in zip(STRATEGIES, sys.argv[1:], strict=True):
+    torch.manual_seed(0)
+    single = Net(SINGLE_PROCESS)
+    x = torch.randn(3, 5, 4)
+    single_loss = single.hidden_states(x).square().sum()
+    single_loss.backward()
+    torch.manual_seed(1)
+    with TorchrunGroup(strategy) as group:
+        rank = int(os.environ["RANK"])
+        assert (group.rank, group.size, group.sharded) == (rank, 3, strategy == "fsdp")
+        assert group.broadcast_object(rank + 5) == 5
+        assert group.all_gather_object(str(rank)) == ["0", "1", "2"]
+        assert group.all_reduce_max(-1.0 - rank) == -1.0
+        assert group.local_rank_zero_first(lambda: rank + 1) == rank + 1
+        net = Net(group)
+        pairs = list(zip(net.parameters(), single.parameters(), strict=True))
+        for p, q in pairs:
+            group.scatter_tensor_(p.data, q.detach() if rank == 0 else None)
+            assert torch.equal(group.full_tensor(p.detach()), q)
+        with torch.no_grad():
+            net.hidden_states(x)
+        group.reshard(net)
+        loss = net.hidden_states(x[rank : rank + 1]).square().sum()
+        loss.backward()
+        total = group.all_reduce_gradients(loss.item(), [p.grad for p in net.parameters()])
+        torch.testing.assert_close(total, single_loss.item())
+        for p, q in pairs:
+            torch.testing.assert_close(group.full_tensor(p.grad), q.grad)
+            q.grad.copy_(torch.arange(q.numel()).view_as(q))  # exact in bfloat16
+            group.scatter_tensor_(p.grad, q.grad if rank == 0 else None)
+        calls = []
+        def double(tensors):
+            calls.append([t.shape for t in tensors])
+            return [2 * t for t in tensors]
+        shards = [group.local_shard(p.grad) for p, _ in pairs]
+        shapes = [q.shape for _, q in pairs]
+        thirds = [x / 3 for x in shards]  # not exact in bfloat16
+        for dtype in (torch.float32, torch.bfloat16):
+            results = group.map_sharded(lambda full: full, thirds, shapes, dtype)
+            for got, want in zip(results, thirds, strict=True):
+                assert torch.equal(got, want.to(dtype).float())
+        results = group.map_sharded(double, shards, shapes, torch.bfloat16)
+        for (p, q), result in zip(pairs, results, strict=True):
+            assert result.dtype == torch.float32
+            group.local_shard(p.grad).copy_(result)
+            assert torch.equal(group.full_tensor(p.grad), 2 * q.grad)
+        assert calls == [[pairs[rank][1].shape]]  # each process computed one full tensor
 """
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_operations_give_what_one_process_computes(strategy: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+def test_operations_give_what_one_process_computes() -> None:
+    """By every strategy, one after another in the same processes, each with a port of its own."""
+    with contextlib.ExitStack() as probes:
+        ports = []
+        for _ in STRATEGIES:
+            probe = probes.enter_context(socket.socket())
+            probe.bind(("localhost", 0))
+            ports.append(str(probe.getsockname()[1]))
+    address = {"MASTER_ADDR": "localhost", "WORLD_SIZE": "3"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", OPERATIONS, strategy],
+            [sys.executable, "-c", OPERATIONS, *ports],
             env=os.environ | address | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -199,10 +204,12 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any]) -> No
         time.sleep(0.02)
 
 
-def test_runs_continue_with_another_number_of_processes(folder: Path) -> None:
+def test_runs_continue_with_another_number_of_processes(
+    folder: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     """With carried states and accumulated gradients, they take the steps of one process."""
     options = ["--state", "carry", "--gradient-accumulation-steps", "2", "--keep-checkpoints", "9"]
-    run(folder, 1, *NEW_RUN, *options, "--steps", "18", "--out", "single")
+    run_command(folder, "train", *NEW_RUN, *options, "--steps", "18", "--out", "single")
     (folder / "r").mkdir()
     for name in ("step-6.h5", "config.toml", "metrics.jsonl"):
         shutil.copy(folder / "single" / name, folder / "r")
@@ -259,7 +266,9 @@ def test_a_signal_stops_all_of_them(
 
 
 @pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("fsdp", 1)])
-def test_a_killed_process_ends_the_job(folder: Path, strategy: str, rank: int) -> None:
+def test_a_killed_process_ends_the_job(
+    folder: Path, strategy: str, rank: int, run_command: Callable[..., tuple[str, str]]
+) -> None:
     process = start(folder, 2, *NEW_RUN, "--steps", "1000000", "--out", "r", "--parallel", strategy)
     r = folder / "r"
     wait_for(lambda: list(r.glob("step-*.h5")), process)
@@ -271,7 +280,7 @@ def test_a_killed_process_ends_the_job(folder: Path, strategy: str, rank: int) -
     assert "a process of this job has ended" in line
     assert not any(Path(f"/proc/{x}").exists() for x in both)
     step = read_metadata(list_checkpoints(r)[-1]).step
-    out, _ = run(folder, 1, "--resume", "--out", "r", "--steps", str(step + 2))
+    out, _ = run_command(folder, "train", "--resume", "--out", "r", "--steps", str(step + 2))
     assert f"step {step:,}\n" in out
     assert read_metadata(r / "last.h5").step == step + 2
 

@@ -157,7 +157,9 @@ def lines(run: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> None:
+def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(
+    folder: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     pty = pytest.importorskip("pty")
     terminal, child_terminal = pty.openpty()
     process = subprocess.Popen(
@@ -174,16 +176,8 @@ def test_a_terminal_that_is_closed_and_a_folder_that_is_taken(folder: Path) -> N
     with pytest.raises(RunLockedError, match=f"process {process.pid} on "):
         FolderLock(run)
     for options in (["--resume"], [*NEW_RUN, "9", "--force"]):
-        second = subprocess.run(
-            [*TRAIN, *options, "--out", "r"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert second.returncode == 2
-        assert f"process {process.pid} on " in second.stderr.splitlines()[-1]
+        _, errors = run_command(folder, "train", *options, "--out", "r", code=2)
+        assert f"process {process.pid} on " in errors.splitlines()[-1]
     wait_for(lambda: list(run.glob("step-*.h5")), process)
     assert load_model(find_checkpoint(run)).step >= 50  # readers need no lock
     os.close(terminal)  # from now on writing to the terminal is an error

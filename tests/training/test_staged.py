@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ def folder(tmp_path: Path, text_file: Path) -> Iterator[Path]:
         signal.signal(s, handler)
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", "mmrec", "chain", "r.toml", *options]
+CHAIN = ["chain", "r.toml"]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "mmrec", *CHAIN]
     return subprocess.Popen(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -62,7 +65,9 @@ def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
     return out, errors
 
 
-def test_an_interrupted_chain_continues(folder: Path) -> None:
+def test_an_interrupted_chain_continues(
+    folder: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     """After SIGTERM and SIGKILL, finished stages are kept and the interrupted one takes the steps
     that are left. The report agrees with the files of the runs.
     """
@@ -79,7 +84,7 @@ def test_an_interrupted_chain_continues(folder: Path) -> None:
     wait_for(lambda: lines(second) > stopped + 20, process)
     process.kill()
     process.communicate()
-    out, _ = finish(start(folder), 0)
+    out, _ = run_command(folder, *CHAIN)
     assert "stage   c/1-tiny: finished before" in out
     assert "resume  c/2-mini/step-" in out
     assert (folder / "c/1-tiny/last.h5").read_bytes() == first
@@ -109,7 +114,7 @@ def test_an_interrupted_chain_continues(folder: Path) -> None:
     assert abs(rows[2]["start"] - rows[1]["end"]) > 1e-3  # stack keeps no function
     assert (folder / "c/chain.png").read_bytes()[:4] == b"\x89PNG"
 
-    again, _ = finish(start(folder), 0)
+    again, _ = run_command(folder, *CHAIN)
     assert again.count("finished before") == 3
     assert json.loads((folder / "c/report.json").read_text()) == rows
 
@@ -146,36 +151,40 @@ def test_stages_use_the_training_settings_of_their_presets(tmp_path: Path) -> No
     assert [s.train.data.seq_len for s in read_recipe(recipe)] == [64, 64]
 
 
-def test_a_changed_recipe_needs_force(folder: Path) -> None:
+def test_a_changed_recipe_needs_force(
+    folder: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     recipe = folder / "r.toml"
     recipe.write_text(COMMON + FIRST)
-    finish(start(folder), 0)
+    run_command(folder, *CHAIN)
     recipe.write_text(COMMON + FIRST.replace("12", "13"))
-    _, errors = finish(start(folder), 2)
+    _, errors = run_command(folder, *CHAIN, code=2)
     assert errors.count("\n") == 1
     assert "c holds stages of another recipe (stage 1: steps was 12, now 13): go back" in errors
     recipe.write_text(COMMON + FIRST + SECOND)
-    _, errors = finish(start(folder), 2)
+    _, errors = run_command(folder, *CHAIN, code=2)
     assert "1 of them, now 2" in errors
     recipe.write_text(COMMON + FIRST.replace("12", "13"))
-    finish(start(folder, "--force"), 0)
+    run_command(folder, *CHAIN, "--force")
     assert json.loads((folder / "c/1-tiny/summary.json").read_text())["steps"] == 13
     (folder / "c/chain.json").unlink()
-    _, errors = finish(start(folder), 2)
+    _, errors = run_command(folder, *CHAIN, code=2)
     assert "c/1-tiny exists, but c holds no recipe for it" in errors
 
 
-def test_all_stages_train_on_the_same_text(folder: Path) -> None:
+def test_all_stages_train_on_the_same_text(
+    folder: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     """A text that changed between two stages is refused; with the old text the chain continues."""
     (folder / "r.toml").write_text(COMMON + FIRST + THIRD)
-    finish(start(folder), 0)
+    run_command(folder, *CHAIN)
     shutil.rmtree(folder / "c/2-tiny")
     text = (folder / "book.txt").read_text()
     (folder / "book.txt").write_text(text + "more")
-    _, errors = finish(start(folder), 2)
+    _, errors = run_command(folder, *CHAIN, code=2)
     assert "error: the text of book.txt changed since stage 1 was trained on it: put it" in errors
     (folder / "book.txt").write_text(text)
-    out, _ = finish(start(folder), 0)
+    out, _ = run_command(folder, *CHAIN)
     assert "stage   c/1-tiny: finished before" in out
 
 

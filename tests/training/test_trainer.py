@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(corpus: Corpus, tmp_path:
     assert (tmp_path / "last.h5").read_bytes() == before
 
 
-def test_a_process_saves_at_sigint_and_resumes(text_file: Path, tmp_path: Path) -> None:
+def test_a_process_saves_at_sigint_and_resumes(
+    text_file: Path, tmp_path: Path, run_command: Callable[..., tuple[str, str]]
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -222,16 +225,7 @@ def test_a_process_saves_at_sigint_and_resumes(text_file: Path, tmp_path: Path) 
     assert "continue with: mmrec train --resume --out r" in errors
     assert "Traceback" not in errors
     step = read_metadata(tmp_path / "r" / "last.h5")[0]
-    resume = [sys.executable, "-m", "mmrec", "train", "--resume", "--steps", str(step + 3)]
-    resumed = subprocess.run(
-        [*resume, "--out", "r"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    run_command(tmp_path, "train", "--resume", "--steps", str(step + 3), "--out", "r")
     assert read_metadata(tmp_path / "r" / "last.h5")[0] == step + 3
 
 
