@@ -440,14 +440,15 @@ class Model(nn.Module):
         *,
         document_starts: Tensor | None = None,
         generator: torch.Generator | None = None,
+        some_ignored: bool = False,
     ) -> tuple[Tensor, State]:
         """Mean cross-entropy of the targets, and the state after the last token.
 
         Args:
             tokens: (B, T) int64.
-            targets: (B, T) int64, the token that follows each of them; negative where it does not
-                count.
+            targets: (B, T) int64, the token that follows each of them.
             state, document_starts, generator: see ``hidden_states``.
+            some_ignored: whether targets may be negative, which do not count.
 
         Returns:
             The loss, a scalar in nats per token that counts, and the new state. It is 0 if none
@@ -457,8 +458,8 @@ class Model(nn.Module):
             tokens, state, document_starts=document_starts, generator=generator
         )
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        counts = targets >= 0
-        if not counts.all():
+        if some_ignored:
+            counts = targets >= 0
             hidden, targets = hidden[counts], targets[counts]
             if not len(targets):  # the gradient of every parameter exists, and is zero
                 return hidden.sum() + 0 * self.embedding.sum(), state

@@ -62,7 +62,7 @@ def test_progress_false_prints_nothing(
         )
         printed = capsys.readouterr()
         assert ("time    about" in printed.out) == progress
-        assert bool(printed.err) == progress
+        assert bool(printed.out + printed.err) == progress
 
 
 def test_without_progress_no_bar_is_shown(
@@ -250,6 +250,8 @@ OTHER_MISTAKES: list[tuple[Callable[..., object], str, dict[str, Any], str]] = [
     (mmrec.evaluate, "data", {"data": "none.txt"}, "no data at none.txt"),
     (mmrec.evaluate, "data", {"data": ["text"]}, "data must be a name, a path or None; got"),
     (mmrec.evaluate, "text_field", {"text_field": 3}, "text_field must be of type str; got 3"),
+    (mmrec.evaluate, "adapt", {"adapt": True, "data": "none.txt"}, "no data at none.txt"),
+    (mmrec.evaluate, "adapt_lr", {"adapt_lr": 0.1}, "adapt_lr"),
     (mmrec.generate, "source", {"source": "nowhere"}, "no checkpoint at nowhere"),
     (mmrec.generate, "prompt", {"prompt": 3}, "prompt must be a text or a list of texts; got 3"),
     (mmrec.generate, "max_tokens", {"max_tokens": -1}, "max_tokens must be >= 0"),

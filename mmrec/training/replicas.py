@@ -122,7 +122,8 @@ def forward_backward(
         tokens_part: Tensor, targets_part: Tensor, seed: int, state_part: State | None
     ) -> Callable[[], ReplicaResult]:
         def run() -> ReplicaResult:
-            share = count_targets(targets_part) / counted
+            own_count = count_targets(targets_part)
+            share, ignores = own_count / counted, own_count < targets_part.numel()
             generator = torch.Generator().manual_seed(seed)
             document_starts = None if end_of_text is None else tokens_part == end_of_text
             loss, new_state = (compute_loss or model.loss)(
@@ -131,6 +132,7 @@ def forward_backward(
                 state_part,
                 document_starts=document_starts,
                 generator=generator,
+                **({"some_ignored": True} if ignores else {}),
             )
             scaled_loss = loss * (share * scale)
             gradients: tuple[Tensor, ...] = ()

@@ -746,7 +746,7 @@ MISTAKES = [
         "generate",
         "--text-field",
         "--text-field x",
-        "--text-field has no effect without --prompts o",
+        "--text-field has no effect without --prompts, --read or --adapt",
     ),
     (
         "generate",

@@ -114,7 +114,7 @@ def changed(tokenizer: Tokenizer, **parts: Any) -> str:
         ({"model": {"type": "Unigram", "vocab": {"a": 0}}}, "must be BPE or WordLevel; got 'Uni"),
         (
             {"model": {"type": "WordLevel", "vocab": {"ab": 0}}},
-            "its model is not one that mmrec export writes",
+            "its special token 'ab' has the id 0",
         ),
         ({"model": {"type": "WordLevel", "vocab": {EOT: 0, "a": 2}}}, "its ids must be 0 to 1"),
         (

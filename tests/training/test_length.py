@@ -67,7 +67,7 @@ class ReadWindows:
         monkeypatch.setattr(trainer_module, "forward_backward", self)
         monkeypatch.setattr(Trainer, "_time_steps", lambda self: (0.0, 1.0))
         monkeypatch.setattr(Trainer, "save", lambda self, name, **kw: None)
-        monkeypatch.setattr(Trainer, "_score", lambda self, tokens, size: SCORES)
+        monkeypatch.setattr(Trainer, "_score", lambda self, *arguments: SCORES)
 
 
 def told_epochs(lines: list[str]) -> tuple[int, float]:

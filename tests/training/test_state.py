@@ -169,11 +169,11 @@ def test_a_validation_that_a_signal_interrupts_is_repeated_on_resume(
     trainer = make_trainer(corpus, tmp_path / "resumed", draw_curve=False, **settings)
     score, calls = trainer._score, []
 
-    def interrupted(tokens: np.ndarray, n_bytes: int) -> Evaluation:
+    def interrupted(*arguments: Any) -> Evaluation:
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(tokens, n_bytes)
+        return score(*arguments)
 
     trainer._score = interrupted  # type: ignore[method-assign]
     trainer.fit()
