@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -45,6 +46,8 @@ KEEP_BYTES = 1 << 32
 SETTLED_NANOSECONDS = 2 * 10**9
 """A file that changed less than so long ago could change again and show the same time."""
 BUFFER_BYTES = 1 << 20
+NAME = re.compile("[0-9a-f]{32}")
+"""Names of kept texts. Other files in their folder are not ours."""
 SCAN_ARRAYS = {"keys": np.uint64, "sizes": np.int64, "lengths": np.int64, "signatures": np.uint64}
 
 
@@ -282,8 +285,8 @@ def remove_unused_documents(folder: Path, limit: int = KEEP_BYTES) -> None:
         limit: bytes that may stay.
     """
     with contextlib.suppress(OSError):
-        texts = sorted(folder.glob("*.txt"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in texts:
+        texts = [path for path in folder.glob("*.txt") if NAME.fullmatch(path.stem)]
+        for path in sorted(texts, key=lambda path: path.stat().st_mtime, reverse=True):
             limit -= path.stat().st_size
             if limit < 0:
                 path.unlink()
