@@ -76,7 +76,8 @@ class Running:
         self.client.close()
         self.server.end_requests()
         self.web.should_exit = True
-        self._thread.join()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the server does not end"
 
     def post(self, **body: Any) -> httpx.Response:
         """Ask for a completion."""

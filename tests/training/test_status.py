@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +25,12 @@ from tests.conftest import make_trainer
 
 
 class Clock:
-    """A clock that a test moves."""
+    """A clock that a test moves; that of other threads, such as a server's, goes on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(status_module.time, "monotonic", lambda: self.now)
+        clocks = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
+        monkeypatch.setattr(status_module, "time", clocks)
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch, *descriptors: int) -> None:
