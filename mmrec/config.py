@@ -626,11 +626,6 @@ class DistillationConfig(Section):
         exclusive_minimum=True,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_weight != self.settings()["teacher_weight"].default and not self.teachers:
-            raise InputError(f"teacher_weight needs teachers; got {self.teacher_weight:g} alone")
-
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):

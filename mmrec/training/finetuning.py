@@ -25,7 +25,7 @@ from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
 from mmrec.training.run_dir import check_run_dir
-from mmrec.training.setup import RunPlan, begin_run, check_schedule
+from mmrec.training.setup import RunPlan, begin_run, check_effects
 from mmrec.training.trainer import Trainer
 
 DEFAULTS: dict[str, Any] = {
@@ -224,7 +224,7 @@ def _resolve(
     # check the settings before any text is read; the earlier text has no path yet
     config = TrainConfig.from_flat(settings | {"replay_data": "not known yet"})
     check_given_settings(given, config.data)
-    check_schedule(given, config)
+    check_effects(given, config)
     model = dataclasses.replace(source.model.config, **model_changes)
     return settings, model
 

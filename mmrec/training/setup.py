@@ -286,22 +286,24 @@ def plan_run(
     model = ModelConfig.from_dict(dataclasses.asdict(shape) | model_settings)
     own = given if source is None else {k: v for k, v in given.items() if k != "vocab"}
     check_given_settings(own, config.data)
-    check_schedule(given, config)
+    check_effects(given, config)
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)
     inputs = () if config_path is None else (Path(config_path),)
     return RunPlan(name, model, config, source, inputs=inputs)
 
 
-def check_schedule(given: dict[str, Any], config: TrainConfig) -> None:
-    """Check that a given setting of the schedule has an effect.
+def check_effects(given: dict[str, Any], config: TrainConfig) -> None:
+    """Check that given settings have an effect that depends on another setting.
 
     Raises:
-        InputError: it has none.
+        InputError: one has none.
     """
     schedule = config.optimizer.schedule
     if "decay_fraction" in given and schedule != "wsd":
         raise InputError(f"--decay-fraction has no effect: the schedule is {schedule}, not wsd")
+    if "teacher_weight" in given and not config.distillation.teachers:
+        raise InputError(f"teacher_weight needs teachers; got {given['teacher_weight']:g} alone")
 
 
 def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:

@@ -12,6 +12,7 @@ from mmrec.data.prepare import prepare
 from mmrec.errors import InputError
 from mmrec.model import Model
 from mmrec.training.distillation import Teachers, distillation_loss
+from mmrec.training.setup import plan_run
 from tests.conftest import make_trainer
 
 CONFIG = ModelConfig(16, 2, 2, vocab_size=11, layer_types="nl", ngram_buckets=32)
@@ -112,8 +113,8 @@ def test_teachers_need_the_tokenizer_of_the_run(
 
 
 def test_settings_of_teachers() -> None:
-    with pytest.raises(InputError, match=r"teacher_weight needs teachers; got 0.5 alone"):
-        TrainConfig.from_flat({"teacher_weight": 0.5})
+    with pytest.raises(InputError, match=r"teacher_weight needs teachers; got 0.7 alone"):
+        plan_run("tiny", None, {"teacher_weight": 0.7})  # the default, too
     with pytest.raises(InputError, match=r"teachers need state window or document; got 'carry'"):
         TrainConfig.from_flat({"teachers": "a", "state": "carry"})
     with pytest.raises(InputError, match=r"joined by commas; got 'a,,b'"):
