@@ -41,7 +41,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family, _, _, _, address = _addresses(host, port)[0]
     try:
-        return socket.create_server(address, family=family)
+        listener = socket.create_server(address, family=family)
+        # Connections inherit it. Without it the kernel holds back the first event of an answer
+        # until the client has acknowledged its head, which clients do up to 40 ms later.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(

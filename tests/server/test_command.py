@@ -183,6 +183,13 @@ def test_a_port_that_is_taken() -> None:
             listen("127.0.0.1", port)
 
 
+def test_events_are_not_held_back_for_acknowledgements() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_addresses() -> None:
     assert is_loopback("127.0.0.1")
     assert is_loopback("localhost")
