@@ -1,6 +1,7 @@
 """``mmrec export`` and ``mmrec import``."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,13 @@ def export(
         str,
         typer.Option(
             metavar="|".join(FORMATS),
-            help="Weights alone; a folder for AutoModelForCausalLM; or a graph of one step.",
+            help="Weights alone; a folder for AutoModelForCausalLM; or a graph.",
         ),
     ],
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="For onnx: without the operators of onnxruntime itself."),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
     """Write a model for other programs: mmrec export runs/tiny-stdlib --to transformers out."""
@@ -33,6 +38,8 @@ def export(
     if to not in FORMATS:
         hint = did_you_mean(to, FORMATS)
         raise InputError(f"--to must be one of {', '.join(FORMATS)}; got {to!r}{hint}")
+    if plain and to != "onnx":
+        raise InputError(f"--plain is for --to onnx; got --to {to}")
     check_output_folder(folder, option="DIR", force=force)
     loaded = load_model(find_checkpoint(where))
     if to == "safetensors":
@@ -40,7 +47,9 @@ def export(
     elif to == "transformers":
         from mmrec.export.transformers import export_transformers as write
     else:
-        from mmrec.export.onnx import export_onnx as write
+        from mmrec.export.onnx import export_onnx
+
+        write = partial(export_onnx, is_plain=plain)
     write(loaded, folder)
     say(f"wrote {loaded.path} to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 

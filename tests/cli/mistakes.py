@@ -1187,6 +1187,7 @@ MISTAKES = [
     ),
     ("export", "RUN|CHECKPOINT", "none out --to onnx", "no checkpoint at none: no such file"),
     ("export", "RUN|CHECKPOINT", "text.h5 out --to onnx", "text.h5 is not an HDF5 file"),
+    ("export", "--plain", "runs/one out --to safetensors --plain", "--plain is for --to onnx"),
     ("export", "DIR", "runs/one --to onnx", "Missing argument 'DIR'"),
     (
         "export",

@@ -1,4 +1,4 @@
-"""A graph of one step computes under onnxruntime what our model computes."""
+"""The graphs compute under onnxruntime what our model computes."""
 
 import re
 from pathlib import Path
@@ -36,30 +36,54 @@ def open_session(folder: Path) -> Any:
     return onnxruntime.InferenceSession(folder / "model.onnx", options)
 
 
+def zeros(session: Any, batch: int) -> dict[str, np.ndarray]:
+    """The states before the first token."""
+    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    inputs = session.get_inputs()[1:]
+    return {x.name: np.zeros((batch, *x.shape[1:]), types[x.type]) for x in inputs}
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_the_same_step_by_step(
-    name: str, checkpoints: dict[str, LoadedModel], folders: dict[str, Path]
+def test_logits_and_states_are_those_of_the_model(
+    name: str, is_plain: bool, checkpoints: dict[str, LoadedModel], tmp_path: Path
 ) -> None:
-    """For batches of several sizes."""
-    session, model = open_session(folders[name]), checkpoints[name].model
+    """For batches of several sizes and texts that are read in pieces of several lengths."""
+    export_onnx(checkpoints[name], tmp_path / "out", is_plain=is_plain)
+    session, model = open_session(tmp_path / "out"), checkpoints[name].model
     for batch in (1, 3):
         tokens = torch.randint(0, model.config.vocab_size, (batch, 17))
         with torch.no_grad():
             expected = model(tokens)[0].numpy()
-        inputs = session.get_inputs()[1:]
-        types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-        state = {x.name: np.zeros((batch, *x.shape[1:]), types[x.type]) for x in inputs}
-        for t in range(17):
-            token = {"token": tokens[:, t].numpy()}
-            logits, *new = session.run(None, token | state)
-            np.testing.assert_allclose(logits, expected[:, t], rtol=1e-4, atol=1e-4)
+        state, begin = zeros(session, batch), 0
+        for length in (1, 1, 9, 2, 4):
+            piece = tokens[:, begin : begin + length]
+            logits, *new = session.run(None, {"tokens": piece.numpy()} | state)
+            np.testing.assert_allclose(
+                logits, expected[:, begin : begin + length], rtol=1e-4, atol=1e-4
+            )
             state = dict(zip(state, new, strict=True))
+            begin += length
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_operators(is_plain: bool, checkpoints: dict[str, LoadedModel], tmp_path: Path) -> None:
+    """The model has a layer of each type; two have a gate that looks at the state before it."""
+    package = pytest.importorskip("onnx")
+    export_onnx(checkpoints["byte"], tmp_path / "out", is_plain=is_plain)
+    model = package.load(tmp_path / "out" / "model.onnx")
+    package.checker.check_model(model, full_check=True)
+    used = [node.op_type for node in model.graph.node]
+    counts = [used.count(x) for x in ("Scan", "LinearAttention", "CausalConvWithState")]
+    assert counts == ([5, 0, 0] if is_plain else [2, 3, 4])
+    domains = {x.domain for x in model.opset_import}
+    assert domains == ({""} if is_plain else {"", "com.microsoft"})
 
 
 def test_inputs_and_outputs_have_names(folders: dict[str, Path]) -> None:
     session = open_session(folders["byte"])
     names = [x.name for x in session.get_inputs()]
-    assert names[:4] == ["token", "recent_tokens", "layers.0.conv_state", "layers.0.hidden_state"]
+    assert names[:4] == ["tokens", "recent_tokens", "layers.0.conv_state", "layers.0.hidden_state"]
     outputs = [x.name for x in session.get_outputs()]
     assert outputs == ["logits", *(f"new_{name}" for name in names[1:])]
     assert {x.shape[0] for x in (*session.get_inputs(), *session.get_outputs())} == {"batch"}
