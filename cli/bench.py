@@ -208,6 +208,14 @@ def ssd(
     _run("ssd", 5, shape, repeats, full, as_json)
 
 
+@app.command("causal-conv1d")
+def causal_conv1d(
+    shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False
+) -> None:
+    """Causal depthwise convolution with SiLU beside torch's, shapes BxTxDxW."""
+    _run("causal_conv1d", 4, shape, repeats, full, as_json)
+
+
 @app.command()
 def kda(
     shape: Shapes = None, repeats: Repeats = 15, full: Full = False, as_json: Json = False

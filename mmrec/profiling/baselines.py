@@ -11,10 +11,12 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import normalize
 
 from mmrec import kernels
@@ -290,6 +292,26 @@ def ssd_loop(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Run Mamba 2's recurrence of x (B, T, H, P), dt (B, T, H), a (H,), b, c (B, T, 1, N)."""
     dt = torch.nn.functional.softplus(dt)
     return ssd_reference.ssd(x, dt, dt * a, b, c)[0]
+
+
+def causal_conv1d_loop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Causal depthwise convolution of x (B, D, L) with SiLU, tap by tap."""
+    length, taps = x.shape[2], weight.shape[1]
+    padded = functional.pad(x, (taps - 1, 0))
+    out = bias[:, None] + sum(weight[:, n, None] * padded[..., n : n + length] for n in range(taps))
+    return out * torch.sigmoid(out)
+
+
+def causal_conv1d_baselines() -> list[Implementation]:
+    """Return implementations of the causal depthwise convolution with SiLU."""
+
+    def torch_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        padding = weight.shape[1] - 1
+        out = functional.conv1d(x, weight[:, None], bias, padding=padding, groups=x.shape[1])
+        return functional.silu(out[..., : x.shape[2]])
+
+    ours = partial(kernels.causal_conv1d_fn, activation="silu")
+    return [Implementation("mmrec", ours), Implementation("torch conv1d", torch_conv1d, slow=True)]
 
 
 def ssd_baselines(shape: tuple[int, ...]) -> list[Implementation]:

@@ -38,6 +38,7 @@ RECURRENCE_SHAPES = [(8, 256, 128), (16, 512, 512)]
 DELTA_RULE_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 64), (1, 512, 16, 128)]
 LINEAR_ATTENTION_SHAPES = [(8, 256, 4, 32), (1, 512, 4, 128)]
 SELECTIVE_SCAN_SHAPES = [(1, 64, 1536, 16), (1, 2048, 1536, 16)]
+CAUSAL_CONV1D_SHAPES = [(1, 256, 1536, 4), (1, 1024, 1536, 4), (1, 1024, 6144, 4)]
 SSD_SHAPES = [(1, 256, 24, 64, 128), (1, 2048, 24, 64, 128)]
 QUICK_SECONDS = 0.4
 """Total time of one implementation in one direction, after which it is not timed again."""
@@ -583,6 +584,34 @@ def _compare_ssd(shape: tuple[int, ...], effort: Effort, report: Report) -> Iter
     )
 
 
+def causal_conv1d_cases(shapes: list[tuple[int, ...]] | None, effort: Effort) -> list[Case]:
+    """List the cases of the causal convolution with SiLU, against torch's convolution.
+
+    Args:
+        shapes: shapes (B, T, D, W); None for CAUSAL_CONV1D_SHAPES, if not full the first of them.
+        effort: how much is done.
+    """
+    default = CAUSAL_CONV1D_SHAPES if effort.full else CAUSAL_CONV1D_SHAPES[:1]
+    return [
+        Case("causal_conv1d", s, partial(_compare_causal_conv1d, s, effort))
+        for s in shapes or default
+    ]
+
+
+def _compare_causal_conv1d(shape: tuple[int, ...], effort: Effort, report: Report) -> Iterator[Row]:
+    batch, time, width, taps = shape
+    yield from compare(
+        "causal_conv1d",
+        shape,
+        baselines.causal_conv1d_baselines(),
+        baselines.causal_conv1d_loop,
+        [torch.randn(batch, width, time), torch.randn(width, taps), torch.randn(width)],
+        repeats=effort.repeats,
+        max_seconds=effort.max_seconds,
+        report=report,
+    )
+
+
 BENCHMARKS = {
     "scan": scan_cases,
     "gated_recurrence": recurrence_cases,
@@ -591,6 +620,7 @@ BENCHMARKS = {
     "gla": gla_cases,
     "selective_scan": selective_scan_cases,
     "ssd": ssd_cases,
+    "causal_conv1d": causal_conv1d_cases,
 }
 """The cases of each benchmark, by name."""
 

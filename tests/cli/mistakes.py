@@ -1343,6 +1343,13 @@ MISTAKES = [
         "--shape must be . sizes joined by 'x', .*; got '4x5x6'",
     ),
     ("bench selective-scan", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
+    ("bench causal-conv1d", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
+    (
+        "bench causal-conv1d",
+        "--shape",
+        "--shape 4x5x6",
+        "--shape must be . sizes joined by 'x', .*; got '4x5x6'",
+    ),
     ("bench ssd", "--repeats", "--repeats 2", "'--repeats': .*3; got '2'"),
     ("bench ssd", "--shape", "--shape 4x5x6x7", "--shape must be . sizes .*; got '4x5x6x7'"),
     ("bench scan", "--shape", "--shape 999999999x9999999x99", "not enough memory: smaller sizes"),

@@ -344,6 +344,7 @@ def test_a_run_folder_may_have_any_name(
         ("gla --shape 1x64x2x4", "simple_gla"),
         ("selective-scan --shape 1x40x5x4", "Python loop"),
         ("ssd --shape 1x40x2x3x4", "Python loop"),
+        ("causal-conv1d --shape 2x9x5x4", "torch conv1d"),
     ],
 )
 def test_bench(
