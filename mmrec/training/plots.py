@@ -1,13 +1,20 @@
 """Pictures of training: the loss curve of a run, and the curves of staged training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrec.runtime.names import shorten
-from mmrec.runtime.pictures import LABEL_CHARS, legend_label, picture
+from mmrec.runtime.pictures import LABEL_CHARS, legend_label, picture, svg
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from mmrec.evaluation.compare import Curve
+
+
+Losses = Sequence[tuple[int, float]]
+"""Steps, and their losses in nats per token."""
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -24,24 +31,37 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path, title: str) -> None
     train = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
     val = [(x["step"], x["loss"]) for x in lines if x["kind"] == "val"]
     with picture(path, 7.2) as figure:
-        axes = figure.add_subplot()
-        if train:
-            steps, losses = zip(*train, strict=True)
-            smooth, mean = [], losses[0]
-            for loss in losses:
-                mean += 0.1 * (loss - mean)
-                smooth.append(mean)
-            axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smooth, color="tab:blue", label="training")
-        if val:
-            steps, losses = zip(*val, strict=True)
-            axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
-            step, loss = min(val, key=lambda pair: pair[1])
-            axes.plot([step], [loss], "*", color="tab:red", markersize=12, label=f"best {loss:.3f}")
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shorten(title, LABEL_CHARS))
-        axes.grid(alpha=0.3)
-        if train or val:
-            axes.legend()
+        _plot_losses(figure, train, val, shorten(title, LABEL_CHARS))
+
+
+def loss_curve_svg(train: Losses, val: Losses) -> str:
+    """Draw training and validation loss against steps as an ``<svg>`` element.
+
+    Raises:
+        StorageError: the picture could not be drawn.
+    """
+    return svg(lambda figure: _plot_losses(figure, train, val, ""), 7.2, 4.2)
+
+
+def _plot_losses(figure: "Figure", train: Losses, val: Losses, title: str) -> None:
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        smooth, mean = [], losses[0]
+        for loss in losses:
+            mean += 0.1 * (loss - mean)
+            smooth.append(mean)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color="tab:blue", label="training")
+    if val:
+        steps, losses = zip(*val, strict=True)
+        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
+        step, loss = min(val, key=lambda pair: pair[1])
+        axes.plot([step], [loss], "*", color="tab:red", markersize=12, label=f"best {loss:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
 
 
 def draw_stages(curves: list["Curve"], start_scores: list[float | None], path: Path) -> None:
