@@ -683,7 +683,7 @@ class OutputConfig(Section):
     log: str = setting(
         "",
         f"Programs that get the curves and texts, joined by commas: {', '.join(TRACKERS)}. Each is "
-        "an extra, such as pip install 'mmrec[tensorboard]'.",
+        "an extra of the same name.",
         metavar="NAMES",
     )
     html: bool = setting(False, "Write report.html at the end, the page of mmrec report.")

@@ -111,7 +111,7 @@ class TensorBoard(_Tracker):
         step = trainer.progress.step
         self._writer = SummaryWriter(
             str(self._folder or trainer.run_dir),
-            purge_step=step + 1,  # TensorBoard forgets what earlier files say of later steps
+            purge_step=step + 1 if step else 0,  # earlier files do not count from there on
             filename_suffix=EVENTS_SUFFIX,
         )
         settings = config_to_toml(trainer.model.config, trainer.config, trainer.preset)
@@ -207,8 +207,10 @@ class Trackio(_Tracker):
     def _close(self) -> None:
         """Wait until trackio has stored everything."""
         if self._run is not None:
+            import trackio
+
             with contextlib.redirect_stdout(io.StringIO()):
-                self._run.finish()
+                trackio.finish()  # of the current run, which is this one
             self._run = None
 
 

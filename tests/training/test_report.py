@@ -105,7 +105,7 @@ def test_it_tells_what_the_files_of_the_run_hold(run: Path) -> None:
     samples = lines(run / "samples.jsonl")
     assert samples[0]["prompt"] in page.texts
     assert all(sample["text"] in page.texts for sample in samples)
-    assert source.count("<article>") == SHOWN_SAMPLES + len(samples)
+    assert source.count("<article>") == len(_spread(12, SHOWN_SAMPLES)) + len(samples)
     assert f"mmrec train --resume {run} --minutes +60" in page.texts
     assert f'mmrec generate {run} --prompt "..."' in page.texts
     assert ["--lr", "0.005", "0.01"] in page.rows

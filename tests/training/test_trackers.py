@@ -66,7 +66,7 @@ def texts(folder: Path) -> dict[int, str]:
 
 
 def unindented(markdown: str) -> list[str]:
-    assert all(line[:4].isspace() for line in markdown.splitlines())
+    assert all(line.startswith("    ") for line in markdown.splitlines())
     return [line[4:] for line in markdown.splitlines()]
 
 
@@ -77,6 +77,12 @@ def read_events(folder: Path) -> Any:
     """TensorBoard's own reader of a folder."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     return reader.EventAccumulator(str(folder), {"scalars": 0, "tensors": 0}).Reload()
+
+
+def read_texts(folder: Path) -> Any:
+    """The reader of TensorBoard's page, which takes back texts, too."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+    return reader.EventAccumulator(str(folder), tensor_size_guidance={"text": 0}).Reload()
 
 
 def scalars(events: Any, name: str) -> list[tuple[int, float]]:
@@ -97,13 +103,11 @@ def check_events(folder: Path) -> Any:
     ]
     for kind in ("train", "val"):
         assert scalars(events, f"{kind}/loss") == close(curves[kind])
-    found = {
-        event.step: event.tensor_proto.string_val[0].decode()
-        for event in events.Tensors("sample/text_summary")
-    }
-    written = texts(folder)
-    assert found.keys() == written.keys()
-    assert all(unindented(found[step]) == written[step].splitlines() for step in written)
+    found = [
+        (event.step, unindented(event.tensor_proto.string_val[0].decode()))
+        for event in read_texts(folder).Tensors("sample/text_summary")
+    ]
+    assert found == [(step, text.splitlines()) for step, text in texts(folder).items()]
     return events
 
 
