@@ -58,7 +58,6 @@ def svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
     """
     # letters stay letters, and the names of parts are the same each time
     settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mmrec"}
-    settings["legend.framealpha"] = 0  # its frame would be white
     settings |= dict.fromkeys(BLACK_PARTS, BLACK)
     with _figure("the picture", width, height, **settings) as figure:
         draw(figure)

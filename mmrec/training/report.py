@@ -33,7 +33,12 @@ from mmrec.errors import InputError, StorageError
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.pages import figures, page, text
 from mmrec.training.metrics import format_duration, format_tokens
-from mmrec.training.plots import loss_curve_svg
+from mmrec.training.plots import (
+    BEST_COLOUR,
+    TRAINING_COLOUR,
+    VALIDATION_COLOUR,
+    loss_curve_svg,
+)
 from mmrec.training.status import STATUS_FILE, RunLog, RunStatus, read_json, read_status
 
 READ = ("config.toml", "metrics.jsonl", "samples.jsonl", STATUS_FILE, "summary.json")
@@ -196,9 +201,19 @@ def _curve(log: RunLog) -> str:
     if not train and not val:
         return "<p>No step was taken yet.</p>"
     try:
-        return f"<figure>{loss_curve_svg(train, val)}</figure>"
+        return (
+            f"<figure><figcaption>{_legend(val)}</figcaption>{loss_curve_svg(train, val)}</figure>"
+        )
     except StorageError as error:
         return f"<p>{text(str(error))}</p>"
+
+
+def _legend(val: Sequence[tuple[int, float]]) -> str:
+    """What the colours of the curve mean."""
+    named = [(TRAINING_COLOUR, "training"), (VALIDATION_COLOUR, "validation")]
+    if val:
+        named.append((BEST_COLOUR, f"best {min(loss for _, loss in val):.4f}"))
+    return "".join(f"<i style='background:{colour}'></i>{text(n)} " for colour, n in named)
 
 
 def _samples(samples: Sequence[dict[str, Any]], log: RunLog) -> str:
@@ -366,7 +381,10 @@ pre{margin:0;border-left:3px solid var(--rule);padding:.1rem 0 .1rem .8rem}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:400;color:var(--dim)}
-td,th{padding:.15rem 1.2rem .15rem 0;vertical-align:top;overflow-wrap:anywhere}
+td,th{padding:.15rem 1.2rem .15rem 0;vertical-align:top;white-space:nowrap}
+td:nth-child(2){white-space:normal;overflow-wrap:anywhere}
+figcaption i{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;margin:0 .3rem 0 .6rem;
+vertical-align:-.1rem}
 summary{cursor:pointer;color:var(--dim);margin:.8rem 0}
 footer{margin-top:2.5rem}
 @media(max-width:640px){
