@@ -20,6 +20,7 @@ from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
 from mmrec.cli.options import App, misplaced_path_hint
+from mmrec.cli.report import report
 from mmrec.cli.score import score
 from mmrec.cli.serve import serve
 from mmrec.cli.startup import prepare_process
@@ -38,6 +39,7 @@ app = App(
 )
 app.command("train")(train)
 app.command("status")(status)
+app.command("report")(report)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)

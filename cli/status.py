@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from mmrec.training.status import RunStatus
 
 SECONDS_BETWEEN_LOOKS = 2.0
-ENDED = {
-    "done": "ended: its length was reached",
-    "early": "ended early: the validation loss got no better",
-    "stopped": "ended: a callback stopped it",
-    "signal": "ended: a signal stopped it; it was saved",
-    "killed": "not running, and it did not end by itself",
-}
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -45,12 +38,12 @@ def status(
         raise InputError("--watch needs a terminal; for another program: --json, again and again")
     run = find_run(where)
     while True:
-        now, curve = read_status(run)
+        now, log = read_status(run)
         if as_json:
             print_json(dataclasses.asdict(now))
             return
         width = shutil.get_terminal_size().columns
-        lines = [*map(printable, _describe(now)), *text_curve(curve, min(width, 100) - 1)]
+        lines = [*map(printable, _describe(now)), *text_curve(log.curve, min(width, 100) - 1)]
         typer.echo(CLEAR * watch + "\n".join(lines))
         if not watch or now.state != "running":
             return
@@ -61,8 +54,7 @@ def _describe(now: "RunStatus") -> list[str]:
     """The lines of a status, for people."""
     from mmrec.training.metrics import format_duration
 
-    state = f"running, {now.writer}" if now.state == "running" else ENDED.get(now.state, now.state)
-    lines = [f"run     {now.run}", f"state   {state}"]
+    lines = [f"run     {now.run}", f"state   {now.state_in_words}"]
     of = "" if now.total_steps is None else f" of {now.total_steps:,}"
     done = "" if now.fraction_done is None else f", {now.fraction_done:.1%} of the run"
     lines.append(f"step    {now.step:,}{of}{done}; {_age(now.last_step_age)}")

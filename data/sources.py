@@ -40,6 +40,8 @@ TEXT_SUFFIXES = frozenset(
     )
 )
 """What is read of a folder; a file that is named itself may have any suffix."""
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "report.html")
+"""What a run writes that looks like text. The first one is the log that every run has."""
 SPLIT_NAMES = ("train", "validation", "test")
 """Splits of ``hf:NAME:SPLIT``; any other word is a configuration."""
 WEIGHTED_SOURCE = re.compile(r"\s*(\d+\.?\d*|\.\d+):(.+)", re.DOTALL)
@@ -447,14 +449,15 @@ def _glob(pattern: Path) -> list[Path]:
 
 
 def _is_text_file(path: Path) -> bool:
-    """Whether a file in a folder is read; ``metrics.jsonl`` is the log of a run, not text.
+    """Whether a file in a folder is read; what a run writes is not text.
 
     A file ``.json`` is read if it holds records, since many folders have others for settings.
     """
     suffix = content_suffix(path)
     if suffix == ".json" and path.is_file():
         return holds_text_records(path)
-    return path.name != "metrics.jsonl" and suffix in TEXT_SUFFIXES.union(RECORD_SUFFIXES)
+    is_of_run = path.name in RUN_FILES and (path.parent / RUN_FILES[0]).exists()
+    return not is_of_run and suffix in TEXT_SUFFIXES.union(RECORD_SUFFIXES)
 
 
 def _hugging_face_documents(source: str, options: ReadOptions) -> Iterator[Document]:

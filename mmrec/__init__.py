@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmrec.model import Model
     from mmrec.training.callbacks import Callback
     from mmrec.training.setup import Run, train
+    from mmrec.training.trackers import TensorBoard, Trackio
 
 __version__ = VERSION
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "Run",
     "Session",
     "StorageError",
+    "TensorBoard",
+    "Trackio",
     "TrainConfig",
     "TrainingDivergedError",
     "__version__",
@@ -54,6 +57,8 @@ _LAZY = {
     "Model": "mmrec.model",
     "Run": "mmrec.training.setup",
     "Session": "mmrec.inference.session",
+    "TensorBoard": "mmrec.training.trackers",
+    "Trackio": "mmrec.training.trackers",
     "adapt": "mmrec.api",
     "evaluate": "mmrec.api",
     "generate": "mmrec.api",

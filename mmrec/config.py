@@ -629,7 +629,7 @@ class DistillationConfig(Section):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """When a run validates, saves and stops."""
+    """When a run validates, what it then writes, and when it saves and stops."""
 
     section: ClassVar[str] = "evaluation"
     title: ClassVar[str] = "Evaluation and saving"
@@ -642,6 +642,15 @@ class EvaluationConfig(Section):
     save_every: int = count(500, "Steps between step-N checkpoints.")
     keep_checkpoints: int = count(
         2, "Number of step-N checkpoints to keep; best and last are always kept.", minimum=0
+    )
+    sample_prompt: str = setting(
+        "",
+        "Text that the model continues at each validation; of a model that chats, a message. "
+        "Empty: the beginning of the validation text.",
+        metavar="TEXT",
+    )
+    sample_tokens: int = count(
+        64, "Tokens of the text that the model writes at each validation; 0 writes none.", minimum=0
     )
     on_nan: str = setting(
         "stop",
@@ -659,6 +668,10 @@ class EvaluationConfig(Section):
             )
 
 
+TRACKERS = ("tensorboard", "trackio")
+"""Programs that show runs and to which runs can be sent. Each is an extra of the same name."""
+
+
 @dataclass(frozen=True)
 class OutputConfig(Section):
     """Where a run writes."""
@@ -667,6 +680,30 @@ class OutputConfig(Section):
     title: ClassVar[str] = "Output"
 
     out: str = setting("", "Run folder; empty: runs/PRESET-CORPUS.")
+    log: str = setting(
+        "",
+        f"Programs that get the curves and texts, joined by commas: {', '.join(TRACKERS)}. Each is "
+        "an extra of the same name.",
+        metavar="NAMES",
+    )
+    html: bool = setting(False, "Write report.html at the end, the page of mmrec report.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.trackers
+        for name in names:
+            if name not in TRACKERS:
+                raise InputError(
+                    f"log must name some of {', '.join(TRACKERS)}, joined by commas; got "
+                    f"{self.log!r}{did_you_mean(name, TRACKERS)}"
+                )
+        if len(set(names)) < len(names):
+            raise InputError(f"log must name a program once; got {self.log!r}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``log``."""
+        return [name.strip() for name in self.log.split(",")] if self.log else []
 
 
 @dataclass(frozen=True)
@@ -857,7 +894,7 @@ LENGTHS = tuple(LengthConfig.settings())
 """The settings of which at most one sets the length of a run."""
 SOURCES = ("data", "val_file", "replay_data")
 """The settings that name texts. A resume may name other places with the same texts."""
-RESUMABLE_SETTINGS = {*LENGTHS, *SOURCES, "out", "on_nan", "patience"}
+RESUMABLE_SETTINGS = {*LENGTHS, *SOURCES, "out", "log", "html", "on_nan", "patience"}
 """The settings that a resume may change."""
 
 

@@ -115,6 +115,7 @@ def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
             "eval_every": 4,
             "save_every": 5,
             "eval_tokens": 500,
+            "sample_tokens": 4,
             "precision": "float32",
         }
         | settings

@@ -16,6 +16,8 @@ REPORT_MARK = "<!-- written by mmrec eval -->\n"
 """First line of a report, in Markdown and in HTML."""
 PAGE_MARK = "<!-- written by mmrec score -->\n"
 """First line of a page of scores."""
+RUN_MARK = "<!-- written by mmrec report -->\n"
+"""First line of a page about a run."""
 START_BYTES = 4096
 """A picture, a report and a page say within so many bytes who wrote them."""
 
@@ -42,6 +44,7 @@ KINDS: dict[str, Callable[[Path], bool]] = {
     "picture": _is_picture,
     "report": lambda path: _starts(path).startswith(REPORT_MARK.encode()),
     "score page": lambda path: _starts(path).startswith(PAGE_MARK.encode()),
+    "page of a run": lambda path: _starts(path).startswith(RUN_MARK.encode()),
     "session": lambda path: file_kind(path) == "session",
     "stages": lambda path: _has_keys(path, "stage", "flops"),
     "recipe": lambda path: _has_keys(path, "stages", "start_scores"),

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmrec.checkpoint.outputs import PAGE_MARK
-from mmrec.config import VERSION, TrainConfig
+from mmrec.config import TrainConfig
 from mmrec.data.corpus import Split, count_evaluation_streams
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.inference.decoder import Decoder, TokenScores
+from mmrec.runtime import pages
 from mmrec.runtime.names import printable
 from mmrec.runtime.numeric import cdiv
 
@@ -265,28 +266,21 @@ class Page:
         levels = "".join(
             f"<i class=s{k}>{k}{'+' * (k == MAX_LEVEL)}</i>" for k in range(MAX_LEVEL + 1)
         )
-        figures = "".join(
-            f"<div><dt>{name}</dt><dd>{value}</dd></div>"
-            for name, value in (
-                ("bits per byte", f"{totals.bits_per_byte:.4f}"),
-                ("perplexity", f"{totals.perplexity:.2f}"),
-                ("nats per token", f"{totals.loss:.4f}"),
-                ("tokens", f"{totals.tokens:,}"),
-                ("bytes", f"{totals.bytes:,}"),
-            )
-        )
-        heading = html.escape(printable(title))
-        return (
-            f"{PAGE_MARK}<!doctype html><html lang=en><meta charset=utf-8>"
-            "<meta name=viewport content='width=device-width,initial-scale=1'>"
-            f"<meta name=generator content='mmrec {VERSION}'><title>{heading}</title>"
-            f"<style>{STYLE}{_level_rules()}</style><h1>{heading}</h1><dl>{figures}</dl>"
+        figures = {
+            "bits per byte": f"{totals.bits_per_byte:.4f}",
+            "perplexity": f"{totals.perplexity:.2f}",
+            "nats per token": f"{totals.loss:.4f}",
+            "tokens": f"{totals.tokens:,}",
+            "bytes": f"{totals.bytes:,}",
+        }
+        body = (
+            f"<h1>{pages.text(title)}</h1>{pages.figures(figures)}"
             f"<figure><figcaption>Surprise, bits</figcaption>{levels}</figure>"
             "<small>A token of k bits had the probability 1 in 2<sup>k</sup>. Point at one to see "
             "what the model expected. In the margin: the line, and its bits per byte."
             f"{shown}</small><main>\n{''.join(self._lines)}</main><aside hidden></aside>"
-            f"<script>{SCRIPT}</script></html>\n"
         )
+        return pages.page(PAGE_MARK, title, body, style=STYLE + _level_rules(), script=SCRIPT)
 
 
 def _units(tokenizer: Tokenizer, line: ScoredLine, count: int) -> Iterator[str]:
@@ -342,16 +336,8 @@ def _level_rules() -> str:
 
 
 STYLE = """
-:root{color-scheme:light dark;
---heat:235 80 40;--back:#fff;--text:#1b1b1f;--dim:#6b6f76;--rule:#d8dade}
-@media(prefers-color-scheme:dark){:root{
---heat:255 70 40;--back:#141518;--text:#e8e8ea;--dim:#9094a0;--rule:#33363d}}
-body{background:var(--back);color:var(--text);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;
-max-width:72rem;padding:0 1.2rem}
-h1{font-size:1.15rem;margin:0 0 .8rem;overflow-wrap:anywhere}
-dl{display:flex;flex-wrap:wrap;gap:.4rem 2rem;margin:0 0 1rem}
-dt,small,figcaption{color:var(--dim);font-size:.82rem}
-dd{margin:0;font-size:1.25rem;font-variant-numeric:tabular-nums}
+:root{--heat:235 80 40}
+@media(prefers-color-scheme:dark){:root{--heat:255 70 40}}
 figure{display:flex;align-items:center;margin:0 0 .4rem;flex-wrap:wrap}
 figcaption{margin-right:.8rem}
 figure i{font-style:normal;font-size:.78rem;min-width:2.1rem;padding:.15rem 0;text-align:center}

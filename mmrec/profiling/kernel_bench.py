@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from mmrec.kernels.gated_recurrence import reference as recurrence_reference
 from mmrec.kernels.scan import reference as scan_reference
 from mmrec.profiling import baselines
 from mmrec.profiling.baselines import Call, HardwareLimit, Implementation
+from mmrec.runtime.machine import processor_name
 
 QUICK_SCAN_SHAPES = [(8, 256, 128), (64, 512, 64)]
 SCAN_SHAPES = [(8, 256, 128), (64, 512, 64), (4, 2048, 512), (1, 131072, 4)]
@@ -79,13 +79,8 @@ class Row:
 
 def describe_machine() -> dict[str, Any]:
     """Return what a time depends on: processor, cores, threads, load and versions."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -20,6 +20,15 @@ class Callback:
     A callback must not draw from torch's global generator if runs are to be resumed bit for bit.
     """
 
+    def on_start(self, trainer: "Trainer") -> None:
+        """Called once, before the first step. The run folder and its log exist.
+
+        Args:
+            trainer: the run; ``trainer.progress.step`` is above 0 if the run was resumed, and
+                ``trainer.config`` and ``trainer.model.config`` are its settings. What this callback
+                was told of later steps, before the run was killed, comes again.
+        """
+
     def on_step(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
         """Called after each optimizer step.
 
@@ -35,6 +44,23 @@ class Callback:
         Args:
             trainer: the run.
             scores: loss in nats per token, perplexity, bits per byte, accuracy.
+        """
+
+    def on_sample(self, trainer: "Trainer", sample: dict[str, Any]) -> None:
+        """Called after each text that the model has written, which follows a validation.
+
+        Args:
+            trainer: the run.
+            sample: a line of ``samples.jsonl``: ``step``, ``tokens``, ``seconds``, ``prompt``,
+                ``text``, ``seed``.
+        """
+
+    def on_rollback(self, trainer: "Trainer") -> None:
+        """Called after the run went back to a checkpoint, as ``on_nan="rollback"`` says.
+
+        Args:
+            trainer: the run; the steps after ``trainer.progress.step`` are taken again, with other
+                data.
         """
 
     def on_checkpoint(self, trainer: "Trainer", path: "Path") -> None:

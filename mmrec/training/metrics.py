@@ -99,8 +99,57 @@ def from_plain(cls: type[Record], values: dict[str, Any]) -> Record:
         raise InputError(f"the stored {cls.__name__} is incomplete: {error}") from None
 
 
-class MetricsLog:
-    """``metrics.jsonl``: one JSON object per line, kept in memory too for the loss curve.
+class JsonLinesLog:
+    """A file of a run with one JSON object per line, whose lines are kept in memory too.
+
+    Every line has ``step``.
+    """
+
+    def __init__(self, path: Path, retry: Callable[[StorageError], bool] = never_retry) -> None:
+        """Name the file; nothing is read or written yet.
+
+        Args:
+            path: the file.
+            retry: asked whether to write again after a failure; see ``write_with_retry``.
+        """
+        self.lines: list[dict[str, Any]] = []
+        self._path, self._retry = path, retry
+
+    def _read(self, count: int | None, step: int) -> None:
+        """Keep the lines of an earlier file.
+
+        Args:
+            count: at most so many; None for all.
+            step: only those up to this step.
+        """
+        lines: list[dict[str, Any]] = []
+        if self._path.exists():
+            for text in self._path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line, if its writer was killed
+                    lines.append(json.loads(text))
+        self.lines = [x for x in lines[:count] if x["step"] <= step]
+
+    def _rewrite(self) -> None:
+        atomic_write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.lines))
+        self._file = self._path.open("ab", buffering=0)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        data = f"{json.dumps(line)}\n".encode()
+        write_with_retry(lambda: append_all_or_nothing(self._file, self._path, data), self._retry)
+
+    def sync(self) -> int:
+        """Wait until all lines are on the disk; return their number."""
+        os.fsync(self._file.fileno())
+        return len(self.lines)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsLog(JsonLinesLog):
+    """``metrics.jsonl``: what the loss curve is drawn from.
 
     A line has ``kind`` (``train``, ``val``, ``epoch``, ``skip``, ``rollback`` or ``callback``) and
     ``step``. It holds no clock, so that equal runs write equal files.
@@ -125,23 +174,14 @@ class MetricsLog:
             draw_curve: whether to draw ``loss.png``.
             warn: called with a line of text if the curve cannot be drawn; training goes on.
         """
+        super().__init__(folder / "metrics.jsonl", retry)
         self.folder = folder
-        self.lines: list[dict[str, Any]] = []
         self._last_drawing = 0.0
-        self._path = folder / "metrics.jsonl"
-        self._retry, self._draw_curve, self._warn = retry, draw_curve, warn
+        self._draw_curve, self._warn = draw_curve, warn
         self._warnings: set[str] = set()
-        if resumed is not None and self._path.exists():
-            for text in self._path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line, if its writer was killed
-                    self.lines.append(json.loads(text))
-            known = self.lines[: resumed.metrics_lines or None]
-            self.lines = [x for x in known if x["step"] <= resumed.step]
+        if resumed is not None:
+            self._read(resumed.metrics_lines or None, resumed.step)
         self._rewrite()
-
-    def _rewrite(self) -> None:
-        atomic_write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.lines))
-        self._file = self._path.open("ab", buffering=0)
 
     def rewind(self, count: int) -> None:
         """Remove the lines after the first ``count``, except those of skips and rollbacks."""
@@ -161,10 +201,7 @@ class MetricsLog:
         Raises:
             StorageError: the line could not be written.
         """
-        line = {"kind": kind, "step": step, **values}
-        self.lines.append(line)
-        data = f"{json.dumps(line)}\n".encode()
-        write_with_retry(lambda: append_all_or_nothing(self._file, self._path, data), self._retry)
+        self._append({"kind": kind, "step": step, **values})
         if time.monotonic() - self._last_drawing > SECONDS_BETWEEN_DRAWINGS:
             write_with_retry(self._check_folder, self._retry)
             self.draw()
@@ -173,11 +210,6 @@ class MetricsLog:
         """Raise StorageError if the run folder vanished: appending to an open file does not."""
         if not self.folder.is_dir():
             raise StorageError(f"could not write {self._path}: the folder vanished")
-
-    def sync(self) -> int:
-        """Wait until all lines are on the disk; return their number."""
-        os.fsync(self._file.fileno())
-        return len(self.lines)
 
     def last_losses(self, count: int) -> list[float]:
         """Training losses among the last ``count`` lines."""
@@ -198,7 +230,7 @@ class MetricsLog:
         """Draw the curve a last time and close the file."""
         if self.folder.is_dir():  # else the error that ended the run says so
             self.draw()
-        self._file.close()
+        super().close()
 
 
 class NullMetricsLog(MetricsLog):

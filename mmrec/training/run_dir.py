@@ -10,13 +10,16 @@ from mmrec.checkpoint.outputs import check_not_read, is_same_file
 from mmrec.errors import InputError, RunLockedError
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
-from mmrec.training.status import STATUS_FILE
+from mmrec.training.status import REPORT_FILE, STATUS_FILE
 
 FILES = (
-    *("config.toml", "metrics.jsonl", "loss.png", STATUS_FILE, "summary.json"),
+    *("config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", STATUS_FILE, "summary.json"),
+    REPORT_FILE,
     *("best.h5", "last.h5"),
 )
-"""The files of a run besides its ``step-N.h5`` checkpoints."""
+"""The files of a run besides its ``step-N.h5`` checkpoints and its events for TensorBoard."""
+EVENTS_SUFFIX = ".mmrec-events"
+"""How the names of our event files for TensorBoard end."""
 CONFIG_MARK = "# The settings of a run, written by mmrec.\n"
 """First line of the ``config.toml`` of a run; a user's own file has another."""
 
@@ -111,7 +114,8 @@ def open_run_dir(
 def run_files(folder: Path) -> list[Path]:
     """Return the files in a folder that have the names of a run's."""
     named = [path for name in FILES if (path := folder / name).exists() or path.is_symlink()]
-    return [*named, *(path for _, path in step_checkpoints(folder))]
+    events = folder.glob(f"*{EVENTS_SUFFIX}")
+    return [*named, *(path for _, path in step_checkpoints(folder)), *events]
 
 
 def remove_run_files(folder: Path) -> None:

@@ -69,6 +69,7 @@ from mmrec.training.distillation import teacher_names
 from mmrec.training.length import check_not_past, given_lengths, resumed_length
 from mmrec.training.metrics import Progress, from_plain
 from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
+from mmrec.training.trackers import make_trackers
 from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
 
 Source = str | Path | Iterable[str]
@@ -155,9 +156,10 @@ def train(
             the model ``initialize_from``; without either, ``tiny``.
         config: a TOML configuration file.
         resume: continue a run: its folder, or True for the folder ``out``, or for the newest run if
-            ``out`` is not given. Only the length, ``patience``, ``on_nan`` and ``out`` may be given
-            with it; and ``data``, ``val_file`` and ``replay_data``, for the same text in another
-            place. A length such as ``minutes="+60"`` is added to what the run has trained.
+            ``out`` is not given. Only the length, ``patience``, ``on_nan``, ``log``, ``html`` and
+            ``out`` may be given with it; and ``data``, ``val_file`` and ``replay_data``, for the
+            same text in another place. A length such as ``minutes="+60"`` is added to what the run
+            has trained.
         force: overwrite the run in the folder ``out``.
         callbacks: see ``mmrec.Callback``.
         progress: whether to print messages and a progress bar.
@@ -304,6 +306,10 @@ def check_effects(given: dict[str, Any], config: TrainConfig) -> None:
         raise InputError(f"--decay-fraction has no effect: the schedule is {schedule}, not wsd")
     if "teacher_weight" in given and not config.distillation.teachers:
         raise InputError(f"teacher_weight needs teachers; got {given['teacher_weight']:g} alone")
+    if "sample_prompt" in given and not config.evaluation.sample_tokens:
+        raise InputError(
+            f"sample_prompt has no effect with sample_tokens 0; got {given['sample_prompt']!r}"
+        )
 
 
 def load_initial_model(where: str, settings: dict[str, Any]) -> LoadedModel:
@@ -352,6 +358,7 @@ def begin_run(
     """
     config, model, source = plan.train, plan.model, plan.source
     check_not_past(config.length.until)
+    trackers = make_trackers(config.output.trackers)
     default, out = default_run_dir(plan.preset, config.data.source), config.output.out
     if out or force:  # before any long work
         check_run_dir(user_path(out) if out else default, plan.input_files, force=force)
@@ -381,6 +388,7 @@ def begin_run(
             )
     lock = open_run_dir(out, default, force=force, inputs=plan.input_files)
     trainer.run_dir = lock.folder
+    trainer.callbacks += trackers
     return lock, trainer
 
 
@@ -504,6 +512,7 @@ def resume_run(
     lock = FolderLock(folder)
     try:
         preset, model, config, metadata = _saved_settings(folder, changes)
+        trackers = make_trackers(config.output.trackers)
         progress = _saved_progress(folder)
         patience = config.evaluation.patience
         if lengths and 0 < patience <= progress.evals_since_best:
@@ -544,6 +553,7 @@ def resume_run(
             folder=folder,
         )
         trainer.config = dataclasses.replace(trainer.config, length=length)
+        trainer.callbacks += trackers
     except BaseException:
         lock.release()
         raise

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmrec.config import LengthConfig, read_config_file
+from mmrec.config import VERSION, LengthConfig, read_config_file
 from mmrec.errors import InputError, StorageError
+from mmrec.runtime import machine
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import lock_owner
 from mmrec.training.metrics import format_duration
 
+REPORT_FILE = "report.html"
+"""The page of ``mmrec report``."""
 STATUS_FILE = "status.json"
 """What a run says about its speed. Its log holds no clock, so that equal runs write equal logs."""
 SECONDS_BETWEEN_FILES = 10.0
@@ -32,6 +35,14 @@ LAST_LOSSES = 20
 """The training loss is the mean of so many steps."""
 RUNS = Path("runs")
 """Where run folders are by default."""
+ENDED = {
+    "done": "ended: its length was reached",
+    "early": "ended early: the validation loss got no better",
+    "stopped": "ended: a callback stopped it",
+    "signal": "ended: a signal stopped it; it was saved",
+    "killed": "not running, and it did not end by itself",
+}
+"""What the states of a run that does not train mean."""
 
 
 class _Mark(NamedTuple):
@@ -83,6 +94,7 @@ class StatusReporter:
             smoothing=0.05,
             disable=not (show and os.isatty(2)),
         )
+        self._machine = machine.describe()
         self._step, self._seconds = step, 0.0
         now = _Mark(time.monotonic(), 0, 0, 0.0)
         self._newest = self._last_line = now
@@ -144,6 +156,8 @@ class StatusReporter:
             "tokens_per_second": round((now.tokens - first.tokens) / seconds),
             "seconds": round(self._seconds, 1),
             "seconds_left": round(self._seconds_left(steps / seconds), 1),
+            "machine": self._machine,
+            "mmrec_version": VERSION,
         }
         with contextlib.suppress(StorageError):  # the log says so too, and is needed
             atomic_write_text(self._folder / STATUS_FILE, json.dumps(status) + "\n")
@@ -192,12 +206,34 @@ class RunStatus:
     last_step_age: float
     """Seconds since the log was written."""
 
+    @property
+    def state_in_words(self) -> str:
+        """``state``, as a sentence for people."""
+        if self.state == "running":
+            return f"running, {self.writer}"
+        return ENDED.get(self.state, self.state)
+
 
 class Curve(NamedTuple):
     """Losses by step, in nats per token."""
 
     train: list[tuple[int, float]]
     val: list[tuple[int, float]]
+
+
+class RunLog(NamedTuple):
+    """What ``metrics.jsonl`` says."""
+
+    step: int
+    """The newest step."""
+    recent_losses: list[float]
+    """Those of the newest ``LAST_LOSSES`` steps, in nats per token."""
+    curve: Curve
+    """Of a long run with only some of its steps."""
+    validations: list[dict[str, Any]]
+    """The lines of validations on the fixed subset."""
+    epochs: list[dict[str, Any]]
+    """The lines of ended epochs."""
 
 
 def find_run(where: Path | None) -> Path:
@@ -223,8 +259,8 @@ def find_run(where: Path | None) -> Path:
     return own.parent if own in logs else max(logs, key=lambda p: p.stat().st_mtime_ns).parent
 
 
-def read_status(run: Path) -> tuple[RunStatus, Curve]:
-    """Read where a run stands, and its loss curve, from the small files of its folder.
+def read_status(run: Path) -> tuple[RunStatus, RunLog]:
+    """Read where a run stands, and its log, from the small files of its folder.
 
     Raises:
         InputError: the folder holds no log of a run.
@@ -241,7 +277,7 @@ def read_status(run: Path) -> tuple[RunStatus, Curve]:
         raise InputError(f"{path} is not the log of a run") from None
     newest = log.validations[-1] if log.validations else None
     best = min(log.validations, key=lambda v: float(v["loss"]), default=None)
-    status, summary = _read_json(run / STATUS_FILE), _read_json(run / "summary.json")
+    status, summary = read_json(run / STATUS_FILE), read_json(run / "summary.json")
     length = LengthConfig()
     with contextlib.suppress(InputError):
         settings = read_config_file(run / "config.toml").train
@@ -259,7 +295,7 @@ def read_status(run: Path) -> tuple[RunStatus, Curve]:
     elif state == "running" and "seconds_left" in status:
         left = max(0.0, status["seconds_left"] - _age(run / STATUS_FILE))
     checkpoint = _newest_checkpoint(run)
-    status_and_curve = RunStatus(
+    return RunStatus(
         run=str(run),
         state=state,
         writer=writer,
@@ -279,20 +315,10 @@ def read_status(run: Path) -> tuple[RunStatus, Curve]:
         checkpoint=checkpoint.name if checkpoint else None,
         checkpoint_age=_age(checkpoint) if checkpoint else None,
         last_step_age=max(0.0, time.time() - changed),
-    )
-    return status_and_curve, log.curve
+    ), log
 
 
-class _Log(NamedTuple):
-    """What a log says."""
-
-    step: int
-    recent_losses: list[float]
-    curve: Curve
-    validations: list[dict[str, Any]]
-
-
-def _read_log(data: bytes) -> _Log:
+def _read_log(data: bytes) -> RunLog:
     """Read a log. Of a long one some lines of training are left out."""
     lines = data.split(b"\n")[:-1]  # a run may be writing the last one
     is_train = [b'"kind": "train"' in line for line in lines]
@@ -300,11 +326,11 @@ def _read_log(data: bytes) -> _Log:
     stride = max(1, len(numbers) // MAX_CURVE_LINES)
     chosen = {*numbers[::stride], *numbers[-LAST_LOSSES:]}
     train = [_line(lines[i]) for i in sorted(chosen)]
-    others = (_line(line) for line, train in zip(lines, is_train, strict=True) if not train)
-    val = [x for x in others if x["kind"] == "val"]
+    others = [_line(line) for line, train in zip(lines, is_train, strict=True) if not train]
+    val, epochs = ([x for x in others if x["kind"] == kind] for kind in ("val", "epoch"))
     curve = Curve(*([(x["step"], float(x["loss"])) for x in kind] for kind in (train, val)))
     recent = [loss for _, loss in curve.train[-LAST_LOSSES:]]
-    return _Log(train[-1]["step"] if train else 0, recent, curve, val)
+    return RunLog(train[-1]["step"] if train else 0, recent, curve, val, epochs)
 
 
 def _line(text: bytes) -> dict[str, Any]:
@@ -313,7 +339,7 @@ def _line(text: bytes) -> dict[str, Any]:
     return dict(line)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no whole one."""
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -91,7 +91,8 @@ from mmrec.training.replicas import (
     split_state,
 )
 from mmrec.training.run_dir import CONFIG_MARK
-from mmrec.training.status import StatusReporter
+from mmrec.training.samples import SampleLog, Sampler, describe_prompt, describe_sample
+from mmrec.training.status import REPORT_FILE, StatusReporter
 
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
@@ -240,6 +241,10 @@ class Trainer:
         self._frozen_tokens = 0
         """So many rows of the embedding are frozen while those of new tokens learn."""
         self.metrics: MetricsLog = NullMetricsLog()
+        self.samples: SampleLog | None = None
+        self._sampler: Sampler | None = None
+        if config.evaluation.sample_tokens:
+            self._sampler = Sampler(corpus, config.evaluation, training.seed)
 
     def _check_process_group(self) -> None:
         size, config = self.process_group.size, self.config
@@ -454,11 +459,20 @@ class Trainer:
                     draw_curve=self._draw_curve,
                     warn=lambda line: self.echo(line),
                 )
+                if self._sampler is not None:
+                    resumed_step = self.progress.step if resume else None
+                    self.samples = SampleLog(self.run_dir, resumed_step, self._retry)
             try:
+                for callback in self.callbacks:
+                    callback.on_start(self)
                 ended = self._run()
             finally:
                 self.metrics.close()
+                if self.samples is not None:
+                    self.samples.close()
             summary = self._write_summary(ended)
+        if is_first and self.config.output.html:
+            self._write_report()
         for callback in self.callbacks:
             callback.on_end(self, summary)
         return summary
@@ -676,6 +690,30 @@ class Trainer:
             self.echo(warning)
         for callback in self.callbacks:
             callback.on_validation(self, scores)
+        self._write_sample(scores.loss)
+
+    def _write_sample(self, loss: float) -> None:
+        """Let the model write a text, in one process, if it has whole weights.
+
+        Args:
+            loss: the validation loss.
+        """
+        group, p = self.process_group, self.progress
+        if self.samples is None or self._sampler is None or group.rank or group.sharded:
+            return
+        sample = {
+            "step": p.step,
+            "tokens": self.tokens_trained,
+            "seconds": round(p.seconds, 1),
+            "prompt": self._sampler.prompt,
+            "text": self._sampler.write(self.model),
+            "seed": self.config.optimizer.seed,
+        }
+        self.samples.write(sample)
+        for line in describe_sample(sample, loss):
+            self.echo(line)
+        for callback in self.callbacks:
+            callback.on_sample(self, sample)
 
     def end_epoch(self) -> None:
         """Score the whole validation split and add a row to the table of epochs.
@@ -769,6 +807,10 @@ class Trainer:
             restored.lr_scale = p.lr_scale * divergence.ROLLBACK_LR_SCALE
             restored.rollbacks = p.rollbacks + 1
             self.metrics.rewind(restored.metrics_lines)
+            if self.samples is not None:
+                self.samples.rewind(restored.step)
+            for callback in self.callbacks:
+                callback.on_rollback(self)
             self.echo(
                 f"rollback: {error}; back to step {restored.step:,}, with other data and "
                 f"{restored.lr_scale:g} of the learning rates"
@@ -846,6 +888,12 @@ class Trainer:
         )
         for line in self._describe_epochs(steps, epochs):
             self.echo(line)
+        if self._sampler is not None:
+            self.echo(
+                "note    no text is written at validations: each process has a part of the weights"
+                if self.process_group.sharded
+                else describe_prompt(self._sampler.prompt)
+            )
         self.echo(
             f"time    about {format_duration(seconds_left)} at {rate:,.0f} tokens/s "
             f"(kernels ready after {compile_seconds:.0f} s); run folder {self.run_dir}"
@@ -958,6 +1006,15 @@ class Trainer:
             write_with_retry(lambda: atomic_write_text(path, text), self._retry)
         return summary
 
+    def _write_report(self) -> None:
+        """Write ``report.html``. A failure is a warning: the run has ended well."""
+        from mmrec.training.report import write_report
+
+        try:
+            write_report(self.run_dir, self.run_dir / REPORT_FILE, force=None)
+        except InputError as error:
+            self.echo(f"warning: {error}")
+
     # ---- saving and restoring
 
     def save_resumable(self, name: str) -> None:
@@ -969,6 +1026,8 @@ class Trainer:
             name: file name.
         """
         self.progress.metrics_lines = self.metrics.sync()
+        if self.samples is not None:
+            self.samples.sync()
         self.save(name, resumable=True)
 
     def save(self, name: str, *, resumable: bool) -> None:

@@ -404,6 +404,46 @@ MISTAKES = [
     ("status", "RUN", "runs/none", "no run in runs/none: expected a folder with a metrics.jsonl"),
     ("status", "RUN", "book.txt", "no run in book.txt: expected a folder with a metrics.jsonl"),
     ("status", "--watch", "runs/one --watch", "--watch needs a terminal; for another program: --j"),
+    ("report", "RUN", "runs/none", "no run in runs/none: expected a folder with a metrics.jsonl"),
+    ("report", "--out", "runs/one --out book.txt", "book.txt is there already, .*no page of a run"),
+    ("report", "--out", "runs/one --out none/x.html", "--out .*; there is no folder none"),
+    (
+        "report",
+        "--out",
+        "runs/one --out runs/one/metrics.jsonl --force",
+        "--out must not be a file that is read, and runs/one/metrics.jsonl is one",
+    ),
+    *[
+        mistake
+        for command, before in (("train", "tiny"), ("finetune", "runs/one --data book.txt"))
+        for mistake in (
+            (
+                command,
+                "--log",
+                f"{before} --log tensorbord",
+                "log must name some of tensorboard, trackio, .*; got 'tensorbord'; did you mean 't",
+            ),
+            (command, "--log", f"{before} --log trackio,", "log must name .*; got 'trackio,'"),
+            (
+                command,
+                "--log",
+                f"{before} --log tensorboard,tensorboard",
+                "log must name a program once; got 'tensorboard,tensorboard'",
+            ),
+            (
+                command,
+                "--sample-prompt",
+                f"{before} --sample-prompt hello --sample-tokens 0",
+                "sample_prompt has no effect with sample_tokens 0; got 'hello'",
+            ),
+        )
+    ],
+    (
+        "train",
+        "--sample-prompt",
+        "--config small.toml --data book.txt --tokenizer char --sample-prompt ☃",
+        "sample_prompt, line 1, character 1: the character '☃'",
+    ),
     ("train", "--steps", "tiny --steps", "'--steps' requires an argument .see mmrec train --help"),
     ("train", "--steps", "tiny --stpes 4", "No such option: --stpes; did you mean '--steps'."),
     (

@@ -74,7 +74,8 @@ def test_a_single_process_takes_all_cores() -> None:
     [
         "mmrec.kernels, mmrec.kernels._simd, mmrec.kernels._math, mmrec.kernels._bf16",
         "mmrec.config, mmrec.data.tokenizer, mmrec.checkpoint.manager, mmrec.checkpoint.header, "
-        "mmrec.checkpoint.hdf5, mmrec.checkpoint.outputs, mmrec.cli.main, mmrec.training.status",
+        "mmrec.checkpoint.hdf5, mmrec.checkpoint.outputs, mmrec.cli.main, mmrec.training.status, "
+        "mmrec.training.report",
         "mmrec.inference.decoder, mmrec.inference.weights",
     ],
 )

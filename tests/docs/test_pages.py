@@ -15,6 +15,7 @@ OTHER_PROGRAMS = {
     *("--index-url", "--no-deps"),  # pip
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
+    *("--logdir", "--project"),  # tensorboard, trackio
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
     *("--llama2c", "--long", "--show"),
     *("--install-completion", "--option"),

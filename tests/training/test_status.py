@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from mmrec.config import LengthConfig
+from mmrec.config import VERSION, LengthConfig
 from mmrec.data.corpus import Corpus
 from mmrec.errors import InputError
+from mmrec.runtime import machine
 from mmrec.runtime.locking import FolderLock, lock_owner
 from mmrec.training import status as status_module
 from mmrec.training.status import Curve, StatusReporter, find_run, read_status, text_curve
@@ -69,6 +70,8 @@ def test_a_line_a_minute_without_a_terminal(
         "tokens_per_second": 32,
         "seconds": 300.0,
         "seconds_left": 200.0,
+        "machine": machine.describe(),
+        "mmrec_version": VERSION,
     }
     assert capsys.readouterr().err == ""
 
@@ -104,7 +107,8 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
 def test_a_run_that_ended(corpus: Corpus, tmp_path: Path) -> None:
     trainer = make_trainer(corpus, tmp_path / "run", draw_curve=False)
     summary = trainer.fit()
-    now, curve = read_status(tmp_path / "run")
+    now, log = read_status(tmp_path / "run")
+    curve = log.curve
     assert (now.state, now.writer, now.step, now.total_steps) == ("done", None, 12, 12)
     assert (now.fraction_done, now.seconds_left, now.checkpoint) == (1.0, None, "last.h5")
     assert (now.best_step, now.best_val_loss) == (summary["best_step"], summary["best_val_loss"])
@@ -127,7 +131,7 @@ def test_the_command_prints_what_was_read(
     make_trainer(corpus, tmp_path / "runs/one", draw_curve=False).fit()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")
-    now, curve = read_status(Path("runs/one"))
+    now, log = read_status(Path("runs/one"))
     assert call(monkeypatch, "status") == 0
     out = capsys.readouterr().out
     assert out.isascii()
@@ -137,7 +141,7 @@ def test_the_command_prints_what_was_read(
     assert lines[2].startswith("step    12 of 12, 100.0% of the run; ")
     assert f"best    {now.best_val_loss:.4f} at step {now.best_step}" in lines
     assert f"speed   {now.tokens_per_second:,} tokens/s" in lines
-    assert lines[-15:] == text_curve(curve, 39)
+    assert lines[-15:] == text_curve(log.curve, 39)
     assert call(monkeypatch, "status runs/one --json") == 0
     read = json.loads(capsys.readouterr().out)
     ages = {"checkpoint_age", "last_step_age"}
@@ -209,11 +213,11 @@ def test_a_log_that_is_being_written(tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(f'{text}{{"kind": "train", "st')
     began = time.perf_counter()
-    now, curve = read_status(tmp_path)
+    now, log = read_status(tmp_path)
     assert time.perf_counter() - began < 2
     assert (now.step, now.val_step, now.state, now.length) == (20_000, 150, "killed", None)
     assert now.train_loss == pytest.approx(1 + sum(1 / n for n in range(19_981, 20_001)) / 20)
-    assert len(curve.train) < 6000
+    assert len(log.curve.train) < 6000
     for text in ("[1]\n", '{"a": 1}\n', "text\n", '{"kind": "val", "step": 1}\n'):
         (tmp_path / "metrics.jsonl").write_text(text)
         with pytest.raises(InputError, match=r"metrics.jsonl is not the log of a run"):

@@ -43,6 +43,7 @@ def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
     assert names == {
         "config.toml",
         "metrics.jsonl",
+        "samples.jsonl",
         "loss.png",
         "status.json",
         "summary.json",
