@@ -16,7 +16,7 @@ OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
-    *("--llama2c", "--long", "--show"),
+    *("--llama2c", "--long", "--show", "--namespaces"),
     *("--install-completion", "--option"),
 }
 
