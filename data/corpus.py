@@ -3,9 +3,10 @@
 The layout of the file is described in docs/reference/file-formats.md.
 """
 
+import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import platformdirs
 
 from mmrec.checkpoint.hdf5 import map_array, open_h5_file, read_array, read_json
+from mmrec.data.document_record import DocumentRecord
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.runtime.names import user_path
@@ -74,7 +76,11 @@ class Corpus:
         tokenizer: what the text was tokenised with.
         info: JSON: ``source``, ``fingerprint`` (SHA-256 of the texts), ``duplicates``,
             ``near_duplicates``, ``cut_documents`` and ``skipped`` (counts), ``longest`` and
-            ``random`` (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``.
+            ``random`` (some documents of both kinds), ``mixture``, ``cache_key`` and ``python``;
+            of a text that was added to another one also ``earlier``, the identities of those that
+            it continues.
+        documents: the record of its documents; None for conversations, and for files of mmrec 0.6
+            and earlier.
     """
 
     path: Path
@@ -82,6 +88,32 @@ class Corpus:
     val: Split
     tokenizer: Tokenizer
     info: dict[str, Any]
+    documents: DocumentRecord | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the text, as JSON: its SHA-256, and how it is mixed, split and tokenised.
+
+        Names do not count.
+        """
+        streams = [list(stream) for stream in self.mixture_streams]
+        return {
+            "fingerprint": self.info["fingerprint"],
+            "mixture": streams if len(streams) > 1 else [],
+            "split": [self.train.n_tokens, self.val.n_tokens],
+            "tokenizer": hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest(),
+        }
+
+    @property
+    def earlier(self) -> list[dict[str, Any]]:
+        """The identities of the texts to which this one was added, the oldest first."""
+        earlier: list[dict[str, Any]] = self.info.get("earlier", [])
+        return earlier
+
+    def continues(self, fingerprint: Any) -> bool:
+        """Whether this is the text with a fingerprint, or that text with more added to it."""
+        known = [self.info["fingerprint"], *(text["fingerprint"] for text in self.earlier)]
+        return fingerprint in known
 
     @property
     def mixture_streams(self) -> list[tuple[float, int, int]]:
@@ -112,12 +144,21 @@ class Corpus:
             info = read_json(file, "info")
             _check_info(info)
             tokenizer = Tokenizer.from_json(json.dumps(read_json(file, "tokenizer")))
+            documents = None
+            if "documents" in file:
+                documents = DocumentRecord.read_arrays(
+                    file, "documents", val_documents=info.get("val_documents", 0)
+                )
             train, val = (_read_split(file, path, name, tokenizer) for name in SPLITS)
             ends = [0, *(component["end"] for component in info["mixture"])]
             weights = [component["weight"] for component in info["mixture"]]
             if sorted(ends) != ends or ends[-1] != train.n_tokens or not min(weights) > 0:
                 raise ValueError("its mixture does not add up to the training tokens")
-        return cls(path, train, val, tokenizer, info)
+        corpus = cls(path, train, val, tokenizer, info, documents)
+        if documents is None:
+            return corpus
+        whole = replace(documents, identity=corpus.identity, earlier=corpus.earlier)
+        return replace(corpus, documents=whole)
 
 
 def _check_info(info: dict[str, Any]) -> None:
@@ -134,6 +175,8 @@ def _check_info(info: dict[str, Any]) -> None:
     }
     excerpt = {"name": str, "bytes": int, "text": str}
     component = {"source": str, "weight": float, "end": int}
+    if not all("fingerprint" in text for text in info.get("earlier", [])):
+        raise ValueError("earlier in info has the wrong type")
     for key, kind in types.items():
         fields = component if key == "mixture" else excerpt
         good = isinstance(info[key], kind) and all(

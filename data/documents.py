@@ -6,6 +6,7 @@ neither reads nor hashes them again, whatever its vocabulary.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -85,6 +86,26 @@ class StoredDocuments:
         self._file.seek(0)
         for size, ends in zip(self.piece_bytes, self.ends_document, strict=True):
             yield Document("", self._file.read(size).decode(), not ends)
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Byte at which each piece begins (pieces + 1,), and first piece of each document."""
+        begins = np.concatenate([[0], np.cumsum(np.array(self.piece_bytes, np.int64))])
+        last_pieces = np.flatnonzero(np.array(self.ends_document, np.uint8))
+        return begins, np.concatenate([[0], last_pieces + 1])
+
+    def read(self, document: int, begin: int, end: int) -> Iterator[Document]:
+        """Read the characters of a document from ``begin`` to ``end``, in pieces if it is long."""
+        byte, first_piece = self._places
+        for piece in range(first_piece[document], first_piece[document + 1]):
+            if end <= 0:
+                return
+            self._file.seek(int(byte[piece]))
+            text = self._file.read(self.piece_bytes[piece]).decode()
+            if begin < len(text):
+                is_last = end <= len(text) or piece + 1 == first_piece[document + 1]
+                yield Document("", text[begin:end], not is_last)
+            begin, end = max(0, begin - len(text)), end - len(text)
 
     def keep(self, path: Path) -> None:
         """Move the text to ``path``, and write beside it what ``open_documents`` needs.

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from mmrec.checkpoint.hdf5 import atomic_h5_file, open_h5_file, read_json, write_json
 from mmrec.checkpoint.outputs import check_not_read, check_output
 from mmrec.config import DataConfig
+from mmrec.data.added_text import ContinuedText, KnownText, continue_text
 from mmrec.data.conversations import holds_conversations, prepare_conversations
 from mmrec.data.corpus import (
     CORPUS_SUFFIXES,
@@ -30,6 +31,7 @@ from mmrec.data.corpus import (
     is_prepared,
     token_dtype,
 )
+from mmrec.data.document_record import DocumentRecord
 from mmrec.data.documents import check_room, read_once
 from mmrec.data.readers import Document, ReadOptions
 from mmrec.data.sources import (
@@ -59,6 +61,8 @@ SAMPLED_FROM = 4
 """A text of at most so many times the sample is taken whole."""
 ROOM_SAMPLE_CHARS = 1 << 20
 """Characters at the beginning of the text by which the number of its tokens is estimated."""
+BPE_TOKEN_BYTES = 3.9
+"""Bytes of English text per token of a BPE vocabulary of 5,000, about."""
 MANY_COPIES = 0.1
 """Share of exact copies among the documents from which on they are mentioned."""
 LOCK_NAME = ".mmrec.prepare.lock"
@@ -144,6 +148,7 @@ def prepare(
     add_characters: bool = False,
     compress: bool = False,
     force: bool = False,
+    known: KnownText | None = None,
     shard_chars: int = SHARD_CHARS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
 ) -> Path:
@@ -166,6 +171,8 @@ def prepare(
         add_characters: add the characters of the source to a given ``char`` tokenizer.
         compress: compress the tokens, which are then read into memory as a whole.
         force: replace a file ``out`` that is no corpus, unless it is read.
+        known: the text of a run that is resumed: if the source is another one, it must be that text
+            with more added to it, whose tokens, split and order stay as they are.
         shard_chars: characters of text in a shard.
         tokenizer_sample_bytes: a ``bpe`` tokenizer is trained on a random sample of about this many
             bytes of the training text if the source is more than four times as long, else on all.
@@ -188,6 +195,7 @@ def prepare(
             source, tokenizer, options, echo, add_characters=add_characters
         )
     components = _components(source)
+    known = None if len(components) > 1 else known
     if out is not None:
         inputs = [*source_files(source), *source_files(options.val_file)]
         check_not_read(out, inputs)
@@ -234,6 +242,7 @@ def prepare(
             echo=echo,
             add_characters=add_characters,
             compress=compress,
+            known=known,
             shard_chars=shard_chars,
             tokenizer_sample_bytes=tokenizer_sample_bytes,
         )
@@ -271,11 +280,12 @@ def open_corpus(
     options: ReadOptions | None = None,
     *,
     add_characters: bool = False,
+    known: KnownText | None = None,
 ) -> Corpus:
     """Open the corpus of a source under a given tokenizer, such as that of a trained model.
 
     Args:
-        source, progress, options, add_characters: as for ``prepare``.
+        source, progress, options, add_characters, known: as for ``prepare``.
         tokenizer: the tokenizer that the corpus must have. With ``add_characters`` the corpus has
             it with the characters that are new to it at the end.
 
@@ -284,7 +294,12 @@ def open_corpus(
         StorageError: the file cannot be written.
     """
     path = prepare(
-        source, tokenizer, progress=progress, options=options, add_characters=add_characters
+        source,
+        tokenizer,
+        progress=progress,
+        options=options,
+        add_characters=add_characters,
+        known=known,
     )
     corpus = Corpus.open(path)
     if tokenizer.extends(corpus.tokenizer):  # a prepared file may know fewer characters
@@ -321,6 +336,78 @@ def training_texts(source: str | Path, options: ReadOptions | None = None) -> It
                 f"{source} is too small to have training text; it has {_count(total, 'byte')}"
             )
         yield from sample_training_text(plan.assign(stored), _sample_fraction(total))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSize:
+    """Size of the training and the validation text of a source, without exact copies.
+
+    Attributes:
+        source: its name.
+        characters, bytes: of the training text.
+        val_characters, val_bytes: of the validation text.
+        tokenizer: of a prepared corpus the kind of its tokenizer; else empty.
+        counts: of a prepared corpus its training and validation tokens.
+    """
+
+    source: str
+    characters: int
+    bytes: int
+    val_characters: int
+    val_bytes: int
+    tokenizer: str = ""
+    counts: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of_corpus(cls, corpus: Corpus) -> "TextSize":
+        """The size of a prepared corpus."""
+        sizes = corpus.train.n_bytes, corpus.train.n_bytes, corpus.val.n_bytes, corpus.val.n_bytes
+        counts = corpus.train.n_tokens, corpus.val.n_tokens
+        return cls(str(corpus.path), *sizes, corpus.tokenizer.kind, counts)
+
+    def tokens(self, kind: str) -> int:
+        """Training tokens under a kind of tokenizer, about."""
+        return self.counts[0] or self._count(kind, self.characters, self.bytes)
+
+    def val_tokens(self, kind: str) -> int:
+        """Validation tokens under a kind of tokenizer, about."""
+        return self.counts[1] or self._count(kind, self.val_characters, self.val_bytes)
+
+    @staticmethod
+    def _count(kind: str, characters: int, size: int) -> int:
+        return {"char": characters, "byte": size}.get(kind, int(size / BPE_TOKEN_BYTES))
+
+
+def measure_text(source: Source, options: ReadOptions | None = None) -> TextSize:
+    """Read a source, or find it among the texts that are kept, and measure what is learnt of it.
+
+    Args:
+        source: as for ``prepare``, a mixture too, but no prepared corpus.
+        options: how it is read and split.
+
+    Raises:
+        InputError: the source cannot be read, or is empty.
+    """
+    options = options or ReadOptions()
+    train, val = np.zeros(2), np.zeros(2)  # characters and bytes
+    for _, name, component in _components(source):
+        own = dataclasses.replace(options)  # with counts of its own
+        with read_once([(component, own)], cache_folder()) as stored:
+            if not len(stored.scan.keys):
+                raise own.no_text(name)
+            scan, plan = stored.scan, plan_split(stored.scan, own)
+        sizes = np.stack([scan.lengths, scan.sizes])
+        share = plan.cuts / scan.lengths
+        train += (sizes * share)[:, plan.cuts != DROPPED].sum(axis=1)
+        val += (sizes * (1 - share))[:, plan.cuts != DROPPED].sum(axis=1)
+    if options.val_file:
+        train += val
+        own = dataclasses.replace(options, max_bytes=0, val_file="")
+        with read_once([(options.val_file, own)], cache_folder()) as stored:
+            val[:] = stored.scan.lengths.sum(), stored.scan.sizes.sum()
+    name = str(source) if isinstance(source, str | Path) else DOCUMENTS
+    characters, size, val_characters, val_size = (round(float(n)) for n in (*train, *val))
+    return TextSize(name, characters, size, val_characters, val_size)
 
 
 @contextlib.contextmanager
@@ -372,10 +459,12 @@ class _Preparation:
     echo: Echo
     add_characters: bool
     compress: bool
+    known: KnownText | None
     shard_chars: int
     tokenizer_sample_bytes: int
 
     def __post_init__(self) -> None:
+        self.continued: ContinuedText | None = None
         self.given_tokenizer = self.tokenizer if isinstance(self.tokenizer, Tokenizer) else None
         self.kind = self.tokenizer.kind if isinstance(self.tokenizer, Tokenizer) else self.tokenizer
         self.vocab_size = self.vocab_size if self.kind == "bpe" else 0
@@ -395,6 +484,8 @@ class _Preparation:
         if self.options.val_file:
             sources.insert(0, (self.options.val_file, self.val_options))
         tokenizer, new_characters, inspect = self.given_tokenizer, set[str](), None
+        if self.known:  # whose characters are those of its text, and of what is added to it
+            tokenizer = self.known.tokenizer
         if tokenizer and tokenizer.kind == "char":
             inspect = functools.partial(check_characters, tokenizer)
             if self.add_characters:
@@ -415,6 +506,8 @@ class _Preparation:
         if len(division) > 2 or self.val_documents:  # which text is of which source
             fingerprint = hashlib.sha256(f"{fingerprint} {division}".encode()).hexdigest()
         self.fingerprint = fingerprint
+        if self.known and fingerprint != self.known.record.identity["fingerprint"]:
+            self._continue(self.known)
         if not self.val_options.has_records:
             self.options.check_text_field(self.source)
         if self.skipped_records:
@@ -442,6 +535,18 @@ class _Preparation:
         key_hash = hashlib.sha256(json.dumps(self.cache_key).encode()).hexdigest()[:16]
         self.file_name = f"{stem}-{self.kind}-{key_hash}.h5"
 
+    def _continue(self, known: KnownText) -> None:
+        """Take the source as the text of a run to which text was added.
+
+        Raises:
+            InputError: it is another text.
+        """
+        self.continued = continue_text(
+            known, self.source, self.stored, self.val_documents, self.options
+        )
+        self.fingerprint, self.given_tokenizer = self.continued.fingerprint, known.tokenizer
+        self.component_ends = [len(self.continued.plan.cuts)]
+
     def write(self, path: Path) -> None:
         """Split and tokenise the text, and write the corpus file.
 
@@ -450,12 +555,15 @@ class _Preparation:
             StorageError: the file cannot be written.
         """
         scan, size = self.scan, int(self.scan.sizes.sum())
-        plan = plan_split(
-            scan,
-            self.options,
-            self.val_documents,
-            self.component_ends if len(self.mixture) > 1 else (),
-        )
+        if self.continued:
+            plan = self.continued.plan
+        else:
+            plan = plan_split(
+                scan,
+                self.options,
+                self.val_documents,
+                self.component_ends if len(self.mixture) > 1 else (),
+            )
         self._check_splits(plan)
         shards = TokenShards(path, self.cache_key, self.shard_chars)
         tokenizer = self.given_tokenizer or shards.tokenizer
@@ -476,7 +584,7 @@ class _Preparation:
         self.echo(f"corpus {self.source}: tokenising{earlier}")
         with progress_bar(size, "tokenising") as bar:
             bar.update(shards.bytes)
-            shards.fill(tokenizer, plan.assign(self.stored), bar.update)
+            shards.fill(tokenizer, plan.assign(self.continued or self.stored), bar.update)
         rate = remaining / 1e6 / (time.perf_counter() - begin)
         self._describe_split(plan, shards)
         info = {
@@ -491,9 +599,22 @@ class _Preparation:
             "random": scan.sampled,
             "mixture": self._mixture_info(plan, shards),
             "python": platform.python_version(),
+            "val_documents": self.val_documents,
         }
+        if self.continued:
+            record = self.continued.record
+            info["earlier"] = record.earlier
+        else:
+            record = DocumentRecord(
+                scan.keys,
+                scan.lengths,
+                plan.cuts,
+                np.full(len(scan.keys), -1, np.int64),
+                self.val_documents,
+            )
         with atomic_h5_file(path, KIND, SCHEMA) as file:
             shards.copy_into(file, compress=self.compress)
+            record.write_arrays(file, "documents")
             write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
             write_json(file, "info", info)
         self.echo(f"corpus {self.source}: {shards.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
@@ -627,6 +748,7 @@ def _has_cache_key(path: Path, cache_key: list[Any]) -> bool:
     """Whether a corpus file is of this text and these settings; a damaged file is not."""
     try:
         with open_h5_file(path, KIND, SCHEMA, SCHEMA) as file:
-            return bool(read_json(file, "info")["cache_key"] == cache_key)
+            is_whole = "documents" in file  # mmrec 0.6 and earlier wrote none
+            return is_whole and bool(read_json(file, "info")["cache_key"] == cache_key)
     except InputError:
         return False

@@ -239,6 +239,62 @@ def plan_split(
     return SplitPlan(cuts, scan.lengths, duplicates, int(moved.sum()), int(has_alike.sum()), uneven)
 
 
+def plan_added_split(
+    new: SourceScan,
+    options: ReadOptions,
+    *,
+    known_keys: np.ndarray,
+    known_signatures: np.ndarray,
+    known_plan: SplitPlan,
+    val_documents: int = 0,
+) -> SplitPlan:
+    """Split what was added to a text that is split already, as a text of its own.
+
+    Copies of known documents are dropped. If the known text is not cut by position, a
+    near-duplicate of a known document goes to its split, so that no text stands in both; where that
+    document is cut, the near-duplicate is dropped. If the validation text is given, all that was
+    added is training text, but for near-duplicates of it.
+
+    Args:
+        new: what was added.
+        options: ``val_fraction``.
+        known_keys: (documents,) uint64, of the known text.
+        known_signatures: (documents, 16) uint64.
+        known_plan: how it is split.
+        val_documents: the first so many known documents are validation text that is given.
+
+    Returns:
+        The cut of every document that was added.
+    """
+    if val_documents:
+        cuts = np.full(len(new.keys), DROPPED, np.int64)
+        first = np.unique(new.keys, return_index=True)[1]
+        cuts[first] = new.lengths[first]
+        plan = SplitPlan(cuts, new.lengths, len(new.keys) - len(first))
+    else:
+        plan = plan_split(new, options)
+    copies = np.isin(new.keys, known_keys) & (plan.cuts != DROPPED)
+    plan.cuts[copies] = DROPPED
+    plan.duplicates += int(copies.sum())
+    if len(known_keys) < MIN_WHOLE_DOCUMENTS and not val_documents:
+        return plan
+    clusters = near_duplicate_clusters(
+        np.concatenate([known_signatures, new.signatures]), np.concatenate([known_keys, new.keys])
+    )
+    members = [np.zeros(len(clusters), bool) for _ in range(2)]
+    for mask, is_member in zip((known_plan.in_train, known_plan.in_val), members, strict=True):
+        is_member[clusters[: len(known_keys)][mask]] = True
+    in_train, in_val = (is_member[clusters[len(known_keys) :]] for is_member in members)
+    is_alike = (in_train | in_val) & (plan.cuts != DROPPED)
+    before = plan.cuts.copy()
+    plan.cuts[is_alike & in_train] = new.lengths[is_alike & in_train]
+    plan.cuts[is_alike & in_val] = DROPPED if val_documents else 0
+    plan.cuts[is_alike & in_train & in_val] = DROPPED
+    plan.near_duplicates += int((plan.cuts != before).sum())
+    plan.alike += int(is_alike.sum())
+    return plan
+
+
 def _cut_positions(lengths: np.ndarray, fraction: float) -> np.ndarray:
     """Characters (n,) int64 at which documents of ``lengths`` (n,) are cut by position."""
     # Python's own product of an int and a float: NumPy's could round another way

@@ -914,6 +914,8 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """The model family, by name."""
+AUTO = "auto"
+"""In place of a preset: it is chosen by the size of the text and the time."""
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 """How generation can hold the weights in memory; int8 has a scale per row."""

@@ -95,7 +95,7 @@ def training_corpus(
             f"{error}; if the text was moved, tell its run where it is: mmrec train --resume --out "
             f"{run} --data NEW"
         ) from None
-    if corpus.info["fingerprint"] != loaded.metadata.get("fingerprint"):
+    if not corpus.continues(loaded.metadata.get("fingerprint")):
         raise InputError(
             f"the text of {source}, or how mmrec reads it, changed since training: give {option}"
         )

@@ -90,10 +90,10 @@ def resumed_length(
     """
     if not given:
         return before
-    batches = progress.step * batches_per_step - progress.missing_batches
+    batches = progress.batches(batches_per_step)
     trained: dict[str, int | float] = {
         "steps": progress.step,
-        "epochs": batches / batches_per_epoch,
+        "epochs": progress.epochs_after(batches, batches_per_epoch),
         "minutes": progress.seconds / 60,
     }
     [(name, value)] = given.items()
@@ -104,7 +104,7 @@ def resumed_length(
     if name != "until" and asdict(length) != asdict(before):
         too_short = amount < trained[name]
         if name == "epochs":  # whole batches count
-            too_short = round(amount * batches_per_epoch) < batches
+            too_short = progress.batches_of(amount, batches_per_epoch) < batches
         if too_short:
             raise InputError(
                 f"{name} must not be less than the {trained[name]:.15g} that {folder} has trained; "

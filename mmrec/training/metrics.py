@@ -57,6 +57,10 @@ class Progress:
     first_new_token: int = 0
     """First of the token ids that were added to the vocabulary of the model that training began
     from; 0 if there are none."""
+    earlier_batches: int = 0
+    """Batches that were read before text was added to the text of the run."""
+    earlier_epochs: float = 0.0
+    """Passes over the text before that."""
     last_spike_step: int = 0
     """Step of the last warning of a loss spike."""
     current_epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,6 +71,34 @@ class Progress:
     validations: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """Step, validation loss, and mean training loss since the validation before."""
     losses_since_validation: list[float] = dataclasses.field(default_factory=list)
+
+    def batches(self, batches_per_step: int) -> int:
+        """Batches that were read."""
+        return self.step * batches_per_step - self.missing_batches
+
+    def epochs_after(self, batches: float, batches_per_epoch: float) -> float:
+        """Passes over the text, as it was at the time, in so many batches of the run."""
+        return self.earlier_epochs + (batches - self.earlier_batches) / batches_per_epoch
+
+    def batches_of(self, epochs: float, batches_per_epoch: float) -> int:
+        """Whole batches of the run that make so many passes, at least 1."""
+        since = round((epochs - self.earlier_epochs) * batches_per_epoch)
+        return max(1, self.earlier_batches + since)
+
+    def begin_longer_text(self, batches_per_step: int, batches_per_epoch: float) -> None:
+        """Begin a pass over a text to which more was added.
+
+        Losses on the longer validation text compare with none from before.
+
+        Args:
+            batches_per_step: batches of a step.
+            batches_per_epoch: batches in one pass over the text as it was.
+        """
+        batches = self.batches(batches_per_step)
+        self.earlier_epochs = self.epochs_after(batches, batches_per_epoch)
+        self.earlier_batches, self.data_offset = batches, 0
+        self.current_epoch, self.losses_since_validation, self.validations = {}, [], []
+        self.best_loss, self.best_step, self.evals_since_best = None, 0, 0
 
     def add_loss(self, loss: float) -> None:
         """Add the loss of a step to the current epoch."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmrec.checkpoint.hdf5 import is_sealed
 from mmrec.checkpoint.manager import step_checkpoints
 from mmrec.checkpoint.outputs import check_not_read, is_same_file
+from mmrec.data.document_record import DOCUMENTS_FILE
 from mmrec.errors import InputError, RunLockedError
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
@@ -15,7 +16,7 @@ from mmrec.training.status import REPORT_FILE, STATUS_FILE
 FILES = (
     *("config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", STATUS_FILE, "summary.json"),
     REPORT_FILE,
-    *("best.h5", "last.h5"),
+    *("best.h5", "last.h5", DOCUMENTS_FILE),
 )
 """The files of a run besides its ``step-N.h5`` checkpoints and its events for TensorBoard."""
 EVENTS_SUFFIX = ".mmrec-events"
@@ -128,7 +129,7 @@ def holds_run(folder: Path) -> bool:
     """Whether a run wrote in a folder. A user may have a ``config.toml`` there without one."""
     return (
         is_run_config(folder / "config.toml")
-        or any(is_sealed(path) for path in run_files(folder) if path.suffix == ".h5")
+        or any(is_sealed(path) for path in run_files(folder) if path.suffix in (".h5", ".hdf5"))
         or _is_run_log(folder / "metrics.jsonl")
     )
 

@@ -29,6 +29,7 @@ from mmrec.checkpoint.manager import (
     run_tokenizer,
 )
 from mmrec.config import (
+    AUTO,
     LENGTHS,
     MODEL_SETTINGS,
     RESUMABLE_SETTINGS,
@@ -40,7 +41,9 @@ from mmrec.config import (
     read_config_file,
 )
 from mmrec.config import preset as preset_config
+from mmrec.data.added_text import KnownText
 from mmrec.data.corpus import Corpus
+from mmrec.data.document_record import DOCUMENTS_FILE, DocumentRecord
 from mmrec.data.prepare import (
     check_given_settings,
     corpus_tokenizer_kind,
@@ -64,13 +67,14 @@ from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
 from mmrec.runtime.progress import hide_progress_bars
+from mmrec.training.auto import choose_for
 from mmrec.training.callbacks import Callback
 from mmrec.training.distillation import teacher_names
 from mmrec.training.length import check_not_past, given_lengths, resumed_length
 from mmrec.training.metrics import Progress, from_plain
 from mmrec.training.run_dir import check_run_dir, holds_run, open_run_dir
 from mmrec.training.trackers import make_trackers
-from mmrec.training.trainer import Trainer, check_same_text, corpus_identity
+from mmrec.training.trainer import Trainer, check_same_text
 
 Source = str | Path | Iterable[str]
 """Where text comes from: a name or path as for ``--data``, or the documents themselves."""
@@ -92,6 +96,8 @@ class RunPlan:
     """How the source is grown to the shape of ``model``; see ``GrowthPlan``."""
     tokenizer: Tokenizer | None = None
     """One that extends the source's, with a chat template; None takes the source's."""
+    note: str = ""
+    """A line for the user: what ``auto`` chose, and why."""
     inputs: tuple[Path, ...] = ()
     """Files that are read besides the texts and the source, such as the configuration file."""
 
@@ -152,14 +158,15 @@ def train(
     Args:
         data: text to train on: a name or path as for ``--data``, or a list or iterator of
             documents (strings). None takes that of ``config``, by default ``stdlib``.
-        preset: ``tiny``, ``mini``, … ``7b``. None takes that of ``config``, or the shape of
-            the model ``initialize_from``; without either, ``tiny``.
+        preset: ``tiny``, ``mini``, … ``7b``; or ``auto``, which chooses the preset and settings
+            that are not given by the size of the text and the time. None takes that of ``config``,
+            or the shape of the model ``initialize_from``; without either, ``tiny``.
         config: a TOML configuration file.
         resume: continue a run: its folder, or True for the folder ``out``, or for the newest run if
             ``out`` is not given. Only the length, ``patience``, ``on_nan``, ``log``, ``html`` and
             ``out`` may be given with it; and ``data``, ``val_file`` and ``replay_data``, for the
-            same text in another place. A length such as ``minutes="+60"`` is added to what the run
-            has trained.
+            same text in another place. ``data`` may also be the run's text with more added to it. A
+            length such as ``minutes="+60"`` is added to what the run has trained.
         force: overwrite the run in the folder ``out``.
         callbacks: see ``mmrec.Callback``.
         progress: whether to print messages and a progress bar.
@@ -198,11 +205,15 @@ def train(
                         f"give the folder once: as resume or as out; got {given['out']!r}"
                     )
                 given["out"] = str(resume)
-            lock, trainer = resume_run(given, documents=documents, echo=echo, **options)
+            lock, trainer = resume_run(
+                given,
+                documents=documents,
+                takes_additions="data" in given,
+                echo=echo,
+                **options,
+            )
         else:
-            plan = plan_run(preset, config, given, default_preset="tiny")
-            if documents is not None:
-                plan = dataclasses.replace(plan, documents=documents)
+            plan = plan_run(preset, config, given, default_preset="tiny", documents=documents)
             lock, trainer = begin_run(plan, force=force, echo=echo, **options)
         with lock:
             summary = trainer.fit(resume=bool(resume), lock=lock)
@@ -240,15 +251,19 @@ def plan_run(
     given: dict[str, Any],
     *,
     default_preset: str = "",
+    documents: Iterable[str] | None = None,
+    processes: int = 1,
 ) -> RunPlan:
     """Merge settings: the preset's, then the configuration file's, then the given ones.
 
     Args:
-        preset: name of a preset; None takes that of the file.
+        preset: name of a preset, or ``auto``; None takes that of the file.
         config_path: a TOML file, or None.
         given: settings by flat name, of training and of the model.
         default_preset: the preset if neither an argument nor the file names one, and no model is
             named that training begins from.
+        documents: the documents to train on, if they do not come from ``data``.
+        processes: processes that train together, by which ``auto`` assumes a speed.
 
     Raises:
         InputError: a setting is unknown or not usable, or no preset is named.
@@ -273,6 +288,22 @@ def plan_run(
         name = default_preset
     if not (name or initial):
         raise InputError("name a preset: mmrec train tiny, or one in a --config file")
+    note = ""
+    if name == AUTO:
+        if initial:
+            raise InputError(f"auto chooses a new model; name a preset to begin from {initial}")
+        documents = None if documents is None else list(documents)
+        choice = choose_for(
+            config.data,
+            settings | model_settings,
+            documents=documents,
+            precision=config.optimizer.precision,
+            processes=processes,
+        )
+        name, note = choice.preset, choice.note
+        settings = {k: v for k, v in choice.settings.items() if k in TRAIN_SETTINGS}
+        model_settings = {k: v for k, v in choice.settings.items() if k in MODEL_SETTINGS}
+        config = TrainConfig.from_flat(settings)
     source = load_initial_model(initial, settings) if initial else None
     if name:
         kind = config.data.tokenizer
@@ -292,7 +323,7 @@ def plan_run(
     if source is None:
         config = config.replace(vocab=config.data.vocab or model.vocab_size)
     inputs = () if config_path is None else (Path(config_path),)
-    return RunPlan(name, model, config, source, inputs=inputs)
+    return RunPlan(name, model, config, source, documents, note=note, inputs=inputs)
 
 
 def check_effects(given: dict[str, Any], config: TrainConfig) -> None:
@@ -357,6 +388,8 @@ def begin_run(
         InputError: the data or the folder is not usable, or the source cannot be grown.
     """
     config, model, source = plan.train, plan.model, plan.source
+    if plan.note:
+        echo(plan.note)
     check_not_past(config.length.until)
     trackers = make_trackers(config.output.trackers)
     default, out = default_run_dir(plan.preset, config.data.source), config.output.out
@@ -475,16 +508,21 @@ def resume_run(
     given: dict[str, Any],
     *,
     documents: Iterable[str] | None = None,
+    takes_additions: bool = False,
     echo: Callable[[str], None] = print,
     process_group: ProcessGroup = SINGLE_PROCESS,
     **options: Any,
 ) -> tuple[FolderLock, Trainer]:
     """Lock the folder of an earlier run, and build a trainer from its ``config.toml``.
 
+    A text to which more was added since becomes a corpus in which the tokens of the earlier text
+    stay as they were, each in its split; from then on that corpus is the run's text.
+
     Args:
         given: ``out``, the folder (by default the newest run's), and settings that a resume may
             change: those of ``RESUMABLE_SETTINGS``.
         documents: the documents of the run, if they do not come from ``data``.
+        takes_additions: take up text that was added to the run's; else it is refused.
         echo, process_group, options: as for ``begin_run``.
 
     Returns:
@@ -524,12 +562,15 @@ def resume_run(
             raise InputError("--replay-data has no effect: the run was started without a replay")
         text: Source = config.data.source if documents is None else documents
         options_of_text = read_options(config.data)
+        known = _known_text(folder, metadata, takes_additions=takes_additions)
         try:
             if config.finetune.initialize_from:
-                corpus = open_corpus(text, run_tokenizer(folder), echo, options_of_text)
+                tokenizer = run_tokenizer(folder)
+                corpus = open_corpus(text, tokenizer, echo, options_of_text, known=known)
             else:
                 kind, size = config.data.tokenizer, config.data.vocab
-                corpus = Corpus.open(prepare(text, kind, size, None, echo, options_of_text))
+                path = prepare(text, kind, size, None, echo, options_of_text, known=known)
+                corpus = Corpus.open(path)
         except InputError as error:
             is_there = next(source_files(config.data.source), None) is not None
             if is_there or "data" in given or config.data.source in CORPUS_NAMES:
@@ -537,13 +578,19 @@ def resume_run(
             raise InputError(
                 f"{error}; if the text was moved, say where it is with --data"
             ) from None
-        check_same_text(metadata, corpus_identity(corpus), config, folder)
-        config = _in_every_folder(config, corpus, echo, is_given=documents is not None)
+        check_same_text(metadata, corpus.identity, config, folder, corpus.earlier)
+        is_own_text = documents is None and not corpus.earlier
+        config = _in_every_folder(config, corpus, echo, is_given=not is_own_text)
         if config.output.out:
             config = config.replace(out=str(absolute_path(folder)))
         trainer = Trainer(
             folder, corpus, model, config, preset, echo=echo, process_group=process_group, **options
         )
+        is_longer = metadata.get("fingerprint", corpus.info["fingerprint"]) in [
+            earlier["fingerprint"] for earlier in corpus.earlier
+        ]
+        if is_longer:
+            progress.begin_longer_text(trainer.batches_per_step, metadata["batches_per_epoch"])
         length = resumed_length(
             lengths,
             config.length,
@@ -554,10 +601,28 @@ def resume_run(
         )
         trainer.config = dataclasses.replace(trainer.config, length=length)
         trainer.callbacks += trackers
+        trainer.progress = progress
+        if is_longer and not lengths and length.until is None and trainer.fraction_done() >= 1.0:
+            raise InputError(
+                f"{folder} has ended: to train it on the text that was added, give it a longer "
+                "length, such as --epochs +1"
+            )
     except BaseException:
         lock.release()
         raise
     return lock, trainer
+
+
+def _known_text(
+    folder: Path, metadata: dict[str, Any], *, takes_additions: bool
+) -> KnownText | None:
+    """The text of a run as its folder knows it; None of a run of mmrec 0.6 or earlier."""
+    with contextlib.suppress(InputError):
+        record = DocumentRecord.load(folder / DOCUMENTS_FILE)
+        texts = [record.identity, *record.earlier]
+        if metadata.get("fingerprint") in [text["fingerprint"] for text in texts]:
+            return KnownText(record, run_tokenizer(folder), folder, takes_additions)
+    return None
 
 
 def _saved_settings(

@@ -6,7 +6,6 @@ that a step depends on is the configuration, the corpus, and what ``Trainer.save
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mmrec.checkpoint import manager
 from mmrec.checkpoint.checkpoint import (
+    load_model,
     read_recurrent_state,
     restore_training_state,
     save_checkpoint,
@@ -46,6 +46,7 @@ from mmrec.data.dataloader import (
     evenly_spaced_sample,
     make_loader,
 )
+from mmrec.data.document_record import DOCUMENTS_FILE
 from mmrec.data.prepare import open_corpus
 from mmrec.errors import (
     InputError,
@@ -182,7 +183,7 @@ class Trainer:
                 carry=data.state == "carry",
                 names=corpus.mixture_names,
             )
-        self.fingerprints = corpus_identity(corpus)
+        self.fingerprints = corpus.identity
         """What identifies the texts that are trained on. A run continues with the same only."""
         if finetune.replay_fraction:
             self._add_replay()
@@ -338,9 +339,11 @@ class Trainer:
         if length.minutes is not None or length.until is not None:
             return None
         if length.epochs is not None:
-            batches = max(1, round(length.epochs * per_epoch))
+            batches = self.progress.batches_of(length.epochs, per_epoch)
             return cdiv(batches + self.progress.missing_batches, self.batches_per_step)
-        epochs = int(DEFAULT_EPOCHS * per_epoch) // self.batches_per_step
+        p = self.progress
+        readable = p.earlier_batches + (DEFAULT_EPOCHS - p.earlier_epochs) * per_epoch
+        epochs = int(readable) // self.batches_per_step
         default = max(MIN_DEFAULT_STEPS, min(DEFAULT_TOKENS // self.tokens_per_step, epochs))
         return length.steps or default
 
@@ -349,7 +352,7 @@ class Trainer:
         batches, epochs = step * self.batches_per_step, self.config.length.epochs
         batches -= self.progress.missing_batches
         if step > self.progress.step and epochs is not None:
-            whole = max(1, round(epochs * self.loader.batches_per_epoch))
+            whole = self.progress.batches_of(epochs, self.loader.batches_per_epoch)
             return max(self.batches_until(self.progress.step), min(batches, whole))
         return batches
 
@@ -366,7 +369,7 @@ class Trainer:
 
     def epochs_until(self, step: int) -> float:
         """Passes over the training split after so many steps."""
-        return self.batches_until(step) / self.loader.batches_per_epoch
+        return self.progress.epochs_after(self.batches_until(step), self.loader.batches_per_epoch)
 
     def fraction_done(self, steps_ahead: float = 0.0) -> float:
         """How much of the run is done, 0 to 1, or will be ``steps_ahead`` steps from now."""
@@ -450,6 +453,8 @@ class Trainer:
                 if self.process_group.size > 1:
                     self.restore(self.run_dir / "step-0.h5")  # rank 0 alone has these weights
             if is_first:
+                if self.corpus.documents:
+                    self.corpus.documents.save(self.run_dir / DOCUMENTS_FILE)
                 text = CONFIG_MARK + config_to_toml(self.model.config, self.config, self.preset)
                 atomic_write_text(self.run_dir / "config.toml", text)
                 self.metrics = MetricsLog(
@@ -609,7 +614,8 @@ class Trainer:
             The mean loss over all targets of all batches and processes, in nats per token.
         """
         group, batches = self.process_group, self.next_batches
-        first = max(0, data_step * self.batches_per_step - self.progress.missing_batches)
+        first = data_step * self.batches_per_step - self.progress.missing_batches
+        first = max(0, first - self.progress.earlier_batches)  # of the text as it is now
         total = 0.0
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
         compute_loss = None
@@ -1049,6 +1055,7 @@ class Trainer:
             "train": dataclasses.asdict(self.config),
             "val": dataclasses.asdict(self.scores) if self.scores else None,
             "source": self.corpus.info["source"],
+            "batches_per_epoch": self.loader.batches_per_epoch,
             "precision": self.config.optimizer.precision,
             **self.fingerprints,
             "environment": self._environment(),
@@ -1119,7 +1126,7 @@ class Trainer:
         is_first = group.rank == 0
         info = read_metadata(path)[1] if is_first else {}
         if is_first:
-            check_same_text(info, self.fingerprints, config, path)
+            check_same_text(info, self.fingerprints, config, path, self.corpus.earlier)
         state = None
         try:
             progress = restore_training_state(path, self.model, self.optimizer, group)
@@ -1141,20 +1148,51 @@ class Trainer:
             self.precision_reason = "as the run began"
         self._set_precision(info["precision"])
         self.scores = from_plain(Evaluation, info["val"]) if info["val"] else None
+        if not self._is_of_this_text(info):
+            self.progress.begin_longer_text(self.batches_per_step, info["batches_per_epoch"])
+            self.recurrent_state, self.scores = None, None
         self._find_newer_best()
         return info
+
+    def _is_of_this_text(self, info: dict[str, Any]) -> bool:
+        """Whether a checkpoint is of the text as it is now, and not from before it grew.
+
+        Args:
+            info: metadata of the checkpoint.
+        """
+        return bool(info["fingerprint"] == self.fingerprints["fingerprint"])
 
     def _find_newer_best(self) -> None:
         """Find out whether ``best.h5`` is of a later step than the run is at.
 
-        A kill or a rollback leaves such a file behind. No worse model may replace it.
+        A kill or a rollback leaves such a file behind. No worse model may replace it. A file from
+        before text was added is scored once more, on the validation text as it is now.
         """
-        newer_best = None
+        p, best = self.progress, None
         with contextlib.suppress(InputError):  # no such file, or it cannot be read
-            step, info, _ = read_metadata(self.run_dir / "best.h5")
-            if step > self.progress.step:
-                newer_best = info["val"]["loss"], step
-        self.newer_best = self.process_group.broadcast_object(newer_best)
+            path = self.run_dir / "best.h5"
+            step, info, _ = read_metadata(path)
+            if step > p.step or p.best_loss is None:
+                is_new = self._is_of_this_text(info)
+                best = info["val"]["loss"] if is_new else self._score_checkpoint(path), step
+        best = self.process_group.broadcast_object(best)
+        self.newer_best = best if best and best[1] > p.step else None
+        if best and not self.newer_best:  # text was added since
+            p.best_loss, p.best_step = best
+
+    def _score_checkpoint(self, path: Path) -> float:
+        """The loss of an earlier model on the validation subset, as the text is now."""
+        with torch.random.fork_rng(devices=[]):
+            model = load_model(path).model
+        model.set_precision(self.config.optimizer.precision)
+        return evaluate(
+            model,
+            self.subset,
+            self.corpus.tokenizer.eot,
+            self.subset_bytes,
+            answers=self.subset_answers,
+            reset_at_documents=self.resets_at_documents,
+        ).loss
 
     def _has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from."""
@@ -1188,6 +1226,13 @@ class Trainer:
         path, info = self._load_latest()
         saved, now = info.get("environment", {}), self._environment()
         self.echo(f"resume  {path}, step {self.progress.step:,}")
+        if not self._is_of_this_text(info):
+            train, val = info["split"]
+            self.echo(
+                f"text    {self.corpus.train.n_tokens - train:,} training tokens and "
+                f"{self.corpus.val.n_tokens - val:,} validation tokens were added to {train:,} and "
+                f"{val:,}; epoch {self.progress.earlier_epochs + 1:.6g} begins, of the longer text"
+            )
         before = TrainConfig.from_dict(info["train"]).length
         if before != self.config.length:
             self.echo(
@@ -1214,30 +1259,21 @@ class Trainer:
         }
 
 
-def corpus_identity(corpus: Corpus) -> dict[str, Any]:
-    """What identifies a text, as JSON: its SHA-256, and how it is mixed, split and tokenised.
-
-    Names do not count.
-    """
-    streams = [list(stream) for stream in corpus.mixture_streams]
-    return {
-        "fingerprint": corpus.info["fingerprint"],
-        "mixture": streams if len(streams) > 1 else [],
-        "split": [corpus.train.n_tokens, corpus.val.n_tokens],
-        "tokenizer": hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest(),
-    }
-
-
 def check_same_text(
-    saved: dict[str, Any], now: dict[str, Any], config: TrainConfig, path: Path
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    config: TrainConfig,
+    path: Path,
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Check that a run continues with the texts that it began with.
 
     Args:
         saved: the metadata of a checkpoint.
-        now: what identifies the texts now; see ``corpus_identity``.
+        now: what identifies the texts now; see ``Corpus.identity``.
         config: the settings, which name the texts.
         path: the checkpoint or the run, for the error message.
+        earlier: what identifies the texts to which this one was added.
 
     Raises:
         InputError: a text is another one, or the checkpoint is of a version that knew texts by
@@ -1248,7 +1284,8 @@ def check_same_text(
             f"{path} was saved by mmrec 0.2 or earlier, which knew texts by their names, so it is "
             "not known whether this is the same text: begin a new run with --initialize-from"
         )
-    for key, value in now.items():
+    continued = next((t for t in earlier if t["fingerprint"] == saved.get("fingerprint")), {})
+    for key, value in (now | continued).items():
         if saved.get(key, value) != value:
             if key == "teachers_fingerprint":
                 raise InputError(

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_no_room_is_told_before_the_work(
     assert not any("tokenising" in line for line in said)
     assert not list(out.parent.iterdir())
     assert not kept_texts() or copies > 1
+
+
+@pytest.mark.parametrize(("copies", "what"), [(4, "a copy of the text"), (2, "the tokens of the")])
+def test_no_room_on_a_real_disk_is_told_before_the_work(
+    copies: int, what: str, library_documents: list[Document], tmp_path: Path
+) -> None:
+    """A file system of 3 MB, for a text of 1 MB two or four times."""
+    text = "".join(d.text for d in library_documents)[:1_000_000].encode("ascii", "replace")
+    (tmp_path / "text.txt").write_bytes(text * copies)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("only root can mount a file system")
+    try:
+        with pytest.raises(InputError, match=f"disk must have room for {what}.* MB; it has . MB"):
+            prepare(tmp_path / "text.txt", "byte", 0, disk / "made.h5")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_meanwhile_leaves_nothing(tmp_path: Path) -> None:

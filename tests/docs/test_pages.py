@@ -17,7 +17,7 @@ OTHER_PROGRAMS = {
     "--max-restarts",
     *("--logdir", "--project"),  # tensorboard, trackio
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
-    *("--llama2c", "--long", "--show"),
+    *("--llama2c", "--long", "--show", "--namespaces"),
     *("--install-completion", "--option"),
 }
 

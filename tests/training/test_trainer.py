@@ -48,6 +48,7 @@ def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
         "status.json",
         "summary.json",
         "best.h5",
+        "documents.hdf5",
         "last.h5",
         "step-5.h5",
         "step-10.h5",

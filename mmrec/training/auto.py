@@ -1,0 +1,223 @@
+"""``mmrec train auto``: settings from the size of the text and the time, by what was measured.
+
+``choose`` is the rule. docs/development/decisions/038-train-auto.md has the figures behind it, and
+says what was not measured. No clock is read, so the same text and options give the same choice on
+one machine, however busy it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmrec.config import (
+    DEFAULT_EPOCHS,
+    LENGTHS,
+    PRESETS,
+    DataConfig,
+    LengthConfig,
+    preset_train_settings,
+    seconds_until,
+)
+from mmrec.data.corpus import Corpus, is_prepared
+from mmrec.data.prepare import TextSize, measure_text, read_options
+from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
+from mmrec.errors import InputError
+from mmrec.runtime.names import user_path
+
+DEFAULT_MINUTES = 5.0
+"""Time that is assumed if no length is given, about that of a run of default length."""
+
+CORE_SPEED = {("tiny", "char"): 14_000, ("tiny", "bpe"): 10_000, ("mini", "bpe"): 3_000}
+"""Training tokens per second of one core with bfloat16 instructions (docs/benchmarks/index.md, and
+decision 023 for mini)."""
+FLOAT32_SPEED = 0.5
+"""Share of it without those instructions (decision 029)."""
+MAX_CORES = 4
+"""More count as so many: the speed was measured on one core and on two."""
+
+CHAR_BELOW = 1_500_000
+"""Characters of training text below which they are the tokens."""
+MINI_TOKENS = 6_000_000
+"""Tokens that mini must be able to read. On 77 MB of novels it had nearly caught up with tiny
+after 3.9 M; half as many again are a margin."""
+STRONG_EPOCHS = 16
+"""Passes beyond which the stronger regularisation was better (decision 025)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen. Settings that the user gave are among them, as they were given."""
+
+    preset: str
+    settings: dict[str, Any]
+    """By flat name, of training and of the model."""
+    note: str
+    """One line: what, and why."""
+
+
+def choose(text: TextSize, given: Mapping[str, Any], *, cores: int, has_bfloat16: bool) -> Choice:
+    """Choose the settings of a run.
+
+    1. Tokens: characters if there are fewer than 1.5 million of them, else BPE with the preset's
+       vocabulary.
+    2. Preset: mini if it can read 6 million tokens in the time and no text more than four times,
+       else tiny. Larger ones were not measured, and are never chosen.
+    3. Against memorising: nothing below four passes over the text, dropout 0.1 up to sixteen, then
+       dropout 0.2 with weight decay 1.
+    4. Batch and length of the windows: the preset's.
+
+    Several models and a student that learns their mean (``teachers``) would come after 3, for more
+    than sixteen passes; they are not chosen.
+
+    Args:
+        text: size of the training text.
+        given: settings that the user gave, which win.
+        cores: threads of all processes.
+        has_bfloat16: whether matrix products run in bfloat16.
+
+    Raises:
+        InputError: the text does not fill one batch.
+    """
+    kind = text.tokenizer or given.get("tokenizer") or ("bpe" if given.get("vocab") else "")
+    kind = kind or ("char" if text.characters < CHAR_BELOW else "bpe")
+    tokens, passes = text.tokens(kind), {}
+    for preset in ("tiny", "mini"):
+        core_speed = CORE_SPEED.get((preset, "bpe" if kind == "bpe" else "char"), 0)
+        speed = core_speed * min(cores, MAX_CORES) * (1.0 if has_bfloat16 else FLOAT32_SPEED)
+        sizes = {"batch_size": 16, "seq_len": 256} | preset_train_settings(preset, kind)
+        sizes |= {name: given[name] for name in sizes if name in given}
+        passes[preset] = _tokens_read(given, speed, sizes, tokens) / max(1, tokens)
+    has_time = passes["mini"] * tokens >= MINI_TOKENS
+    is_mini = kind == "bpe" and has_time and passes["mini"] <= DEFAULT_EPOCHS
+    preset = "mini" if is_mini else "tiny"
+    epochs = passes[preset]
+
+    settings: dict[str, Any] = {"tokenizer": kind}
+    if not _has_length(given):
+        settings["minutes"] = DEFAULT_MINUTES
+    if epochs < DEFAULT_EPOCHS or given.get("teachers"):  # a student does not memorise
+        settings["dropout"] = 0.0
+    elif epochs <= STRONG_EPOCHS:
+        settings["dropout"] = 0.1
+    else:
+        settings |= {"dropout": 0.2, "weight_decay": 1.0}
+    settings |= {"batch_size": 16} | preset_train_settings(preset, kind) | dict(given)
+    sizes = {"batch_size": 16, "seq_len": 256} | settings
+    _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
+    length = LengthConfig(**{n: settings[n] for n in LENGTHS if settings.get(n) is not None})
+    note = (
+        f"auto    {preset}, {_describe_tokenizer(text, kind, preset, settings)}, "
+        f"dropout {settings['dropout']:g}{_describe_decay(settings)}, "
+        f"batch {sizes['batch_size']} x {sizes['seq_len']}: {_size(text.bytes)} of training text "
+        f"will be read about {f'{epochs:.1f}' if epochs < 9.95 else f'{epochs:,.0f}'} times "
+        f"{_describe_time(length, given)}"
+    )
+    return Choice(preset, settings, note)
+
+
+def _tokens_read(
+    given: Mapping[str, Any], speed: float, sizes: Mapping[str, int], tokens: int
+) -> float:
+    """Tokens that a run reads at an assumed ``speed`` (tokens per second), or by its length."""
+    if given.get("epochs") is not None:
+        return float(given["epochs"]) * tokens
+    if given.get("steps") is not None:
+        batches = int(given["steps"]) * int(given.get("gradient_accumulation_steps", 1))
+        return batches * sizes["batch_size"] * sizes["seq_len"]
+    if given.get("until") is not None:
+        return max(0.0, seconds_until(LengthConfig(until=given["until"]).until or "")) * speed
+    return 60 * float(given.get("minutes") or DEFAULT_MINUTES) * speed
+
+
+def _check_size(text: TextSize, kind: str, batch_size: int, seq_len: int) -> None:
+    """Check that a text fills one batch, and its validation text one window.
+
+    Raises:
+        InputError: it does not.
+    """
+    unit = {"char": "characters", "byte": "bytes", "bpe": "tokens"}[kind]
+    for name, count, needed in (
+        ("training", text.tokens(kind), batch_size * seq_len + 1),
+        ("validation", text.val_tokens(kind), seq_len + 1),
+    ):
+        if count < needed:
+            raise InputError(
+                f"auto needs {needed:,} {unit} of {name} text, one {'batch' * (name == 'training')}"
+                f"{'window' * (name != 'training')} of its smallest preset; {text.source} has "
+                f"{count:,}: use more text, or name a preset with a smaller --batch-size and "
+                "--seq-len"
+            )
+
+
+def _describe_tokenizer(text: TextSize, kind: str, preset: str, settings: Mapping[str, Any]) -> str:
+    if kind != "bpe":
+        return f"by {'character' if kind == 'char' else 'byte'}"
+    if text.tokenizer:
+        return "the vocabulary of its corpus"
+    return f"vocabulary {settings.get('vocab') or PRESETS[preset].vocab_size:,}"
+
+
+def _describe_decay(settings: Mapping[str, Any]) -> str:
+    decay = settings.get("weight_decay")
+    return "" if decay is None else f", weight decay {decay:g}"
+
+
+def _describe_time(length: LengthConfig, given: Mapping[str, Any]) -> str:
+    if length.minutes is None:
+        return length.describe() if length.until else f"in {length.describe()}"
+    words = f"in {length.minutes:.6g} minute{'s' * (length.minutes != 1)}"
+    return words if _has_length(given) else f"{words}, the default of auto"
+
+
+def _has_length(given: Mapping[str, Any]) -> bool:
+    return any(given.get(name) is not None for name in LENGTHS)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 950_000 else f"{count / 1e3:.0f} kB"
+
+
+def choose_for(
+    data: DataConfig,
+    given: Mapping[str, Any],
+    *,
+    documents: Sequence[str] | None = None,
+    precision: str = "auto",
+    processes: int = 1,
+) -> Choice:
+    """Measure a text, and choose the settings of a run on it on this machine; see ``choose``.
+
+    Args:
+        data: the settings of the text.
+        given: settings that the user gave, by flat name.
+        documents: the documents, if they do not come from ``data``.
+        precision: the setting.
+        processes: processes that train together.
+
+    Raises:
+        InputError: the text cannot be read, can be read only once, or is too small.
+    """
+    import torch
+
+    from mmrec.runtime.hardware import bfloat16_instructions, resolve_precision
+
+    resolved, _ = resolve_precision(precision, bfloat16_instructions())
+    if data.source == DOCUMENTS:
+        assert documents is not None
+        text = measure_text(documents, read_options(data))
+    elif is_prepared(data.source):
+        text = TextSize.of_corpus(Corpus.open(user_path(data.source)))
+    else:
+        for _, name in parse_mixture(data.source):
+            if is_single_pass(name):
+                raise InputError(
+                    f"auto reads the text to measure it, and {name} can be read only once: save it "
+                    "in a file, or name a preset"
+                )
+        text = measure_text(data.source, read_options(data))
+    return choose(
+        text,
+        given,
+        cores=torch.get_num_threads() * processes,
+        has_bfloat16=resolved == "bfloat16",
+    )
