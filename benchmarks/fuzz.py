@@ -95,6 +95,7 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
             optimizer=optimizer,
             progress={"seconds": 1.0},
             recurrent_state=model.initial_state(2) if kind == "bpe" else None,
+            raw_weights=dict(model.named_parameters()) if kind == "bpe" else None,
         )
         files += [("corpus", path), ("checkpoint", checkpoint_path)]
     return files
@@ -132,9 +133,10 @@ def read(kind: str, path: Path) -> str:
     header.read_metadata(path)
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
-    progress = checkpoint.restore_training_state(path, model, optimizer)
+    averages: dict[str, Any] = {}
+    progress = checkpoint.restore_training_state(path, model, optimizer, averages=averages)
     checkpoint.read_recurrent_state(path, model.initial_state(2))
-    weights = [p.detach().numpy() for p in model.parameters()]
+    weights = [x.detach().numpy() for x in (*model.parameters(), *averages.values())]
     moments = [
         optimizer.state[p][m].numpy()
         for p in model.parameters()

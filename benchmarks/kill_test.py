@@ -64,6 +64,7 @@ tokenizer = "byte"
 batch_size = 2
 seq_len = 64
 [optimizer]
+ema_decay = 0.95
 gradient_accumulation_steps = 2
 precision = "{precision}"
 [evaluation]
@@ -74,6 +75,7 @@ out = "{out}"
 batch_size = 2
 seq_len = 64
 precision = "float32"
+ema_decay = 0.95
 {frequent}
 [[stage]]
 preset = "tiny"
@@ -88,7 +90,7 @@ gradient_accumulation_steps = 2
 {grown}"""
 SHARES = {"train": 0.4, "growth": 0.2, "finetune": 0.2, "chain": 0.2}
 MOMENTS = ("writing", "training", "writing", "training", "any")
-TRAINING_STATE = ("model", "optimizer", "rng", "recurrent_state")
+TRAINING_STATE = ("model", "raw", "optimizer", "rng", "recurrent_state")
 STEPS_PER_KILL = 25
 TIMEOUT = 300  # seconds to wait for the moment of a kill
 

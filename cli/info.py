@@ -28,7 +28,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-@settings_options(("batch_size", "seq_len", "precision"))
+@settings_options(("batch_size", "seq_len", "precision", "ema_decay"))
 def info(
     preset: Annotated[
         str | None, typer.Argument(metavar="PRESET|RUN|CHECKPOINT", help=PRESET_HELP)
@@ -54,8 +54,8 @@ def info(
 
         kind = "model"
         _, metadata, model = read_metadata(find_checkpoint(name))
-        sizes = metadata.get("train", {}).get("data", {})
-        own_settings = {key: sizes[key] for key in ("batch_size", "seq_len") if key in sizes}
+        settings_of_run = TrainConfig.from_dict(metadata.get("train", {})).flat()
+        own_settings = {key: settings_of_run[key] for key in ("batch_size", "seq_len", "ema_decay")}
     if vocab is not None:
         model = dataclasses.replace(model, vocab_size=vocab)
     train = TrainConfig.from_flat(own_settings | settings)

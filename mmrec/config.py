@@ -539,6 +539,14 @@ class OptimizerConfig(Section):
         minimum=0,
         exclusive_minimum=True,
     )
+    ema_decay: float = setting(
+        0.0,
+        "Decay per step of an exponential moving average of the weights, which takes their place "
+        "in validation and in use; 0 keeps none.",
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+    )
     gradient_accumulation_steps: int = count(1, "Batches per optimizer step.")
     activation_checkpointing: bool = setting(
         False, "Recompute activations in backward: less memory, more time, the same bits."

@@ -152,6 +152,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     progress: dict[str, Any] | None = None,
     recurrent_state: State | None = None,
+    raw_weights: Mapping[str, Tensor] | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Write a checkpoint, completely or not at all. In a distributed run, rank 0 writes.
@@ -168,12 +169,14 @@ def save_checkpoint(
         optimizer: Its moments are stored in float32.
         progress: Position in the data, clock and history of the run, as JSON values.
         recurrent_state: The state from which the rows of the next batch continue, of all ranks.
+        raw_weights: With an optimizer, the weights that training goes on from, by name, of those
+            parameters of which the model holds an average.
         process_group: That of the model. One full parameter at a time exists in every process.
 
     Raises:
         StorageError: The system refused. An earlier file at ``path`` is intact.
     """
-    tensors = _tensors(model, optimizer, process_group)
+    tensors = _tensors(model, optimizer, raw_weights or {}, process_group)
     lora = lora_settings(model)
     try:
         if process_group.rank == 0:
@@ -199,9 +202,12 @@ def save_checkpoint(
 
 
 def _tensors(
-    model: Model, optimizer: torch.optim.Optimizer | None, process_group: ProcessGroup
+    model: Model,
+    optimizer: torch.optim.Optimizer | None,
+    raw_weights: Mapping[str, Tensor],
+    process_group: ProcessGroup,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield path and float32 values of the parameters, and with an optimizer of its moments."""
+    """Yield path and float32 values of the parameters, and with an optimizer of the rest."""
     if optimizer is None:
         for name, value in merged_parameters(model):
             yield f"model/{name}", process_group.full_tensor(value).float().numpy()
@@ -209,6 +215,8 @@ def _tensors(
     parameters = dict(model.named_parameters())
     for name, p in parameters.items():
         yield f"model/{name}", process_group.full_tensor(p.detach()).float().numpy()
+    for name, x in raw_weights.items():
+        yield f"raw/{name}", process_group.full_tensor(x).float().numpy()
     for name, p in parameters.items():
         state = optimizer.state.get(p, {})
         for moment in MOMENTS:
@@ -342,6 +350,7 @@ def restore_training_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    averages: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Restore weights, optimizer moments and torch's random state from a checkpoint.
 
@@ -349,9 +358,11 @@ def restore_training_state(
 
     Args:
         path: The checkpoint.
-        model: Changed in place.
+        model: Changed in place. It gets the weights that training goes on from.
         optimizer: Changed in place.
         process_group: That of the model.
+        averages: Changed in place: to the averages of the weights that the checkpoint holds, by
+            name. None leaves them out.
 
     Returns:
         The progress that was saved, with ``step``.
@@ -368,10 +379,14 @@ def restore_training_state(
             return process_group.scatter_tensor_(x, value)
 
         stored = None if file is None else _read_progress(file, path, model)
-        progress, rng, moments = process_group.broadcast_object(stored)  # type: ignore[misc]
+        progress, rng, moments, averaged = process_group.broadcast_object(stored)  # type: ignore[misc]
         optimizer.state.clear()
+        if averages is not None:
+            averages.clear()
         for name, p in model.named_parameters():
-            restore_(p.data, "model")
+            restore_(p.data, "raw" if name in averaged else "model")
+            if name in averaged and averages is not None:
+                averages[name] = restore_(torch.zeros_like(p), "model")
             if moments[name]:
                 values = {m: restore_(torch.zeros_like(p), f"optimizer/{m}") for m in moments[name]}
                 steps = torch.tensor(float(_optimizer_steps(progress)))
@@ -397,10 +412,11 @@ def _progress(file: h5py.File, path: Path) -> dict[str, Any]:
 
 
 def _read_progress(file: h5py.File, path: Path, model: nn.Module) -> Any:
-    """Read progress, random state, and the names of the moments of each parameter."""
-    progress = _progress(file, path)
-    moments = {name: _stored_moments(file, name) for name, _ in model.named_parameters()}
-    return progress, read_array(file, "rng", np.uint8), moments
+    """Read progress, random state, the names of each parameter's moments, and what is averaged."""
+    progress, names = _progress(file, path), [name for name, _ in model.named_parameters()]
+    moments = {name: _stored_moments(file, name) for name in names}
+    averaged = [name for name in names if f"raw/{name}" in file]
+    return progress, read_array(file, "rng", np.uint8), moments, averaged
 
 
 def read_recurrent_state(path: Path, initial_state: State) -> State | None:

@@ -24,6 +24,7 @@ from mmrec.training.replicas import replica_count
 
 TRAINING_PARTS = (
     "weights",
+    "average",
     "moments",
     "gradients",
     "activations",
@@ -91,13 +92,14 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
     Args:
         config: the model.
         train: the settings batch_size, seq_len, precision (``auto`` counts as float32),
-            gradient_accumulation_steps and activation_checkpointing count. Windows are taken to
-            start from the empty state.
+            gradient_accumulation_steps, activation_checkpointing and ema_decay count. Windows are
+            taken to start from the empty state.
 
     Returns:
-        Bytes of each of TRAINING_PARTS. Gradients are those of all replicas, activations what
-        forward keeps for backward, temporaries what lives for one operation or a few. All but the
-        last two parts are counted; those are measured constants.
+        Bytes of each of TRAINING_PARTS; ``average`` only if the weights are averaged. Gradients are
+        those of all replicas, activations what forward keeps for backward, temporaries what lives
+        for one operation or a few. All but the last two parts are counted; those are measured
+        constants.
     """
     with FakeTensorMode():
         model = Model(config)
@@ -141,6 +143,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         fragmented = 0  # a run with it returns freed blocks to the system
     return {
         "weights": weights,
+        **({"average": weights} if train.optimizer.ema_decay else {}),
         "moments": first_step.current,
         **largest,
         "fragmentation": round(FRAGMENTATION * fragmented),

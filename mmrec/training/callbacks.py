@@ -42,7 +42,7 @@ class Callback:
         """Called after each validation on the fixed subset.
 
         Args:
-            trainer: the run.
+            trainer: the run. With ``ema_decay`` its model holds the average of the weights.
             scores: loss in nats per token, perplexity, bits per byte, accuracy.
         """
 

@@ -52,6 +52,7 @@ INHERITED = (
     "beta1",
     "beta2",
     "max_grad_norm",
+    "ema_decay",
     "precision",
     "eval_tokens",
 )

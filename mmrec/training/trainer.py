@@ -94,6 +94,7 @@ from mmrec.training.replicas import (
 from mmrec.training.run_dir import CONFIG_MARK
 from mmrec.training.samples import SampleLog, Sampler, describe_prompt, describe_sample
 from mmrec.training.status import REPORT_FILE, StatusReporter
+from mmrec.training.weight_average import WeightAverage
 
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
@@ -206,6 +207,8 @@ class Trainer:
             run_tasks=self.replicas.run,
             process_group=process_group,
         )
+        self.average = WeightAverage(self.model, training.ema_decay, process_group)
+        """The average of the weights, which takes their place in validation and in use."""
         self.recurrent_state: State | None = None
         """What this process's rows of the next batch continue from, with state ``carry``."""
         self._recurrent_state_before: State | None = None
@@ -602,6 +605,7 @@ class Trainer:
             culprit = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
             raise TrainingDivergedError(f"{culprit} at step {p.step + 1}")
         self.optimizer.step()
+        self.replicas.run(self.average.update_tasks(p.step, self.replicas.count))
         return loss, grad_norm, self.config.optimizer.lr * factor
 
     def compute_gradients(self, data_step: int) -> float:
@@ -672,9 +676,15 @@ class Trainer:
     def validate(self) -> None:
         """Score the fixed validation subset; keep the best model.
 
+        With ``ema_decay`` the model holds the average of its weights meanwhile, for callbacks, too.
+
         Raises:
             WeightsDivergedError: the validation loss is not finite.
         """
+        with self.average.swapped():
+            self._validate()
+
+    def _validate(self) -> None:
         p = self.progress
         scores = self._score(self.subset, self.subset_bytes, self.subset_answers)
         if not math.isfinite(scores.loss):
@@ -757,18 +767,19 @@ class Trainer:
         All processes score all tokens, since a sharded layer is assembled in all of them or in
         none. The scores of rank 0 count.
         """
-        try:
-            scores = evaluate(
-                self.model,
-                tokens,
-                self.corpus.tokenizer.eot,
-                n_bytes,
-                answers=answers,
-                reset_at_documents=self.resets_at_documents,
-                progress=self.stop_signal.raise_if_set,
-            )
-        finally:
-            self.process_group.reshard(self.model)
+        with self.average.swapped():
+            try:
+                scores = evaluate(
+                    self.model,
+                    tokens,
+                    self.corpus.tokenizer.eot,
+                    n_bytes,
+                    answers=answers,
+                    reset_at_documents=self.resets_at_documents,
+                    progress=self.stop_signal.raise_if_set,
+                )
+            finally:
+                self.process_group.reshard(self.model)
         return self.process_group.broadcast_object(scores)
 
     def _warn_on_spike(self) -> None:
@@ -865,6 +876,11 @@ class Trainer:
                 f"teach   the training loss compares with the mean prediction of {count} "
                 f"model{'s' * (count > 1)}"
                 + (f", and for {1 - weight:g} of it with the text" if weight < 1 else "")
+            )
+        if self.average.decay:
+            self.echo(
+                f"average the weights of about {1 / (1 - self.average.decay):.3g} steps, which "
+                "are validated and saved for use"
             )
         compile_seconds, step_seconds = self._time_steps()
         rate = self.next_batches * self.batch_tokens / step_seconds
@@ -1041,15 +1057,19 @@ class Trainer:
 
         Args:
             name: file name.
-            resumable: whether to store optimizer moments, random state, progress and recurrent
-                state too.
+            resumable: whether to store optimizer moments, random state, progress, recurrent state
+                and, beside their average, the weights themselves too.
 
         Raises:
             WeightsDivergedError: a weight is not finite; nothing was written.
             StorageError: the file could not be written.
         """
-        group = self.process_group
         self._check_weights()
+        with self.average.swapped():
+            self._save(name, resumable=resumable)
+
+    def _save(self, name: str, *, resumable: bool) -> None:
+        group = self.process_group
         info = {
             "preset": self.preset,
             "train": dataclasses.asdict(self.config),
@@ -1068,6 +1088,7 @@ class Trainer:
                 "optimizer": self.optimizer,
                 "progress": dataclasses.asdict(self.progress),
                 "recurrent_state": concat_states(states) if state else None,  # type: ignore[arg-type]
+                "raw_weights": self.average.values,
             }
         path, step = self.run_dir / name, self.progress.step
 
@@ -1129,7 +1150,8 @@ class Trainer:
             check_same_text(info, self.fingerprints, config, path, self.corpus.earlier)
         state = None
         try:
-            progress = restore_training_state(path, self.model, self.optimizer, group)
+            averages = self.average.values if self.average.decay else None
+            progress = restore_training_state(path, self.model, self.optimizer, group, averages)
             if config.data.state == "carry" and is_first:
                 state = read_recurrent_state(path, self.model.initial_state(config.data.batch_size))
         except InputError as error:

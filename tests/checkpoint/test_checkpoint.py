@@ -103,6 +103,36 @@ def test_the_training_state_is_restored_bit_for_bit(saved: tuple[Path, Model, Mu
     assert moment_names == {("momentum",), ("exp_avg", "exp_avg_sq")}
 
 
+def test_raw_weights_are_restored_beside_their_averages(tmp_path: Path) -> None:
+    """The model of the file is the average. One parameter has none; a wrong shape is named."""
+    path, model, raw = tmp_path / "last.h5", Model(SMALL), Model(SMALL)
+    raw_weights = {n: p.detach() for n, p in raw.named_parameters() if n != "norm.weight"}
+    save_checkpoint(
+        path,
+        model,
+        train_tokenizer("byte", []),
+        1,
+        INFO,
+        optimizer=make_optimizer(model),
+        progress={},
+        raw_weights=raw_weights,
+    )
+    loaded, restored = load_model(path).model, Model(SMALL)
+    averages = {"of an earlier file": torch.ones(1)}
+    restore_training_state(path, restored, make_optimizer(restored), averages=averages)
+    assert averages.keys() == raw_weights.keys()
+    for (name, p), average in zip(restored.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(average, dict(model.named_parameters())[name])
+        assert torch.equal(p, raw_weights.get(name, average))
+        assert torch.equal(averages.get(name, p), average)
+    with h5py.File(path, "a") as file:
+        del file["raw/embedding"]
+        file["raw/embedding"] = [1]
+    seal(path)
+    with pytest.raises(DamagedError, match="raw/embedding"):
+        restore_training_state(path, restored, make_optimizer(restored))
+
+
 def test_the_recurrent_state_is_restored(saved: tuple[Path, Model, MuonAdamW]) -> None:
     path, model, _ = saved
     state = read_recurrent_state(path, model.initial_state(2))

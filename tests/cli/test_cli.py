@@ -245,9 +245,11 @@ def test_commands_that_work(
     assert texts[0].startswith("def")
     assert call(monkeypatch, "info 7b --json") == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 6e9
-    assert call(monkeypatch, "info tiny") == 0
+    assert call(monkeypatch, "info tiny --ema-decay 0.99") == 0
     shown = capsys.readouterr().out
     assert "feed-forward" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    assert rows["average"] == rows["weights"]
     assert "batch of 16 × 128 tokens" in shown
     assert call(monkeypatch, f"data inspect {text_file} --tokenizer byte --json") == 0
     assert json.loads(capsys.readouterr().out)["train"]["documents"] == 1

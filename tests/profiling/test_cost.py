@@ -110,6 +110,8 @@ def test_replicas_accumulation_and_length_count() -> None:
     plain = training_memory(config, base)
     accumulated = training_memory(config, base.replace(gradient_accumulation_steps=2))
     assert accumulated["gradients"] == plain["gradients"] + plain["weights"]
+    averaged = training_memory(config, base.replace(ema_decay=0.99))
+    assert averaged == plain | {"average": plain["weights"]}
     longer = training_memory(config, base.replace(seq_len=128))
     assert longer["activations"] == pytest.approx(2 * plain["activations"], rel=0.1)
     checkpointed = training_memory(config, base.replace(activation_checkpointing=True))

@@ -42,6 +42,7 @@ matrix_lr = 1e-3
 precision = "float32"
 schedule = "constant"
 warmup = 0.0
+ema_decay = 0.5
 [evaluation]
 eval_every = 6
 eval_tokens = 300

@@ -30,6 +30,7 @@ seq_len = 32
 eval_every = 5
 eval_tokens = 500
 save_every = 10
+ema_decay = 0.9
 """
 STAGE = '[[stage]]\npreset = "tiny"\nsteps = 12\n'
 SIZES = "model = {{ width = {}, depth = {}, heads = 2, ngram_buckets = 64, layer_types = 'n' }}\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmrec.checkpoint import manager
-from mmrec.checkpoint.checkpoint import load_model, restore_training_state
+from mmrec.checkpoint.checkpoint import load_model
 from mmrec.checkpoint.header import read_metadata
 from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import TrainingDivergedError, WeightsDivergedError
@@ -96,10 +96,12 @@ def assert_same(a: Trainer, b: Trainer) -> None:
     assert (a.run_dir / "metrics.jsonl").read_text() == (b.run_dir / "metrics.jsonl").read_text()
     assert progress_without_times(a) == progress_without_times(b)
     random_states = [
-        restore_training_state(m.run_dir / "last.h5", m.model, m.optimizer)
-        and torch.get_rng_state()
+        m.restore(m.run_dir / "last.h5") and torch.get_rng_state()  # the averages, too
         for m in (a, b)
     ]
+    assert a.average.values.keys() == b.average.values.keys()
+    for name, average in a.average.values.items():
+        assert torch.equal(average, b.average.values[name])
     assert torch.equal(*random_states)
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -122,6 +124,7 @@ def assert_same(a: Trainer, b: Trainer) -> None:
         {"state": "document"},
         {"state": "carry", "gradient_accumulation_steps": 2},
         {"state": "carry", "batch_size": 10, "steps": 16, "eval_every": 7},
+        {"ema_decay": 0.9, "state": "carry", "gradient_accumulation_steps": 2, "eval_every": 3},
     ],
     ids=str,
 )
@@ -141,7 +144,7 @@ def test_a_longer_run_resumes_bit_for_bit(
     corpus: Corpus, tmp_path: Path, schedule: str, killed_at: int
 ) -> None:
     """A run that ended is given a longer length, and killed before and after a checkpoint of it."""
-    settings = {"schedule": schedule, "eval_every": 3}
+    settings = {"schedule": schedule, "eval_every": 3, "ema_decay": 0.5}
     for name in ("uninterrupted", "resumed"):
         run(corpus, tmp_path / name, steps=12, **settings)
     uninterrupted = run(corpus, tmp_path / "uninterrupted", resume=True, steps=21, **settings)
@@ -171,7 +174,7 @@ def test_a_validation_that_a_signal_interrupts_is_repeated_on_resume(
     corpus: Corpus, tmp_path: Path, at: int
 ) -> None:
     """Each validation of a run in turn: on the subset, of an epoch, and at the end of the run."""
-    settings = {"batch_size": 16, "steps": 4, "eval_every": 2}
+    settings = {"batch_size": 16, "steps": 4, "eval_every": 2, "ema_decay": 0.9}
     uninterrupted = run(corpus, tmp_path / "uninterrupted", **settings)
     trainer = make_trainer(corpus, tmp_path / "resumed", draw_curve=False, **settings)
     score, calls = trainer._score, []
@@ -349,7 +352,7 @@ def test_a_run_continues_after_a_nan(
     killed_at: int,
 ) -> None:
     """The seventh step uses the data of index 6. A rollback returns to step-5.h5."""
-    settings = {"on_nan": policy, "bad": bad}
+    settings = {"on_nan": policy, "bad": bad, "ema_decay": 0.9}
     uninterrupted = run(corpus, tmp_path / "uninterrupted", **settings)
     assert [x["step"] for x in events(uninterrupted.run_dir, "train")] == list(range(1, 13))
     reasons = [x["reason"].split(" at ")[0] for x in events(uninterrupted.run_dir, policy)]
