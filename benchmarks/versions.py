@@ -5,14 +5,14 @@
 A set is an environment of its own: mmrec from this checkout, with some of its extras, and the
 oldest or the newest versions that pyproject.toml allows. uv resolves and installs them; it takes
 the usual variables, such as UV_TORCH_BACKEND=cpu for torch without CUDA. Then the tests of TESTS
-run that need what the set installs. Writes results/versions.json, where other sets stay.
+run that need what the set installs. Writes results/versions.json, where other sets stay; the page
+docs/installing.md shows it.
 """
 
 import argparse
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -85,13 +85,15 @@ class Environment:
     """Further packages of the extra ``dev``."""
 
 
-# The oldest transformers needs newer tokenizers than mmrec does, so the oldest are two sets.
+# The oldest transformers needs newer packages than mmrec does, so the oldest are two sets.
 SETS = {
-    "oldest": Environment("lowest-direct", ("files", "hf", "serve"), ("httpx", "openai")),
-    "oldest-transformers": Environment(
+    "oldest": Environment(
         "lowest-direct",
-        ("transformers", "harness", "export"),
-        ("accelerate", "onnxruntime", "peft"),
+        ("files", "hf", "serve", "export"),
+        ("httpx", "onnxruntime", "openai"),
+    ),
+    "oldest-transformers": Environment(
+        "lowest-direct", ("transformers", "harness"), ("accelerate", "peft")
     ),
     "newest": Environment(
         "highest", ("all",), ("accelerate", "httpx", "onnxruntime", "openai", "peft")
@@ -229,22 +231,6 @@ def write_row(row: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", "utf-8")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the versions as a Markdown table: a row per package, a column per set."""
-    names = list(dict.fromkeys(name for row in rows for name in row["versions"]))
-    order = {name: index for index, name in enumerate(TESTS)}
-    titles = [" ".join([row["set"], *row["pins"]]) for row in rows]
-    lines = [f"| package | {' | '.join(titles)} |", "|---|" + "---|" * len(rows)]
-    for name in sorted((n for n in names if n in order), key=order.__getitem__):
-        cells = [re.sub(r"\+.*", "", row["versions"].get(name, "")) for row in rows]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    results = [
-        row["tests"].get("ended") or "{passed} passed, {failed} failed".format(**row["tests"])
-        for row in rows
-    ]
-    return "\n".join([*lines, f"| tests | {' | '.join(results)} |"])
-
-
 def main() -> None:
     """Try the sets named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -252,14 +238,10 @@ def main() -> None:
     parser.add_argument("--pin", action="append", default=[], help="such as torch==2.14.1")
     parser.add_argument("--minutes", type=float, default=5.0, help="the most that tests may take")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", action="store_true", help="print the table and do nothing else")
     add_force(parser)
     args = parser.parse_args()
     if unknown := [name for name in args.sets if name not in SETS]:
         parser.error(f"SET must be one of {', '.join(SETS)}; got {', '.join(unknown)}")
-    if args.show:
-        print(table(json.loads(args.out.read_text("utf-8"))["rows"]))
-        return
     if shutil.which("uv") is None:
         parser.error("this needs the program uv: pip install uv")
     check_results(parser, args, args.out)
