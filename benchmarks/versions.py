@@ -34,10 +34,10 @@ RESULTS = Path(__file__).parent / "results" / "versions.json"
 TRAINING = "tests/test_api.py"
 TESTS: dict[str, list[str]] = {
     "numpy": [TRAINING],
-    "numba": ["tests/kernels/test_scan.py", TRAINING, "tests/inference/test_generate.py"],
-    "llvmlite": ["tests/kernels/test_scan.py", TRAINING, "tests/inference/test_generate.py"],
-    "scipy": ["tests/evaluation/test_report.py", TRAINING],
-    "torch": ["tests/kernels/test_scan.py", TRAINING],
+    "numba": [TRAINING, "tests/inference/test_generate.py"],
+    "llvmlite": [TRAINING, "tests/inference/test_generate.py"],
+    "scipy": [TRAINING, "tests/evaluation/test_report.py"],
+    "torch": [TRAINING],
     "h5py": ["tests/checkpoint/test_checkpoint.py", TRAINING],
     "tokenizers": ["tests/data/test_tokenizer.py"],
     "fastokens": ["tests/data/test_tokenizer.py"],
@@ -148,6 +148,7 @@ def run_tests(python: Path, tests: list[str], folder: Path, minutes: float) -> d
     """
     report, begin = folder / "report.xml", time.monotonic()
     options = ["-q", "-p", "no:cacheprovider", f"--junit-xml={report}", "-k", f"not ({EXCEPT})"]
+    options.append("--continue-on-collection-errors")
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         options += ["-W", f"ignore::{category}"]  # what versions say of their own future
     try:
@@ -183,7 +184,7 @@ def try_set(name: str, pins: list[str], folder: Path, minutes: float) -> dict[st
 
     Args:
         name: its name in ``SETS``.
-        pins: further constraints, such as ``torch==2.14.1``.
+        pins: further requirements, such as ``torch==2.14.1``.
         folder: an empty folder for the environment.
         minutes: the most that the tests may take.
 
@@ -192,11 +193,11 @@ def try_set(name: str, pins: list[str], folder: Path, minutes: float) -> dict[st
     """
     environment, python = SETS[name], folder / "env" / "bin" / "python"
     wanted = requirements(environment)
-    (folder / "wanted.txt").write_text("\n".join(map(str, wanted.values())) + "\n", "utf-8")
-    (folder / "pins.txt").write_text("\n".join(pins) + "\n", "utf-8")
+    lines = [*map(str, wanted.values()), *pins]
+    (folder / "wanted.txt").write_text("\n".join(lines) + "\n", "utf-8")
     uv("venv", "-q", "--python", sys.executable, str(folder / "env"))
     versions = folder / "versions.txt"
-    resolution = ["--resolution", environment.resolution, "--constraint", str(folder / "pins.txt")]
+    resolution = ["--resolution", environment.resolution]
     interpreter = ["--python", str(python)]
     uv("pip", "compile", "-q", *resolution, *interpreter, folder / "wanted.txt", "-o", versions)
     uv("pip", "install", "-q", *interpreter, "-r", versions)
