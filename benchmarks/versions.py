@@ -31,44 +31,57 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "versions.json"
-TRAINING = "tests/test_api.py"
+TRAINING = "tests/test_api.py::test_train_load_generate_evaluate"
+SERVER = "tests/server/test_completions.py"
 TESTS: dict[str, list[str]] = {
     "numpy": [TRAINING],
     "numba": [TRAINING, "tests/inference/test_generate.py"],
     "llvmlite": [TRAINING, "tests/inference/test_generate.py"],
     "scipy": [TRAINING, "tests/evaluation/test_report.py"],
     "torch": [TRAINING],
-    "h5py": ["tests/checkpoint/test_checkpoint.py", TRAINING],
+    "h5py": [
+        "tests/checkpoint/test_hdf5.py::test_round_trip",
+        "tests/checkpoint/test_hdf5.py::test_files_that_are_not_ours",
+        "tests/checkpoint/test_checkpoint.py::test_the_training_state_is_restored_bit_for_bit",
+    ],
     "tokenizers": ["tests/data/test_tokenizer.py"],
     "fastokens": ["tests/data/test_tokenizer.py"],
-    "typer": ["tests/cli/test_help.py", "tests/cli/test_options.py"],
+    "typer": [
+        "tests/cli/test_help.py::test_help_is_shown_as_it_is_written",
+        "tests/cli/test_options.py",
+    ],
     "tqdm": [TRAINING],
-    "matplotlib": ["tests/training/test_plots.py"],
-    "platformdirs": ["tests/data/test_sources.py"],
-    "filelock": ["tests/runtime/test_locking.py"],
-    "tomli-w": ["tests/test_config.py"],
-    "rensa": ["tests/data/test_documents.py"],
+    "matplotlib": [TRAINING, "tests/training/test_plots.py::test_any_name_is_drawn_as_it_is"],
+    "platformdirs": ["tests/data/test_sources.py::test_a_home_folder"],
+    "filelock": ["tests/runtime/test_locking.py::test_a_folder_has_one_writer"],
+    "tomli-w": ["tests/test_config.py::test_toml_round_trip"],
+    "rensa": ["tests/data/test_documents.py::test_signatures_do_not_depend_on_the_batches"],
     "jinja2": ["tests/data/test_chat_template.py"],
-    "pyarrow": ["tests/data/test_readers.py"],
-    "backports-zstd": ["tests/data/test_readers.py"],
-    "datasets": ["tests/data/test_readers.py"],
-    "starlette": ["tests/server/test_completions.py", "tests/server/test_command.py"],
-    "uvicorn": ["tests/server/test_completions.py", "tests/server/test_command.py"],
-    "prometheus-client": ["tests/server/test_completions.py", "tests/server/test_command.py"],
+    "pyarrow": ["tests/data/test_readers.py::test_every_form_gives_the_same_documents"],
+    "backports-zstd": ["tests/data/test_readers.py::test_every_form_gives_the_same_documents"],
+    "datasets": ["tests/data/test_readers.py::test_a_hugging_face_data_set"],
+    "starlette": [SERVER],
+    "uvicorn": [SERVER, "tests/server/test_command.py::test_the_openai_client"],
+    "prometheus-client": [SERVER, "tests/server/test_command.py::test_the_openai_client"],
     "lm-eval": ["tests/evaluation/test_lm_eval.py"],
-    "transformers": ["tests/export/test_transformers.py", "tests/export/test_chat_models.py"],
-    "accelerate": ["tests/export/test_transformers.py"],
-    "peft": ["tests/export/test_transformers.py"],
-    "onnx": ["tests/export/test_onnx.py"],
-    "onnxruntime": ["tests/export/test_onnx.py"],
-    "safetensors": ["tests/export/test_safetensors.py"],
+    "transformers": [
+        "tests/export/test_transformers.py::test_text_is_that_of_mmrec_generate",
+        "tests/export/test_transformers.py::test_the_tokenizer_is_ours",
+        "tests/integrations/test_transformers.py::"
+        "test_every_function_under_the_hook_is_one_that_we_know",
+    ],
+    "accelerate": [
+        "tests/export/test_transformers.py::test_the_trainer_trains_it_and_mmrec_takes_it_back"
+    ],
+    "peft": ["tests/export/test_transformers.py::test_lora_of_peft"],
+    "onnx": ["tests/export/test_onnx.py::test_logits_are_the_same_step_by_step"],
+    "onnxruntime": ["tests/export/test_onnx.py::test_logits_are_the_same_step_by_step"],
+    "safetensors": [
+        "tests/export/test_safetensors.py::test_a_model_comes_back_bit_for_bit",
+        "tests/export/test_safetensors.py::test_weights_of_another_program",
+    ],
 }
-"""Tests of each dependency, by its name in pyproject.toml."""
-EXCEPT = (
-    "test_a_killed_script_resumes_bit_for_bit or test_the_command_line_trains_the_same_model"
-    " or test_metrics_of_callbacks or test_many_clients"
-)
-"""Tests that take long and need no dependency that the others do not (an expression for -k)."""
+"""Tests of each dependency, by its name in pyproject.toml. Together they take about a minute."""
 TOOLS = ["pytest", "hypothesis"]
 """What all tests need, from the extra ``dev``."""
 
@@ -139,7 +152,7 @@ def run_tests(python: Path, tests: list[str], folder: Path, minutes: float) -> d
 
     Args:
         python: the interpreter of the environment.
-        tests: files of tests.
+        tests: files or names of tests.
         folder: where kernels are cached and the report is written.
         minutes: after this time the tests are ended.
 
@@ -147,7 +160,7 @@ def run_tests(python: Path, tests: list[str], folder: Path, minutes: float) -> d
         Numbers of tests by result, names of failed ones, and seconds.
     """
     report, begin = folder / "report.xml", time.monotonic()
-    options = ["-q", "-p", "no:cacheprovider", f"--junit-xml={report}", "-k", f"not ({EXCEPT})"]
+    options = ["-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
     options.append("--continue-on-collection-errors")
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         options += ["-W", f"ignore::{category}"]  # what versions say of their own future
