@@ -5,8 +5,7 @@
 A set is an environment of its own: mmrec from this checkout, with some of its extras, and the
 oldest or the newest versions that pyproject.toml allows. uv resolves and installs them; it takes
 the usual variables, such as UV_TORCH_BACKEND=cpu for torch without CUDA. Then the tests of TESTS
-run that need what the set installs. Writes results/versions.json, where other sets stay; the page
-docs/installing.md shows it.
+run that need what the set installs. Writes results/versions.json, where other sets stay.
 """
 
 import argparse
