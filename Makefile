@@ -6,7 +6,10 @@ TORCH := torch==2.13.0
 # PyPI's torch for Linux brings gigabytes of CUDA, so the CPU build is tried first, then PyPI's.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test setup setup-dev lint types coverage docs wheel clean
+# Most modules of torch and transformers are never imported, so they are not compiled beforehand.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+
+.PHONY: demo test setup setup-dev setup-docs tree lint types coverage docs dist wheel versions clean
 
 demo: setup
 	$(BIN)/mmrec train tiny
@@ -17,34 +20,40 @@ test: setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
+setup-docs: $(VENV)/.ready-docs
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit("mmrec needs Python 3.11 or newer; this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)+cpu 2>/dev/null \
-	  || $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) --index-url $(CPU_INDEX) 2>/dev/null \
-	  || $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(PIP) $(TORCH)+cpu 2>/dev/null \
+	  || $(PIP) $(TORCH) --index-url $(CPU_INDEX) 2>/dev/null \
+	  || $(PIP) $(TORCH)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@ $(VENV)/.ready
 
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
+	$(PIP) -e '.[docs]'
+	touch $@
+
 # Installed, cli/ and data/ are mmrec.cli and mmrec.data. import-linter and mypy check that layout.
-TREE = rm -rf build/tree && mkdir -p build/tree && cp -r mmrec build/tree/mmrec \
-  && cp -r cli data build/tree/mmrec/
+tree:
+	rm -rf build/tree && mkdir -p build/tree && cp -r mmrec build/tree/mmrec
+	cp -r cli data build/tree/mmrec/
 
-lint: setup-dev
+lint: setup-dev tree
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(TREE)
 	cd build/tree && ../../$(BIN)/lint-imports ../../pyproject.toml
+	if [ -x $(BIN)/zizmor ]; then $(BIN)/zizmor -q --offline .github; fi
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint .github/container/Dockerfile; fi
 
-types: setup-dev
-	$(TREE)
+types: setup-dev tree
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mmrec
 
 # Coverage cannot see compiled code, so the kernels' tests run a second time as plain Python. There
@@ -57,12 +66,23 @@ coverage: setup-dev
 	$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=90
 
 # The CLI and configuration pages are generated from the program. Warnings are errors.
-docs: setup-dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+docs: setup-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-wheel: setup-dev
-	$(BIN)/python -m build -q --wheel
+# The source distribution, and the wheel built from it.
+dist: setup-dev
+	rm -rf dist
+	$(BIN)/python -m build -q
+	$(BIN)/python -m twine check --strict dist/*
+
+# The wheel in a clean environment.
+wheel: dist
+	.ci/wheel dist/mmrec-*.whl
+
+# The oldest and the newest allowed dependencies, each set in an environment of its own.
+versions: setup-dev
+	$(PIP) uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/versions.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

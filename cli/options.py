@@ -191,18 +191,19 @@ def settings_options(
 
 def _parameter(s: Setting, *, is_required: bool) -> inspect.Parameter:
     metavar = s.metavar or ("|".join(s.choices) if s.choices else None)
-    is_amount = s.flat_name in LENGTHS and s.type is not str
-    if is_amount:
+    parser = None
+    if s.flat_name in LENGTHS and s.type is not str:
         from mmrec.training.length import parse_amount
 
         metavar = "N|+N"
+        parser = functools.wraps(parse_amount)(functools.partial(parse_amount, kind=s.type))
     option = typer.Option(
         s.flag,
         help=s.help,
         rich_help_panel=PANELS.get(s.section, s.section.capitalize()),
         metavar=metavar,
         show_default=_shown_default(s),
-        parser=functools.partial(parse_amount, kind=s.type) if is_amount else None,
+        parser=parser,
     )
     kind: Any = s.type if is_required else s.type | None
     return inspect.Parameter(

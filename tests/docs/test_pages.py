@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 FOLDERS = "mmrec|cli|data|tests|benchmarks|docs"
 OTHER_PROGRAMS = {
-    *("--index-url", "--no-deps"),  # pip
+    *("--index-url", "--extra-index-url", "--no-deps"),  # pip
+    *("--torch-backend", "--from", "--spec", "--pip-args"),  # uv and pipx
+    *("--rm", "--pin"),  # docker; benchmarks/versions.py
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     "--max-restarts",
     *("--logdir", "--project"),  # tensorboard, trackio
