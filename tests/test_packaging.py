@@ -141,6 +141,22 @@ def test_all_is_every_extra_of_a_user() -> None:
     assert "mmrec[all]" in EXTRAS["dev"]
 
 
+def test_every_dependency_has_tests_for_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``make versions`` knows every package that a user installs, and its tests exist."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from versions import SETS, TESTS, requirements
+
+    assert set(requirements(SETS["newest"])) - set(TESTS) == {
+        "hypothesis",
+        "pytest",
+        "httpx",
+        "openai",
+    }
+    for name in {name for tests in TESTS.values() for name in tests}:
+        file, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
 def test_every_package_is_installed() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {
