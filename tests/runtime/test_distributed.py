@@ -56,6 +56,7 @@ import os, sys
 import torch
 from torch import nn
 from mmrec.runtime.distributed import SINGLE_PROCESS, STRATEGIES, TorchrunGroup
+from mmrec.training.weight_average import WeightAverage
 
 class Net(nn.Module):
     # 7 rows do not divide by 3 processes; of 2 rows the last process holds none
@@ -120,6 +121,18 @@ for strategy, os.environ["MASTER_PORT"] in zip(STRATEGIES, sys.argv[1:], strict=
             group.local_shard(p.grad).copy_(result)
             assert torch.equal(group.full_tensor(p.grad), 2 * q.grad)
         assert calls == [[pairs[rank][1].shape]]  # each process computed one full tensor
+        average = WeightAverage(net, 0.5, group)
+        for step in range(2):
+            for p, q in pairs:
+                q.data.add_(step)
+                group.scatter_tensor_(p.data, q.detach() if rank == 0 else None)
+            for task in average.update_tasks(step, 2):
+                task()
+        with average.swapped():  # after one step the decay is 2 / 11
+            for p, q in pairs:
+                torch.testing.assert_close(group.full_tensor(p.detach()), q.detach() - 2 / 11)
+        for p, q in pairs:
+            assert torch.equal(group.full_tensor(p.detach()), q)
 """
 
 
