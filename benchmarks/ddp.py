@@ -26,7 +26,7 @@ from outputs import add_force, check_results
 from mmrec.profiling.kernel_bench import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "ddp.json"
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MMREC = ["-m", "mmrec", "train"]
 NAMESPACES = ("mmrec-0", "mmrec-1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -75,10 +75,10 @@ def commands(way: str) -> list[list[str]]:
     if way in ("one thread", "two threads"):
         return [[sys.executable, *MMREC]]
     if way == "ddp":
-        return [[TORCHRUN, "--nproc-per-node", "2", *MMREC]]
+        return [[*TORCHRUN, "--nproc-per-node", "2", *MMREC]]
     return [
         [
-            *("ip", "netns", "exec", name, TORCHRUN, "--nnodes", "2", "--node-rank", str(rank)),
+            *("ip", "netns", "exec", name, *TORCHRUN, "--nnodes", "2", "--node-rank", str(rank)),
             *("--master-addr", ADDRESSES[0], "--master-port", str(PORT)),
             *("--nproc-per-node", "1", *MMREC),
         ]
