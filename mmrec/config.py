@@ -558,6 +558,14 @@ class OptimizerConfig(Section):
         "Recurrences always run in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
+    sampled_softmax: int = count(
+        0,
+        "Compare each prediction with the targets of its batch and this many drawn tokens, which "
+        "stand for the rest of the vocabulary: less work per step for a large vocabulary, and a "
+        "loss that is an estimate. 0 compares with the whole vocabulary.",
+        minimum=0,
+    )
+    """Source: Jean et al. 2015 (arXiv:1412.2007, section 3)."""
     seed: int = setting(
         0,
         "Seed of the initial weights, the data order and dropout.",
@@ -831,6 +839,11 @@ class TrainConfig:
             raise InputError("replay_fraction needs state window or document; got 'carry'")
         if self.distillation.teachers and self.data.state == "carry":
             raise InputError("teachers need state window or document; got 'carry'")
+        if self.distillation.teachers and self.optimizer.sampled_softmax:
+            raise InputError(
+                "teachers need the whole vocabulary, sampled_softmax 0; got "
+                f"{self.optimizer.sampled_softmax}"
+            )
 
     @classmethod
     def from_flat(cls, settings: dict[str, Any]) -> Self:

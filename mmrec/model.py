@@ -441,6 +441,7 @@ class Model(nn.Module):
         document_starts: Tensor | None = None,
         generator: torch.Generator | None = None,
         some_ignored: bool = False,
+        sampled_softmax: int = 0,
     ) -> tuple[Tensor, State]:
         """Mean cross-entropy of the targets, and the state after the last token.
 
@@ -449,6 +450,8 @@ class Model(nn.Module):
             targets: (B, T) int64, the token that follows each of them.
             state, document_starts, generator: see ``hidden_states``.
             some_ignored: whether targets may be negative, which do not count.
+            sampled_softmax: the number of tokens that are drawn to stand for all tokens that are no
+                target here; see ``draw_candidates``. 0 compares with the whole vocabulary.
 
         Returns:
             The loss, a scalar in nats per token that counts, and the new state. It is 0 if none
@@ -463,7 +466,14 @@ class Model(nn.Module):
             hidden, targets = hidden[counts], targets[counts]
             if not len(targets):  # the gradient of every parameter exists, and is zero
                 return hidden.sum() + 0 * self.embedding.sum(), state
-        loss = fused_linear_cross_entropy(hidden, self.embedding, targets, bf16=self.bf16)
+        weight: Tensor = self.embedding
+        log_counts: Tensor | None = None
+        if sampled_softmax:
+            candidates, targets, log_counts = draw_candidates(
+                targets, self.config.vocab_size, sampled_softmax, generator
+            )
+            weight = F.embedding(candidates, self.embedding)
+        loss = fused_linear_cross_entropy(hidden, weight, targets, log_counts, bf16=self.bf16)
         return loss, state
 
 
@@ -542,6 +552,39 @@ def last_tokens(tokens: Tensor, recent_tokens: Tensor, document_starts: Tensor |
             document_began = document_starts[:, max(0, time - k) :].any(1)
             recent[:, count - 1 - k].masked_fill_(document_began, 0)
     return recent
+
+
+def draw_candidates(
+    targets: Tensor, vocab_size: int, count: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the tokens that a sampled softmax compares with.
+
+    A softmax divides by a sum over the vocabulary. In it every target stands for itself. ``count``
+    of the other tokens are drawn, and each of them stands for equally many of the others: its logit
+    grows by the logarithm of that number. So the sum has the right mean.
+
+    Args:
+        targets: (R,) int64, the targets of all rows.
+        vocab_size: V.
+        count: tokens to draw, at most; without replacement, each with equal probability.
+        generator: what draws; None for torch's global generator.
+
+    Returns:
+        candidates: (C,) int64, the targets and then the drawn tokens, each once.
+        positions: (R,) int64, where the target of each row stands among them.
+        log_counts: (C,) float32, the logarithms of the numbers of tokens that they stand for.
+
+    Source: Jean et al. 2015 (arXiv:1412.2007, section 3).
+    """
+    found, positions = targets.unique(return_inverse=True)
+    is_other = torch.ones(vocab_size, dtype=torch.bool)
+    is_other[found] = False
+    others = is_other.nonzero().flatten()
+    drawn = others[torch.randperm(len(others), generator=generator)[:count]]
+    log_counts = torch.zeros(len(found) + len(drawn))
+    if len(drawn):
+        log_counts[len(found) :] = math.log(len(others) / len(drawn))
+    return torch.cat((found, drawn)), positions, log_counts
 
 
 def call_checkpointed(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
-from mmrec.model import Dropout, Model, log_spaced_decay_logits
+from mmrec.model import Dropout, Model, draw_candidates, log_spaced_decay_logits
 from mmrec.optimizer import parameter_groups
 
 SMALL = ModelConfig(
@@ -144,6 +144,45 @@ def test_loss_and_gradients_equal_plain_cross_entropy() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(x, y)[0], plain)
+
+
+def test_a_sampled_softmax_of_all_tokens_is_the_plain_one() -> None:
+    model = awake(SMALL)
+    x, y = torch.randint(0, 40, (2, 9)), torch.randint(0, 9, (2, 9))
+    parameters = list(model.parameters())
+    want = model.loss(x, y)[0]
+    got = model.loss(x, y, sampled_softmax=39)[0]
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_candidates_are_the_targets_and_stand_for_all_tokens() -> None:
+    targets, generator = torch.tensor([7, 3, 7, 39, 0]), torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(40, generator=generator)
+    sums = []
+    for _ in range(300):
+        candidates, positions, log_counts = draw_candidates(targets, 40, 9, generator)
+        assert len(candidates.unique()) == len(candidates) == 4 + 9
+        assert torch.equal(candidates[positions], targets)
+        assert log_counts[positions].tolist() == [0] * 5
+        assert log_counts.exp().sum().item() == pytest.approx(40)
+        sums.append((logits[candidates] + log_counts).exp().sum().item())
+    exact = logits.exp().sum().item()
+    error = torch.tensor(sums).std().item() / 300**0.5
+    assert abs(sum(sums) / 300 - exact) < 3 * error < 0.1 * exact
+
+
+def test_a_sampled_softmax_draws_from_its_generator() -> None:
+    model = awake(SMALL)
+    x, y = torch.randint(0, 40, (2, 9)), torch.randint(0, 9, (2, 9))
+    losses = [
+        model.loss(x, y, sampled_softmax=5, generator=torch.Generator().manual_seed(seed))[0].item()
+        for seed in (1, 1, 2)
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_dropout_takes_elements_or_whole_rows() -> None:

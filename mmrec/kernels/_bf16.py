@@ -8,10 +8,11 @@ import numpy as np
 from numba import types
 
 from mmrec.kernels._jit import inline_jit, overload
+from mmrec.kernels._simd import LANES, add_lanes, fma, load, store, zeros
 
 _ROUND, _ONE = np.uint32(0x7FFF), np.uint32(1)
 _SHIFT, _NAN = np.uint32(16), np.uint16(0x7FC0)
-DOT_SUMS = 16  # running sums of ``dot``
+DOT_SUMS = LANES  # running sums of ``dot``
 
 
 def _from_bits(x):
@@ -82,20 +83,16 @@ def write(values, values_at, target, target_at, width):
 def dot(x, x_at, y, y_at, sums, width):
     """Σ_d x[x_at + d] y[y_at + d] for d < width.
 
-    The scratch array ``sums`` holds DOT_SUMS running sums, which LLVM turns into vectors. They are
-    added up in one fixed order.
+    LANES sums run side by side in a vector and are added up in one fixed order. The scratch array
+    ``sums`` of DOT_SUMS numbers takes them if the last numbers do not fill a vector.
     """
-    x_at, y_at = np.uint64(x_at), np.uint64(y_at)
-    aligned = np.uint64(width // 16 * 16)
-    for j in range(np.uint64(16)):
-        sums[j] = 0
-    for at in range(np.uint64(0), aligned, np.uint64(16)):
-        for j in range(np.uint64(16)):
-            sums[j] += x[x_at + at + j] * y[y_at + at + j]
-    for j in range(np.uint64(width) - aligned):
-        sums[j] += x[x_at + aligned + j] * y[y_at + aligned + j]
-    for j in range(8):
-        sums[j] += sums[j + 8]
-    for j in range(4):
-        sums[j] += sums[j + 4]
-    return (sums[0] + sums[2]) + (sums[1] + sums[3])
+    x_at, y_at, aligned = np.int64(x_at), np.int64(y_at), np.int64(width // LANES * LANES)
+    total = zeros(x)
+    for d in range(0, aligned, LANES):
+        total = fma(load(x, x_at + d), load(y, y_at + d), total)
+    if aligned < width:
+        store(sums, 0, total)
+        for d in range(aligned, width):
+            sums[d - aligned] += x[x_at + d] * y[y_at + d]
+        total = load(sums, 0)
+    return add_lanes(total)

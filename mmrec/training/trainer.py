@@ -155,6 +155,11 @@ class Trainer:
         precision, self.precision_reason = resolve_precision(training.precision, instructions)
         torch.manual_seed(training.seed)
         model_config = dataclasses.replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+        if training.sampled_softmax >= model_config.vocab_size:
+            raise InputError(
+                f"sampled_softmax must be < the vocabulary of {model_config.vocab_size:,} tokens; "
+                f"got {training.sampled_softmax:,}"
+            )
         self.model = Model(model_config, process_group.shard_layer)
         process_group.shard_model(self.model)
         self._set_precision(precision)
@@ -622,7 +627,9 @@ class Trainer:
         first = max(0, first - self.progress.earlier_batches)  # of the text as it is now
         total = 0.0
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
-        compute_loss = None
+        compute_loss: Callable[..., tuple[Tensor, State]] | None = None
+        if sampled_softmax := self.config.optimizer.sampled_softmax:
+            compute_loss = partial(self.model.loss, sampled_softmax=sampled_softmax)
         if self._teachers:
             weight = self.config.distillation.teacher_weight
             compute_loss = partial(distillation_loss, self.model, self._teachers, weight)

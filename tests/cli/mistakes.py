@@ -1468,6 +1468,18 @@ MISTAKES = [
     ),
     (
         "train",
+        "--sampled-softmax",
+        "tiny --data book.txt --tokenizer char --sampled-softmax 4096",
+        "sampled_softmax must be < the vocabulary of .* tokens; got 4,096",
+    ),
+    (
+        "finetune",
+        "--sampled-softmax",
+        "runs/one --data book.txt --teachers runs/one --sampled-softmax 8",
+        "teachers need the whole vocabulary, sampled_softmax 0; got 8",
+    ),
+    (
+        "train",
         "--teacher-weight",
         "tiny --data book.txt --teacher-weight 0.5",
         "teacher_weight needs teachers; got 0.5 alone",

@@ -57,18 +57,22 @@ def test_exp(x: float) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_loss_is_cross_entropy(bf16: bool) -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_loss_is_cross_entropy(bf16: bool, with_bias: bool) -> None:
     """Two chunks and a remainder, against torch on all logits at once."""
     rows = 2 * LOGITS_CHUNK + 7
     hidden = torch.randn(rows, 24, requires_grad=True)
     weight = (0.3 * torch.randn(50, 24)).requires_grad_()
+    bias = [torch.randn(50, requires_grad=True)] if with_bias else []
     targets = torch.randint(50, (rows,))
-    got = fused_linear_cross_entropy(hidden, weight, targets, bf16=bf16)
-    want = reference.fused_linear_cross_entropy(hidden.double(), weight.double(), targets)
+    got = fused_linear_cross_entropy(hidden, weight, targets, *bias, bf16=bf16)
+    want = reference.fused_linear_cross_entropy(
+        hidden.double(), weight.double(), targets, *[b.double() for b in bias]
+    )
     torch.testing.assert_close(got.double(), want, rtol=2e-3 if bf16 else 1e-6, atol=0)
     for actual, expected in zip(
-        torch.autograd.grad(got, (hidden, weight)),
-        torch.autograd.grad(want, (hidden, weight)),
+        torch.autograd.grad(got, (hidden, weight, *bias)),
+        torch.autograd.grad(want, (hidden, weight, *bias)),
         strict=True,
     ):
         assert (actual - expected).norm() < (1e-2 if bf16 else 1e-5) * expected.norm()
@@ -77,10 +81,12 @@ def test_the_loss_is_cross_entropy(bf16: bool) -> None:
 def test_gradcheck() -> None:
     hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (5,))
-    assert torch.autograd.gradcheck(
-        lambda h, w: fused_linear_cross_entropy(h, w, targets), [hidden, weight]
-    )
+    for inputs in ([hidden, weight], [hidden, weight, bias]):
+        assert torch.autograd.gradcheck(
+            lambda h, w, *b: fused_linear_cross_entropy(h, w, targets, *b), inputs
+        )
 
 
 def test_op() -> None:
@@ -131,3 +137,10 @@ def test_bad_shape_is_named(
     labels = torch.zeros(targets, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(torch.ones(hidden), torch.ones(weight), labels)
+
+
+def test_a_bias_of_another_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"bias must have shape \(V\) = \(5,\); got \(4,\)"):
+        fused_linear_cross_entropy(
+            torch.ones(3, 2), torch.ones(5, 2), torch.zeros(3, dtype=torch.int64), torch.ones(4)
+        )

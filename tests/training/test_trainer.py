@@ -92,15 +92,15 @@ def test_a_run_of_many_epochs_warns_that_the_model_will_memorise_its_text(
     assert advice in text
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation_steps": 2}, {"sampled_softmax": 16}]
+)
 def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
-    corpus: Corpus, tmp_path: Path, accumulation: int
+    corpus: Corpus, tmp_path: Path, settings: dict[str, int]
 ) -> None:
-    uninterrupted = make_trainer(
-        corpus, tmp_path / "uninterrupted", gradient_accumulation_steps=accumulation
-    )
+    uninterrupted = make_trainer(corpus, tmp_path / "uninterrupted", **settings)
     uninterrupted.fit()
-    first = make_trainer(corpus, tmp_path / "resumed", gradient_accumulation_steps=accumulation)
+    first = make_trainer(corpus, tmp_path / "resumed", **settings)
     train_step = first.train_step
 
     def interrupted() -> tuple[float, float, float]:
@@ -111,7 +111,7 @@ def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
     first.train_step = interrupted  # type: ignore[method-assign]
     assert first.fit()["ended"] == "signal"
     assert first.stop_signal.signal_number == signal.SIGTERM
-    resumed = make_trainer(corpus, tmp_path / "resumed", gradient_accumulation_steps=accumulation)
+    resumed = make_trainer(corpus, tmp_path / "resumed", **settings)
     torch.manual_seed(99)  # a resume takes the random state of the checkpoint instead
     assert resumed.fit(resume=True)["ended"] == "done"
     assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")

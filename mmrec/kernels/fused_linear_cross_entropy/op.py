@@ -2,10 +2,12 @@
 
 Axes: R rows (tokens), D width of the model, V vocabulary.
 
-With logits x_r = E h_r for hidden states h (R, D) and an embedding E (V, D), p_r = softmax(x_r):
+With logits x_r = E h_r + b for hidden states h (R, D), an embedding E (V, D) and a bias b (V,) that
+may be left out, p_r = softmax(x_r):
 
     loss = (1 / R) Σ_r -log p_r,target
     dh_r = (1 / R) Eᵀ (p_r - onehot_r)        dE = (1 / R) Σ_r (p_r - onehot_r) h_rᵀ
+    db = (1 / R) Σ_r (p_r - onehot_r)
 
 The logits take V numbers per token. They are computed for a chunk of tokens at a time, and the
 gradients of the chunk are computed in the forward pass, while its logits are still in cache.
@@ -108,58 +110,71 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     """See ``fused_linear_cross_entropy``, which checks the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bf16: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, bf16: bool
+    ) -> Tensor:
         dtype = torch.bfloat16 if bf16 else hidden.dtype
         gradient_needed = any(ctx.needs_input_grad)
-        embedding = weight.to(dtype)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight)
+        embedding, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        dbias = None if bias is None else torch.zeros_like(bias)
         total = torch.zeros((), dtype=torch.float64)
         size = LOGITS_CHUNK if bf16 else LOGITS_CHUNK // 4  # the numerators take as much again
         for begin in range(0, hidden.shape[0], size):
             chunk = slice(begin, begin + size)
             rows, labels = hidden[chunk].to(dtype), targets[chunk]
-            numerators, denominators, losses = softmax_parts(F.linear(rows, embedding), labels)
+            logits = F.linear(rows, embedding, offset)
+            numerators, denominators, losses = softmax_parts(logits, labels)
             total += losses.sum(dtype=torch.float64)
             if gradient_needed:
                 # softmax and one-hot go separately, which saves passes over the logits
-                scale = denominators.reciprocal()[:, None]
-                dhidden[chunk] = (numerators @ embedding) * scale - weight[labels]
-                dweight += numerators.T @ (rows * scale).to(dtype)
+                scale = denominators.reciprocal()
+                dhidden[chunk] = (numerators @ embedding) * scale[:, None] - weight[labels]
+                dweight += numerators.T @ (rows * scale[:, None]).to(dtype)
                 dweight.index_add_(0, labels, hidden[chunk], alpha=-1)
-        ctx.save_for_backward(dhidden, dweight)
+                if dbias is not None:
+                    dbias += numerators.T @ scale.to(dtype)
+                    dbias.index_add_(0, labels, torch.ones_like(scale), alpha=-1)
+        ctx.save_for_backward(dhidden, dweight, dbias)
         return (total / hidden.shape[0]).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, dbias = ctx.saved_tensors
         scale = dloss / dhidden.shape[0]
-        return dhidden * scale, dweight * scale, None, None
+        dbias = None if dbias is None else dbias * scale
+        return dhidden * scale, dweight * scale, None, dbias, None
 
 
 def fused_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bf16: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bf16: bool = False,
 ) -> Tensor:
-    """Mean cross-entropy of the logits ``hidden @ weight.T``, without storing the logits.
+    """Mean cross-entropy of the logits ``hidden @ weight.T + bias``, without storing the logits.
 
     Args:
         hidden: (R, D) float32, float64, bfloat16 or float16, the last hidden state of each token,
             R >= 1.
         weight: (V, D) of the dtype of hidden, the embedding of each token of the vocabulary.
         targets: (R,) int64, the token to predict, each in [0, V).
+        bias: (V,) of the dtype of hidden, added to the logits; None adds nothing.
         bf16: compute the matrix products in bfloat16, as under autocast to bfloat16 and for
             bfloat16 inputs. Sums of the softmax stay in float32.
 
     Returns:
         The mean loss in nats per token, a scalar of the dtype of hidden. Differentiable with
-        respect to hidden and weight, once, in reverse mode.
+        respect to hidden, weight and bias, once, in reverse mode.
 
     Raises:
         ValueError: a shape, dtype or device is not as above, or a target lies outside [0, V).
 
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv:2410.10989, section 3).
     """
-    hidden, weight = promote(hidden, weight)
+    hidden, weight, bias = promote(hidden, weight, bias)
     check_input("hidden", hidden, "R, D", None)
     rows, width = hidden.shape
     if rows == 0:
@@ -168,10 +183,12 @@ def fused_linear_cross_entropy(
     vocabulary = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 1
     check_tensor("weight", weight, (max(1, vocabulary), width), "V, D", dtype)
     check_tensor("targets", targets, (rows,), "R", torch.int64)
+    if bias is not None:
+        check_tensor("bias", bias, (vocabulary,), "V", dtype)
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         bf16 = bf16 or torch.get_autocast_dtype("cpu") == torch.bfloat16
     bf16 = bf16 or dtype == torch.bfloat16
-    hidden, weight = to_compute_dtype(hidden), to_compute_dtype(weight)
+    hidden, weight, bias = (to_compute_dtype(x) for x in (hidden, weight, bias))
     with torch.autocast("cpu", enabled=False):  # the dtypes of the products are chosen above
-        loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, bf16)
+        loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, bias, bf16)
     return cast(loss, dtype)

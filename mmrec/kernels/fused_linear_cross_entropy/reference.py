@@ -4,9 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the logits hidden @ weight.T (R, V) against targets (R,)."""
-    return F.cross_entropy(hidden @ weight.T, targets)
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of the logits hidden @ weight.T + bias (R, V) against targets (R,)."""
+    return F.cross_entropy(F.linear(hidden, weight, bias), targets)
 
 
 def softmax_parts(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
