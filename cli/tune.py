@@ -43,7 +43,7 @@ def tune(
         typer.Option(help="TOML file with settings, which are not searched."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder of the search; by default runs/tune-PRESET-CORPUS.")
+        str | None, typer.Option(help="Folder of the search; by default in runs.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Begin anew in a folder that holds a search.")
