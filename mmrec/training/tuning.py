@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmrec.config import (
+    AUTO,
     MAX_COUNT,
     MODEL_SETTINGS,
     TRAIN_SETTINGS,
@@ -49,7 +50,7 @@ from mmrec.training.callbacks import Callback
 from mmrec.training.metrics import format_duration
 from mmrec.training.run_dir import remove_run_files
 from mmrec.training.setup import RunPlan, default_run_dir, plan_run
-from mmrec.training.trainer import Trainer, corpus_identity
+from mmrec.training.trainer import Trainer
 
 if TYPE_CHECKING:
     import optuna
@@ -469,7 +470,7 @@ class Search:
                 if k not in self._space and k != "vocab_size"
             },
             "searched settings": {k: list(v) for k, v in self._space.items()},
-            "text": corpus_identity(corpus),
+            "text": corpus.identity,
         }
         search = json.loads(json.dumps(search))  # as the log will hold it
         # a text that is too short for a batch is refused before there is a folder
@@ -599,9 +600,12 @@ class Search:
             minutes=seconds / 60,
             eval_every=MAX_COUNT,
             save_every=MAX_COUNT,
+            sample_tokens=0,
             patience=0,
             on_nan="stop",
             out="",
+            log="",
+            html=False,
         )
         return TrialTrainer(
             self.folder / TRIAL_FOLDER,
@@ -782,6 +786,8 @@ def open_search(
     check_optuna()
     for name, value in (("minutes", minutes), ("for", final_minutes)):
         dataclasses.replace(TRAIN_SETTINGS["minutes"], flat_name=name).check(value)
+    if preset == AUTO:
+        raise InputError(f"a search begins with a preset, not with {AUTO}: name one, such as tiny")
     plan = plan_run(preset, config_path, given, default_preset="tiny")
     if plan.source is not None:
         raise InputError(

@@ -1483,6 +1483,7 @@ MISTAKES = [
     ("tune", "--minutes", "--data book.txt --minutes nan", "minutes must .*; got nan"),
     ("tune", "--for", "--data book.txt --for inf", "for must .*; got inf"),
     ("tune", "--preset", "--preset tinny", "unknown preset 'tinny'.*did you mean 'tiny'"),
+    ("tune", "--preset", "--data book.txt --preset auto", "begins with a preset, not with auto"),
     ("tune", "--config", "--config none.toml", "cannot read config file none.toml: No such file"),
     ("tune", "--data", "--data none.txt", "no data at none.txt: no such file or folder"),
     ("tune", "--data", "--data -", "read the text several times; got -: first write a corpus"),
