@@ -15,16 +15,13 @@ from typing import Any
 
 import optuna
 from baselines import pair, settings
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from race import measure
 
 from mmrec.config import TRAIN_SETTINGS, preset, preset_train_settings
+from mmrec.training import tuning
+from mmrec.training.tuning import SEARCHED, Space, open_journal, open_study
 
 LOGS = Path(__file__).parent / "results" / "search"
-
-Space = dict[str, tuple[float, float] | list[Any]]
-"""A range is searched on a logarithmic scale, a list is a choice."""
 
 LOOP: Space = {
     "optimizer": ["adamw", "muon"],
@@ -61,16 +58,12 @@ SPACES: dict[str, Space] = {
     "mingru": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4]},
     "mamba": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4]},
     "xlstm": LOOP | {"width": [96, 128, 192, 256], "depth": [1, 2, 4], "slstm": [False, True]},
-    "mmrec": {
-        "lr": (2e-3, 4e-2),
-        "matrix_lr": (5e-3, 6e-2),
-        "weight_decay": (3e-2, 3.0),
+    "mmrec": SEARCHED
+    | {
         "ngram_weight_decay": (1e-1, 5.0),
-        "batch_size": [4, 8, 16, 32],
         "seq_len": [64, 128, 256],
         "warmup": [0.01, 0.03, 0.1],
         "beta2": [0.9, 0.95, 0.99],
-        "dropout": [0.0, 0.05, 0.1, 0.2, 0.3],
         "state": ["window", "carry"],
     },
 }
@@ -85,15 +78,10 @@ def space_of(name: str) -> Space:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """The settings of a trial."""
-    chosen: dict[str, Any] = {}
-    for key, values in space.items():
-        if key == "matrix_lr" and chosen.get("optimizer") == "adamw":
-            continue
-        if isinstance(values, tuple):
-            chosen[key] = float(f"{trial.suggest_float(key, *values, log=True):.2g}")
-        else:
-            chosen[key] = trial.suggest_categorical(key, values)
+    """The settings of a trial. AdamW alone has no rate of Muon."""
+    chosen = tuning.suggest(trial, {k: v for k, v in space.items() if k != "matrix_lr"})
+    if "matrix_lr" in space and chosen.get("optimizer") != "adamw":
+        chosen |= tuning.suggest(trial, {"matrix_lr": space["matrix_lr"]})
     return chosen
 
 
@@ -127,12 +115,7 @@ def main() -> None:
     space = {key: value for key, value in space_of(args.name).items() if key not in dict(args.set)}
     LOGS.mkdir(parents=True, exist_ok=True)
     stem = f"{Path(args.data).stem}-{args.tokenizer}-{args.seconds:g}s-{args.name}"
-    study = optuna.create_study(
-        study_name=stem,
-        storage=JournalStorage(JournalFileBackend(str(LOGS / f"{stem}.log"))),
-        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=8),
-        load_if_exists=True,
-    )
+    study = open_study(open_journal(LOGS / f"{stem}.log"), stem)
     if not study.trials:
         study.enqueue_trial(current_settings(args.name, args, space))
 
@@ -150,7 +133,6 @@ def main() -> None:
         )
         return float(row["loss"])
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     done = sum(trial.state.is_finished() for trial in study.trials)
     study.optimize(objective, n_trials=max(0, args.trials - done))
     print(

@@ -27,6 +27,8 @@ from mmrec.cli.startup import prepare_process
 from mmrec.cli.status import status
 from mmrec.cli.streams import OutputError, standard_streams
 from mmrec.cli.train import train
+from mmrec.cli.tune import tune
+from mmrec.cli.warmup import warmup
 from mmrec.config import VERSION
 from mmrec.errors import InputError, did_you_mean
 from mmrec.runtime.interrupts import end_at_second_signal
@@ -38,6 +40,7 @@ app = App(
     context_settings={"help_option_names": ["--help", "-h"]},  # of every command
 )
 app.command("train")(train)
+app.command("tune")(tune)
 app.command("status")(status)
 app.command("report")(report)
 app.command("eval")(evaluate)
@@ -52,6 +55,7 @@ app.command("chain")(chain)
 app.command("export")(export)
 app.command("import")(import_)
 app.command("info")(info)
+app.command("warmup")(warmup)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 

@@ -8,6 +8,7 @@ import typer
 
 from mmrec.cli.retry import ask_to_free_space
 from mmrec.cli.torchrun import command_line
+from mmrec.cli.warmup import compiling_side_by_side
 from mmrec.errors import TrainingDivergedError, WeightsDivergedError
 from mmrec.runtime.names import printable
 
@@ -49,7 +50,8 @@ def run_to_end(
     folder = trainer.run_dir
     resume_command = command_line(shlex.join(["train", "--resume", "--out", str(folder)]), parallel)
     try:
-        summary = trainer.fit(resume=resume, lock=lock)
+        with compiling_side_by_side("train", "eval", "generate"):
+            summary = trainer.fit(resume=resume, lock=lock)
     except TrainingDivergedError as error:
         say(
             f"error: {error}; {_divergence_advice(trainer, error, resume_command)}", file=sys.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 from mmrec.runtime.cores import available_cores
 from mmrec.runtime.malloc import keep_freed_memory
 
-HEAVY_COMMANDS = ("train", "finetune", "chain", "eval", "bench train")
+HEAVY_COMMANDS = ("train", "tune", "finetune", "chain", "eval", "bench train")
 """Commands that keep all cores busy. Others use torch's defaults."""
 DECODER_COMMANDS = ("generate", "chat", "score", "serve")
 """Commands that run the compiled decoder alone, without torch; unless they adapt the model."""

@@ -13,20 +13,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numba
 import platformdirs
 from numba import extending
-from numba.core import event
+from numba.core import caching, event
 
 # The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
 # reorder a sum.
 _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
+# What Python and C would call. For a function of many arrays that takes as long to compile as the
+# function itself.
+_NO_WRAPPERS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 NOTICE_AFTER = 3.0
 """Seconds of compiling in one process before the user is told of it."""
+HELPER_SECONDS = 6.0
+"""Seconds more that it may take a second process to find out what there is to compile."""
 
 
 def _find_cache_folder() -> Path | None:
@@ -95,7 +102,7 @@ def _claim(name: str, function: Callable[..., Any]) -> None:
 
 
 def inline_jit(function: Callable[..., Any], variant: str = "") -> Callable[..., Any]:
-    """Decorator for a function that kernels call. The order of its sums is kept.
+    """Decorator for a function that kernels call, and not Python. The order of its sums is kept.
 
     Args:
         function: takes and returns what Numba can compile.
@@ -107,8 +114,17 @@ def inline_jit(function: Callable[..., Any], variant: str = "") -> Callable[...,
     if variant:
         function.__qualname__ += f"[{variant}]"
     _claim(f"{function.__module__}.{function.__qualname__}", function)
-    compiled: Callable[..., Any] = numba.njit(**_EXACT)(function)
-    return compiled
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return function
+    compiled: Any = numba.njit(**_EXACT, **_NO_WRAPPERS)(function)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{function.__qualname__} is for kernels; Python cannot call it")
+
+    compiled._insert = lambda *args: None  # there is no code that Python could call
+    compiled._compile_for_args = refuse
+    inline: Callable[..., Any] = compiled
+    return inline
 
 
 def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -157,18 +173,168 @@ def _cached_in_its_folder(function: Callable[..., Any]) -> Iterator[bool]:
         numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
 
 
+class SharedCache(caching.FunctionCache):
+    """Numba's cache of one kernel, for processes that compile at the same time.
+
+    One of them compiles the kernel, and the others wait for its code. Where the code cannot be
+    kept, for instance on a full disk, it serves this process only.
+    """
+
+    PATIENCE = 120.0
+    """Seconds after which a process no longer waits, and compiles the kernel itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Create the cache of a function; see ``caching.FunctionCache``."""
+        super().__init__(function)
+        self.error: OSError | None = None
+        """Why code could not be kept."""
+        self._lock: Any = None
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the code for a signature, or None for the caller to compile it.
+
+        In the second case this process holds the kernel's lock until ``save_overload``.
+        """
+        if (found := super().load_overload(sig, target_context)) is not None:
+            return found
+        self._acquire(self.PATIENCE)
+        if (found := super().load_overload(sig, target_context)) is not None:
+            self._release()
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep code, and let other processes have it."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            self.error = error
+            _notice.say_that_nothing_is_kept(error)
+        finally:
+            self._release()
+
+    def holds(self, sig: Any, target_context: Any) -> bool:
+        """Whether there is code for a signature. It is not loaded."""
+        key = self._index_key(sig, target_context.codegen())
+        return key in self._cache_file._load_index()
+
+    def is_being_compiled(self) -> bool:
+        """Whether another process compiles the kernel now."""
+        if not self._acquire(0.0):
+            return True
+        self._release()
+        return False
+
+    def _acquire(self, timeout: float) -> bool:
+        """Lock the kernel; False after the timeout. Without a folder for locks there are none."""
+        from filelock import FileLock, Timeout  # not needed where nothing is compiled
+
+        try:
+            if self._lock is None:
+                folder = Path(self._cache_path)
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{self._impl.filename_base}.lock"
+                self._lock = FileLock(path, thread_local=False)
+            self._lock.acquire(timeout=timeout)
+        except Timeout:
+            return False
+        except (OSError, NotImplementedError):
+            self._lock = None
+        return True
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release(force=True)
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel and the types of the arguments of a call."""
+
+    name: str
+    """Such as ``gated_delta_rule_fwd``."""
+    dispatcher: Any
+    types: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sources that it is compiled from: the more, the longer it takes."""
+        file = sys.modules[self.dispatcher.py_func.__module__].__file__ or ""
+        return sum(path.stat().st_size for path in _sources(Path(file), set()))
+
+    def is_ready(self) -> bool:
+        """Whether its code is in the cache."""
+        cache = self.dispatcher._cache
+        return isinstance(cache, SharedCache) and cache.holds(self.types, self.dispatcher.targetctx)
+
+    def is_being_compiled(self) -> bool:
+        """Whether another process compiles the kernel now."""
+        cache = self.dispatcher._cache
+        return isinstance(cache, SharedCache) and cache.is_being_compiled()
+
+    def compile(self) -> OSError | None:
+        """Compile it into the cache; returns why it could not be kept there."""
+        self.dispatcher.compile(self.types)
+        return getattr(self.dispatcher._cache, "error", None)
+
+
+_recorded: dict[tuple[Any, ...], KernelCall] | None = None
+_dispatchers: list[Any] = []
+"""All kernels, as Numba has them."""
+
+
+@contextlib.contextmanager
+def record_calls() -> Iterator[dict[tuple[Any, ...], KernelCall]]:
+    """While it is entered, calls of kernels that are not loaded are noted, and compute nothing.
+
+    Yields:
+        The calls, one for each kernel and types of arguments.
+    """
+    global _recorded
+    _recorded = {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def _note_calls(dispatcher: Any, name: str) -> None:
+    """Let a kernel take part in ``record_calls``.
+
+    Numba looks this method up when a call has types for which nothing is loaded, and calls what it
+    returns. Other calls do not come here.
+    """
+    compile_for_args = dispatcher._compile_for_args
+
+    def compile_or_note(*args: Any, **kwargs: Any) -> Any:
+        if _recorded is None:
+            return compile_for_args(*args, **kwargs)
+        types = tuple(dispatcher.typeof_pyval(x) for x in args)
+        _recorded[dispatcher, types] = KernelCall(name, dispatcher, types)
+        return lambda *args: None
+
+    dispatcher._compile_for_args = compile_or_note
+
+
 def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for a function that Python calls: compiled code, kept in CACHE_FOLDER.
 
     Other Python threads run while it runs. The order of its sums is kept.
 
     Args:
-        function: takes and returns what Numba can compile. Numba's cache knows it by its file and
-            its qualified name, and its file decides the folder.
+        function: takes what Numba can compile, and returns nothing. Numba's cache knows it by its
+            file and its qualified name, and its file decides the folder.
     """
-    with _cached_in_its_folder(function) as cache:
-        compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache, **_EXACT)(function)
-    return compiled
+    options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
+    compiled: Any = numba.njit(**options, **_EXACT)(function)
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return function
+    with _cached_in_its_folder(function) as cache, contextlib.suppress(RuntimeError):
+        if cache:  # RuntimeError: the folder cannot be written after all
+            compiled._cache = SharedCache(function)
+    _note_calls(compiled, display_name(function))
+    _dispatchers.append(compiled)
+    kernel: Callable[..., Any] = compiled
+    return kernel
 
 
 @functools.cache  # whoever has its address needs it as long as the process lives
@@ -186,20 +352,36 @@ def compiled_c_function(function: Callable[..., Any], signature: Any) -> Any:
         return numba.cfunc(signature, **options)(function)
 
 
+def display_name(function: Callable[..., Any]) -> str:
+    """What messages call a kernel: its name, after that of its folder where it does not say it."""
+    folder, name = f"mmrec.{function.__module__}".split(".")[-2], function.__name__
+    return name if folder in name else f"{folder} {name}"
+
+
 class _CompileNotice(event.Listener):
-    """Says once, on standard error, that kernels are being compiled, if that takes a while."""
+    """Says once, on standard error, which kernels are being compiled, if that takes a while."""
 
     def __init__(self) -> None:
-        self.depth, self.seconds, self.began, self.printed = 0, 0.0, 0.0, False
+        self.depth, self.seconds, self.began, self.patience = 0, 0.0, 0.0, NOTICE_AFTER
+        self.printed = self.warned = False
+        self.names: list[str] = []
+        self.helper: Callable[[], None] | None = None
         self.timer: threading.Timer | None = None
 
     def on_start(self, event: Any) -> None:
         if not _is_ours(event):
             return
         self.depth += 1  # a kernel compiles the functions that it calls; Numba lets no two run
-        if self.depth == 1 and not self.printed:
+        if self.depth > 1:
+            return
+        self.names.append(display_name(event.data["dispatcher"].py_func))
+        if self.helper is not None:
+            helper, self.helper = self.helper, None
+            self.patience += HELPER_SECONDS
+            helper()
+        if not self.printed:
             self.began = time.monotonic()
-            self.timer = threading.Timer(max(0.0, NOTICE_AFTER - self.seconds), self.print)
+            self.timer = threading.Timer(max(0.0, self.patience - self.seconds), self.print)
             self.timer.daemon = True
             self.timer.start()
 
@@ -212,23 +394,56 @@ class _CompileNotice(event.Listener):
             self.timer = None
             self.seconds += time.monotonic() - self.began
 
-    def print(self) -> None:
-        """Print the notice."""
+    def print(self, names: str = "") -> None:
+        """Print the notice.
+
+        Args:
+            names: what is compiled; by default the first kernels.
+        """
+        if self.printed:
+            return
         self.printed = True
         where = f"kept in {CACHE_FOLDER}"
         if CACHE_FOLDER is None:
             where = "in every process again, as no cache folder can be written; see NUMBA_CACHE_DIR"
+        what = names or f"kernels ({', '.join(self.names)} …)"
         print(
-            "mmrec: compiling kernels that this machine has not used before, which can take half "
-            f"a minute; {where}",
+            f"mmrec: compiling {what}, once for this processor and version, which can take half a "
+            f"minute; {where}",
             file=sys.stderr,
             flush=True,
         )
+
+    def say_that_nothing_is_kept(self, error: OSError) -> None:
+        """Warn once that compiled code could not be written."""
+        if not self.warned:
+            self.warned = True
+            print(
+                f"mmrec: compiled kernels cannot be kept in {CACHE_FOLDER} "
+                f"({error.strerror or error}), so the next command compiles them again",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _is_ours(event: Any) -> bool:
     return str(event.data["dispatcher"].py_func.__module__).startswith("mmrec.")
 
 
+_notice = _CompileNotice()
 if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-    event.register("numba:compile", _CompileNotice())
+    event.register("numba:compile", _notice)
+
+
+@contextlib.contextmanager
+def when_compiling(helper: Callable[[], None]) -> Iterator[Callable[[str], None]]:
+    """While it is entered, the first kernel that must be compiled calls a function before.
+
+    Yields:
+        A function that prints the notice, with what is compiled, in place of the usual one.
+    """
+    _notice.helper = helper
+    try:
+        yield _notice.print
+    finally:
+        _notice.helper = None

@@ -135,6 +135,11 @@ def _address_of_run_on_threads() -> int:
     return int(compiled_c_function(_run_on_threads, integers).address)
 
 
+def compile_parallel_loop() -> None:
+    """Compile that loop, or load it."""
+    _address_of_run_on_threads()
+
+
 def _task_loop(tasks, run_on_threads, *args):  # type: ignore[no-untyped-def]
     """The loop of every kernel, on threads if the address of ``_run_on_threads`` is given.
 

@@ -2,11 +2,12 @@
 
 import re
 
+import numba
 import numpy as np
 import pytest
 from numba import config
 
-from mmrec.kernels._jit import inline_jit, overload
+from mmrec.kernels._jit import compiled_kernel, inline_jit, overload
 from mmrec.kernels._products import FULL, add_tiled_product
 from mmrec.kernels._simd import LANES, fma, load, splat, store, zeros
 from mmrec.kernels._tiles import add_product, scale_add_product, store_product
@@ -27,13 +28,31 @@ def use_everything(x: np.ndarray, out: np.ndarray) -> None:
 @pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")  # type: ignore[attr-defined]
 def test_no_two_compiled_functions_have_one_name() -> None:
     compiled = inline_jit(use_everything)
-    compiled(np.ones(256, np.float32), np.zeros(256, np.float32))
+    compiled.compile((numba.float32[::1], numba.float32[::1]))  # type: ignore[attr-defined]
     [result] = compiled.overloads.values()  # type: ignore[attr-defined]
     library = result.library._final_module
     names = [f.name for f in library.functions if not f.is_declaration]
     # numbers that Numba counts in each process look like B3v27, the length before a v and a number
     ours = [re.sub(r"B\d+v\d+", "", name, count=1) for name in names if "mmrec" in name]
     assert len(ours) == len(set(ours))
+
+
+@pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")  # type: ignore[attr-defined]
+def test_python_cannot_call_what_is_linked_into_kernels() -> None:
+    """There is no code at its address, so a call would end the process."""
+
+    def add_half(x: float) -> float:
+        return x + 0.5
+
+    def use_half(x: np.ndarray) -> None:
+        x[0] = half(x[0])
+
+    half, x = inline_jit(add_half), np.zeros(1)
+    for _ in range(2):  # before and after a kernel has compiled it
+        with pytest.raises(TypeError, match="add_half is for kernels"):
+            half(1.0)
+        compiled_kernel(use_half)(x)
+    assert x[0] == 1.0
 
 
 def test_a_name_stands_for_one_function() -> None:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mmrec.config import WEIGHT_DTYPES
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import compiled_kernel
 from mmrec.kernels._panels import BLOCK, PANEL, STORE, pad, product, to_panels
 from mmrec.kernels.decoder.layout import quantize
 
 
-@inline_jit
+@compiled_kernel
 def multiply(weights, scales, first, end, depth, x, out, count, skip, index, sums, wide):  # type: ignore[no-untyped-def]
     zero = np.int64(0)
     row = np.int64(out.size // count)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mmrec.config import SamplingConfig
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import compiled_kernel
 from mmrec.kernels.decoder.layout import make_sample_scratch
 from mmrec.kernels.sampling import kernel, reference
 
 
-@inline_jit
+@compiled_kernel
 def draw_many(logits, settings, seed, out, scratch):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         number = kernel.uniform(seed, np.uint64(i))
@@ -24,20 +24,20 @@ def draw_many(logits, settings, seed, out, scratch):  # type: ignore[no-untyped-
         )
 
 
-@inline_jit
+@compiled_kernel
 def adjust(logits, settings, recent, counts, tokens, values, seen):  # type: ignore[no-untyped-def]
     kernel.adjust_logits(
         logits, settings[0], settings[1], settings[2], recent, counts, tokens, values, seen
     )
 
 
-@inline_jit
+@compiled_kernel
 def numbers(seed, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         out[i] = kernel.uniform(seed, np.uint64(i))
 
 
-@inline_jit
+@compiled_kernel
 def scores(logits, tokens, logprobs, values):  # type: ignore[no-untyped-def]
     normaliser = kernel.log_sum_exp(logits, values)
     kernel.largest(logits, normaliser, tokens, logprobs)

@@ -1,0 +1,117 @@
+"""The cache of compiled kernels: several processes, folders that cannot be written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import config
+
+from mmrec.kernels import _jit
+from mmrec.kernels._jit import SharedCache, compiled_kernel, record_calls
+
+pytestmark = pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")  # type: ignore[attr-defined]
+
+KERNEL = """
+from mmrec.kernels._jit import compiled_kernel
+
+@compiled_kernel
+def add_one(x):
+    for i in range(x.size):
+        x[i] += 1
+"""
+USE = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1])
+if len(sys.argv) > 2:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+import small
+x = np.zeros(3)
+small.add_one(x)
+print(x.tolist(), sum(small.add_one.stats.cache_hits.values()))
+"""
+
+
+def use(folder: Path, cache: Path | str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Call a small kernel in a new process."""
+    (folder / "small.py").write_text(KERNEL)
+    return subprocess.run(
+        [sys.executable, "-c", USE, str(folder), *words],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert use(tmp_path, cache).stdout == "[1.0, 1.0, 1.0] 0\n"
+    again = use(tmp_path, cache)
+    assert again.stdout == "[1.0, 1.0, 1.0] 1\n"
+    assert again.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    """The system says that root may write in /proc, and then refuses each file."""
+    assert use(tmp_path, "/proc").stdout == "[1.0, 1.0, 1.0] 0\n"
+    assert use(tmp_path, "/dev/null/cache").stdout == "[1.0, 1.0, 1.0] 0\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_a_full_disk_is_no_error(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk without room."""
+    run = use(tmp_path, tmp_path / "cache", "100")
+    assert run.stdout == "[1.0, 1.0, 1.0] 0\n"
+    assert run.stderr.count("\n") == 1
+    assert "cannot be kept" in run.stderr
+    assert not [*(tmp_path / "cache").rglob("*.nbc")]
+
+
+def double(x: np.ndarray) -> None:
+    for i in range(x.size):
+        x[i] *= 2
+
+
+def test_one_process_compiles_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two caches of one function lock each other out, as those of two processes do."""
+    monkeypatch.setattr(_jit, "CACHE_FOLDER", tmp_path)
+    _jit._cache_folder_of.cache_clear()
+    try:
+        kernel, other = compiled_kernel(double), compiled_kernel(double)
+        own, others = kernel._cache, other._cache  # type: ignore[attr-defined]
+    finally:
+        _jit._cache_folder_of.cache_clear()
+    assert isinstance(own, SharedCache)
+    signature = (kernel.typeof_pyval(np.ones(2)),)  # type: ignore[attr-defined]
+    context = kernel.targetctx  # type: ignore[attr-defined]
+    assert own.load_overload(signature, context) is None
+    assert others.is_being_compiled()
+    monkeypatch.setattr(SharedCache, "PATIENCE", 0.01)
+    assert others.load_overload(signature, context) is None  # it does not wait for ever
+    kernel(np.ones(2))
+    assert not others.is_being_compiled()
+    assert others.holds(signature, context)
+    other(np.ones(2))
+    assert sum(other.stats.cache_hits.values()) == 1  # type: ignore[attr-defined]
+
+
+def test_calls_are_noted_and_compute_nothing() -> None:
+    def fill(x: np.ndarray, value: float) -> None:
+        x[:] = value
+
+    kernel, x = compiled_kernel(fill), np.zeros(2)
+    with record_calls() as calls:
+        kernel(x, 1.0)
+        kernel(x, 2.0)
+        kernel(x.astype(np.float32), 2.0)
+    assert x.tolist() == [0, 0]
+    assert [str(call.types[0].dtype) for call in calls.values()] == ["float64", "float32"]
+    kernel(x, 1.0)
+    assert x.tolist() == [1, 1]
