@@ -44,7 +44,7 @@ def picture(path: Path, width: float, height: float = 4.2) -> Iterator["Figure"]
             figure.savefig(temporary, format="png", metadata=METADATA)
 
 
-def svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
+def svg(draw: Callable[["Figure"], object], width: float, height: float) -> str:
     """Return a picture as an ``<svg>`` element for an HTML page.
 
     Lines and letters that matplotlib draws in black have the colour of the page's text.
