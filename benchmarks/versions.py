@@ -72,6 +72,10 @@ TESTS: dict[str, list[str]] = {
     ],
     "tensorboard": [f"{TRACKERS}test_tensorboard_reads_the_curves_and_texts"],
     "trackio": [f"{TRACKERS}test_trackio_stores_the_curves_and_texts"],
+    "optuna": [
+        "tests/training/test_tuning.py::test_the_best_are_promoted_and_so_are_the_settings_as_they_are",
+        "tests/training/test_tuning.py::test_draws_follow_what_was_found",
+    ],
     "accelerate": [
         "tests/export/test_transformers.py::test_the_trainer_trains_it_and_mmrec_takes_it_back"
     ],
@@ -104,7 +108,7 @@ class Environment:
 SETS = {
     "oldest": Environment(
         "lowest-direct",
-        ("files", "hf", "serve", "export", "tensorboard", "trackio"),
+        ("files", "hf", "serve", "export", "tensorboard", "trackio", "tune"),
         ("httpx", "onnxruntime", "openai"),
     ),
     "oldest-transformers": Environment(
