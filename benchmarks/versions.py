@@ -112,7 +112,7 @@ SETS = {
         ("httpx", "onnxruntime", "openai"),
     ),
     "oldest-transformers": Environment(
-        "lowest-direct", ("transformers", "harness"), ("accelerate", "peft")
+        "lowest-direct", ("transformers", "harness", "hf", "files"), ("accelerate", "peft")
     ),
     "newest": Environment(
         "highest", ("all",), ("accelerate", "httpx", "onnxruntime", "openai", "peft")

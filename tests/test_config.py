@@ -34,7 +34,11 @@ def test_toml_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 @hypothesis.given(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
     st.sampled_from(
-        [n for n, s in TRAIN_SETTINGS.items() if s.type is str and not s.choices and n not in ("until", "log")]
+        [
+            n
+            for n, s in TRAIN_SETTINGS.items()
+            if s.type is str and not s.choices and n not in ("until", "log")
+        ]
     ),
 )
 @hypothesis.example(
