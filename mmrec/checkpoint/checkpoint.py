@@ -216,7 +216,7 @@ def _tensors(
     for name, p in parameters.items():
         yield f"model/{name}", process_group.full_tensor(p.detach()).float().numpy()
     for name, x in raw_weights.items():
-        yield f"raw/{name}", process_group.full_tensor(x).float().numpy()
+        yield f"raw/{name}", process_group.full_tensor(x.detach()).float().numpy()
     for name, p in parameters.items():
         state = optimizer.state.get(p, {})
         for moment in MOMENTS:

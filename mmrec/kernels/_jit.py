@@ -57,7 +57,9 @@ def _sources(path: Path, found: set[Path]) -> set[Path]:
     if path not in found:
         found.add(path)
         for name in _IMPORT.findall(path.read_bytes()):
-            _sources(_KERNELS.joinpath(*name.decode().split(".")).with_suffix(".py"), found)
+            source = _KERNELS.joinpath(*name.decode().split("."))
+            for file in source.glob("*.py") if source.is_dir() else [source.with_suffix(".py")]:
+                _sources(file, found)
     return found
 
 
@@ -403,13 +405,13 @@ class _CompileNotice(event.Listener):
         if self.printed:
             return
         self.printed = True
-        where = f"kept in {CACHE_FOLDER}"
+        how_often = f"once for this processor and version; kept in {CACHE_FOLDER}"
         if CACHE_FOLDER is None:
-            where = "in every process again, as no cache folder can be written; see NUMBA_CACHE_DIR"
+            how_often = "in every process again, as no cache folder can be written; "
+            how_often += "see NUMBA_CACHE_DIR"
         what = names or f"kernels ({', '.join(self.names)} …)"
         print(
-            f"mmrec: compiling {what}, once for this processor and version, which can take half a "
-            f"minute; {where}",
+            f"mmrec: compiling {what}, which can take half a minute, {how_often}",
             file=sys.stderr,
             flush=True,
         )

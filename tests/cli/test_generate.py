@@ -189,9 +189,11 @@ def test_ctrl_c_ends_between_two_lines(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mmrec", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        # not communicate(), which does not see what readline() has read beyond the line
+        rest, errors = process.stdout.read(), process.stderr.read()
     assert (process.returncode, errors) == (130, b"")
     lines = [json.loads(line) for line in (first + rest).splitlines()]
     assert [line["prompt_index"] for line in lines] == list(range(len(lines)))
