@@ -39,8 +39,8 @@ def test_a_killed_run_takes_up_added_text_bit_for_bit(text: str) -> None:
     for name in ("whole", "killed"):
         mmrec.train("book.txt", out=name, steps=6, **RUN)
     Path("book.txt").write_text(text)
-    whole = resume("whole", 400, data="book.txt")
-    code = "import mmrec; mmrec.train(resume='killed', steps=400, data='book.txt', progress=False)"
+    whole = resume("whole", 120, data="book.txt")
+    code = "import mmrec; mmrec.train(resume='killed', steps=120, data='book.txt', progress=False)"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         end = time.monotonic() + 120
         while not Path("killed/step-16.h5").exists():
@@ -48,8 +48,8 @@ def test_a_killed_run_takes_up_added_text_bit_for_bit(text: str) -> None:
             assert time.monotonic() < end
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    stopped = mmrec.train(resume="killed", callbacks=[StopAt(100)], progress=False)
-    assert stopped.summary["steps"] == 100
+    stopped = mmrec.train(resume="killed", callbacks=[StopAt(60)], progress=False)
+    assert stopped.summary["steps"] == 60
     last = mmrec.train(resume="killed", progress=False)
     assert last.metrics == whole.metrics
     assert same_weights(last.last, whole.last)
