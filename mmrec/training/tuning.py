@@ -252,7 +252,7 @@ class TrialLog:
         """
         import optuna
 
-        distributions = {
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.FloatDistribution(*values, log=True)
             if isinstance(values, tuple)
             else optuna.distributions.CategoricalDistribution(values)
