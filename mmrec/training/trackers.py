@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import abc
 import importlib.util
 import io
 import sqlite3
@@ -40,7 +41,7 @@ def make_trackers(names: Iterable[str]) -> list[Callback]:
     return [kinds[name]() for name in names]
 
 
-class _Tracker(Callback):
+class _Tracker(Callback, abc.ABC):
     """What both trackers do: they take curves and texts, and drop what was sent too much."""
 
     package = ""
@@ -51,16 +52,17 @@ class _Tracker(Callback):
             name = self.package
             raise InputError(f"log {name} needs a package: pip install 'mmrec[{name}]'")
 
+    @abc.abstractmethod
     def _open(self, trainer: "Trainer") -> None:
         """Begin, or go on after ``trainer.progress.step``: drop what is there of later steps."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _send(self, step: int, curves: dict[str, float]) -> None:
-        raise NotImplementedError
+        """Send values of a step by name."""
 
+    @abc.abstractmethod
     def _send_text(self, step: int, text: str) -> None:
         """Send a text in Markdown."""
-        raise NotImplementedError
 
     def on_start(self, trainer: "Trainer") -> None:
         self._open(trainer)
