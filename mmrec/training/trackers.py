@@ -1,9 +1,9 @@
 """Callbacks that send a run to programs that show runs: TensorBoard, and trackio (W&B's API)."""
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
-import abc
 import importlib.util
 import io
 import sqlite3
