@@ -33,8 +33,10 @@ def _is_picture(path: Path) -> bool:
 
 
 def _has_keys(path: Path, *keys: str) -> bool:
-    """Whether a file is a JSON object with these keys, or a list of such objects."""
+    """Whether a file is a JSON object with these keys, or a list of such objects, named or not."""
     value = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and value.keys() == {"runs"}:
+        value = value["runs"]
     rows = value if isinstance(value, list) and value else [value]
     return all(isinstance(row, dict) and all(key in row for key in keys) for row in rows)
 
