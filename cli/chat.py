@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 import typer
 
 from mmrec.cli.options import (
+    MODEL_HELP,
     SEED_BOUNDS,
     ModelOption,
     ThreadsOption,
@@ -54,7 +55,7 @@ SHOWN_CHARS = 1000
 def chat(
     where: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="The model; by default the newest run's."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help=MODEL_HELP),
     ] = None,
     model: ModelOption = None,
     weights: WeightsOption = "float32",

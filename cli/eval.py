@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrec.cli.options import ModelsOption, settings_options, several_models
+from mmrec.cli.options import MODEL_HELP, ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
 from mmrec.cli.streams import print_json, print_note
 from mmrec.config import TRAIN_SETTINGS, AdaptationConfig
@@ -27,7 +27,7 @@ TEMPERATURES, MAX_TOKENS = "0,0.8,1", 120
 def evaluate(
     where: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]...", help="By default the newest run."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]...", help=MODEL_HELP),
     ] = None,
     model: ModelsOption = None,
     data: Annotated[str | None, typer.Option(help="Another text to score in full.")] = None,

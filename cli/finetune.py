@@ -25,7 +25,10 @@ DATA = dataclasses.replace(TRAIN_SETTINGS["data"], default="")
 def finetune(
     where: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN|CHECKPOINT", help="The model that is trained on."),
+        typer.Argument(
+            metavar="RUN|CHECKPOINT",
+            help="The model that is trained; or a name of 'mmrec models'.",
+        ),
     ] = None,
     model: ModelOption = None,
     chat: Annotated[

@@ -12,6 +12,7 @@ import typer
 
 from mmrec.cli.options import (
     ALL_SETTINGS,
+    MODEL_HELP,
     SEED_BOUNDS,
     ModelOption,
     ThreadsOption,
@@ -22,6 +23,7 @@ from mmrec.cli.options import (
 from mmrec.cli.streams import argument_text, print_json, print_note, read_standard_input
 from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, SamplingConfig
 from mmrec.errors import InputError
+from mmrec.pretrained import find_pretrained
 
 if TYPE_CHECKING:
     from mmrec.data.tokenizer import Tokenizer
@@ -40,7 +42,7 @@ ADAPTATION = AdaptationConfig.settings()
 def generate(
     where: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="The model; by default the newest run's."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help=MODEL_HELP),
     ] = None,
     model: ModelOption = None,
     prompt: Annotated[
@@ -138,7 +140,7 @@ def generate(
     from mmrec.inference.generate import generate
 
     chosen = one_model(where, model)
-    if where is not None and not where.exists():
+    if where is not None and not (where.exists() or find_pretrained(where)):
         raise InputError(f"no model at {where}: no such file or folder; a prompt needs --prompt")
     path = find_checkpoint(chosen)
     if save_state is not None:

@@ -19,6 +19,7 @@ from mmrec.cli.finetune import finetune
 from mmrec.cli.generate import generate
 from mmrec.cli.grow import grow
 from mmrec.cli.info import info
+from mmrec.cli.models import models
 from mmrec.cli.options import App, misplaced_path_hint
 from mmrec.cli.report import report
 from mmrec.cli.score import score
@@ -54,6 +55,7 @@ app.command("finetune")(finetune)
 app.command("chain")(chain)
 app.command("export")(export)
 app.command("import")(import_)
+app.command("models")(models)
 app.command("info")(info)
 app.command("warmup")(warmup)
 app.add_typer(data.app, name="data")

@@ -21,6 +21,7 @@ from mmrec.config import (
     Setting,
 )
 from mmrec.errors import InputError
+from mmrec.pretrained import find_pretrained
 
 SECTIONS: list[type[Section]] = [ModelConfig, *TRAIN_SECTIONS.values()]
 PANELS = {cls.section: cls.title for cls in SECTIONS}
@@ -33,6 +34,8 @@ PRESET_HELP = f"{', '.join(PRESETS)}."
 _SEED = TRAIN_SETTINGS["seed"]
 SEED_BOUNDS: dict[str, Any] = {"min": _SEED.minimum, "max": _SEED.maximum}
 """The range of every ``--seed``."""
+MODEL_HELP = "A run, a checkpoint or a name of 'mmrec models'; by default the newest run."
+"""Help for the model of commands that generate or read text."""
 ModelOption = Annotated[
     Path | None,
     typer.Option("--model", metavar="RUN|CHECKPOINT", help="The same as the argument."),
@@ -142,6 +145,11 @@ def misplaced_path_hint(word: str) -> str:
     """
     if word in PRESETS:
         return f"; to train this preset: mmrec train {word}"
+    if find_pretrained(word):
+        return (
+            f"; to use this pretrained model: mmrec generate {word}; to fine-tune it: "
+            f"mmrec finetune {word} --data FILE"
+        )
     path = Path(word)
     if path.suffix == ".h5" and path.is_file():
         return f"; to use this checkpoint: mmrec generate {word}"

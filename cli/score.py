@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmrec.cli.options import (
+    MODEL_HELP,
     ModelOption,
     ThreadsOption,
     WeightsOption,
@@ -38,7 +39,7 @@ def score(
     ],
     where: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="The model; by default the newest run's."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help=MODEL_HELP),
     ] = None,
     model: ModelOption = None,
     weights: WeightsOption = "float32",

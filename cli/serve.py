@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mmrec.cli.options import (
+    MODEL_HELP,
     ModelOption,
     ThreadsOption,
     WeightsOption,
@@ -22,7 +23,7 @@ from mmrec.errors import InputError
 def serve(
     where: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="The model; by default the newest run's."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help=MODEL_HELP),
     ] = None,
     model: ModelOption = None,
     host: Annotated[

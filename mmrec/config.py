@@ -594,6 +594,9 @@ class FinetuneConfig(Section):
         "Run or checkpoint whose weights and tokenizer training begins from. It is grown to PRESET "
         "if PRESET is larger.",
     )
+    from_scratch: bool = setting(
+        False, "With auto: begin from no pretrained model, whatever the text."
+    )
     freeze: str = setting(
         "",
         "Parameters that are not trained, joined by commas: embeddings, memory (a layer without "
@@ -937,6 +940,10 @@ PRESETS: dict[str, ModelConfig] = {
 """The model family, by name."""
 AUTO = "auto"
 """In place of a preset: it is chosen by the size of the text and the time."""
+
+FINETUNING_SETTINGS: dict[str, float] = {"lr": 5e-3, "matrix_lr": 1e-2, "warmup": 0.1}
+"""What training that begins from a model of another text takes for these settings. Learning rates
+are half those of training (docs/development/decisions)."""
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 """How generation can hold the weights in memory; int8 has a scale per row."""

@@ -32,6 +32,7 @@ from mmrec.checkpoint.header import (
     read_model_config,
     read_tokenizer,
 )
+from mmrec.checkpoint.weights import read_weight, write_weight
 from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
@@ -181,10 +182,7 @@ def save_checkpoint(
     try:
         if process_group.rank == 0:
             with atomic_h5_file(path, KIND, SCHEMA) as file:
-                file.attrs["step"] = step
-                write_json(file, "config", asdict(model.config))
-                write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
-                write_json(file, "metadata", metadata)
+                _write_header(file, model, tokenizer, step, metadata)
                 for name, values in tensors:
                     write_array(file, name, values, compress=True)
                 if optimizer is not None:
@@ -199,6 +197,33 @@ def save_checkpoint(
         # failed in rank 0.
         for _ in tensors:
             pass
+
+
+def save_compact(path: Path, loaded: LoadedModel, metadata: dict[str, Any]) -> None:
+    """Write a model for use and for fine-tuning in a quarter of the bytes; see ``write_weight``.
+
+    Args:
+        path: The file to create or replace.
+        loaded: The model, with its tokenizer and steps.
+        metadata: Facts for a reader, as JSON values (see LoadedModel).
+
+    Raises:
+        StorageError: The system refused. An earlier file at ``path`` is intact.
+    """
+    with atomic_h5_file(path, KIND, SCHEMA) as file:
+        _write_header(file, loaded.model, loaded.tokenizer, loaded.step, metadata)
+        for name, value in merged_parameters(loaded.model):
+            write_weight(file, name, value.detach().float().numpy(), compact=True)
+
+
+def _write_header(
+    file: h5py.File, model: Model, tokenizer: Tokenizer, step: int, metadata: dict[str, Any]
+) -> None:
+    """Write what ``mmrec.checkpoint.header`` reads."""
+    file.attrs["step"] = step
+    write_json(file, "config", asdict(model.config))
+    write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
+    write_json(file, "metadata", metadata)
 
 
 def _tensors(
@@ -258,7 +283,10 @@ def _read_model(file: h5py.File) -> Model:
         model = Model(config)
         if lora:
             apply_lora(model, *lora)
-    weights = {name: _read_tensor(file, f"model/{name}", p) for name, p in model.named_parameters()}
+    weights = {
+        name: torch.from_numpy(read_weight(file, name, tuple(p.shape)))
+        for name, p in model.named_parameters()
+    }
     model.load_state_dict(weights, assign=True)
     merge_lora(model)
     return model.requires_grad_()

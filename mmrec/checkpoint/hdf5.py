@@ -60,7 +60,7 @@ MAX_RATIO, MAX_EXTRA_BYTES = 32, 1 << 20
 """All arrays together may take this many times the size of the file, and this much more."""
 MAX_TEXT_BYTES = 64
 """Longest text attribute."""
-DTYPES = tuple(map(np.dtype, ("<u1", "<u2", "<u4", "<i8", "<f4")))
+DTYPES = tuple(map(np.dtype, ("<i1", "<u1", "<u2", "<u4", "<i8", "<f4")))
 FILTERS = [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE]
 GZIP_SKIPPED = 2
 """Bit of a chunk's filter mask. HDF5 omits gzip where it would not make the chunk smaller."""

@@ -10,6 +10,7 @@ from typing import Any
 from mmrec.checkpoint.header import open_checkpoint, read_metadata, read_tokenizer
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import DamagedError, InputError
+from mmrec.pretrained import find_pretrained, is_plain_name, pretrained_models, unknown_name
 
 RUNS = Path("runs")
 """Where run folders are created by default."""
@@ -91,7 +92,11 @@ def newest_run(runs: Path = RUNS) -> Path:
     folders = ("*", "*/*", "*/*/*")  # runs, and the stages of chains
     files = [p for f in folders for p in runs.glob(f"{f}/*.h5") if _CHECKPOINT.fullmatch(p.name)]
     if not files:
-        raise InputError(f"no trained model under {runs}/: train one first with 'mmrec train tiny'")
+        pretrained = next(iter(pretrained_models()), None)
+        hint = f", or use a pretrained one: mmrec generate {pretrained}" if pretrained else ""
+        raise InputError(
+            f"no trained model under {runs}/: train one first with 'mmrec train tiny'{hint}"
+        )
     return max(files, key=lambda p: p.stat().st_mtime_ns).parent
 
 
@@ -110,7 +115,8 @@ def find_checkpoint(where: Path | None, runs: Path = RUNS) -> Path:
 
     Args:
         where: A checkpoint, which is returned; a run folder; the folder of a chain, for its last
-            stage; or None for the newest run.
+            stage; the name of a pretrained model, unless a file or folder has that name; or None
+            for the newest run.
         runs: Where run folders are, for None.
 
     Returns:
@@ -120,7 +126,11 @@ def find_checkpoint(where: Path | None, runs: Path = RUNS) -> Path:
         InputError: There is none.
     """
     run = newest_run(runs) if where is None else where
+    if pretrained := find_pretrained(run):
+        return pretrained.checked_path()
     if not run.is_dir():
+        if is_plain_name(str(run)) and not run.exists():
+            raise InputError(unknown_name(str(run)))
         return run  # a file; if it is missing, opening it says so
     run = latest_stage(run)
     for name in ("best.h5", "last.h5"):

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 
 from mmrec.checkpoint.hdf5 import read_array
+from mmrec.checkpoint.weights import read_weight
 from mmrec.config import ModelConfig, parameter_shapes
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_parameters(
     """
     parameters = {}
     for name, shape in parameter_shapes(config).items():
-        values = read_array(file, f"model/{name}", np.float32, shape)
+        values = read_weight(file, name, shape)
         module = name.removesuffix(".weight")
         if lora and f"model/{module}.lora_A" in file:
             rank, alpha = lora

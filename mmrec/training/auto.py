@@ -1,8 +1,8 @@
 """``mmrec train auto``: settings from the size of the text and the time, by what was measured.
 
-``choose`` is the rule. docs/development/decisions/038-train-auto.md has the figures behind it, and
-says what was not measured. No clock is read, so the same text and options give the same choice on
-one machine, however busy it is.
+``choose`` is the rule. docs/development/decisions/038-train-auto.md and 040-pretrained-models.md
+have the figures behind it, and say what was not measured. No clock is read, so the same text and
+options give the same choice on one machine, however busy it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from typing import Any
 
 from mmrec.config import (
     DEFAULT_EPOCHS,
+    FINETUNING_SETTINGS,
     LENGTHS,
+    MODEL_SETTINGS,
     PRESETS,
     DataConfig,
     LengthConfig,
@@ -19,10 +21,12 @@ from mmrec.config import (
     seconds_until,
 )
 from mmrec.data.corpus import Corpus, is_prepared
-from mmrec.data.prepare import TextSize, measure_text, read_options
+from mmrec.data.prepare import TextSize, measure_text, read_options, training_texts
 from mmrec.data.sources import DOCUMENTS, is_single_pass, parse_mixture
+from mmrec.data.tokenizer import KINDS
 from mmrec.errors import InputError
 from mmrec.runtime.names import user_path
+from mmrec.training.pretrained import Candidate, sample_text, score_candidates
 
 DEFAULT_MINUTES = 5.0
 """Time that is assumed if no length is given, about that of a run of default length."""
@@ -44,19 +48,36 @@ STRONG_EPOCHS = 16
 """Passes beyond which the stronger regularisation was better (decision 025)."""
 
 
+MAX_BITS_PER_BYTE = 2.6
+"""Bits per byte before training up to which a pretrained model is begun from."""
+MAX_BASE_TOKENS = 20_000_000
+"""Tokens that a run reads up to which it is."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was chosen. Settings that the user gave are among them, as they were given."""
 
     preset: str
+    """Empty if the run begins from a pretrained model, whose shape it keeps."""
     settings: dict[str, Any]
     """By flat name, of training and of the model."""
     note: str
     """One line: what, and why."""
 
 
-def choose(text: TextSize, given: Mapping[str, Any], *, cores: int, has_bfloat16: bool) -> Choice:
+def choose(
+    text: TextSize,
+    given: Mapping[str, Any],
+    *,
+    cores: int,
+    has_bfloat16: bool,
+    candidate: Candidate | None = None,
+) -> Choice:
     """Choose the settings of a run.
+
+    0. Beginning: the pretrained model that explains the text best, if that is better than a new
+       model for this text and time; see ``_begin_from``. Then 1 and 2 are that model's.
 
     1. Tokens: characters if there are fewer than 1.5 million of them, else BPE with the preset's
        vocabulary.
@@ -74,16 +95,20 @@ def choose(text: TextSize, given: Mapping[str, Any], *, cores: int, has_bfloat16
         given: settings that the user gave, which win.
         cores: threads of all processes.
         has_bfloat16: whether matrix products run in bfloat16.
+        candidate: the pretrained model that explains a sample of the text best.
 
     Raises:
         InputError: the text does not fill one batch.
     """
+    if candidate is not None:
+        chosen = _begin_from(candidate, text, given, cores=cores, has_bfloat16=has_bfloat16)
+        if chosen is not None:
+            return chosen
     kind = text.tokenizer or given.get("tokenizer") or ("bpe" if given.get("vocab") else "")
     kind = kind or ("char" if text.characters < CHAR_BELOW else "bpe")
     tokens, passes = text.tokens(kind), {}
     for preset in ("tiny", "mini"):
-        core_speed = CORE_SPEED.get((preset, "bpe" if kind == "bpe" else "char"), 0)
-        speed = core_speed * min(cores, MAX_CORES) * (1.0 if has_bfloat16 else FLOAT32_SPEED)
+        speed = _speed(preset, kind, cores, has_bfloat16)
         sizes = {"batch_size": 16, "seq_len": 256} | preset_train_settings(preset, kind)
         sizes |= {name: given[name] for name in sizes if name in given}
         passes[preset] = _tokens_read(given, speed, sizes, tokens) / max(1, tokens)
@@ -95,12 +120,10 @@ def choose(text: TextSize, given: Mapping[str, Any], *, cores: int, has_bfloat16
     settings: dict[str, Any] = {"tokenizer": kind}
     if not _has_length(given):
         settings["minutes"] = DEFAULT_MINUTES
-    if epochs < DEFAULT_EPOCHS or given.get("teachers"):  # a student does not memorise
+    if given.get("teachers"):  # a student does not memorise
         settings["dropout"] = 0.0
-    elif epochs <= STRONG_EPOCHS:
-        settings["dropout"] = 0.1
     else:
-        settings |= {"dropout": 0.2, "weight_decay": 1.0}
+        settings |= _regularisation(epochs)
     settings |= {"batch_size": 16} | preset_train_settings(preset, kind) | dict(given)
     sizes = {"batch_size": 16, "seq_len": 256} | settings
     _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
@@ -108,11 +131,59 @@ def choose(text: TextSize, given: Mapping[str, Any], *, cores: int, has_bfloat16
     note = (
         f"auto    {preset}, {_describe_tokenizer(text, kind, preset, settings)}, "
         f"dropout {settings['dropout']:g}{_describe_decay(settings)}, "
-        f"batch {sizes['batch_size']} x {sizes['seq_len']}: {_size(text.bytes)} of training text "
-        f"will be read about {f'{epochs:.1f}' if epochs < 9.95 else f'{epochs:,.0f}'} times "
-        f"{_describe_time(length, given)}"
+        f"batch {sizes['batch_size']} x {sizes['seq_len']}: "
+        f"{_describe_reading(text, epochs, length, given)}"
     )
     return Choice(preset, settings, note)
+
+
+def _regularisation(epochs: float) -> dict[str, float]:
+    """Settings against memorising, by the passes over the text."""
+    if epochs < DEFAULT_EPOCHS:
+        return {"dropout": 0.0}
+    return {"dropout": 0.1} if epochs <= STRONG_EPOCHS else {"dropout": 0.2, "weight_decay": 1.0}
+
+
+def _speed(preset: str, kind: str, cores: int, has_bfloat16: bool) -> float:
+    """Assumed training tokens per second."""
+    core_speed = CORE_SPEED.get((preset, "bpe" if kind == "bpe" else "char"), 0)
+    return core_speed * min(cores, MAX_CORES) * (1.0 if has_bfloat16 else FLOAT32_SPEED)
+
+
+def _begin_from(
+    candidate: Candidate,
+    text: TextSize,
+    given: Mapping[str, Any],
+    *,
+    cores: int,
+    has_bfloat16: bool,
+) -> Choice | None:
+    """The choice that begins from a pretrained model; None if a new model is better."""
+    model, bits = candidate.model, candidate.bits_per_byte
+    if bits > MAX_BITS_PER_BYTE:
+        return None
+    kind = model.tokenizer
+    tokens = text.tokens(kind)
+    sizes = {"batch_size": 16, "seq_len": 256} | preset_train_settings(model.preset, kind)
+    sizes |= {name: given[name] for name in sizes if name in given}
+    speed = _speed(model.preset, kind, cores, has_bfloat16)
+    epochs = _tokens_read(given, speed, sizes, tokens) / max(1, tokens)
+    if epochs * tokens > MAX_BASE_TOKENS:
+        return None
+    settings: dict[str, Any] = {"initialize_from": model.name} | FINETUNING_SETTINGS
+    settings |= _regularisation(epochs)
+    if not _has_length(given):
+        settings["minutes"] = DEFAULT_MINUTES
+    settings |= sizes | dict(given)
+    _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
+    length = LengthConfig(**{n: settings[n] for n in LENGTHS if settings.get(n) is not None})
+    note = (
+        f"auto    from the pretrained model {model.name} ({bits:.2f} bits per byte of a sample "
+        f"before training; --from-scratch begins anew), dropout {settings['dropout']:g}, "
+        f"batch {sizes['batch_size']} x {sizes['seq_len']}: "
+        f"{_describe_reading(text, epochs, length, given)}"
+    )
+    return Choice("", settings, note)
 
 
 def _tokens_read(
@@ -162,6 +233,16 @@ def _describe_decay(settings: Mapping[str, Any]) -> str:
     return "" if decay is None else f", weight decay {decay:g}"
 
 
+def _describe_reading(
+    text: TextSize, epochs: float, length: LengthConfig, given: Mapping[str, Any]
+) -> str:
+    times = f"{epochs:.1f}" if epochs < 9.95 else f"{epochs:,.0f}"
+    return (
+        f"{_size(text.bytes)} of training text will be read about {times} times "
+        f"{_describe_time(length, given)}"
+    )
+
+
 def _describe_time(length: LengthConfig, given: Mapping[str, Any]) -> str:
     if length.minutes is None:
         return length.describe() if length.until else f"in {length.describe()}"
@@ -202,9 +283,11 @@ def choose_for(
     from mmrec.runtime.hardware import bfloat16_instructions, resolve_precision
 
     resolved, _ = resolve_precision(precision, bfloat16_instructions())
+    sample: list[str] = []
     if data.source == DOCUMENTS:
         assert documents is not None
         text = measure_text(documents, read_options(data))
+        sample = sample_text(documents)
     elif is_prepared(data.source):
         text = TextSize.of_corpus(Corpus.open(user_path(data.source)))
     else:
@@ -215,9 +298,22 @@ def choose_for(
                     "in a file, or name a preset"
                 )
         text = measure_text(data.source, read_options(data))
+        if len(parse_mixture(data.source)) == 1:
+            sample = sample_text(training_texts(data.source, read_options(data)))
+    candidates = []
+    if sample and _may_begin_from_pretrained(given):
+        kinds = [given["tokenizer"]] if given.get("tokenizer") else KINDS
+        candidates = score_candidates(sample, kinds)
     return choose(
         text,
         given,
         cores=torch.get_num_threads() * processes,
         has_bfloat16=resolved == "bfloat16",
+        candidate=candidates[0] if candidates else None,
     )
+
+
+def _may_begin_from_pretrained(given: Mapping[str, Any]) -> bool:
+    """Whether nothing was given that a pretrained model would not have."""
+    shape = MODEL_SETTINGS.keys() - {"dropout"}
+    return not any(given.get(name) for name in ("from_scratch", "vocab", "teachers", *shape))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.config import LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
+from mmrec.config import FINETUNING_SETTINGS, LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
 from mmrec.data.chat_template import read_template
 from mmrec.data.conversations import chat_tokenizer, holds_conversations, read_conversations
 from mmrec.data.corpus import Corpus
@@ -24,19 +24,13 @@ from mmrec.model import Model
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
+from mmrec.training.pretrained import own_writing, pretrained_of
 from mmrec.training.run_dir import check_run_dir
 from mmrec.training.setup import RunPlan, begin_run, check_effects
 from mmrec.training.trainer import Trainer
 
-DEFAULTS: dict[str, Any] = {
-    "lr": 5e-3,
-    "matrix_lr": 1e-2,
-    "warmup": 0.1,
-    "patience": 5,
-    "eval_every": 50,
-}
-"""Settings in which fine-tuning differs from training, by flat name. Learning rates are half those
-of training (docs/development/decisions)."""
+DEFAULTS: dict[str, Any] = FINETUNING_SETTINGS | {"patience": 5, "eval_every": 50}
+"""Settings in which fine-tuning differs from training, by flat name."""
 LORA_LR = 1e-2
 """Default learning rate of LoRA factors."""
 DEFAULT_EPOCHS = 4.0
@@ -105,7 +99,7 @@ def begin_finetuning(
     """Load a model, prepare the new text, and score the model before training.
 
     Args:
-        where: run folder or checkpoint of the model.
+        where: run folder or checkpoint of the model, or the name of a pretrained one.
         given: settings by flat name; ``data`` is the new text.
         is_chat: whether ``data`` is a file of conversations, of which the answers are learnt; see
             ``mmrec.data.conversations``.
@@ -113,7 +107,8 @@ def begin_finetuning(
             ``DEFAULT_TEMPLATE``.
         old_data: the earlier text, on which forgetting is measured and from which
             ``replay_fraction`` draws. None takes the one that the checkpoint names, if the
-            ``config.toml`` beside the checkpoint names it too.
+            ``config.toml`` beside the checkpoint names it too; of a pretrained model, what it
+            writes itself.
         force: overwrite the run in the folder ``out``.
         echo: called with each line of text for the user.
         options: further arguments of ``Trainer``.
@@ -237,7 +232,13 @@ def _earlier_corpus(
     *,
     required: bool,
 ) -> Corpus | None:
-    """The text that the source was trained on; None, with a note, if it cannot be read."""
+    """The text that the source was trained on; None, with a note, if it cannot be read.
+
+    What a pretrained model writes itself stands for the text that it was trained on.
+    """
+    model = pretrained_of(source.path)
+    if model is not None and old_data is None:
+        old_data = str(own_writing(source, model, echo))
     try:
         if old_data is not None:
             return open_corpus(old_data, source.tokenizer, echo)

@@ -63,6 +63,7 @@ from mmrec.data.sources import (
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError, did_you_mean
 from mmrec.finetune.grow import GrowthPlan, added_token_pieces, initialize_from
+from mmrec.pretrained import find_pretrained
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import MAX_STEM_CHARS, path_exists, user_path
@@ -301,9 +302,12 @@ def plan_run(
             processes=processes,
         )
         name, note = choice.preset, choice.note
+        initial = choice.settings.get("initialize_from", "")
         settings = {k: v for k, v in choice.settings.items() if k in TRAIN_SETTINGS}
         model_settings = {k: v for k, v in choice.settings.items() if k in MODEL_SETTINGS}
         config = TrainConfig.from_flat(settings)
+    elif config.finetune.from_scratch:
+        raise InputError(f"--from-scratch has no effect without auto; got the preset {name}")
     source = load_initial_model(initial, settings) if initial else None
     if name:
         kind = config.data.tokenizer
@@ -452,10 +456,16 @@ def _in_every_folder(
         data=absolute_source(data),
         val_file=absolute_source(val_file),
         replay_data=absolute_source(replay),
-        initialize_from=str(absolute_path(user_path(initial))) if initial else "",
-        teachers=",".join(str(absolute_path(user_path(n))) for n in teacher_names(teachers)),
+        initialize_from=_absolute_model(initial) if initial else "",
+        teachers=",".join(map(_absolute_model, teacher_names(teachers))),
         out=str(absolute_path(user_path(out))) if out else "",
     )
+
+
+def _absolute_model(name: str) -> str:
+    """The path that a model's name means in every folder; that of a pretrained one, too."""
+    pretrained = find_pretrained(name)
+    return str(pretrained.path if pretrained else absolute_path(user_path(name)))
 
 
 def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:

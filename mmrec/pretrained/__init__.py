@@ -1,0 +1,106 @@
+"""Pretrained models: trained once, installed with mmrec, loaded by name, without a network.
+
+``index.toml`` lists them. Each has a checkpoint with int8 weights, ``NAME.h5``, and a model card,
+``NAME.md``. ``benchmarks/bases`` holds the recipes that made them.
+
+>>> mmrec.load("english").generate("It was", seed=1)  # doctest: +SKIP
+"""
+
+import hashlib
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmrec.errors import InputError, did_you_mean
+
+FOLDER = Path(__file__).parent
+INDEX = "index.toml"
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What the index says of a pretrained model."""
+
+    name: str
+    path: Path
+    """Its checkpoint."""
+    summary: str
+    """What it has read, in a few words."""
+    parameters: int
+    tokenizer: str
+    """Kind of its tokenizer: bpe, char or byte."""
+    vocab_size: int
+    preset: str
+    sha256: str
+    """Of the bytes of the checkpoint."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Everything else: tokens, licence, bits per byte by text …"""
+
+    @property
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        return self.path.with_suffix(".md").read_text(encoding="utf-8")
+
+    def checked_path(self) -> Path:
+        """Return the path of the checkpoint after comparing its hash.
+
+        Raises:
+            InputError: the file is missing, or is not the one that was installed.
+        """
+        try:
+            digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise InputError(
+                f"the pretrained model {self.name} is missing from this installation "
+                f"({self.path}: {error.strerror}): install mmrec again"
+            ) from None
+        if digest != self.sha256:
+            raise InputError(
+                f"the pretrained model {self.name} is not the one that was installed: the SHA-256 "
+                f"of {self.path} must be {self.sha256[:16]}…; it is {digest[:16]}…: install mmrec "
+                "again"
+            )
+        return self.path
+
+
+def pretrained_models(folder: Path | None = None) -> dict[str, PretrainedModel]:
+    """Return the pretrained models of this installation by name, in the order of the index.
+
+    Args:
+        folder: where the index is; None is the folder of this package.
+    """
+    folder = folder or FOLDER
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    models = {}
+    for name, entry in tomllib.loads(index.read_text(encoding="utf-8")).items():
+        own = {k: entry.pop(k) for k in PretrainedModel.__dataclass_fields__ if k in entry}
+        models[name] = PretrainedModel(name, folder / f"{name}.h5", **own, facts=entry)
+    return models
+
+
+def find_pretrained(name: str | Path) -> PretrainedModel | None:
+    """Return the pretrained model of a name; None if there is none, or if a file has the name."""
+    text = str(name)
+    if not is_plain_name(text) or Path(text).exists():
+        return None
+    return pretrained_models().get(text)
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text can be the name of a pretrained model: no path, no file name."""
+    separators = {os.sep, os.altsep} - {None}
+    return bool(text) and text == text.strip() and not any(s in text for s in [*separators, "."])
+
+
+def unknown_name(name: str) -> str:
+    """What an error says of a name that is neither a file nor that of a pretrained model."""
+    known = pretrained_models()
+    names = f": there are {', '.join(known)}" if known else ""
+    return (
+        f"no checkpoint at {name}: no such file or folder, and no pretrained model of this name"
+        f"{did_you_mean(name, known) or names}"
+    )
