@@ -14,7 +14,7 @@ from mmrec.config import TRAIN_SETTINGS
 from mmrec.errors import InputError
 from mmrec.runtime.interrupts import exit_on_signal, tolerate_closed_output
 
-KEPT = ("tokenizer", "vocab", "initialize_from", "replay_data")
+KEPT = ("tokenizer", "vocab", "initialize_from", "from_scratch", "replay_data")
 """Settings that the model decides."""
 SETTINGS = [*(name for name in TRAIN_SETTINGS if name not in KEPT), "dropout"]
 DATA = dataclasses.replace(TRAIN_SETTINGS["data"], default="")

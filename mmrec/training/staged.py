@@ -112,7 +112,9 @@ def read_recipe(path: Path) -> list[Stage]:
     tables = recipe.pop("stage", [])
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise InputError(f"recipe {path} must hold one [[stage]] or more; it holds none")
-    settings = [n for n in TRAIN_SETTINGS if n not in ("initialize_from", "out", "until")]
+    settings = [
+        n for n in TRAIN_SETTINGS if n not in ("initialize_from", "from_scratch", "out", "until")
+    ]
     shared_names = [name for name in settings if name not in STAGE_LENGTHS]
     _check_names(recipe, [*shared_names, "out"], f"recipe {path}")
     out = recipe.pop("out", DEFAULT_FOLDER)

@@ -1516,6 +1516,13 @@ MISTAKES = [
         "trian",
         "warmup takes train, eval, generate or all; got 'trian'; did you mean 'train'",
     ),
+    ("models", "[NAME]", "nope", "no pretrained model is named 'nope'"),
+    (
+        "train",
+        "--from-scratch",
+        "tiny --data book.txt --from-scratch",
+        "--from-scratch has no effect without auto; got the preset tiny",
+    ),
     ("warmup", "--processes", "--processes 0", "'--processes': .*1; got '0'"),
     *setting_mistakes("grow", "runs/one", skip=("--vocab", "--seed")),
     *setting_mistakes("info", "tiny", skip=("--vocab",)),
