@@ -84,6 +84,6 @@ def finetune(
         corpus = run.corpora[name]
         kind = "text" if corpus.val.answers is None else "answers of"
         say(
-            f"{name} {kind} {corpus.info['source']}: {scores['before']:.4f} bits per byte before, "
+            f"{name} {kind} {run.names[name]}: {scores['before']:.4f} bits per byte before, "
             f"{scores['after']:.4f} after"
         )

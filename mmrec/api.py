@@ -14,15 +14,17 @@ from mmrec.runtime.progress import hide_progress_bars
 from mmrec.training.setup import Run
 
 ModelSource = LoadedModel | Run | str | Path | None
-"""A loaded model, a run, or the path of a checkpoint or run folder. None is the newest run."""
+"""A loaded model, a run, the path of a checkpoint or run folder, or the name of a pretrained model.
+None is the newest run."""
 
 
 def load(source: ModelSource = None) -> LoadedModel:
     """Load a model.
 
     Args:
-        source: a checkpoint file; or a run or its folder, of which the best model is loaded. None
-            takes the newest run under ``runs/``. A loaded model is returned as it is.
+        source: a checkpoint file; a run or its folder, of which the best model is loaded; or the
+            name of a pretrained model, such as ``english``, unless a file or folder has that name.
+            None takes the newest run under ``runs/``. A loaded model is returned as it is.
 
     Returns:
         The model in evaluation mode, with its tokenizer. ``model.generate(...)`` generates text.

@@ -62,6 +62,8 @@ class Finetuning:
     corpora: dict[str, Corpus]
     """``new``, the text to train on, and ``earlier``, the text that the model was trained on, if it
     can be read."""
+    names: dict[str, str]
+    """What each corpus is called: the source of its text, or who wrote it."""
     before: dict[str, float]
     """Bits per byte on the validation split of each corpus before training."""
 
@@ -146,7 +148,10 @@ def begin_finetuning(
     except BaseException:
         lock.release()
         raise
-    return Finetuning(trainer, lock, corpora, before)
+    names = {name: str(corpus.info["source"]) for name, corpus in corpora.items()}
+    if old_data is None and (pretrained := pretrained_of(source.path)):
+        names["earlier"] = f"that {pretrained.name} writes itself"
+    return Finetuning(trainer, lock, corpora, names, before)
 
 
 def _check_conversations(given: dict[str, Any]) -> None:

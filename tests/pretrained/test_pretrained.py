@@ -156,6 +156,7 @@ def test_fine_tuning_measures_and_replays_what_the_model_writes(
     given = {"data": "book.txt", "out": "run", "steps": 30, "replay_fraction": 0.25} | SMALL_RUN
     run = begin_finetuning("code", dict(given), echo=lines.append, draw_curve=False)
     assert any("12 texts that it writes itself stand for it" in line for line in lines)
+    assert run.names == {"new": "book.txt", "earlier": "that code writes itself"}
     texts = Path(run.corpora["earlier"].info["source"])
     assert len(texts.read_text().splitlines()) == 12
     with run.lock:
