@@ -591,8 +591,8 @@ class FinetuneConfig(Section):
 
     initialize_from: str = setting(
         "",
-        "Run, checkpoint or pretrained model whose weights and tokenizer training begins from. It is "
-        "grown to PRESET if PRESET is larger.",
+        "Run, checkpoint or pretrained model whose weights and tokenizer training begins from. It "
+        "is grown to PRESET if PRESET is larger.",
     )
     from_scratch: bool = setting(
         False, "With auto: begin from no pretrained model, whatever the text."
