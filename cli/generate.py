@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 READ_SETTINGS = ("text_field", "skip_bad")
 SAMPLING = SamplingConfig.settings()
 ADAPTATION = AdaptationConfig.settings()
+CHARACTERS_PER_TOKEN = 4  # about, of a prompt by bpe; others read more tokens, which is soon done
 
 
 @settings_options(
@@ -135,6 +136,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise InputError("--logprobs has no effect without --json")
     from mmrec.checkpoint.manager import find_checkpoint
+    from mmrec.inference.choice import load_decoder
     from mmrec.inference.decoder import Decoder
     from mmrec.inference.engine import Request
     from mmrec.inference.generate import generate
@@ -165,10 +167,13 @@ def generate(
         logprobs=logprobs,
         return_state=False,
     )
-    if adapt is None:
-        decoder = Decoder.load(path, weights=weights, threads=threads)
-    else:
+    if adapt is not None:
         decoder = _adapted_decoder(path, adapt, config, reading if prompts is None else {}, threads)
+    elif weights == "float32" and {threads, read, state, save_state} == {None}:
+        prompt_tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        decoder = load_decoder(path, prompt_tokens + len(texts) * samples * max_tokens)
+    else:
+        decoder = Decoder.load(path, weights=weights, threads=threads)
     request = replace(request, logit_bias=_parse_biases(logit_bias or [], decoder.tokenizer))
     session = None
     if read is not None or state is not None or save_state is not None:

@@ -26,8 +26,16 @@ from mmrec.config import WEIGHT_DTYPES, ModelConfig, SamplingConfig, state_layou
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.weights import model_parameters, read_parameters
-from mmrec.kernels.decoder import kernel
-from mmrec.kernels.decoder.layout import bytes_per_token, lay_out, make_private, make_scratch
+from mmrec.kernels.decoder.arguments import (
+    BROKEN,
+    DECODE,
+    LOGITS,
+    READ,
+    SCORE,
+    STOPPED,
+    Drawn,
+    Streams,
+)
 from mmrec.kernels.sampling.reference import REPETITION_WINDOW
 from mmrec.runtime.cores import available_cores
 
@@ -45,7 +53,7 @@ STREAMS_APART = 2
 CACHED_BYTES = 16 << 20
 """Bytes of weights per token up to which it may: they stay in the cache that cores share."""
 
-NO_STREAMS = kernel.Streams(
+NO_STREAMS = Streams(
     np.empty(0, np.uint64),
     np.empty(0, np.int64),
     np.empty(0, np.int64),
@@ -57,7 +65,7 @@ NO_STREAMS = kernel.Streams(
     0,
     np.empty(0, np.int64),
 )
-NOTHING_DRAWN = kernel.Drawn(
+NOTHING_DRAWN = Drawn(
     np.empty(0, np.int64),
     np.empty(0, np.int64),
     np.empty((0, 0), np.int32),
@@ -170,13 +178,22 @@ class Decoder:
         self.path, self.step, self.metadata = path, step, metadata or {}
         self.state_size = state_layout(config)[-1][-1][2]
         self.fingerprint = _fingerprint(config, parameters)
-        self._weights = lay_out(config, parameters, weights)
-        self.bytes_per_token = bytes_per_token(self._weights)
-        """Bytes of weights that one token of one text reads."""
         self._threads = threads
+        self.bytes_per_token = self._lay_out(parameters)
+        """Bytes of weights that one token of one text reads."""
         self._memory: dict[int, tuple[tuple[int, ...], Any]] = {}
         self._lock = threading.Lock()
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def _lay_out(self, parameters: dict[str, np.ndarray]) -> int:
+        """Lay out the weights; return how many bytes of them one token reads.
+
+        What imports Numba is imported when it is needed, for the sake of ``NumpyDecoder``.
+        """
+        from mmrec.kernels.decoder.layout import bytes_per_token, lay_out
+
+        self._weights = lay_out(self.config, parameters, self.weights)
+        return bytes_per_token(self._weights)
 
     def _threads_for(self, rows: int) -> int:
         """How many threads run a call with that many rows.
@@ -242,7 +259,7 @@ class Decoder:
         for begin in range(0, len(ids), READ_CHUNK):
             part = ids[begin : begin + READ_CHUNK]
             window = np.concatenate((state.recent, part))
-            self._run(kernel.READ, state.values[None], window[None], len(part), 0)
+            self._run(READ, state.values[None], window[None], len(part), 0)
             _advance(state, window, len(part))
 
     def score(
@@ -271,15 +288,15 @@ class Decoder:
             scores = (array[None, begin : begin + len(part)] for array in result)
             drawn = NOTHING_DRAWN._replace(**dict(zip(TokenScores._fields, scores, strict=True)))
             values = state.values[None]
-            self._run(kernel.SCORE, values, window[None], len(part), len(part), drawn=drawn)
+            self._run(SCORE, values, window[None], len(part), len(part), drawn=drawn)
             _advance(state, window, len(part))
         return result
 
     def next_token_logits(self, state: DecoderState) -> np.ndarray:
         """Return the logits (V,) float32 of the token that follows; the state stays as it is."""
         values = state.values[None].copy()
-        scratch = self._run(kernel.LOGITS, values, state.recent[None], 1, 1)
-        return scratch.logits[: self.config.vocab_size].copy()
+        logits = self._run(LOGITS, values, state.recent[None], 1, 1)
+        return logits[: self.config.vocab_size].copy()
 
     def decode(
         self, streams: Sequence[Stream], steps: int, *, top: int = 0, logprobs: bool = True
@@ -311,9 +328,7 @@ class Decoder:
             row += 1
         return results
 
-    def _draw(
-        self, streams: Sequence[Stream], steps: int, top: int, logprobs: bool
-    ) -> kernel.Drawn:
+    def _draw(self, streams: Sequence[Stream], steps: int, top: int, logprobs: bool) -> Drawn:
         batch = len(streams)
         penalised = any(_is_penalised(s.sampling) for s in streams)
         counts = np.zeros((batch, self.config.vocab_size if penalised else 0), np.int32)
@@ -324,7 +339,7 @@ class Decoder:
         for token in {token for bias in biases for token, _ in bias}:
             self._check_tokens([token])
         limits = [min(s.limit, steps) for s in streams]
-        arguments = kernel.Streams(
+        arguments = Streams(
             np.array([s.seed for s in streams], np.uint64),
             np.array([s.drawn for s in streams], np.int64),
             np.array(limits, np.int64),
@@ -337,7 +352,7 @@ class Decoder:
             np.array([-1 if s.stop_token is None else s.stop_token for s in streams], np.int64),
         )
         width = steps if logprobs else 0
-        drawn = kernel.Drawn(
+        drawn = Drawn(
             np.zeros(batch, np.int64),
             np.zeros(batch, np.int64),
             np.empty((batch, steps), np.int32),
@@ -347,9 +362,9 @@ class Decoder:
         )
         values = np.stack([s.state.values for s in streams])
         window = np.stack([s.state.recent for s in streams])
-        self._run(kernel.DECODE, values, window, steps, batch, arguments, drawn)
-        if (drawn.status == kernel.BROKEN).any():
-            broken = streams[int(np.argmax(drawn.status == kernel.BROKEN))]
+        self._run(DECODE, values, window, steps, batch, arguments, drawn)
+        if (drawn.status == BROKEN).any():
+            broken = streams[int(np.argmax(drawn.status == BROKEN))]
             raise InputError(
                 "the logits of the model must be finite; its weights are damaged, or the "
                 f"temperature {broken.sampling.temperature} is too small"
@@ -357,7 +372,7 @@ class Decoder:
         for b, stream in enumerate(streams):
             count = int(drawn.counts[b])
             stream.drawn, stream.limit = stream.drawn + count, stream.limit - count
-            if drawn.status[b] == kernel.STOPPED:
+            if drawn.status[b] == STOPPED:
                 if stream.return_state:
                     # the network has read the last token, which the state holds as pending
                     self.read(stream.state, drawn.tokens[b, :count])
@@ -379,25 +394,28 @@ class Decoder:
         window: np.ndarray,
         steps: int,
         logits_rows: int,
-        streams: kernel.Streams = NO_STREAMS,
-        drawn: kernel.Drawn = NOTHING_DRAWN,
-    ) -> kernel.Scratch:
-        """Run the kernel on a team of threads; the arguments are those of ``kernel.run``.
+        streams: Streams = NO_STREAMS,
+        drawn: Drawn = NOTHING_DRAWN,
+    ) -> np.ndarray:
+        """Run the kernel on a team of threads; the arguments are those of its ``run``.
 
         Returns:
-            The memory of the team. Its logits are valid until the next call.
+            The logits of the first stream, flat, with padding; valid until the next call.
         """
-        batch, length = len(values), 1 if task == kernel.DECODE else steps
+        from mmrec.kernels.decoder.kernel import Scratch
+        from mmrec.kernels.decoder.kernel import run as run_kernel
+
+        batch, length = len(values), 1 if task == DECODE else steps
         with self._lock:
             threads = self._threads_for(batch * length)
             # Streams on threads of their own need no barriers, but each thread reads all weights.
             apart = batch >= STREAMS_APART * threads and self.bytes_per_token <= CACHED_BYTES
             groups, members = (threads, 1) if apart else (1, threads)
 
-            def run(group: int, member: int) -> kernel.Scratch:
+            def run(group: int, member: int) -> Scratch:
                 part = slice(batch * group // groups, batch * (group + 1) // groups)
                 scratch, private = memories[group]
-                kernel.run(
+                run_kernel(
                     self._weights,
                     scratch,
                     private[member],
@@ -427,7 +445,7 @@ class Decoder:
             scratch = run(*team[0])
             for other in others:
                 other.result()
-            return scratch
+            return scratch.logits
 
     def _memory_for(self, group: int, *needed: int) -> Any:
         """Return memory of a team and of its members; it is kept and grows by powers of two.
@@ -436,6 +454,8 @@ class Decoder:
             group: Number of the team.
             needed: Streams, rows, rows with logits, and members.
         """
+        from mmrec.kernels.decoder.layout import make_private, make_scratch
+
         sizes, memory = self._memory.get(group, ((0,) * len(needed), None))
         if memory is None or any(have < need for have, need in zip(sizes, needed, strict=True)):
             sizes = tuple(
@@ -486,7 +506,7 @@ def _is_penalised(sampling: SamplingConfig) -> bool:
 
 
 def _settings(s: SamplingConfig) -> list[float]:
-    """Sampling settings in the order of ``kernel.Streams.settings``."""
+    """Sampling settings in the order of ``Streams.settings``."""
     return [
         s.repetition_penalty,
         s.frequency_penalty,
@@ -500,17 +520,17 @@ def _settings(s: SamplingConfig) -> list[float]:
 
 def _part_of(arrays: Any, part: slice) -> Any:
     """Streams or Drawn with the entries of some streams only, as views."""
-    if isinstance(arrays, kernel.Drawn):
-        return kernel.Drawn(*(array[part] for array in arrays))
+    if isinstance(arrays, Drawn):
+        return Drawn(*(array[part] for array in arrays))
     whole = ("bias_tokens", "bias_values", "end_token")
     fields = {
         name: value if name in whole else value[part] for name, value in arrays._asdict().items()
     }
     fields["bias_bounds"] = arrays.bias_bounds[part.start : part.stop + 1]
-    return kernel.Streams(**fields)
+    return Streams(**fields)
 
 
-def _decoded(drawn: kernel.Drawn | None, row: int, top: int) -> Decoded:
+def _decoded(drawn: Drawn | None, row: int, top: int) -> Decoded:
     """The part of a stream; nothing for a stream that was finished."""
     if drawn is None:
         empty = np.empty((0, top))

@@ -7,7 +7,6 @@ used without it.
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import sys
 import threading
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import platformdirs
 from numba import extending
 from numba.core import caching, event
+
+from mmrec.kernels._cache_folder import CACHE_FOLDER
 
 # The one liberty that the compiler gets is to fuse a multiplication and an addition. It may not
 # reorder a sum.
@@ -36,18 +36,6 @@ HELPER_SECONDS = 6.0
 """Seconds more that it may take a second process to find out what there is to compile."""
 
 
-def _find_cache_folder() -> Path | None:
-    """The folder for compiled kernels, or None if no folder can be written."""
-    try:
-        root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("mmrec/kernels")
-        folder = Path(root).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-CACHE_FOLDER = _find_cache_folder()
 _KERNELS = Path(__file__).parent
 _IMPORT = re.compile(rb"^from mmrec\.kernels\.([\w.]+) import", re.MULTILINE)
 

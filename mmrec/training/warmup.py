@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmrec.config import ModelConfig, SamplingConfig, parameter_shapes, preset
+from mmrec.config import ModelConfig, preset
 from mmrec.data.dedup import SHINGLE_WORDS
-from mmrec.data.tokenizer import Tokenizer
 from mmrec.evaluation.evaluate import evaluate
-from mmrec.inference.decoder import Decoder, Stream
+from mmrec.inference.choice import call_kernel
 from mmrec.kernels._jit import KernelCall, record_calls
 from mmrec.kernels._launch import compile_parallel_loop, parallel_threshold
 from mmrec.kernels.shingles.kernel import shingle_hashes
@@ -66,19 +65,10 @@ def _evaluate() -> None:
     evaluate(_model(), np.zeros(STEPS * ROWS, np.int64), eot=0, n_bytes=1)
 
 
-def _generate() -> None:
-    """Read, score and write text."""
-    weights = {name: np.zeros(s, np.float32) for name, s in parameter_shapes(_shape()).items()}
-    decoder = Decoder(_shape(), weights, Tokenizer("byte", ""), threads=1)
-    state = decoder.initial_state()
-    decoder.score(state, [0])
-    decoder.decode([Stream(state, SamplingConfig(), seed=0, limit=1)], 1)
-
-
 PARTS: dict[str, Callable[[], None]] = {
     "train": _train,
     "eval": _evaluate,
-    "generate": _generate,
+    "generate": call_kernel,
 }
 """What takes the steps of a command."""
 

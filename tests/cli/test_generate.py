@@ -198,3 +198,62 @@ def test_ctrl_c_ends_between_two_lines(path: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (first + rest).splitlines()]
     assert [line["prompt_index"] for line in lines] == list(range(len(lines)))
     assert 0 < len(lines) < 1000
+
+
+FIRST_RUN = """
+import atexit, sys
+from mmrec.cli.main import run
+atexit.register(lambda: print("numba" in sys.modules, file=sys.stderr))
+run()
+"""
+
+
+def test_the_first_text_waits_for_no_compiler(
+    generate: Command, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an empty cache of kernels, the command writes what the kernel writes, without Numba."""
+    words = ("--prompt", "the cat", "--max-tokens", "40", "--seed", "3", "--temperature", "1.5")
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_RUN, "generate", str(path), *words],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        check=True,
+    )
+    assert (run.stderr.strip(), list(tmp_path.iterdir())) == (b"False", [])
+    monkeypatch.setattr("mmrec.inference.choice.kernel_is_ready", lambda: True)
+    assert run.stdout.decode() == generate(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--prompt the --samples 2 --max-tokens 512 --stop a --json --logprobs 1", "NumpyDecoder"),
+        ("--prompt the --samples 2 --max-tokens 513 --stop a", "Decoder"),
+        ("--prompt the --max-tokens 4 --weights int8", "Decoder"),
+        ("--prompt the --max-tokens 4 --threads 1", "Decoder"),
+        ("--prompt the --max-tokens 4 --save-state state.h5", "Decoder"),
+        ("--prompt the --max-tokens 4 --read prompts.txt", "Decoder"),
+        ("--prompts prompts.txt --max-tokens 4", "Decoder"),
+    ],
+)
+def test_what_is_written_without_the_kernel(
+    generate: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    expected: str,
+) -> None:
+    """Where it is not compiled: little text, and no option that is for the kernel."""
+    loaded = []
+    load = Decoder.load.__func__  # type: ignore[attr-defined]
+
+    def note(cls: type[Decoder], path: Path, **options: Any) -> Any:
+        loaded.append(cls.__name__)
+        return load(cls, path)
+
+    monkeypatch.setattr("mmrec.inference.choice.kernel_is_ready", lambda: False)
+    monkeypatch.setattr(Decoder, "load", classmethod(note))
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("the cat sat on the mat " * 180 + "\n")
+    generate(*words.split())
+    assert loaded == [expected]

@@ -11,7 +11,7 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.decoder import Decoder, DecoderState, Stream
 from mmrec.kernels.decoder.layout import quantize
-from mmrec.kernels.decoder.reference import hidden_step
+from mmrec.kernels.decoder.reference import hidden_step, split_parameters, split_state
 from mmrec.kernels.sampling.reference import (
     adjust_logits,
     draw,
@@ -65,10 +65,11 @@ def reference_logits(config: ModelConfig, weights: str, tokens: list[int]) -> It
         else:
             parameters[name] = values.astype(np.float64)
     size = make_decoder_state_size(config)
-    values, context = np.zeros(size), [0] * 5
+    states, context = split_state(config, np.zeros(size)), [0] * 5
+    layers = split_parameters(config, parameters)
     for token in tokens:
         context = [*context[1:], token]
-        hidden = hidden_step(config, parameters, values, context)
+        hidden = hidden_step(config, parameters, layers, states, context)
         yield parameters["embedding"] @ hidden
 
 

@@ -53,9 +53,9 @@ def adjust_logits(
         (V,) float64.
     """
     logits = logits.astype(np.float64)
-    repeated = sorted({int(t) for t in recent if t >= 0})
-    if repeated and sampling.repetition_penalty != 1:
-        value, penalty = logits[repeated], sampling.repetition_penalty
+    penalty = sampling.repetition_penalty
+    if penalty != 1 and (repeated := sorted({int(t) for t in recent if t >= 0})):
+        value = logits[repeated]
         logits[repeated] = np.where(value > 0, value / penalty, value * penalty)
     if counts is not None:
         logits -= sampling.frequency_penalty * counts
@@ -82,17 +82,25 @@ def next_token_probabilities(logits: np.ndarray, sampling: SamplingConfig) -> np
         p[logits.argmax()] = 1
         return p
     p = np.exp((logits - logits.max()) / sampling.temperature)
-    order = np.argsort(-p, kind="stable")
-    ranked = p[order]
-    keep = np.ones(len(p), bool)
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
-    ranked = ranked * keep / (ranked * keep).sum()
+    total = p.sum()
+    if (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0):
+        return p / total
+    # Only tokens that may be kept are sorted. Those that all together have less than 1 - top_p come
+    # last, and are dropped.
+    top_k = min(sampling.top_k, len(p))
+    least = np.partition(p, -top_k)[-top_k] if top_k else (1 - sampling.top_p) * total / len(p)
+    order = np.flatnonzero(p >= least)
+    order = order[np.argsort(-p[order], kind="stable")]
+    if top_k:
+        order = order[:top_k]
+        total = p[order].sum()
+    ranked = p[order] / total
     # the token that reaches top_p is kept: only those after it are dropped
-    keep &= ranked.cumsum() - ranked < sampling.top_p
+    keep = ranked.cumsum() - ranked < sampling.top_p
     keep &= ranked >= sampling.min_p * ranked[0]
-    p[order[~keep]] = 0
-    return p / p.sum()
+    kept = np.zeros_like(p)
+    kept[order[keep]] = p[order[keep]]
+    return kept / kept.sum()
 
 
 def draw(p: np.ndarray, number: float) -> int:
