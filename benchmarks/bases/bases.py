@@ -306,7 +306,7 @@ def summarise_copies(title: str, texts: Sequence[bytes], spans: Sequence[bytes])
 
 
 def measure_copies(
-    model: LoadedModel, corpus: Corpus, held_out: Path, max_tokens: int
+    model: LoadedModel, corpus: Corpus, held_out: Path, max_tokens: int, count: int
 ) -> dict[str, Any]:
     """Look for copies of the training text in texts that the model writes.
 
@@ -315,19 +315,20 @@ def measure_copies(
         corpus: what it was trained on.
         held_out: text that it was not trained on, in which copies are looked for, too.
         max_tokens: tokens of each text.
+        count: how many texts of each kind.
     """
     settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": COPY_SEED, "temperature": 0.8}
     draw, prompts = np.random.default_rng(COPY_SEED), list[str]()
-    for begin in draw.integers(0, corpus.train.n_tokens - PROMPT_BYTES, COPY_TEXTS).tolist():
+    for begin in draw.integers(0, max(1, corpus.train.n_tokens - PROMPT_BYTES), count).tolist():
         tokens = np.asarray(corpus.train.tokens[begin : begin + PROMPT_BYTES])
         text = token_text(tokens, corpus.tokenizer).split(bytes([NO_BYTE]))[-1]
         prompts.append(text[:PROMPT_BYTES].decode("utf-8", "ignore"))
     encoded = {}
-    for title, group in (("written from nothing", [""] * COPY_TEXTS), (CONTINUING, prompts)):
+    for title, group in (("written from nothing", [""] * count), (CONTINUING, prompts)):
         encoded[title] = [text.encode() for text in model.generate(group, **settings)]
     size = int(np.mean([len(text) for group in encoded.values() for text in group]))
     other = b"".join(text.encode() + bytes([NO_BYTE]) for text in excerpts(held_out))
-    begins = draw.integers(0, max(1, len(other) - size), COPY_TEXTS).tolist()
+    begins = draw.integers(0, max(1, len(other) - size), count).tolist()
     encoded["held-out text"] = [other[b : b + size].replace(b"\xff", b"") for b in begins]
     groups = []
     for title, group in encoded.items():
@@ -363,17 +364,25 @@ def write_samples(model: LoadedModel, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def measure(name: str, run: Path, path: Path, texts: dict[str, Path]) -> dict[str, Any]:
+def measure(
+    name: str,
+    recipe: Recipe,
+    run: Path,
+    path: Path,
+    texts: dict[str, Path],
+    copy_texts: int = COPY_TEXTS,
+) -> dict[str, Any]:
     """Write the compact checkpoint of a run, and return all that card and index say of it.
 
     Args:
         name: of the model.
+        recipe: of the model.
         run: its run folder.
         path: the compact checkpoint.
         texts: what it is scored on, by what the card calls them. The held-out text of its own kind
             is among them.
+        copy_texts: how many texts of each kind are searched for copies.
     """
-    recipe = RECIPES[name]
     text = TEXTS[recipe.text]
     loaded = mmrec.load(run)
     save_compact(path, loaded, compact_metadata(loaded, name, recipe.summary))
@@ -404,7 +413,7 @@ def measure(name: str, run: Path, path: Path, texts: dict[str, Path]) -> dict[st
         "training": training_facts(run, loaded, recipe.seed),
         "bits_per_byte": score({"float32": loaded, "int8": compact}, texts),
         "samples": write_samples(compact, recipe),
-        "copies": measure_copies(compact, corpus, texts[own], recipe.copy_tokens),
+        "copies": measure_copies(compact, corpus, texts[own], recipe.copy_tokens, copy_texts),
     }
 
 
@@ -478,7 +487,9 @@ def main() -> None:
                 run = options.run or train(name, RECIPES[name], work, options.books)
                 for kind in TEXTS if options.run is None else ():
                     make_text(kind, work, options.books)
-                result = measure(name, run, path, texts_to_measure(work, options.texts))
+                result = measure(
+                    name, RECIPES[name], run, path, texts_to_measure(work, options.texts)
+                )
                 atomic_write_text(result_path, json.dumps(result, indent=1) + "\n")
             write_card(json.loads(result_path.read_text("utf-8")), options.out)
     except InputError as error:

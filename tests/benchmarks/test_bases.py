@@ -1,5 +1,7 @@
 """The recipe of the pretrained models: texts, copies of the training text, cards."""
 
+import dataclasses
+import hashlib
 import importlib
 import json
 import sys
@@ -15,7 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mmrec
 from mmrec.data.corpus import Corpus
+from mmrec.data.prepare import prepare
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "bases"
 
@@ -29,6 +33,7 @@ def script(name: str) -> ModuleType:
 
 
 books, python_code, copies, card = map(script, ("books", "python_code", "copies", "card"))
+bases = script("bases")
 
 
 # ---- books
@@ -49,7 +54,10 @@ def test_a_book_loses_its_head_and_its_marks() -> None:
 def test_the_forms_of_books_differ_in_lines_and_quotation_marks() -> None:
     text = HEAD + f"\u201cIt\u2019s late.\u201d\n\n{LONG}\n\nEnd.\n"
     found = forms(text)
-    assert {form.split("\n")[0] for form in found} == {'"It\'s late."', "\u201cIt\u2019s late.\u201d"}
+    assert {form.split("\n")[0] for form in found} == {
+        '"It\'s late."',
+        "\u201cIt\u2019s late.\u201d",
+    }
     widths = {max(map(len, form.split("\n"))) for form in found}
     assert len(LONG) in widths
     assert all(50 < width < 80 for width in widths - {len(LONG)})
@@ -253,3 +261,66 @@ def test_the_index_keeps_the_entries_of_other_models(tmp_path: Path) -> None:
     assert found["python"]["bits_per_byte"] == {"held-out books": 1.503}
     assert found["english"]["sha256"] == "9fea78c4" * 8
     json.dumps(found)
+
+
+# ---- the whole way
+
+
+def test_excerpts_are_beginnings_of_all_documents(tmp_path: Path) -> None:
+    texts = [f"{n} " + "word " * 30_000 for n in range(4)] + ["short"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = bases.excerpts(path, 10**6)
+    assert sorted(found) == sorted(texts)  # 600 kB: all of it
+    found = bases.excerpts(path, 120_000)
+    assert sum(map(len, found)) <= 120_000
+    assert all(any(text.startswith(part) for text in texts) for part in found)
+    assert max(map(len, found)) == 40_000
+    [whole] = bases.excerpts(write_text(tmp_path / "one.txt", texts[0]), 100_000)
+    assert whole == texts[0][:100_000]
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_from_a_run_to_card_and_index(text_file: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "ngram_buckets": 64}
+    short: dict[str, Any] = {"batch_size": 2, "seq_len": 32, "eval_every": 4}
+    corpus = prepare(str(text_file), "byte", out=tmp_path / "corpus.h5")
+    out = tmp_path / "run"
+    mmrec.train(corpus, steps=8, out=str(out), progress=False, **sizes, **short)
+    recipe = dataclasses.replace(
+        bases.RECIPES["english-byte"], prompts=("It was",), sample_tokens=20, copy_tokens=30
+    )
+    held_out = write_text(tmp_path / "held-out.txt", "".join(text_file.read_text()[:9_000]))
+    path = tmp_path / "english-byte.h5"
+    texts = {"held-out books": held_out}
+    found = bases.measure("english-byte", recipe, out, path, texts, copy_texts=4)
+    found = json.loads(json.dumps(found))
+
+    row = found["bits_per_byte"]["held-out books"]
+    assert row["float32"] == mmrec.evaluate(out, held_out).bits_per_byte
+    assert row["int8"] == mmrec.evaluate(path, held_out).bits_per_byte != row["float32"]
+    assert row["bytes"] == held_out.stat().st_size
+    groups = found["copies"]["groups"]
+    assert [group["texts"] for group in groups] == [4, 4, 4]
+    assert groups[2]["longest"] > groups[0]["longest"]  # that text is part of the training text
+    assert groups[2]["longest"] == groups[2]["mean_bytes"]
+    [sample] = found["samples"]
+    assert sample["text"] == mmrec.generate(path, "It was", max_tokens=20, seed=1)
+    assert found["training"]["steps"] == mmrec.load(out).step
+    assert found["training"]["tokens"] == found["training"]["steps"] * 2 * 32
+    assert found["model"]["parameters"] == sum(
+        p.numel() for p in mmrec.load(path).model.parameters()
+    )
+
+    bases.write_card(found, tmp_path)
+    entry = tomllib.loads((tmp_path / "index.toml").read_text())["english-byte"]
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"`{entry['sha256']}`" in (tmp_path / "english-byte.md").read_text()
+    assert str(tmp_path).encode() not in path.read_bytes()
+    assert bases.may_replace(path, "english-byte")
+    path.write_bytes(path.read_bytes() + b"x")
+    assert not bases.may_replace(path, "english-byte")
