@@ -199,7 +199,8 @@ def train(name: str, recipe: Recipe, work: Path, clone: Path | None) -> Path:
         command("data", "prepare", str(text), *tokenizer, *options)
         length = ["--minutes", str(recipe.minutes), "--seed", str(recipe.seed)]
         paths = ["--data", str(corpus), "--out", str(run)]
-        command("train", recipe.preset, *paths, *length, *TRAIN_OPTIONS)
+        force = ["--force"] * run.is_dir()  # a run that was stopped before its first checkpoint
+        command("train", recipe.preset, *paths, *length, *TRAIN_OPTIONS, *force)
     if not is_finished(run):
         raise SystemExit(f"{name} is not finished: run the same command again to go on")
     return run
@@ -280,7 +281,12 @@ def token_text(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
     """Return the bytes of token ids (n,); NO_BYTE stands for the end token."""
     table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     table[tokenizer.eot] = bytes([NO_BYTE])
-    return b"".join(map(table.__getitem__, tokens.tolist()))
+    sizes = np.array([len(entry) for entry in table])
+    begins = np.cumsum(sizes) - sizes  # of each token among the bytes of the table
+    counts = sizes[tokens]
+    ends = np.cumsum(counts)
+    places = np.arange(counts.sum()) - np.repeat(ends - counts - begins[tokens], counts)
+    return np.frombuffer(b"".join(table), np.uint8)[places].tobytes()
 
 
 def training_blocks(corpus: Corpus, block_tokens: int = 1 << 22) -> Iterator[bytes]:
@@ -330,9 +336,9 @@ def measure_copies(
     other = b"".join(text.encode() + bytes([NO_BYTE]) for text in excerpts(held_out))
     begins = draw.integers(0, max(1, len(other) - size), count).tolist()
     encoded["held-out text"] = [other[b : b + size].replace(b"\xff", b"") for b in begins]
-    groups = []
+    groups, blocks = [], list(training_blocks(corpus))
     for title, group in encoded.items():
-        spans = longest_copies(group, training_blocks(corpus))
+        spans = longest_copies(group, blocks)
         row = summarise_copies(title, group, spans)
         groups.append(row)
         print(f"{title}: longest copy {row['longest']}, median {row['median']}", flush=True)

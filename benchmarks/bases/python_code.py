@@ -361,7 +361,7 @@ def write_code(out: Path) -> dict[str, list[int]]:
             row |= {"split": split, "files": len(chosen), "bytes": size, "skipped": dict(skipped)}
             record.append(row)
             print(f"{package}: {len(chosen)} files, {size / 1e6:.2f} MB", flush=True)
-    (out / "packages.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (out / "packages.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     return files.counts
 
 
