@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -448,12 +449,12 @@ def texts_to_measure(work: Path, corpora: Path | None) -> dict[str, Path]:
 
 
 def may_replace(path: Path, name: str) -> bool:
-    """Whether a checkpoint is the one that the index beside it names."""
+    """Whether a checkpoint is the one that the index beside it has under this name."""
     index = path.with_name("index.toml")
     if not (path.exists() and index.exists()):
         return False
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f'"{digest}"' in index.read_text("utf-8")
+    entry = tomllib.loads(index.read_text("utf-8")).get(name, {})
+    return entry.get("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_card(result: dict[str, Any], folder: Path) -> None:

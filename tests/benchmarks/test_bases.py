@@ -322,5 +322,6 @@ def test_from_a_run_to_card_and_index(text_file: Path, tmp_path: Path) -> None:
     assert f"`{entry['sha256']}`" in (tmp_path / "english-byte.md").read_text()
     assert str(tmp_path).encode() not in path.read_bytes()
     assert bases.may_replace(path, "english-byte")
+    assert not bases.may_replace(path, "english")
     path.write_bytes(path.read_bytes() + b"x")
     assert not bases.may_replace(path, "english-byte")
