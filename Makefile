@@ -9,7 +9,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Most modules of torch and transformers are never imported, so they are not compiled beforehand.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
-.PHONY: demo test setup setup-dev setup-docs tree lint types coverage docs dist wheel versions clean
+.PHONY: demo test setup setup-dev setup-docs tree lint types coverage docs dist wheel versions bases clean
 
 demo: setup
 	$(BIN)/mmrec train tiny
@@ -83,6 +83,10 @@ wheel: dist
 versions: setup-dev
 	$(PIP) uv
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/versions.py
+
+# The pretrained models from their texts on: hours, and gigabytes. What was stopped goes on.
+bases: setup
+	$(BIN)/python benchmarks/bases/bases.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,6 +20,7 @@ OTHER_PROGRAMS = {
     *("--logdir", "--project"),  # tensorboard, trackio
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
     *("--llama2c", "--long", "--show", "--namespaces"),
+    *("--run", "--work", "--texts", "--cards"),  # benchmarks/bases
     *("--install-completion", "--option"),
 }
 
