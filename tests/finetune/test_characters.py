@@ -49,7 +49,7 @@ def source(old_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The end of a run on a text without the new characters, with its moments."""
     folder = tmp_path_factory.mktemp("char") / "run"
     corpus = Corpus.open(prepare(str(old_text), "char"))
-    make_trainer(corpus, folder, tokenizer="char", steps=40, draw_curve=False).fit()
+    make_trainer(corpus, folder, tokenizer="char", steps=40).fit()
     return folder / "last.h5"
 
 

@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
 def source(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model by byte that has taken two steps."""
     folder = tmp_path_factory.mktemp("source") / "run"
-    make_trainer(corpus, folder, steps=2, draw_curve=False).fit()
+    make_trainer(corpus, folder, steps=2).fit()
     return folder / "best.h5"
 
 
