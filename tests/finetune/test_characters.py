@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 4,
     "save_every": 3,
     "eval_tokens": 300,
+    "sample_tokens": 4,
     "keep_checkpoints": 5,
     "schedule": "constant",  # so that a shorter run is the beginning of a longer one
     "warmup": 0.0,

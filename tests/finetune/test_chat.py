@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 3,
     "save_every": 2,
     "eval_tokens": 600,
+    "sample_tokens": 4,
     "keep_checkpoints": 5,
     "schedule": "constant",  # so that a shorter run is the beginning of a longer one
     "warmup": 0.0,

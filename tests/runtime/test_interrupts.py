@@ -44,6 +44,7 @@ seq_len = 32
 [evaluation]
 eval_every = 50
 eval_tokens = 500
+sample_tokens = 4
 save_every = 50
 """
 TRAIN = [sys.executable, "-m", "mmrec", "train"]
