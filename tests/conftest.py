@@ -1,6 +1,7 @@
 """Settings for every test, and a small real corpus with a small model trained on it."""
 
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -10,11 +11,16 @@ from typing import Any
 
 # Four threads even on two cores: results must not depend on their number. Read at Numba's import.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
+# Tests run side by side, so an idle thread must not spin on the core of another test. The processes
+# that tests start inherit this, and need not measure whether the machine is busy. Read at torch's
+# import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
 import torch
 
+from mmrec.cli import main
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
@@ -29,6 +35,8 @@ if hasattr(signal, "SIGHUP"):
 hypothesis.settings.register_profile("mmrec", deadline=None, max_examples=15, derandomize=True)
 hypothesis.settings.load_profile("mmrec")
 
+command_line = functools.cache(main.build_command)
+"""Build the command line, once for all tests: that takes longer than many a test."""
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(
     width=32,
@@ -45,6 +53,7 @@ SMALL = ModelConfig(
 def _own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's cache or depends on another's random numbers."""
     torch.manual_seed(0)
+    monkeypatch.setattr(main, "build_command", command_line)
     monkeypatch.setenv("MMREC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -82,7 +91,6 @@ def run_command(
     The function takes the folder, the words of the command and the exit ``code`` that it must have.
     It returns what was printed to standard output and to standard error.
     """
-    from mmrec.cli import main
 
     def run(folder: Path, *words: str, code: int = 0) -> tuple[str, str]:
         monkeypatch.chdir(folder)
@@ -100,11 +108,13 @@ def run_command(
 def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
     """A small trainer with dropout, so that the random state counts.
 
-    ``settings`` are flat names of settings, laid over the defaults of tests, or arguments of
-    ``Trainer``. ``trainer.lines`` collects what is printed.
+    It draws no curve, which would take most of the time of so short a run. ``settings`` are flat
+    names of settings, laid over the defaults of tests, or arguments of ``Trainer``.
+    ``trainer.lines`` collects what is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    options = {n: settings.pop(n) for n in ("callbacks", "retry", "draw_curve") if n in settings}
+    options = {"draw_curve": False}
+    options |= {n: settings.pop(n) for n in ("callbacks", "retry", "draw_curve") if n in settings}
     config = TrainConfig.from_flat(
         {
             "data": str(corpus.info["source"]),

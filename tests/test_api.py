@@ -18,7 +18,13 @@ import mmrec
 from mmrec.training.trainer import Trainer
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "ngram_buckets": 64}
-SHORT: dict[str, Any] = {"batch_size": 2, "seq_len": 32, "eval_every": 4, "precision": "float32"}
+SHORT: dict[str, Any] = {
+    "batch_size": 2,
+    "seq_len": 32,
+    "eval_every": 4,
+    "sample_tokens": 4,
+    "precision": "float32",
+}
 
 
 @pytest.fixture(scope="module")

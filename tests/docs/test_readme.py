@@ -4,11 +4,12 @@
 written, which takes minutes.
 """
 
+import io
 import os
 import re
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,19 +32,6 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("mmrec ")]
 
 
-def run_python(folder: Path, *arguments: str) -> str:
-    """Run Python in a folder, and return what it printed."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the texts that the README names."""
@@ -55,7 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_commands_run(folder: Path) -> None:
+def test_the_commands_run(
+    folder: Path,
+    run_command: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     found = commands()
     assert [c[1] for c in found] == ["train", "train", "generate", "chat", "serve"]
     outputs = {}
@@ -63,16 +56,17 @@ def test_the_commands_run(folder: Path) -> None:
         if command[1] == "train" and not IS_FULL:
             length = command.index("--minutes") if "--minutes" in command else len(command)
             command = command[:length] + SHORT
-        outputs[command[1]] = run_python(folder, "-m", *command)
+        outputs[command[1]], _ = run_command(folder, *command[1:])
     assert outputs["generate"].startswith("def ")
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_a_snippet_runs(folder: Path, number: int) -> None:
+def test_a_snippet_runs(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     snippet = blocks("python")[number]
     if not IS_FULL:
         snippet = snippet.replace("minutes=5", f"steps={STEPS}, batch_size=2, seq_len=32")
-    run_python(folder, "-c", snippet)
+    exec(compile(snippet, f"snippet {number + 1}", "exec"), {})
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

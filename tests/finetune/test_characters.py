@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 4,
     "save_every": 3,
     "eval_tokens": 300,
+    "sample_tokens": 4,
     "keep_checkpoints": 5,
     "schedule": "constant",  # so that a shorter run is the beginning of a longer one
     "warmup": 0.0,
@@ -49,7 +50,7 @@ def source(old_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The end of a run on a text without the new characters, with its moments."""
     folder = tmp_path_factory.mktemp("char") / "run"
     corpus = Corpus.open(prepare(str(old_text), "char"))
-    make_trainer(corpus, folder, tokenizer="char", steps=40, draw_curve=False).fit()
+    make_trainer(corpus, folder, tokenizer="char", steps=40).fit()
     return folder / "last.h5"
 
 

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 3,
     "save_every": 2,
     "eval_tokens": 600,
+    "sample_tokens": 4,
     "keep_checkpoints": 5,
     "schedule": "constant",  # so that a shorter run is the beginning of a longer one
     "warmup": 0.0,
@@ -39,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 def source(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model by byte that has taken two steps."""
     folder = tmp_path_factory.mktemp("source") / "run"
-    make_trainer(corpus, folder, steps=2, draw_curve=False).fit()
+    make_trainer(corpus, folder, steps=2).fit()
     return folder / "best.h5"
 
 

@@ -166,6 +166,17 @@ print(imported, time.perf_counter() - begin, os.environ.get("OMP_WAIT_POLICY"))
 """
 
 
+START_SMALL = """
+import os
+import numpy as np
+from mmrec.kernels import _jit
+from mmrec.kernels.shingles.kernel import shingle_hashes
+_jit._notice.patience = float(os.environ.get("NOTICE_AFTER", "0"))
+ends = np.zeros(1, np.int64)
+shingle_hashes(np.frombuffer(b"a", np.uint8), ends, 3, np.empty(1, np.uint64), ends)
+"""
+"""A small kernel that needs no torch."""
+
 COMPILED = pytest.mark.skipif(
     os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled in this run"
 )
@@ -188,7 +199,7 @@ def test_first_use_says_that_it_compiles_and_later_processes_load(tmp_path: Path
 
 @COMPILED
 def test_a_short_compilation_is_not_worth_a_word(tmp_path: Path) -> None:
-    run = python(START, NUMBA_CACHE_DIR=str(tmp_path), NOTICE_AFTER="1000")
+    run = python(START_SMALL, NUMBA_CACHE_DIR=str(tmp_path), NOTICE_AFTER="1000")
     assert run.stderr == ""
     assert list(tmp_path.rglob("*.nbc"))
 
@@ -196,7 +207,7 @@ def test_a_short_compilation_is_not_worth_a_word(tmp_path: Path) -> None:
 @COMPILED
 def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    run = python(START, NUMBA_CACHE_DIR=str(tmp_path / "file"))
+    run = python(START_SMALL, NUMBA_CACHE_DIR=str(tmp_path / "file"))
     assert "in every process again, as no cache folder can be written" in run.stderr
     assert "once" not in run.stderr
 

@@ -157,6 +157,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def peak_of_training(tmp_path: Path, text: Path, *options: str) -> int:
     """Run two steps of ``mmrec train``; return its largest resident memory in bytes."""
     model = ["mini", "--vocab", "600", "--precision", "float32", "--steps", "2"]
+    model += ["--eval-tokens", "1000", "--sample-tokens", "0"]
     where = ["--data", str(text), "--out", str(tmp_path / "run"), "--force"]
     command = [sys.executable, "-m", "mmrec", "train", *model, *where, *options]
     process = subprocess.run(
@@ -174,11 +175,11 @@ def test_the_memory_of_a_run_is_as_counted(tmp_path: Path, text_file: Path) -> N
     """What activation checkpointing saves. The memory of the process itself depends on the machine
     and on torch, so two real runs are compared; test_cost.py compares batches and precisions."""
     config = replace(PRESETS["mini"], vocab_size=600)
-    common = ("--batch-size", "20", "--eval-tokens", "1000")
-    peak_of_training(tmp_path, text_file, "--batch-size", "2")  # compiles, which takes memory, too
+    rows = ("--batch-size", "10")
+    peak_of_training(tmp_path, text_file, "--batch-size", "1")  # compiles, which takes memory, too
     peaks = {
         checkpointed: peak_of_training(
-            tmp_path, text_file, *common, *["--activation-checkpointing"] * checkpointed
+            tmp_path, text_file, *rows, *["--activation-checkpointing"] * checkpointed
         )
         for checkpointed in (False, True)
     }
@@ -186,7 +187,7 @@ def test_the_memory_of_a_run_is_as_counted(tmp_path: Path, text_file: Path) -> N
     for checkpointed in (False, True):
         train = TrainConfig.from_flat(
             {
-                "batch_size": 20,
+                "batch_size": 10,
                 "precision": "float32",
                 "activation_checkpointing": checkpointed,
             }

@@ -46,6 +46,7 @@ ema_decay = 0.5
 [evaluation]
 eval_every = 6
 eval_tokens = 300
+sample_tokens = 4
 save_every = 6
 """
 TRAIN = ["-m", "mmrec", "train"]

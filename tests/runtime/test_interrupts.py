@@ -44,6 +44,7 @@ seq_len = 32
 [evaluation]
 eval_every = 50
 eval_tokens = 500
+sample_tokens = 4
 save_every = 50
 """
 TRAIN = [sys.executable, "-m", "mmrec", "train"]
@@ -316,20 +317,20 @@ def test_a_signal_while_the_text_is_read(folder: Path) -> None:
     assert not list(folder.rglob(".*.tmp"))
 
 
-def test_kills_while_it_trains_and_while_it_writes(tmp_path: Path) -> None:
+def test_a_kill_while_a_chain_writes(tmp_path: Path) -> None:
     """The stress script itself: SIGKILL, resume, and equal bits; a chain has growth in it."""
     report = tmp_path / "report.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py")]
+    words = ["--kills", "1", "--only", "chain", "--steps-per-kill", "20"]
     subprocess.run(
-        [*script, "--kills", "3", "--only", "train", "chain", "--out", str(report)],
+        [*script, *words, "--out", str(report)],
         check=True,
         timeout=400,
         stdout=subprocess.DEVNULL,
     )
     [result] = json.loads(report.read_text())["runs"]
-    assert result["kills"] == 2
-    for name, runs in (("train", 1), ("chain", 2)):
-        scenario = result["scenarios"][name]
-        assert scenario["aimed"] == {"writing": 1}
-        assert scenario["steps"] == 50
-        assert scenario["arrays_equal"]["last.h5"] > 40 * runs
+    assert result["kills"] == 1
+    scenario = result["scenarios"]["chain"]
+    assert scenario["aimed"] == {"writing": 1}
+    assert scenario["steps"] == 40
+    assert scenario["arrays_equal"]["last.h5"] > 80

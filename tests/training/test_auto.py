@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
     "layer_types": "n",
     "precision": "float32",
     "eval_tokens": 500,
+    "sample_tokens": 4,
     "progress": False,
 }
 

@@ -69,18 +69,18 @@ def teachers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two runs of other seeds."""
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (1, 2):
-        make_trainer(corpus, folder / f"{seed}", steps=4, seed=seed, draw_curve=False).fit()
+        make_trainer(corpus, folder / f"{seed}", steps=4, seed=seed).fit()
     return f"{folder}/1, {folder}/2/last.h5"
 
 
 def test_a_stopped_run_with_teachers_resumes_bit_for_bit(
     corpus: Corpus, tmp_path: Path, teachers: str
 ) -> None:
-    settings = {"teachers": teachers, "teacher_weight": 0.8, "draw_curve": False}
+    settings = {"teachers": teachers, "teacher_weight": 0.8}
     whole = make_trainer(corpus, tmp_path / "whole", **settings)
     whole.fit()
     assert "mean prediction of 2 models, and for 0.2" in "\n".join(whole.lines)  # type: ignore[attr-defined]
-    plain = make_trainer(corpus, tmp_path / "plain", draw_curve=False)
+    plain = make_trainer(corpus, tmp_path / "plain")
     plain.fit()
     assert not torch.equal(plain.model.embedding, whole.model.embedding)
     first = make_trainer(corpus, tmp_path / "run", **settings)

@@ -99,7 +99,7 @@ def test_budget_epochs_and_notes_agree_with_the_tokens_read(
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         read.install(patch)
         options = {"steps": None, kind: amount, "batch_size": batch, "seq_len": SEQ_LEN}
-        options |= {"state": "carry" if carry else "window", "draw_curve": False}
+        options |= {"state": "carry" if carry else "window"}
         options |= {"gradient_accumulation_steps": accumulation, "eval_tokens": 20}
         windows = sum((size - 1) // SEQ_LEN for size in sizes)
         if windows < batch:
@@ -158,7 +158,6 @@ def test_a_length_in_epochs_is_resumed_and_extended_exactly(corpus: Corpus, tmp_
         "steps": None,
         "gradient_accumulation_steps": 4,
         "state": "carry",
-        "draw_curve": False,
         "schedule": "constant",
     }
     straight = make_trainer(small, tmp_path / "straight", epochs=2.0, **options)
@@ -208,7 +207,7 @@ def test_a_run_until_a_moment_ends_then_and_keeps_it(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume keeps the moment: the pause counts, and the schedule fits what is left."""
-    options = {"steps": None, "until": "2099-12-01 07:00", "draw_curve": False, "eval_every": 100}
+    options = {"steps": None, "until": "2099-12-01 07:00", "eval_every": 100}
     first = make_trainer(corpus, tmp_path, callbacks=[Recorder(stop_at=3)], **options)
     clock = Clock(first, monkeypatch)
     assert first.fit()["ended"] == "stopped"

@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "seq_len": 32,
     "eval_every": 1,
     "eval_tokens": 500,
+    "sample_tokens": 4,
     "width": 16,
     "depth": 1,
     "heads": 2,

@@ -88,7 +88,7 @@ def test_a_picture_that_fails_is_one_warning_and_training_goes_on(
 ) -> None:
     break_matplotlib(monkeypatch, error)
     monkeypatch.setattr(metrics, "SECONDS_BETWEEN_DRAWINGS", 0.0)
-    trainer = make_trainer(corpus, tmp_path, steps=3)
+    trainer = make_trainer(corpus, tmp_path, steps=3, draw_curve=True)
     assert trainer.fit()["ended"] == "done"
     warnings = [line for line in trainer.lines if line.startswith("warning")]  # type: ignore[attr-defined]
     assert len(warnings) == 1

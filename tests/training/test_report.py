@@ -77,7 +77,7 @@ class Page(HTMLParser):
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended."""
     folder = tmp_path_factory.mktemp("runs") / "tiny-book"
-    make_trainer(corpus, folder, draw_curve=False, lr=5e-3, eval_every=1).fit()
+    make_trainer(corpus, folder, lr=5e-3, eval_every=1).fit()
     return folder
 
 
@@ -227,12 +227,12 @@ def test_the_command_and_the_setting_write_the_page(
     assert (tmp_path / "mine.html").read_text() == "mine"
     run_command(tmp_path, "report", "runs", "--out", "mine.html", "--force")
     assert (tmp_path / "mine.html").read_text().startswith(RUN_MARK)
-    trainer = make_trainer(corpus, tmp_path / "with", draw_curve=False, steps=2, html=True)
+    trainer = make_trainer(corpus, tmp_path / "with", steps=2, html=True)
     trainer.fit()
     source = (tmp_path / "with/report.html").read_text()
     assert "ended: its length was reached" in source
     (tmp_path / "with/report.html").write_text("mine")
-    again = make_trainer(corpus, tmp_path / "with", draw_curve=False, steps=3, html=True)
+    again = make_trainer(corpus, tmp_path / "with", steps=3, html=True)
     assert again.fit(resume=True)["ended"] == "done"
     assert (tmp_path / "with/report.html").read_text() == "mine"
     told = "\n".join(again.lines)  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def test_each_validation_writes_the_text_that_the_decoder_would(
     corpus: Corpus, tmp_path: Path
 ) -> None:
     """With the same prompt, seed and weights, the compiled decoder draws the same tokens."""
-    trainer = make_trainer(corpus, tmp_path, sample_tokens=30, seed=3, draw_curve=False)
+    trainer = make_trainer(corpus, tmp_path, sample_tokens=30, seed=3)
     trainer.fit()
     found = samples(tmp_path)
     assert [x["step"] for x in found] == [v["step"] for v in trainer.progress.validations]
@@ -92,10 +92,7 @@ def test_each_validation_writes_the_text_that_the_decoder_would(
 
 def test_texts_change_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
     """A run takes the same steps with texts and without, with dropout too."""
-    runs = [
-        make_trainer(corpus, tmp_path / str(count), sample_tokens=count, draw_curve=False)
-        for count in (0, 5)
-    ]
+    runs = [make_trainer(corpus, tmp_path / str(count), sample_tokens=count) for count in (0, 5)]
     for trainer in runs:
         torch.manual_seed(7)
         trainer.fit()
@@ -110,7 +107,7 @@ def test_texts_change_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_a_rollback_takes_texts_back(corpus: Corpus, tmp_path: Path) -> None:
     """Those of steps that are taken again, with other data: each step has one text."""
-    trainer = make_trainer(corpus, tmp_path, on_nan="rollback", eval_every=3, draw_curve=False)
+    trainer = make_trainer(corpus, tmp_path, on_nan="rollback", eval_every=3)
     compute_gradients = trainer.compute_gradients
 
     def fail_at_step_9(data_step: int) -> float:
@@ -172,7 +169,7 @@ def test_shards_write_no_text_and_say_why(corpus: Corpus, tmp_path: Path) -> Non
     class ShardedGroup(ProcessGroup):
         sharded = True
 
-    trainer = make_trainer(corpus, tmp_path, steps=4, draw_curve=False)
+    trainer = make_trainer(corpus, tmp_path, steps=4)
     trainer.process_group = ShardedGroup()
     trainer.fit()
     assert samples(tmp_path) == []

@@ -29,6 +29,7 @@ batch_size = 2
 seq_len = 32
 eval_every = 5
 eval_tokens = 500
+sample_tokens = 4
 save_every = 10
 ema_decay = 0.9
 """

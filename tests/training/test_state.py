@@ -59,8 +59,7 @@ def run(
         bad: data steps, counted from 0, whose loss is NaN.
         settings: see ``make_trainer``.
     """
-    # the curve takes most of the time of so short a run, and is tested elsewhere
-    trainer = make_trainer(corpus, folder, draw_curve=False, **settings)
+    trainer = make_trainer(corpus, folder, **settings)
     torch.manual_seed(99)  # the run must not depend on the random state at this point
     compute_gradients = trainer.compute_gradients
 
@@ -176,7 +175,7 @@ def test_a_validation_that_a_signal_interrupts_is_repeated_on_resume(
     """Each validation of a run in turn: on the subset, of an epoch, and at the end of the run."""
     settings = {"batch_size": 16, "steps": 4, "eval_every": 2, "ema_decay": 0.9}
     uninterrupted = run(corpus, tmp_path / "uninterrupted", **settings)
-    trainer = make_trainer(corpus, tmp_path / "resumed", draw_curve=False, **settings)
+    trainer = make_trainer(corpus, tmp_path / "resumed", **settings)
     score, calls = trainer._score, []
 
     def interrupted(*arguments: Any) -> Evaluation:

@@ -105,7 +105,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
 
 
 def test_a_run_that_ended(corpus: Corpus, tmp_path: Path) -> None:
-    trainer = make_trainer(corpus, tmp_path / "run", draw_curve=False)
+    trainer = make_trainer(corpus, tmp_path / "run")
     summary = trainer.fit()
     now, log = read_status(tmp_path / "run")
     curve = log.curve
@@ -128,7 +128,7 @@ def test_the_command_prints_what_was_read(
     """As lines for people, in plain characters of the terminal's width, or as JSON."""
     from tests.cli.test_cli import call
 
-    make_trainer(corpus, tmp_path / "runs/one", draw_curve=False).fit()
+    make_trainer(corpus, tmp_path / "runs/one").fit()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")
     now, log = read_status(Path("runs/one"))
@@ -157,9 +157,9 @@ def test_a_run_in_progress_and_one_that_was_killed(
     """Read from within, at a step: the lock is held, and an earlier summary counts no more."""
     monkeypatch.setattr(status_module, "SECONDS_BETWEEN_FILES", 0.0)
     run = tmp_path / "run"
-    make_trainer(corpus, run, steps=2, draw_curve=False).fit()
+    make_trainer(corpus, run, steps=2).fit()
     seen = []
-    trainer = make_trainer(corpus, run, minutes=1000, steps=None, draw_curve=False)
+    trainer = make_trainer(corpus, run, minutes=1000, steps=None)
     train_step = trainer.train_step
 
     def look() -> tuple[float, float, float]:

@@ -34,7 +34,7 @@ def train(
     **settings: Any,
 ) -> Trainer:
     """Train with a tracker; a killed run ends before the step."""
-    trainer = make_trainer(corpus, folder, callbacks=[tracker], draw_curve=False, **settings)
+    trainer = make_trainer(corpus, folder, callbacks=[tracker], **settings)
     compute_gradients = trainer.compute_gradients
 
     def compute_or_die(data_step: int) -> float:
@@ -155,7 +155,6 @@ def test_tensorboard_follows_a_rollback(corpus: Corpus, tmp_path: Path) -> None:
         on_nan="rollback",
         eval_every=3,
         callbacks=[mmrec.TensorBoard()],
-        draw_curve=False,
     )
     compute_gradients = trainer.compute_gradients
     trainer.compute_gradients = lambda step: math.nan if step == 8 else compute_gradients(step)  # type: ignore[method-assign]

@@ -37,7 +37,8 @@ def losses(folder: Path) -> list[float]:
     return [x["loss"] for x in lines if x["kind"] == "train"]
 
 
-def test_a_run_writes_its_files(trainer: Trainer, corpus: Corpus) -> None:
+def test_a_run_writes_its_files(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = make_trainer(corpus, tmp_path / "run", draw_curve=True)
     summary = trainer.fit()
     names = {p.name for p in trainer.run_dir.iterdir()}
     assert names == {
@@ -455,6 +456,6 @@ def test_a_callback_stops_a_run_that_can_be_resumed(corpus: Corpus, tmp_path: Pa
 
 def test_a_run_folder_with_a_dollar_sign_is_drawn(corpus: Corpus, tmp_path: Path) -> None:
     """matplotlib reads text between dollar signs as mathematics, and fails on a broken formula."""
-    trainer = make_trainer(corpus, tmp_path / "$HOME_$USER", steps=2)
+    trainer = make_trainer(corpus, tmp_path / "$HOME_$USER", steps=2, draw_curve=True)
     assert trainer.fit()["ended"] == "done"
     assert (trainer.run_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"

@@ -26,7 +26,7 @@ from tests.training.test_trainer import losses
 
 def trained(corpus: Corpus, folder: Path, **settings: Any) -> tuple[Trainer, list[list[Tensor]]]:
     """A run that has ended, and its weights after each step."""
-    trainer = make_trainer(corpus, folder, draw_curve=False, **settings)
+    trainer = make_trainer(corpus, folder, **settings)
     train_step, history = trainer.train_step, []
 
     def record() -> tuple[float, float, float]:
