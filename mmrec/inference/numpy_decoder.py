@@ -83,8 +83,11 @@ class NumpyDecoder(Decoder):
         self, states: Layers, text: np.ndarray, b: int, streams: Streams, drawn: Drawn
     ) -> None:
         """Draw the tokens of stream ``b``; see ``Streams`` and ``Drawn``."""
-        *penalties, temperature, top_k, top_p, min_p = streams.settings[b].tolist()
-        sampling = SamplingConfig(*penalties, temperature, int(top_k), top_p, min_p)
+        repetition, frequency, presence, temperature, *filters = streams.settings[b].tolist()
+        top_k, top_p, min_p = filters
+        sampling = SamplingConfig(
+            repetition, frequency, presence, temperature, int(top_k), top_p, min_p
+        )
         biases = slice(*streams.bias_bounds[b : b + 2])
         pairs = zip(streams.bias_tokens[biases], streams.bias_values[biases], strict=True)
         bias = {int(token): float(value) for token, value in pairs}

@@ -35,7 +35,7 @@ def uniform(seed: int, draw: int) -> float:
 def adjust_logits(
     logits: np.ndarray,
     sampling: SamplingConfig,
-    recent: Sequence[int] = (),
+    recent: Sequence[int] | np.ndarray = (),
     counts: np.ndarray | None = None,
     logit_bias: Mapping[int, float] | None = None,
 ) -> np.ndarray:
