@@ -150,7 +150,7 @@ OTHER_TEXTS = {
 }
 """Texts in the folder ``--texts``, by what the card calls them."""
 HELD_OUT_TEXTS = {"held-out books": "books", "held-out Python packages": "code"}
-MEASURED_BYTES = 1_000_000
+MEASURED_BYTES = 250_000
 """Of each text, about so much is scored."""
 DOCUMENT_CHARS = 40_000
 """Of each document the beginning is scored, so that a text is not measured by a few of them."""

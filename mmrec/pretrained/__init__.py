@@ -92,8 +92,8 @@ def find_pretrained(name: str | Path) -> PretrainedModel | None:
 
 def is_plain_name(text: str) -> bool:
     """Whether a text can be the name of a pretrained model: no path, no file name."""
-    separators = {os.sep, os.altsep} - {None}
-    return bool(text) and text == text.strip() and not any(s in text for s in [*separators, "."])
+    separators = (os.sep, os.altsep or os.sep, ".")
+    return bool(text) and text == text.strip() and not any(s in text for s in separators)
 
 
 def unknown_name(name: str) -> str:
