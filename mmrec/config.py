@@ -944,6 +944,9 @@ AUTO = "auto"
 FINETUNING_SETTINGS: dict[str, float] = {"lr": 5e-3, "matrix_lr": 1e-2, "warmup": 0.1}
 """What training that begins from a model of another text takes for these settings. Learning rates
 are half those of training (docs/development/decisions)."""
+PRETRAINED_SETTINGS: dict[str, float] = {"lr": 1.25e-3, "matrix_lr": 2.5e-3, "warmup": 0.1}
+"""The same for a pretrained model, which has seen far more text and whose learning rate has reached
+zero (decision 040)."""
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 """How generation can hold the weights in memory; int8 has a scale per row."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from mmrec.config import (
     DEFAULT_EPOCHS,
-    FINETUNING_SETTINGS,
     LENGTHS,
     MODEL_SETTINGS,
     PRESETS,
+    PRETRAINED_SETTINGS,
     DataConfig,
     LengthConfig,
     preset_train_settings,
@@ -50,8 +50,10 @@ STRONG_EPOCHS = 16
 
 MAX_BITS_PER_BYTE = 2.6
 """Bits per byte before training up to which a pretrained model is begun from."""
-MAX_BASE_TOKENS = 20_000_000
+MAX_PRETRAINED_TOKENS = 10_000_000
 """Tokens that a run reads up to which it is."""
+PRETRAINED_EPOCHS = 3.0
+"""Passes over the text from such a model. More were not better on texts of 20 kB to 100 kB."""
 
 
 @dataclass(frozen=True)
@@ -168,20 +170,27 @@ def _begin_from(
     sizes |= {name: given[name] for name in sizes if name in given}
     speed = _speed(model.preset, kind, cores, has_bfloat16)
     epochs = _tokens_read(given, speed, sizes, tokens) / max(1, tokens)
-    if epochs * tokens > MAX_BASE_TOKENS:
+    # by far, as the speed is assumed
+    is_short = epochs > 2 * PRETRAINED_EPOCHS and not (given.get("epochs") or given.get("steps"))
+    if is_short:
+        epochs = PRETRAINED_EPOCHS
+    if epochs * tokens > MAX_PRETRAINED_TOKENS:
         return None
-    settings: dict[str, Any] = {"initialize_from": model.name} | FINETUNING_SETTINGS
-    settings |= _regularisation(epochs)
-    if not _has_length(given):
+    settings: dict[str, Any] = {"initialize_from": model.name, "dropout": 0.0}
+    settings |= PRETRAINED_SETTINGS | sizes | dict(given)
+    if is_short:
+        settings = {k: v for k, v in settings.items() if k not in LENGTHS} | {"epochs": epochs}
+    elif not _has_length(given):
         settings["minutes"] = DEFAULT_MINUTES
-    settings |= sizes | dict(given)
     _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
     length = LengthConfig(**{n: settings[n] for n in LENGTHS if settings.get(n) is not None})
+    reading = f"{_size(text.bytes)} of training text will be read {epochs:g} times, as more passes "
+    reading += "were not better"
     note = (
         f"auto    from the pretrained model {model.name} ({bits:.2f} bits per byte of a sample "
         f"before training; --from-scratch begins anew), dropout {settings['dropout']:g}, "
         f"batch {sizes['batch_size']} x {sizes['seq_len']}: "
-        f"{_describe_reading(text, epochs, length, given)}"
+        f"{reading if is_short else _describe_reading(text, epochs, length, given)}"
     )
     return Choice("", settings, note)
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.config import FINETUNING_SETTINGS, LENGTHS, MODEL_SETTINGS, ModelConfig, TrainConfig
+from mmrec.config import (
+    FINETUNING_SETTINGS,
+    LENGTHS,
+    MODEL_SETTINGS,
+    PRETRAINED_SETTINGS,
+    ModelConfig,
+    TrainConfig,
+)
 from mmrec.data.chat_template import read_template
 from mmrec.data.conversations import chat_tokenizer, holds_conversations, read_conversations
 from mmrec.data.corpus import Corpus
@@ -204,6 +211,8 @@ def _resolve(
     """
     inherited = TrainConfig.from_dict(source.metadata.get("train", {})).flat()
     settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
+    if pretrained_of(source.path):
+        settings |= PRETRAINED_SETTINGS
     model_changes = {n: v for n, v in given.items() if n in MODEL_SETTINGS}
     given = {n: v for n, v in given.items() if n not in MODEL_SETTINGS}
     settings |= given
