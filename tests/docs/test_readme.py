@@ -50,7 +50,7 @@ def test_the_commands_run(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     found = commands()
-    assert [c[1] for c in found] == ["train", "train", "generate", "chat", "serve"]
+    assert [c[1] for c in found] == ["generate", "train", "train", "generate", "chat", "serve"]
     outputs = {}
     for command in found[:-1]:  # tests/server/test_command.py runs the last one
         if command[1] == "train" and not IS_FULL:
