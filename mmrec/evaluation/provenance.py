@@ -17,6 +17,7 @@ from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import open_corpus, prepare, read_options
 from mmrec.data.sources import CORPUS_NAMES, source_files
 from mmrec.errors import InputError
+from mmrec.pretrained import pretrained_of
 
 
 def training_config(loaded: LoadedModel) -> TrainConfig:
@@ -56,6 +57,10 @@ def check_provenance(loaded: LoadedModel, *, option: str = "--data") -> DataConf
         return data
     beside = loaded.path.with_name("config.toml")
     train = read_config_file(beside).train if beside.is_file() else {}
+    if "data" not in train and (pretrained := pretrained_of(loaded.path)):
+        raise InputError(
+            f"the pretrained model {pretrained.name} comes without its text: give {option}, a text"
+        )
     if "data" not in train:
         raise InputError(
             f"{loaded.path} says it was trained on {data.source!r}; what a file names is not read "

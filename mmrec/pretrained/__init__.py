@@ -90,6 +90,12 @@ def find_pretrained(name: str | Path) -> PretrainedModel | None:
     return pretrained_models().get(text)
 
 
+def pretrained_of(path: Path) -> PretrainedModel | None:
+    """Return the pretrained model whose checkpoint a path is; None of any other."""
+    resolved = path.resolve()
+    return next((m for m in pretrained_models().values() if m.path.resolve() == resolved), None)
+
+
 def is_plain_name(text: str) -> bool:
     """Whether a text can be the name of a pretrained model: no path, no file name."""
     separators = (os.sep, os.altsep or os.sep, ".")

@@ -28,10 +28,11 @@ from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
 from mmrec.model import Model
+from mmrec.pretrained import pretrained_of
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
-from mmrec.training.pretrained import own_writing, pretrained_of
+from mmrec.training.pretrained import own_writing
 from mmrec.training.run_dir import check_run_dir
 from mmrec.training.setup import RunPlan, begin_run, check_effects
 from mmrec.training.trainer import Trainer

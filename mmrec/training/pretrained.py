@@ -78,12 +78,6 @@ def score_candidates(sample: Sequence[str], kinds: Sequence[str]) -> list[Candid
     return sorted(candidates, key=lambda c: c.bits_per_byte)
 
 
-def pretrained_of(path: Path) -> PretrainedModel | None:
-    """Return the pretrained model whose checkpoint a path is; None of any other."""
-    resolved = path.resolve()
-    return next((m for m in pretrained_models().values() if m.path.resolve() == resolved), None)
-
-
 def own_writing(
     loaded: LoadedModel, model: PretrainedModel, echo: Callable[[str], None] = print
 ) -> Path:

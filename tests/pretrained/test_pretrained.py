@@ -16,6 +16,7 @@ import mmrec
 import mmrec.pretrained
 from mmrec.checkpoint.checkpoint import load_model, read_progress, save_compact
 from mmrec.checkpoint.weights import is_compact
+from mmrec.config import LENGTHS, PRETRAINED_SETTINGS
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import TextSize
 from mmrec.errors import InputError
@@ -104,6 +105,7 @@ def test_a_file_or_folder_goes_before_a_name(
     ("words", "pattern"),
     [
         ("eval cod --data book.txt", "no checkpoint at cod: no such .*; did you mean 'code'"),
+        ("eval code", "pretrained model code comes without its text: give --data, a text"),
         ("chat zzz", "no checkpoint at zzz: .* no pretrained model of this name: there are code"),
         ("generate", "no trained model under runs/: .* a pretrained one: mmrec generate code"),
         ("code", "No such command 'code'.*; to use this pretrained model: mmrec generate code"),
@@ -190,7 +192,7 @@ def test_auto_begins_from_the_model_that_explains_the_text(
     run = mmrec.train("book.txt", preset="auto", out="run", progress=False, **given)
     config = tomllib.loads(Path("run/config.toml").read_text())
     assert config["finetune"]["initialize_from"] == str(installed["code"].path)
-    assert config["optimizer"]["lr"] == 5e-3
+    assert config["optimizer"]["lr"] == PRETRAINED_SETTINGS["lr"]
     assert config["data"]["tokenizer"] == "byte"
     assert run.summary["steps"] == 3
 
@@ -229,6 +231,34 @@ def test_auto_begins_anew_where_the_model_does_not_know_the_text(installed: Inst
         assert (choice.settings.get("initialize_from") == "code") is is_chosen
         assert choice.note.startswith("auto    from the pretrained model code (") is is_chosen
         assert "\n" not in choice.note
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "length"),
+    [
+        (90_000, {"minutes": 3.0}, {"epochs": 3.0}),  # the time would be enough for many passes
+        (90_000, {"until": "2099-01-01 07:00"}, {"epochs": 3.0}),
+        (90_000, {}, {"epochs": 3.0}),
+        (1_000_000, {"minutes": 3.0}, {"minutes": 3.0}),
+        (90_000, {"epochs": 9.0}, {"epochs": 9.0}),
+        (90_000, {"steps": 900}, {"steps": 900}),
+        (50_000_000, {"epochs": 3.0}, None),  # more tokens than a new model needs
+    ],
+    ids=str,
+)
+def test_auto_reads_a_small_text_three_times(
+    installed: Installed, size: int, given: dict[str, Any], length: dict[str, Any] | None
+) -> None:
+    text = TextSize("book.txt", size, size, size // 9, size // 9)
+    choice = auto.choose(
+        text, given, cores=2, has_bfloat16=False, candidate=_candidate(installed, 2.0)
+    )
+    is_pretrained = "initialize_from" in choice.settings
+    assert is_pretrained is (length is not None)
+    if length is not None:
+        found = {n: choice.settings[n] for n in LENGTHS if n in choice.settings}
+        assert found == length
+        assert ("as more passes were not better" in choice.note) is (given.keys() != length.keys())
 
 
 def test_a_sample_is_spread_over_the_text() -> None:
