@@ -42,13 +42,13 @@ BAD = ("crash", "hang", "wrong content", "other exception", "memory")
 
 
 def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
-    """Write small real files: corpora of two tokenizers, and a checkpoint of each.
+    """Write small real files: corpora of two tokenizers, a checkpoint of each, a compact one.
 
     The checkpoint of ``char`` has LoRA factors, that of ``bpe`` a recurrent state.
     """
     import torch
 
-    from mmrec.checkpoint.checkpoint import save_checkpoint
+    from mmrec.checkpoint.checkpoint import load_model, save_checkpoint, save_compact
     from mmrec.config import ModelConfig
     from mmrec.data.corpus import Corpus
     from mmrec.data.prepare import prepare
@@ -98,7 +98,9 @@ def originals(folder: Path, text: str) -> list[tuple[str, Path]]:
             raw_weights=dict(model.named_parameters()) if kind == "bpe" else None,
         )
         files += [("corpus", path), ("checkpoint", checkpoint_path)]
-    return files
+    loaded = load_model(checkpoint_path)
+    save_compact(folder / "compact.h5", loaded, loaded.metadata)
+    return [*files, ("compact", folder / "compact.h5")]
 
 
 def digest(values: Iterable[Any]) -> str:
@@ -131,6 +133,9 @@ def read(kind: str, path: Path) -> str:
     config = loaded.model.config
     list(complete(Decoder.load(path), [Request(max_tokens=2, seed=0)]))
     header.read_metadata(path)
+    if kind == "compact":
+        weights = [x.detach().numpy() for x in loaded.model.parameters()]
+        return digest([*weights, loaded.tokenizer.to_json(), loaded.step, loaded.metadata])
     model = Model(config)
     optimizer = MuonAdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), matrix_lr=0.02)
     averages: dict[str, Any] = {}
@@ -152,7 +157,7 @@ def judge(kind: str, path: Path, sealed: bool, expected: str) -> tuple[str, str]
     """Read one file. Return the outcome and details.
 
     Args:
-        kind: ``corpus`` or ``checkpoint``.
+        kind: ``corpus``, ``checkpoint`` or ``compact``.
         path: The file.
         sealed: Whether it was sealed again after its mutation.
         expected: Digest of the contents of the original.
