@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmrec import kernels
-from mmrec.kernels import _jit, _launch, scan
+from mmrec.kernels import _cache_folder, _jit, _launch, scan
 
 BIG = (4, 256, 256)  # enough work for the parallel form
 
@@ -214,7 +214,7 @@ def test_a_cache_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> N
 
 def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", "~no-such-user/cache")
-    assert _jit._find_cache_folder() is None
+    assert _cache_folder._find_cache_folder() is None
 
 
 def test_other_layers_than_openmp_work_and_posix_is_not_needed() -> None:
