@@ -213,7 +213,7 @@ def _resolve(
     inherited = TrainConfig.from_dict(source.metadata.get("train", {})).flat()
     settings = {name: inherited[name] for name in INHERITED} | DEFAULTS
     if pretrained_of(source.path):
-        settings |= PRETRAINED_SETTINGS
+        settings |= PRETRAINED_SETTINGS | {"precision": "auto"}  # not that of its machine
     model_changes = {n: v for n, v in given.items() if n in MODEL_SETTINGS}
     given = {n: v for n, v in given.items() if n not in MODEL_SETTINGS}
     settings |= given

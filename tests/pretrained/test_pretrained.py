@@ -22,7 +22,7 @@ from mmrec.data.prepare import TextSize
 from mmrec.errors import InputError
 from mmrec.inference.decoder import Decoder
 from mmrec.pretrained import PretrainedModel, find_pretrained, pretrained_models
-from mmrec.training import auto, pretrained
+from mmrec.training import auto, finetuning, pretrained
 from mmrec.training.finetuning import begin_finetuning
 from mmrec.training.setup import resume_run
 from tests.conftest import make_trainer
@@ -176,6 +176,14 @@ def test_fine_tuning_measures_and_replays_what_the_model_writes(
     lock, trainer = resume_run({"out": "run", "steps": 31}, draw_curve=False)
     with lock:
         assert trainer.fit(resume=True, lock=lock)["ended"] == "done"
+
+
+def test_fine_tuning_takes_the_precision_of_this_machine(installed: Installed) -> None:
+    loaded = load_model(installed["code"].path)
+    assert loaded.metadata["train"]["optimizer"]["precision"] == "float32"
+    settings, _ = finetuning._resolve(loaded, {"data": "book.txt"}, print)
+    assert settings["precision"] == "auto"
+    assert settings["lr"] == PRETRAINED_SETTINGS["lr"]
 
 
 def _candidate(installed: Installed, bits: float) -> pretrained.Candidate:
