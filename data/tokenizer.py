@@ -244,7 +244,11 @@ class Tokenizer:
             special_tokens, template = stored.get("special_tokens"), stored.get("chat_template", "")
             if not isinstance(template, str):
                 raise ValueError("its chat template must be text")
-            return cls(str(stored["kind"]), str(stored["vocabulary"]), special_tokens, template)
+            tokenizer = cls(
+                str(stored["kind"]), str(stored["vocabulary"]), special_tokens, template
+            )
+            tokenizer.to_json().encode()  # halves of a surrogate pair are no text, in no field
+            return tokenizer
         except InputError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception

@@ -1,5 +1,6 @@
 """Tokenizers give back the text that they encoded, at once and as a stream."""
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -167,6 +168,13 @@ def test_bad_input() -> None:
     for damaged in ("", "{}", '{"kind": "bpe", "vocabulary": "x"}', "[1]"):
         with pytest.raises(InputError, match="stored tokenizer is damaged"):
             Tokenizer.from_json(damaged)
+    # half of a surrogate pair is no text in any field
+    for tokenizer in KINDS:
+        special = {"\ud800": tokenizer.vocab_size}
+        for change in ({"chat_template": "a\ud800"}, {"special_tokens": special}):
+            stored = json.loads(tokenizer.to_json()) | change
+            with pytest.raises(InputError, match="stored tokenizer is damaged"):
+                Tokenizer.from_json(json.dumps(stored))
 
 
 def test_the_training_of_a_bpe_is_continued(text_file: Path) -> None:
