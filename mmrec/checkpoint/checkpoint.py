@@ -1,6 +1,7 @@
 """Checkpoints: model, optimizer, random state and training progress in one HDF5 file.
 
-docs/reference/file-formats.md describes the layout. A file contains no code and nothing is unpickled.
+docs/reference/file-formats.md describes the layout. A file contains no code, and nothing is
+unpickled.
 """
 
 import contextlib
