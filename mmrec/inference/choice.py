@@ -33,7 +33,7 @@ def call_kernel() -> None:
 
 def _has_kernels() -> bool:
     """Whether a compiled kernel is kept, of any version and for any processor."""
-    return CACHE_FOLDER is not None and any(CACHE_FOLDER.glob("mmrec-*/*/*.nbi"))
+    return CACHE_FOLDER is not None and any(CACHE_FOLDER.glob("mmrec-*/*.nbi"))
 
 
 def kernel_is_ready() -> bool:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba import extending
-from numba.core import caching, event
+from numba.core import caching, ccallback, event, sigutils
 
 from mmrec.kernels._cache_folder import CACHE_FOLDER
 
@@ -56,13 +57,13 @@ def _cache_folder_of(file: str) -> str:
     """The folder for the compiled functions of one source file; empty if there is none.
 
     Numba keys the files in it on the processor and on the argument types. It does not see a change
-    in a helper function of another file. The folder's name therefore has a digest of Numba's
-    version, of the source file and of every file that it imports, and an edit compiles only the
-    kernels that it reaches.
+    in a helper function of another file. The folder's name therefore has a digest of the versions
+    of Numba and llvmlite, of the source file and of every file that it imports. So an edit compiles
+    only the kernels that it reaches, and all installations share what is compiled.
     """
     if CACHE_FOLDER is None:
         return ""
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(_sources(Path(file), set())):
         digest.update(path.read_bytes())
     return str(CACHE_FOLDER / f"mmrec-{digest.hexdigest()[:16]}")
@@ -148,19 +149,24 @@ def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return decorate
 
 
-@contextlib.contextmanager
-def _cached_in_its_folder(function: Callable[..., Any]) -> Iterator[bool]:
-    """While it is entered, what Numba decorates is cached in the folder of the function's file.
+class _ContentLocator(caching.UserWideCacheLocator):
+    """Where Numba keeps the code of a function: only the content of its sources decides.
 
-    Yields whether there is such a folder.
+    Numba's own locators ask for the path of the file, too, so that each new installation would
+    compile again.
     """
-    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    folder = _cache_folder_of(sys.modules[function.__module__].__file__ or "")
-    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
-    try:
-        yield folder != ""
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+    def __init__(self, function: Callable[..., Any], file: str) -> None:
+        self._lineno = function.__code__.co_firstlineno
+        self._cache_path = _cache_folder_of(file)
+
+    def get_source_stamp(self) -> str:
+        """Return what must stay equal beside the folder, which has the digest in its name."""
+        return ""
+
+
+class _ContentCache(caching.CompileResultCacheImpl):
+    _locator_classes = (_ContentLocator,)
 
 
 class SharedCache(caching.FunctionCache):
@@ -169,6 +175,8 @@ class SharedCache(caching.FunctionCache):
     One of them compiles the kernel, and the others wait for its code. Where the code cannot be
     kept, for instance on a full disk, it serves this process only.
     """
+
+    _impl_class = _ContentCache
 
     PATIENCE = 120.0
     """Seconds after which a process no longer waits, and compiles the kernel itself."""
@@ -305,6 +313,13 @@ def _note_calls(dispatcher: Any, name: str) -> None:
     dispatcher._compile_for_args = compile_or_note
 
 
+def _cache_on_disk(compiled: Any, function: Callable[..., Any]) -> None:
+    """Let Numba keep the code of a function on disk, if there is a folder for it."""
+    if CACHE_FOLDER is not None:
+        with contextlib.suppress(RuntimeError):  # the folder cannot be written after all
+            compiled._cache = SharedCache(function)
+
+
 def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for a function that Python calls: compiled code, kept in CACHE_FOLDER.
 
@@ -318,9 +333,7 @@ def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Any = numba.njit(**options, **_EXACT)(function)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
-    with _cached_in_its_folder(function) as cache, contextlib.suppress(RuntimeError):
-        if cache:  # RuntimeError: the folder cannot be written after all
-            compiled._cache = SharedCache(function)
+    _cache_on_disk(compiled, function)
     _note_calls(compiled, display_name(function))
     _dispatchers.append(compiled)
     kernel: Callable[..., Any] = compiled
@@ -337,9 +350,11 @@ def compiled_c_function(function: Callable[..., Any], signature: Any) -> Any:
         function: takes and returns numbers.
         signature: their types in Numba.
     """
-    with _cached_in_its_folder(function) as cache:
-        options: dict[str, Any] = {"cache": cache, "parallel": True, "nopython": True}
-        return numba.cfunc(signature, **options)(function)
+    options = {"parallel": True, "nopython": True}
+    compiled: Any = ccallback.CFunc(function, sigutils.normalize_signature(signature), {}, options)
+    _cache_on_disk(compiled, function)
+    compiled.compile()
+    return compiled
 
 
 def display_name(function: Callable[..., Any]) -> str:

@@ -134,8 +134,8 @@ def test_a_kernel_that_is_kept_is_used(path: Path, folder: str, tmp_path: Path) 
     assert CACHE_FOLDER is not None
     environment = {"NUMBA_CACHE_DIR": str(CACHE_FOLDER)}
     if folder == "other":
-        (tmp_path / "mmrec-0" / "decoder_0").mkdir(parents=True)
-        (tmp_path / "mmrec-0" / "decoder_0" / "kernel.run-1.py311.nbi").write_bytes(b"")
+        (tmp_path / "mmrec-0").mkdir()
+        (tmp_path / "mmrec-0" / "kernel.run-1.py311.nbi").write_bytes(b"")
         environment["NUMBA_CACHE_DIR"] = str(tmp_path)
     words = [sys.executable, "-c", CHOOSE, str(path)]
     run = subprocess.run(

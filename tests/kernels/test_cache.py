@@ -35,9 +35,11 @@ print(x.tolist(), sum(small.add_one.stats.cache_hits.values()))
 """
 
 
-def use(folder: Path, cache: Path | str, *words: str) -> subprocess.CompletedProcess[str]:
+def use(
+    folder: Path, cache: Path | str, *words: str, kernel: str = KERNEL
+) -> subprocess.CompletedProcess[str]:
     """Call a small kernel in a new process."""
-    (folder / "small.py").write_text(KERNEL)
+    (folder / "small.py").write_text(kernel)
     return subprocess.run(
         [sys.executable, "-c", USE, str(folder), *words],
         env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
@@ -53,6 +55,20 @@ def test_a_kernel_is_compiled_once(tmp_path: Path) -> None:
     again = use(tmp_path, cache)
     assert again.stdout == "[1.0, 1.0, 1.0] 1\n"
     assert again.stderr == ""
+
+
+def test_only_the_content_of_the_sources_decides(tmp_path: Path) -> None:
+    """Another folder and another time of change compile nothing; another word does."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    cache = tmp_path / "cache"
+    use(first, cache)
+    os.utime(first / "small.py", (1, 1))
+    assert use(second, cache).stdout == "[1.0, 1.0, 1.0] 1\n"
+    changed = KERNEL.replace("+= 1", "+= 2")
+    assert use(second, cache, kernel=changed).stdout == "[2.0, 2.0, 2.0] 0\n"
+    assert use(first, cache).stdout == "[1.0, 1.0, 1.0] 1\n"  # the first code is still there
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
