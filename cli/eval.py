@@ -226,7 +226,10 @@ def _score(
 
     from mmrec.evaluation.report import draw_report
     from mmrec.evaluation.source import evaluate_source
+    from mmrec.pretrained import note_if_read
 
+    if note := note_if_read(loaded.path, data or ""):
+        print_note(note)
     with tqdm(unit="tok", unit_scale=True, leave=False, disable=None) as bar:
 
         def show(count: int, total: int) -> None:

@@ -60,6 +60,8 @@ class Text:
     """What its models continue."""
     limits: tuple[str, ...]
     """What its models are not for."""
+    corpora: tuple[str, ...] = ()
+    """Those of mmrec's own corpora that it holds."""
 
 
 TEXTS = {
@@ -107,6 +109,7 @@ TEXTS = {
             "`stdlib` does not measure it.",
             "**Prose, and other programming languages.**",
         ),
+        corpora=("stdlib",),
     ),
 }
 

@@ -25,6 +25,7 @@ def index_entry(result: dict[str, Any]) -> dict[str, Any]:
     entry = {key: model[key] for key in keys} | {"sha256": result["file"]["sha256"]}
     entry |= {"file_bytes": result["file"]["bytes"], "licence": text["licence"]}
     entry |= {"text": text["title"], "text_bytes": text["bytes"]}
+    entry |= {"read_corpora": corpora} if (corpora := text.get("corpora")) else {}
     entry |= {key: training[key] for key in ("tokens", "steps", "minutes", "seed")}
     entry |= {"machine": training["machine"]}
     scores = {name: round(score["int8"], 4) for name, score in result["bits_per_byte"].items()}

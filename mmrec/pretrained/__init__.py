@@ -9,6 +9,7 @@
 import hashlib
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class PretrainedModel:
     preset: str
     sha256: str
     """Of the bytes of the checkpoint."""
+    read_corpora: Sequence[str] = ()
+    """Those of mmrec's own corpora that it has read, such as ``stdlib``."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Everything else: tokens, licence, bits per byte by text …"""
 
@@ -94,6 +97,19 @@ def pretrained_of(path: Path) -> PretrainedModel | None:
     """Return the pretrained model whose checkpoint a path is; None of any other."""
     resolved = path.resolve()
     return next((m for m in pretrained_models().values() if m.path.resolve() == resolved), None)
+
+
+def note_if_read(path: Path, source: str) -> str:
+    """What to tell of scores on a corpus that a pretrained model has read; empty if it has not.
+
+    Args:
+        path: checkpoint of the model.
+        source: name of the corpus, as in ``--data``.
+    """
+    model = pretrained_of(path)
+    if model is None or source not in model.read_corpora:
+        return ""
+    return f"{model.name} has read {source}, so scores on it say nothing about new text"
 
 
 def is_plain_name(text: str) -> bool:

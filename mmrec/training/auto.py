@@ -312,7 +312,7 @@ def choose_for(
     candidates = []
     if sample and _may_begin_from_pretrained(given):
         kinds = [given["tokenizer"]] if given.get("tokenizer") else KINDS
-        candidates = score_candidates(sample, kinds)
+        candidates = score_candidates(sample, kinds, data.source)
     return choose(
         text,
         given,

@@ -28,7 +28,7 @@ from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import evaluate_split
 from mmrec.evaluation.provenance import training_corpus
 from mmrec.model import Model
-from mmrec.pretrained import pretrained_of
+from mmrec.pretrained import note_if_read, pretrained_of
 from mmrec.runtime.atomic import atomic_write_text
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.names import user_path
@@ -141,6 +141,8 @@ def begin_finetuning(
     tokenizer = _chat_tokenizer(source, chat_template) if is_chat else None
     settings, model = _resolve(source, given, echo)
     check_read_once([settings["data"], old_data or ""])
+    if note := note_if_read(path, settings["data"]):
+        echo(f"note    {note}")
     wants_replay = bool(given.get("replay_fraction"))
     earlier = _earlier_corpus(source, old_data, echo, required=wants_replay)
     if wants_replay and earlier is not None:

@@ -54,19 +54,21 @@ def sample_text(texts: Iterable[str]) -> list[str]:
     return [joined[i : i + SAMPLE_CHARS] for i in range(0, len(joined), stride)][:SAMPLE_PIECES]
 
 
-def score_candidates(sample: Sequence[str], kinds: Sequence[str]) -> list[Candidate]:
+def score_candidates(sample: Sequence[str], kinds: Sequence[str], source: str) -> list[Candidate]:
     """Score the pretrained models on a sample of a text, the best one first.
 
     Args:
         sample: pieces of the text.
         kinds: the kinds of tokenizer that may be had.
+        source: the text, as in ``--data``.
 
     Returns:
-        The models with such a tokenizer that know every character of the sample.
+        The models with such a tokenizer that know every character of the sample, and have not read
+        the text.
     """
     candidates = []
     for model in pretrained_models().values():
-        if model.tokenizer in kinds:
+        if model.tokenizer in kinds and source not in model.read_corpora:
             loaded = load_model(model.checked_path())
             documents = (Document("sample", piece) for piece in sample)
             try:

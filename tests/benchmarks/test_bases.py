@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import mmrec
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
+from mmrec.pretrained import pretrained_models
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "bases"
 
@@ -260,6 +261,11 @@ def test_the_index_keeps_the_entries_of_other_models(tmp_path: Path) -> None:
     assert found == {"english": first, "python": second}
     assert found["python"]["bits_per_byte"] == {"held-out books": 1.503}
     assert found["english"]["sha256"] == "9fea78c4" * 8
+    python = result("python")
+    python["text"]["corpora"] = ["stdlib"]
+    card.write_index(path, "python", card.index_entry(python))
+    assert pretrained_models(tmp_path)["python"].read_corpora == ["stdlib"]
+    assert pretrained_models(tmp_path)["english"].read_corpora == ()
     json.dumps(found)
 
 

@@ -17,8 +17,10 @@ import mmrec.pretrained
 from mmrec.checkpoint.checkpoint import load_model, read_progress, save_compact
 from mmrec.checkpoint.weights import is_compact
 from mmrec.config import LENGTHS, PRETRAINED_SETTINGS
+from mmrec.data import sources
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import TextSize
+from mmrec.data.readers import Document
 from mmrec.errors import InputError
 from mmrec.inference.decoder import Decoder
 from mmrec.pretrained import PretrainedModel, find_pretrained, pretrained_models
@@ -269,6 +271,32 @@ def test_auto_reads_a_small_text_three_times(
         assert ("as more passes were not better" in choice.note) is (given.keys() != length.keys())
 
 
+def test_a_corpus_that_a_model_has_read_does_not_measure_it(
+    installed: Installed,
+    run_command: Command,
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # a small standard library
+    pieces = [Document(f"{i}.py", text_file.read_text()[i * 9000 :][:9000]) for i in range(9)]
+    monkeypatch.setattr(sources, "stdlib_documents", lambda: iter(pieces))
+    index = installed["code"].path.with_name("index.toml")
+    sample = pretrained.sample_text([text_file.read_text()])
+    assert len(pretrained.score_candidates(sample, ["byte"], "stdlib")) == 1
+    index.write_text(index.read_text() + 'read_corpora = ["stdlib"]\n')
+    assert pretrained.score_candidates(sample, ["byte"], "stdlib") == []
+    assert len(pretrained.score_candidates(sample, ["byte"], str(text_file))) == 1
+    note = "code has read stdlib, so scores on it say nothing about new text"
+    _, errors = run_command(tmp_path, "eval", "code", "--data", "stdlib")
+    assert note in errors
+    _, errors = run_command(tmp_path, "eval", "code", "--data", str(text_file))
+    assert note not in errors
+    sizes = ("--steps", "1", "--seq-len", "32", "--batch-size", "2", "--eval-tokens", "300")
+    out, _ = run_command(tmp_path, "finetune", "code", "--data", "stdlib", *sizes)
+    assert note in out
+
+
 def test_a_sample_is_spread_over_the_text() -> None:
     text = "".join(chr(0x4E00 + i // 1000) for i in range(400_000))
     sample = pretrained.sample_text([text[:100_000], text[100_000:]])
@@ -298,5 +326,6 @@ def test_what_is_installed_is_what_the_index_says(name: str) -> None:
     readme = (Path(__file__).parents[2] / "docs/concepts/packing.md").read_text()
     assert mmrec.generate(loaded, "It was", max_tokens=40, seed=1)
     split = pretrained.sample_text([readme])
-    [mine] = [c for c in pretrained.score_candidates(split, [model.tokenizer]) if c.model == model]
+    candidates = pretrained.score_candidates(split, [model.tokenizer], "packing.md")
+    [mine] = [c for c in candidates if c.model == model]
     assert mine.bits_per_byte < 4.0
