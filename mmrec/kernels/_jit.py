@@ -149,20 +149,37 @@ def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return decorate
 
 
-class _ContentLocator(caching.UserWideCacheLocator):
+class _ContentLocator(caching._CacheLocator):
     """Where Numba keeps the code of a function: only the content of its sources decides.
 
     Numba's own locators ask for the path of the file, too, so that each new installation would
     compile again.
     """
 
-    def __init__(self, function: Callable[..., Any], file: str) -> None:
-        self._lineno = function.__code__.co_firstlineno
-        self._cache_path = _cache_folder_of(file)
+    def __init__(self, folder: str, line: int) -> None:
+        self._folder, self._line = folder, line
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], file: str) -> "_ContentLocator | None":
+        """Return the place of a function of a file; None if it cannot be written."""
+        locator = cls(_cache_folder_of(file), function.__code__.co_firstlineno)
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None
+        return locator
+
+    def get_cache_path(self) -> str:
+        """Return the folder."""
+        return self._folder
 
     def get_source_stamp(self) -> str:
-        """Return what must stay equal beside the folder, which has the digest in its name."""
+        """Return what must stay equal beside the folder's name, which has the digest: nothing."""
         return ""
+
+    def get_disambiguator(self) -> str:
+        """Return what tells functions of one name apart: their lines."""
+        return str(self._line)
 
 
 class _ContentCache(caching.CompileResultCacheImpl):
