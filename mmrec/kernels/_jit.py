@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import llvmlite
 import numba
@@ -183,7 +183,7 @@ class _ContentLocator(caching._CacheLocator):
 
 
 class _ContentCache(caching.CompileResultCacheImpl):
-    _locator_classes: ClassVar[list[type[object]]] = [_ContentLocator]
+    _locator_classes = [_ContentLocator]  # noqa: RUF012
 
 
 class SharedCache(caching.FunctionCache):
