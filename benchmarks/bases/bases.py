@@ -31,13 +31,13 @@ from books import URL, write_books
 from card import index_entry, model_card, write_index
 from copies import NO_BYTE, longest_copies
 from python_code import MAX_PACKAGE_BYTES, write_code
+from text_files import read_documents
 
 import mmrec
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model, save_compact
 from mmrec.checkpoint.manager import list_checkpoints
 from mmrec.checkpoint.outputs import check_output
 from mmrec.data.corpus import Corpus
-from mmrec.data.sources import iter_documents
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.evaluation.provenance import training_corpus
@@ -246,13 +246,7 @@ def excerpts(path: Path, max_bytes: int = MEASURED_BYTES) -> list[str]:
         path: the text.
         max_bytes: where to end. If there are few documents, longer beginnings reach it.
     """
-    documents, is_new = list[str](), True
-    for piece in iter_documents(str(path)):
-        if is_new:
-            documents.append(piece.text)
-        elif len(documents[-1]) < max_bytes:
-            documents[-1] += piece.text
-        is_new = not piece.more
+    documents = list(read_documents(path))
     chars = max(DOCUMENT_CHARS, max_bytes // max(1, len(documents)))
     documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
     chosen, size = list[str](), 0

@@ -1,9 +1,12 @@
 """The texts of the pretrained models as JSON lines, written completely or not at all."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
+
+from mmrec.data.sources import iter_documents
 
 SPLITS = ("train", "held-out")
 
@@ -43,3 +46,13 @@ class OutputFiles:
         self.counts[split][0] += 1
         self.counts[split][1] += size
         return size
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of a text file or of a file of JSON lines, each as a whole."""
+    parts: list[str] = []
+    for piece in iter_documents(str(path)):  # a long document comes in pieces
+        parts.append(piece.text)
+        if not piece.more:
+            yield "".join(parts)
+            parts = []

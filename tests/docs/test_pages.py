@@ -20,7 +20,8 @@ OTHER_PROGRAMS = {
     *("--logdir", "--project"),  # tensorboard, trackio
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
     *("--llama2c", "--long", "--show", "--namespaces"),
-    *("--run", "--work", "--texts", "--cards"),  # benchmarks/bases
+    *("--run", "--work", "--texts", "--cards", "--german", "--cores"),  # benchmarks/bases
+    *("--kinds", "--sizes", "--seeds"),
     *("--install-completion", "--option"),
 }
 
