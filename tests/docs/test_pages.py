@@ -21,7 +21,7 @@ OTHER_PROGRAMS = {
     *("--seconds", "--trials", "--nanogpt", "--threads"),  # benchmarks
     *("--llama2c", "--long", "--show", "--namespaces"),
     *("--run", "--work", "--texts", "--cards", "--german", "--cores"),  # benchmarks/bases
-    *("--kinds", "--sizes", "--seeds"),
+    *("--kinds", "--sizes", "--seeds", "--add"),
     *("--install-completion", "--option"),
 }
 
