@@ -63,8 +63,8 @@ class StopSignal:
             self.signal_number = int(self._agree(self._received))
         return self.signal_number > 0
 
-    def raise_if_set(self, *_: object) -> None:
-        """Raise InterruptedTrainingError if a signal came. Arguments are ignored."""
+    def raise_if_set(self) -> None:
+        """Raise InterruptedTrainingError if a signal came."""
         if self.is_set():
             raise InterruptedTrainingError
 

@@ -26,6 +26,8 @@ REPORT_FILE = "report.html"
 STATUS_FILE = "status.json"
 """What a run says about its speed. Its log holds no clock, so that equal runs write equal logs."""
 SECONDS_BETWEEN_FILES = 10.0
+BAR_SECONDS = 0.5
+"""Seconds between two states of the bar."""
 SECONDS_BETWEEN_LINES = 60.0
 WINDOW_SECONDS = 60.0
 """The speed is that of about the last so many seconds, validations included."""
@@ -90,7 +92,7 @@ class StatusReporter:
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=BAR_SECONDS,
             smoothing=0.05,
             disable=not (show and os.isatty(2)),
         )
@@ -98,6 +100,7 @@ class StatusReporter:
         self._step, self._seconds = step, 0.0
         now = _Mark(time.monotonic(), 0, 0, 0.0)
         self._newest = self._last_line = now
+        self._last_score_line = self._last_refresh = now.seconds
         self._marks = deque([now])
 
     def echo(self, line: str) -> None:
@@ -129,6 +132,23 @@ class StatusReporter:
             self._write()
         if now.seconds - self._last_line.seconds >= SECONDS_BETWEEN_LINES:
             self._log()
+
+    def score(self, scored: int, total: int) -> None:
+        """Report how much of the validation text was scored.
+
+        Args:
+            scored: its tokens scored so far.
+            total: all of its tokens.
+        """
+        words = f"scoring the validation text, {min(1.0, scored / max(1, total)):.0%}"
+        now = time.monotonic()
+        if now - self._last_refresh >= BAR_SECONDS:
+            self._last_refresh = now
+            self._bar.set_postfix_str(words)
+        if now - max(self._last_line.seconds, self._last_score_line) >= SECONDS_BETWEEN_LINES:
+            self._last_score_line = now
+            if self._shows_lines:
+                self._print(f"step    {self._step:,}, {words}")
 
     def _log(self) -> None:
         last, now = self._last_line, self._newest

@@ -149,6 +149,7 @@ class Trainer:
         self.run_dir, self.corpus, self.config, self.preset = run_dir, corpus, config, preset
         self.echo, self.process_group, self.callbacks = echo, process_group, list(callbacks)
         self._retry, self._show_progress, self._draw_curve = retry, show_progress, draw_curve
+        self._report_scored: Callable[[int, int], object] = lambda scored, total: None
         data, finetune, training = config.data, config.finetune, config.optimizer
         self._check_process_group()
         instructions = process_group.bfloat16_instructions()
@@ -506,7 +507,7 @@ class Trainer:
                 echo=echo,
                 show=self._show_progress,
             ) as reporter:
-                self.echo = reporter.echo
+                self.echo, self._report_scored = reporter.echo, reporter.score
                 self._train_loop(reporter)
                 is_over = self.patience_exceeded or self.fraction_done() >= 1.0
                 if self.stop_signal.signal_number:
@@ -774,6 +775,14 @@ class Trainer:
         All processes score all tokens, since a sharded layer is assembled in all of them or in
         none. The scores of rank 0 count.
         """
+        scored = 0
+
+        def report(count: int) -> None:
+            nonlocal scored
+            self.stop_signal.raise_if_set()
+            scored += count
+            self._report_scored(scored, len(tokens))
+
         with self.average.swapped():
             try:
                 scores = evaluate(
@@ -783,7 +792,7 @@ class Trainer:
                     n_bytes,
                     answers=answers,
                     reset_at_documents=self.resets_at_documents,
-                    progress=self.stop_signal.raise_if_set,
+                    progress=report,
                 )
             finally:
                 self.process_group.reshard(self.model)

@@ -59,7 +59,7 @@ def test_the_first_signal_is_recorded_and_the_second_is_the_systems() -> None:
     before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     with stop:
         assert not stop.is_set()
-        stop.raise_if_set("any", "arguments")
+        stop.raise_if_set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.is_set(), stop.signal_number) == (True, signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL

@@ -104,6 +104,24 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
     assert ("90/300" in capsys.readouterr().err) == has_bar
 
 
+def test_long_scoring_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line a minute without a terminal, and a bar that moves on one."""
+    clock, lines = Clock(monkeypatch), list[str]()
+    terminal(monkeypatch, 2)
+    with report(lines) as reporter:
+        for scored in range(0, 1000, 10):
+            clock.now += 2
+            reporter.score(scored, 1000)
+    assert lines == [
+        f"step    100, scoring the validation text, {percent}%" for percent in (29, 59, 89)
+    ]
+    bar = capsys.readouterr().err
+    assert "scoring the validation text, 1%" in bar
+    assert "scoring the validation text, 99%" in bar
+
+
 def test_a_run_that_ended(corpus: Corpus, tmp_path: Path) -> None:
     trainer = make_trainer(corpus, tmp_path / "run")
     summary = trainer.fit()
