@@ -48,7 +48,7 @@ def run_to_end(
         typer.Exit: code 1 if training diverged, 128 + n after signal n.
     """
     folder = trainer.run_dir
-    resume_command = command_line(shlex.join(["train", "--resume", "--out", str(folder)]), parallel)
+    resume_command = command_line(shlex.join(["train", "--resume", str(folder)]), parallel)
     try:
         with compiling_side_by_side("train", "eval", "generate"):
             summary = trainer.fit(resume=resume, lock=lock)

@@ -97,7 +97,7 @@ def training_corpus(
             raise
         run = shlex.quote(str(loaded.path.parent))
         raise InputError(
-            f"{error}; if the text was moved, tell its run where it is: mmrec train --resume --out "
+            f"{error}; if the text was moved, tell its run where it is: mmrec train --resume "
             f"{run} --data NEW"
         ) from None
     if not corpus.continues(loaded.metadata.get("fingerprint")):

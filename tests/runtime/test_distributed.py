@@ -270,7 +270,7 @@ def test_a_signal_stops_all_of_them(
     step = read_metadata(r / "last.h5").step
     [line] = messages(errors)
     assert line.startswith(f"stopped at step {step:,} ")
-    assert line.endswith(f"train --resume --out r --parallel {strategy}")
+    assert line.endswith(f"train --resume r --parallel {strategy}")
     assert len(losses(r)) == step > 3
     assert json.loads((r / "summary.json").read_text())["ended"] == "signal"
     if rank is not None:

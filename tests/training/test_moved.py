@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_its_text_elsewhere(
     Path("run").rename("moved")
     with pytest.raises(InputError, match="book.txt.*; if the text was moved, say where it is"):
         resume("moved", 4)
-    with pytest.raises(InputError, match="book.txt.* --resume --out moved --data NEW"):
+    with pytest.raises(InputError, match="book.txt.* --resume moved --data NEW"):
         training_corpus(load_model(Path("moved/best.h5")))
     with pytest.raises(InputError, match="text of .*other.txt is another one.* the same text only"):
         resume("moved", 4, data="other.txt")

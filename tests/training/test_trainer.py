@@ -225,7 +225,7 @@ def test_a_process_saves_at_sigint_and_resumes(
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "continue with: mmrec train --resume --out r" in errors
+    assert "continue with: mmrec train --resume r" in errors
     assert "Traceback" not in errors
     step = read_metadata(tmp_path / "r" / "last.h5")[0]
     run_command(tmp_path, "train", "--resume", "--steps", str(step + 3), "--out", "r")
