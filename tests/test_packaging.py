@@ -5,6 +5,8 @@ From a checkout a missing package or file would not be missed.
 
 import email.message
 import email.parser
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +15,13 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import mmrec
 from tests.conftest import ROOT
@@ -139,6 +143,35 @@ def test_all_is_every_extra_of_a_user() -> None:
     assert Requirement(line).name == "mmrec"
     assert Requirement(line).extras == set(EXTRAS) - FOR_DEVELOPERS - APART
     assert "mmrec[all]" in EXTRAS["dev"]
+
+
+def bounded() -> dict[str, Requirement]:
+    """The packages that a user installs, and those that the tests of the export need."""
+    lines = [*PROJECT["project"]["dependencies"]]
+    lines += [line for name in Requirement(EXTRAS["all"][0]).extras for line in EXTRAS[name]]
+    lines += [line for line in EXTRAS["dev"] if re.match(r"accelerate|onnxruntime|peft", line)]
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): r for r in found if r.marker is None or r.marker.evaluate()}
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    [bound] = [s.version for s in requirement.specifier if s.operator in (">=", "==")]
+    return Version(bound)
+
+
+def test_the_ranges_are_what_was_tried() -> None:
+    """``make versions`` tried the oldest version of each dependency, and a newer one."""
+    text = (ROOT / "benchmarks" / "results" / "versions.json").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)["rows"]
+    assert [row["tests"] for row in rows if row["tests"].get("failed", 1)] == []
+    tried: dict[str, set[Version]] = {}
+    for row in rows:
+        for name, version in row["versions"].items():
+            tried.setdefault(name, set()).add(Version(Version(version).public))
+    for name, requirement in bounded().items():
+        assert name in tried, f"{name}: add its tests to benchmarks/versions.py; make versions"
+        assert min(tried[name]) == lower_bound(requirement), name
+        assert all(version in requirement.specifier for version in tried[name]), name
 
 
 def test_every_dependency_has_tests_for_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:

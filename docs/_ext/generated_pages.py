@@ -6,9 +6,11 @@ disagree with the program.
 """
 
 import inspect
+import json
 import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -197,7 +199,28 @@ def presets_table() -> str:
     return "\n".join(table(header, rows))
 
 
-PAGES = {"cli": cli_page, "configuration": configuration_page, "presets": presets_table}
+# The versions that were tried.
+
+VERSIONS = Path(__file__).parents[2] / "benchmarks" / "results" / "versions.json"
+
+
+def versions_table() -> str:
+    """One row per dependency, one column per set of versions, from what was measured."""
+    sets = json.loads(VERSIONS.read_text(encoding="utf-8"))["rows"]
+    names = dict.fromkeys(name for row in sets for name in row["versions"])
+    titles = [", ".join([row["set"], *row["pins"]]) for row in sets]
+    rows = [["Python", *(row["python"] for row in sets)]]
+    rows += [[name, *(row["versions"].get(name, "") for row in sets)] for name in names]
+    rows.append(["tests passed", *(str(row["tests"]["passed"]) for row in sets)])
+    return "\n".join(table(["Package", *titles], rows))
+
+
+PAGES = {
+    "cli": cli_page,
+    "configuration": configuration_page,
+    "presets": presets_table,
+    "versions": versions_table,
+}
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
