@@ -1,6 +1,9 @@
 """The cache of compiled kernels: several processes, folders that cannot be written."""
 
+import ast
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +72,26 @@ def test_only_the_content_of_the_sources_decides(tmp_path: Path) -> None:
     changed = KERNEL.replace("+= 1", "+= 2")
     assert use(second, cache, kernel=changed).stdout == "[2.0, 2.0, 2.0] 0\n"
     assert use(first, cache).stdout == "[1.0, 1.0, 1.0] 1\n"  # the first code is still there
+
+
+def compiled_files() -> list[Path]:
+    """The files of the package that have compiled functions."""
+    files = sorted(Path(_jit.__file__).parent.rglob("*.py"))
+    return [p for p in files if re.search("import .*(compiled_kernel|inline_jit)", p.read_text())]
+
+
+@pytest.mark.parametrize("path", compiled_files(), ids=lambda path: "/".join(path.parts[-2:]))
+def test_the_digest_has_all_that_a_kernel_is_made_of(path: Path) -> None:
+    """What a file with compiled functions imports of mmrec is followed by the digest."""
+    found: set[Path] = set()
+    _jit._sources(path, found)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.partition(".")[0] == "mmrec":
+                module = sys.modules.get(name) or importlib.import_module(name)
+                assert Path(str(module.__file__)) in found, f"{name} is not in the digest"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
