@@ -576,7 +576,7 @@ MISTAKES = [
     (
         "train",
         "PRESET",
-        "auto --data book.txt --batch-size 2000",
+        "auto --data book.txt --batch-size 2000 --from-scratch",
         "auto needs 512,001 characters of training text",
     ),
     ("train", "PRESET", "auto --data empty.txt", "empty.txt is empty: expected text"),

@@ -147,7 +147,7 @@ def test_a_run_stores_what_was_chosen_and_a_resume_keeps_it(
 
 
 def test_documents_a_file_and_a_corpus_are_chosen_for(text_file: Path, tmp_path: Path) -> None:
-    given = {"minutes": 0.1, "seq_len": 64}
+    given = {"minutes": 0.1, "seq_len": 64, "from_scratch": True}
     config = tmp_path / "auto.toml"
     config.write_text('preset = "auto"\n[optimizer]\nweight_decay = 0.5\n')
     text = text_file.read_text()
