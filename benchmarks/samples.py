@@ -38,8 +38,11 @@ def measure(data: str, preset: str, tokenizer: str, seconds: float) -> dict[str,
         with lock:
             sampler = trainer._sampler
             assert sampler is not None
+            for _ in range(2):  # what compiles does not count
+                trainer.train_step()
+                sampler.write(trainer.model)
             steps, texts = list[float](), list[float]()
-            end = float("inf")
+            end = time.perf_counter() + seconds
             while len(texts) < 4 or time.perf_counter() < end:
                 begin = time.perf_counter()
                 trainer.train_step()
@@ -47,8 +50,6 @@ def measure(data: str, preset: str, tokenizer: str, seconds: float) -> dict[str,
                 sampler.write(trainer.model)
                 steps.append(middle - begin)
                 texts.append(time.perf_counter() - middle)
-                if len(texts) == 2:  # what compiles does not count
-                    steps, texts, end = [], [], time.perf_counter() + seconds
         step, text = statistics.median(steps), statistics.median(texts)
         evaluation = trainer.config.evaluation
         return {
