@@ -13,6 +13,7 @@ from mmrec.cli import bench, data
 from mmrec.cli.chain import chain
 from mmrec.cli.chat import chat
 from mmrec.cli.compare import compare
+from mmrec.cli.distill import distill
 from mmrec.cli.eval import evaluate
 from mmrec.cli.export import export, import_
 from mmrec.cli.finetune import finetune
@@ -42,6 +43,7 @@ app = App(
 )
 app.command("train")(train)
 app.command("tune")(tune)
+app.command("distill")(distill)
 app.command("status")(status)
 app.command("report")(report)
 app.command("eval")(evaluate)

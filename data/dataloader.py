@@ -89,6 +89,17 @@ class WindowLoader:
         """Whether a batch is the first of an epoch, where no row continues another."""
         return number % self.batches_per_epoch == 0
 
+    def starts_of(self, number: int) -> np.ndarray:
+        """Return where the windows of a batch begin among the tokens, (B,) int64.
+
+        Args:
+            number: as for ``batch_at``.
+        """
+        epoch, position = divmod(number, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._begin_epoch(epoch)
+        return self._starts[position * self.batch_size : (position + 1) * self.batch_size]
+
     def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of a batch.
 
@@ -98,10 +109,7 @@ class WindowLoader:
         Returns:
             Inputs (B, T) int64 and targets (B, T) int64.
         """
-        epoch, position = divmod(number, self.batches_per_epoch)
-        if epoch != self._epoch:
-            self._begin_epoch(epoch)
-        starts = self._starts[position * self.batch_size : (position + 1) * self.batch_size]
+        starts = self.starts_of(number)
         windows = self._tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
         windows_tensor = torch.from_numpy(windows)
         return windows_tensor[:, :-1].contiguous(), windows_tensor[:, 1:].contiguous()

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from mmrec.errors import InputError, did_you_mean
 
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 MAX_COUNT = 10**15
 """Largest whole number that a setting may have, so that products of sizes stay countable."""
 
@@ -53,6 +53,13 @@ class Setting:
     def flag(self) -> str:
         """The option of the command line, such as ``--seq-len``."""
         return f"--{self.flat_name.replace('_', '-')}"
+
+    def words(self, value: Any) -> list[str]:
+        """The option and its value, as words of a command line; none of a flag that is off."""
+        if self.type is bool:
+            return [self.flag] if value else []
+        text = repr(value) if isinstance(value, float) else str(value)
+        return [f"{self.flag}={text}"] if text.startswith("-") else [self.flag, text]
 
     @property
     def rule(self) -> str:

@@ -8,8 +8,10 @@ Neural Network" (arXiv:1503.02531, section 2), with temperature 1; several teach
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,14 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.model import Model, State
 from mmrec.runtime.names import user_path
+from mmrec.runtime.numeric import cdiv
+from mmrec.training.replicas import Replicas
+
+MAX_TABLE_BYTES = 1 << 30
+"""Most memory of the teachers' predictions for a whole text. Those of a larger text or vocabulary
+are computed for each batch anew."""
+TABLE_STREAMS, TABLE_WINDOW = 64, 256
+"""Parallel streams in which teachers read a whole text, and tokens of each at a time."""
 
 
 def teacher_names(setting: str) -> list[str]:
@@ -96,6 +106,57 @@ class Teachers:
         assert total is not None
         return total.div_(len(self.models))
 
+    def table_bytes(self, tokens: int) -> int:
+        """Bytes of the table of a text of so many tokens."""
+        return 2 * tokens * self.models[0].config.vocab_size
+
+    @torch.no_grad()
+    def predict_text(
+        self,
+        tokens: np.ndarray,
+        end_of_text: int | None,
+        replicas: Replicas,
+        on_window: Callable[[int], object] = lambda count: None,
+    ) -> np.ndarray:
+        """The mean of the probabilities that the teachers give to each next token of a text.
+
+        A student reads its text many times; so its teachers read it once. They read it in 64
+        streams, each of which begins without context and then has all of it.
+
+        Args:
+            tokens: (n,) token ids.
+            end_of_text: a token at which the recurrent state is reset; None never resets it.
+            replicas: threads that share the streams.
+            on_window: called with the number of tokens that have been read since its last call.
+
+        Returns:
+            (n, V) float16. Row i is the prediction after tokens[i].
+        """
+        n = len(tokens)
+        table = np.zeros((n, self.models[0].config.vocab_size), np.float16)
+        length = cdiv(n, TABLE_STREAMS)
+        begins = np.arange(0, n, length)
+
+        def read(own_begins: np.ndarray) -> None:
+            states: list[State | None] = [None] * len(self.models)
+            for offset in range(0, length, TABLE_WINDOW):
+                places = own_begins[:, None] + np.arange(offset, min(offset + TABLE_WINDOW, length))
+                window = torch.from_numpy(tokens[np.minimum(places, n - 1)].astype(np.int64))
+                starts = None if end_of_text is None else window == end_of_text
+                total = torch.zeros(*window.shape, table.shape[1])
+                for i, model in enumerate(self.models):
+                    hidden, states[i] = model.hidden_states(
+                        window, states[i], document_starts=starts
+                    )
+                    total += model.lm_head(hidden).softmax(-1)
+                is_inside = places < n
+                table[places[is_inside]] = (total / len(self.models)).numpy()[is_inside]
+                on_window(int(is_inside.sum()))
+
+        parts = np.array_split(begins, replicas.count)
+        replicas.run([partial(read, part) for part in parts if len(part)])
+        return table
+
 
 def distillation_loss(
     student: Model,
@@ -105,22 +166,26 @@ def distillation_loss(
     targets: Tensor,
     state: State | None = None,
     *,
+    soft_targets: Tensor | None = None,
     document_starts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, State]:
-    """The loss of a student. The arguments after ``weight`` are those of ``Model.loss``.
+    """The loss of a student. Most arguments are those of ``Model.loss``.
 
     Args:
         student: the model that learns.
         teachers: whose mean prediction it learns.
         weight: w, from 0 to 1.
+        soft_targets: (B, T, V) float32, what the teachers predict; None asks them.
         tokens, targets, state, document_starts, generator: see ``Model.loss``.
 
     Returns:
         w times the cross-entropy with the teachers' mean prediction, plus 1 - w times that with the
         targets, as a mean over tokens; and the new state.
     """
-    mean = teachers.probabilities(tokens, document_starts)
+    mean = soft_targets
+    if mean is None:
+        mean = teachers.probabilities(tokens, document_starts)
     hidden, state = student.hidden_states(
         tokens, state, document_starts=document_starts, generator=generator
     )

@@ -92,6 +92,7 @@ def forward_backward(
     end_of_text: int | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
     compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
+    soft_targets: Tensor | None = None,
 ) -> tuple[float, State]:
     """Add the gradient of a batch's mean loss, times ``scale``, to ``p.grad`` of each parameter.
 
@@ -111,6 +112,8 @@ def forward_backward(
             never resets it.
         process_group: the processes that train together.
         compute_loss: takes the place of ``model.loss``, with its arguments and results.
+        soft_targets: (B, T, V) float32, a distribution for each target, which ``compute_loss`` gets
+            as an argument of this name.
 
     Returns:
         The mean loss in nats per token, and the state after the batch, which carries no gradient.
@@ -119,7 +122,11 @@ def forward_backward(
     count, counted = replicas.count, max(1, count_targets(targets))
 
     def replica_task(
-        tokens_part: Tensor, targets_part: Tensor, seed: int, state_part: State | None
+        tokens_part: Tensor,
+        targets_part: Tensor,
+        soft_part: Tensor | None,
+        seed: int,
+        state_part: State | None,
     ) -> Callable[[], ReplicaResult]:
         def run() -> ReplicaResult:
             own_count = count_targets(targets_part)
@@ -133,6 +140,7 @@ def forward_backward(
                 document_starts=document_starts,
                 generator=generator,
                 **({"some_ignored": True} if ignores else {}),
+                **({} if soft_part is None else {"soft_targets": soft_part}),
             )
             scaled_loss = loss * (share * scale)
             gradients: tuple[Tensor, ...] = ()
@@ -145,6 +153,7 @@ def forward_backward(
         return run
 
     token_parts, target_parts = tokens.tensor_split(count), targets.tensor_split(count)
+    soft_parts = [None] * count if soft_targets is None else soft_targets.tensor_split(count)
     state_parts = [None] * count if state is None else split_state(state, count)
     seeds = torch.randint(1 << 62, (count if process_group.size == 1 else process_group.size,))
     seed_list = seeds.tolist()
@@ -153,7 +162,9 @@ def forward_backward(
     results = replicas.run(
         [
             replica_task(*parts)
-            for parts in zip(token_parts, target_parts, seed_list, state_parts, strict=True)
+            for parts in zip(
+                token_parts, target_parts, soft_parts, seed_list, state_parts, strict=True
+            )
         ]
     )
 

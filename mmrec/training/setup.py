@@ -399,7 +399,7 @@ def begin_run(
     default, out = default_run_dir(plan.preset, config.data.source), config.output.out
     if out or force:  # before any long work
         check_run_dir(user_path(out) if out else default, plan.input_files, force=force)
-    corpus, config = _prepare_corpus(plan, echo)
+    corpus, config = prepare_corpus(plan, echo)
     config = _in_every_folder(config, corpus, echo, is_given=plan.documents is not None)
     trainer = Trainer(
         default,
@@ -468,7 +468,7 @@ def _absolute_model(name: str) -> str:
     return str(pretrained.path if pretrained else absolute_path(user_path(name)))
 
 
-def _prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:
+def prepare_corpus(plan: RunPlan, echo: Callable[[str], None]) -> tuple[Corpus, TrainConfig]:
     """The corpus of a plan, and its settings with the kind and size of the source's tokenizer."""
     config, source = plan.train, plan.source
     text: Source = config.data.source if plan.documents is None else plan.documents

@@ -67,9 +67,10 @@ from mmrec.runtime.hardware import fastest_dtype, resolve_precision
 from mmrec.runtime.interrupts import StopSignal
 from mmrec.runtime.locking import FolderLock
 from mmrec.runtime.numeric import cdiv
+from mmrec.runtime.progress import progress_bar
 from mmrec.training import divergence
 from mmrec.training.callbacks import Callback
-from mmrec.training.distillation import Teachers, distillation_loss
+from mmrec.training.distillation import MAX_TABLE_BYTES, Teachers, distillation_loss
 from mmrec.training.lr_schedule import lr_factor
 from mmrec.training.metrics import (
     EPOCH_HEADER,
@@ -195,6 +196,9 @@ class Trainer:
         if finetune.replay_fraction:
             self._add_replay()
         self._teachers: Teachers | None = None
+        self._predictions: np.ndarray | None = None
+        """(n, V) float16, the teachers' prediction after each token of the text; None if it is too
+        large, and they are asked for each batch."""
         if config.distillation.teachers:
             self._add_teachers()
         if corpus.val.answers is None and corpus.val.n_tokens <= data.seq_len:
@@ -298,6 +302,28 @@ class Trainer:
         names, tokenizer = self.config.distillation.teachers, self.corpus.tokenizer
         self._teachers = Teachers.load(names, tokenizer, self.config.optimizer.precision)
         self.fingerprints["teachers_fingerprint"] = self._teachers.fingerprint()
+
+    def _ask_teachers(self) -> None:
+        """Let the teachers read a text that is small enough for all of their predictions."""
+        tokens, teachers = self.corpus.train.tokens, self._teachers
+        if teachers is None or not isinstance(self.loader, WindowLoader):
+            return
+        if self._predictions is not None or teachers.table_bytes(len(tokens)) > MAX_TABLE_BYTES:
+            return
+        start = time.perf_counter()
+        with progress_bar(len(tokens), "teachers read", "token") as bar:
+
+            def on_window(count: int) -> None:
+                self.stop_signal.raise_if_set()
+                bar.update(count)
+
+            end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
+            self._predictions = teachers.predict_text(tokens, end_of_text, self.replicas, on_window)
+        seconds = time.perf_counter() - start
+        self.echo(
+            f"teach   the teachers have read the text once, in {seconds:.1f} s, which do not count "
+            "as training"
+        )
 
     def train_new_tokens(self) -> None:
         """Let the embeddings of new tokens learn where LoRA or ``freeze`` has frozen the embedding.
@@ -496,6 +522,7 @@ class Trainer:
         self.model.train()
         echo, ended = self.echo, "signal"
         try:
+            self._ask_teachers()
             self.log_run_summary()
             if self.config.evaluation.on_nan == "rollback" and not self._has_checkpoint():
                 self.save_resumable("step-0.h5")
@@ -643,6 +670,11 @@ class Trainer:
             count = all_targets / counted if counted else math.inf
             if self.config.data.state != "carry" or self.loader.starts_epoch(batch):
                 self.recurrent_state = None
+            soft_targets = None
+            if self._predictions is not None:
+                assert isinstance(self.loader, WindowLoader)
+                places = self.loader.starts_of(batch)[:, None] + np.arange(tokens.shape[1])
+                soft_targets = torch.from_numpy(self._predictions[places]).float()
             loss, self.recurrent_state = forward_backward(
                 self.model,
                 self.replicas,
@@ -653,6 +685,7 @@ class Trainer:
                 end_of_text=end_of_text,
                 process_group=group,
                 compute_loss=compute_loss,
+                soft_targets=soft_targets,
             )
             total += loss / count
         if self._frozen_tokens:

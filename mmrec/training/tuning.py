@@ -36,7 +36,6 @@ from mmrec.config import (
     MODEL_SETTINGS,
     TRAIN_SETTINGS,
     ModelConfig,
-    Setting,
     read_config_file,
 )
 from mmrec.data.corpus import EVALUATION_STREAMS, Corpus, Split
@@ -747,16 +746,8 @@ class Search:
             words += ["--config", str(self._config_path)]
         settings = self._given | self.best()[0].settings
         for name, value in settings.items():
-            words += _option(TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name], value)
+            words += (TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name]).words(value)
         return shlex.join([*words, "--minutes", f"{self.final_minutes:.4g}"])
-
-
-def _option(declared: Setting, value: Any) -> list[str]:
-    """A setting as words of a command."""
-    if declared.type is bool:
-        return [declared.flag] if value else []
-    text = repr(value) if isinstance(value, float) else str(value)
-    return [f"{declared.flag}={text}"] if text.startswith("-") else [declared.flag, text]
 
 
 def open_search(

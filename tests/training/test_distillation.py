@@ -11,7 +11,9 @@ from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
 from mmrec.errors import InputError
 from mmrec.model import Model
+from mmrec.training import distillation, trainer
 from mmrec.training.distillation import Teachers, distillation_loss
+from mmrec.training.replicas import Replicas
 from mmrec.training.setup import plan_run
 from tests.conftest import make_trainer
 
@@ -100,6 +102,42 @@ def test_a_stopped_run_with_teachers_resumes_bit_for_bit(
     other = settings | {"teachers": teachers.split(",")[0]}
     with pytest.raises(InputError, match=r"the teachers .*/1 have changed since"):
         make_trainer(corpus, tmp_path / "run", **other).fit(resume=True)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("end_of_text", [None, 0])
+def test_the_table_has_the_prediction_after_each_token(
+    monkeypatch: pytest.MonkeyPatch, threads: int, end_of_text: int | None
+) -> None:
+    monkeypatch.setattr(distillation, "TABLE_STREAMS", 3)
+    monkeypatch.setattr(distillation, "TABLE_WINDOW", 8)
+    teachers = Teachers([randomised(), randomised()])
+    tokens = torch.randint(11, (64,)).numpy().astype(np.uint16)
+    counts: list[int] = []
+    table = teachers.predict_text(tokens, end_of_text, Replicas(threads), counts.append)
+    assert sum(counts) == len(tokens)
+    assert (table.dtype, table.nbytes) == (np.float16, teachers.table_bytes(len(tokens)))
+    for begin in range(0, 64, 22):  # the three streams
+        part = torch.from_numpy(tokens[begin : begin + 22].astype(np.int64))[None]
+        starts = None if end_of_text is None else part == end_of_text
+        expected = teachers.probabilities(part, starts)[0]
+        np.testing.assert_allclose(table[begin : begin + 22], expected, atol=1e-3)
+    assert np.allclose(table.sum(1, dtype=np.float64), 1, atol=1e-3)
+
+
+def test_a_table_and_asking_each_time_teach_the_same(
+    corpus: Corpus, tmp_path: Path, teachers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the context before a window, which the table has and a window has not."""
+    losses = []
+    for limit in (0, 1 << 30):
+        monkeypatch.setattr(trainer, "MAX_TABLE_BYTES", limit)
+        run = make_trainer(corpus, tmp_path / f"{limit}", teachers=teachers, steps=1, seq_len=64)
+        run._ask_teachers()
+        assert (run._predictions is not None) is (limit > 0)
+        assert ("have read the text once" in "\n".join(run.lines)) is (limit > 0)  # type: ignore[attr-defined]
+        losses.append(run.train_step()[0])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_teachers_need_the_tokenizer_of_the_run(
