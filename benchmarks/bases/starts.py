@@ -159,24 +159,12 @@ def train_and_score(cell: Cell, text: Path, other: Path) -> dict[str, Any]:
 def rule(text: Path, minutes: float) -> dict[str, Any]:
     """What ``auto`` chooses on one core, and the bits per byte that it decides by."""
     from mmrec.config import DataConfig
-    from mmrec.data.prepare import measure_text, read_options, training_texts
-    from mmrec.data.tokenizer import KINDS as TOKENIZERS
-    from mmrec.runtime.hardware import bfloat16_instructions, resolve_precision
-    from mmrec.training import auto
-    from mmrec.training.pretrained import sample_text, score_candidates
+    from mmrec.training.auto import choose_for
 
-    options = read_options(DataConfig(source=str(text)))
-    found = score_candidates(sample_text(training_texts(str(text), options)), TOKENIZERS, str(text))
-    choice = auto.choose(
-        measure_text(str(text), options),
-        {"minutes": minutes},
-        cores=1,
-        has_bfloat16=resolve_precision("auto", bfloat16_instructions())[0] == "bfloat16",
-        candidate=found[0] if found else None,
-    )
+    choice = choose_for(DataConfig(source=str(text)), {"minutes": minutes})
     return {
         "auto": choice.settings.get("initialize_from", NEW),
-        "before": {c.model.name: round(c.bits_per_byte, 4) for c in found},
+        "before": {c.model.name: round(c.bits_per_byte, 4) for c in choice.candidates},
     }
 
 

@@ -6,7 +6,7 @@ options give the same choice on one machine, however busy it is.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrec.config import (
@@ -66,6 +66,8 @@ class Choice:
     """By flat name, of training and of the model."""
     note: str
     """One line: what, and why."""
+    candidates: Sequence[Candidate] = ()
+    """The pretrained models that were scored on a sample of the text, the best one first."""
 
 
 def choose(
@@ -313,13 +315,14 @@ def choose_for(
     if sample and _may_begin_from_pretrained(given):
         kinds = [given["tokenizer"]] if given.get("tokenizer") else KINDS
         candidates = score_candidates(sample, kinds, data.source)
-    return choose(
+    choice = choose(
         text,
         given,
         cores=torch.get_num_threads() * processes,
         has_bfloat16=resolved == "bfloat16",
         candidate=candidates[0] if candidates else None,
     )
+    return replace(choice, candidates=candidates)
 
 
 def _may_begin_from_pretrained(given: Mapping[str, Any]) -> bool:
