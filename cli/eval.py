@@ -1,5 +1,6 @@
 """``mmrec eval``."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ import typer
 from mmrec.cli.options import MODEL_HELP, ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
 from mmrec.cli.streams import print_json, print_note
-from mmrec.config import TRAIN_SETTINGS, AdaptationConfig
+from mmrec.config import TRAIN_SETTINGS, AdaptationConfig, TrainConfig
 from mmrec.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -224,11 +225,16 @@ def _score(
 ) -> None:
     from tqdm import tqdm
 
+    from mmrec.evaluation.provenance import training_config
     from mmrec.evaluation.report import draw_report
     from mmrec.evaluation.source import evaluate_source
     from mmrec.pretrained import note_if_read
 
-    if note := note_if_read(loaded.path, data or ""):
+    config = TrainConfig()
+    with contextlib.suppress(InputError):  # settings of another version; they are not needed
+        config = training_config(loaded)
+    source = data or config.data.source
+    if note := note_if_read(loaded.path, source, config.finetune.initialize_from):
         print_note(note)
     with tqdm(unit="tok", unit_scale=True, leave=False, disable=None) as bar:
 

@@ -23,7 +23,7 @@ from mmrec.cli.options import (
 from mmrec.cli.streams import argument_text, print_json, print_note, read_standard_input
 from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, SamplingConfig
 from mmrec.errors import InputError
-from mmrec.pretrained import find_pretrained
+from mmrec.pretrained import names_pretrained
 
 if TYPE_CHECKING:
     from mmrec.data.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def generate(
     from mmrec.inference.generate import generate
 
     chosen = one_model(where, model)
-    if where is not None and not (where.exists() or find_pretrained(where)):
+    if where is not None and not (where.exists() or names_pretrained(where)):
         raise InputError(f"no model at {where}: no such file or folder; a prompt needs --prompt")
     path = find_checkpoint(chosen)
     if save_state is not None:

@@ -11,7 +11,7 @@ from mmrec.cli.streams import print_json
 from mmrec.config import PRESETS, TrainConfig, preset_train_settings
 from mmrec.config import preset as preset_config
 from mmrec.errors import InputError
-from mmrec.pretrained import find_pretrained
+from mmrec.pretrained import names_pretrained
 
 
 def _bytes(n: float) -> str:
@@ -46,7 +46,7 @@ def info(
     name = one_model(None if preset is None else Path(preset), where)
     if name is None:
         raise InputError("name a preset or a model: mmrec info tiny, mmrec info runs/tiny-stdlib")
-    if where is None and (preset in PRESETS or not (name.exists() or find_pretrained(name))):
+    if where is None and (preset in PRESETS or not (name.exists() or names_pretrained(name))):
         kind = "preset"
         model, own_settings = preset_config(str(name)), preset_train_settings(str(name))
     else:

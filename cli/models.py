@@ -7,7 +7,13 @@ import typer
 
 from mmrec.cli.streams import print_json
 from mmrec.errors import InputError, did_you_mean
-from mmrec.pretrained import PretrainedModel, pretrained_models
+from mmrec.pretrained import (
+    IN_MODELS_PACKAGE,
+    MODELS_PACKAGE,
+    PretrainedModel,
+    how_to_install,
+    pretrained_models,
+)
 
 
 def models(
@@ -16,7 +22,7 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the pretrained models that came with mmrec, or print the card of one.
+    """List the pretrained models that are installed, or print the card of one.
 
     Every command that takes a model takes such a name: mmrec generate english.
     """
@@ -28,6 +34,8 @@ def models(
             _print_table(list(known.values()))
         return
     if name not in known:
+        if name in IN_MODELS_PACKAGE:
+            raise InputError(how_to_install(name))
         raise InputError(
             f"no pretrained model is named {name!r}{did_you_mean(name, known)}; there are "
             f"{', '.join(known) or 'none'}"
@@ -56,6 +64,8 @@ def _print_table(known: list[PretrainedModel]) -> None:
             f"{model.name:<{width}}  {model.preset:<6}  {model.parameters / 1e6:>8.2f} M  "
             f"{tokens:<12}  {size:>7}  {model.summary}"
         )
+    if missing := [name for name in IN_MODELS_PACKAGE if name not in {m.name for m in known}]:
+        typer.echo(f"not installed: {', '.join(missing)} (package {MODELS_PACKAGE})")
     first = known[0].name
     typer.echo(
         f"\nmmrec generate {first}; mmrec finetune {first} --data FILE; mmrec models {first}"

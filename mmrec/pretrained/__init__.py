@@ -3,10 +3,16 @@
 ``index.toml`` lists them. Each has a checkpoint with int8 weights, ``NAME.h5``, and a model card,
 ``NAME.md``. ``benchmarks/bases`` holds the recipes that made them.
 
+Larger models come as a package of their own, ``mmrec-models``. Any package can bring models: it
+names itself in the entry points ``mmrec.pretrained`` and has an index of this form in its folder.
+
 >>> mmrec.load("english").generate("It was", seed=1)  # doctest: +SKIP
 """
 
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import tomllib
 from collections.abc import Sequence
@@ -18,6 +24,11 @@ from mmrec.errors import InputError, did_you_mean
 
 FOLDER = Path(__file__).parent
 INDEX = "index.toml"
+ENTRY_POINTS = "mmrec.pretrained"
+"""Group of the entry points of packages that bring models."""
+MODELS_PACKAGE = "mmrec-models"
+IN_MODELS_PACKAGE = ("english-mini",)
+"""The models of MODELS_PACKAGE, which is built from the same tree and installed apart."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +80,32 @@ class PretrainedModel:
 
 
 def pretrained_models(folder: Path | None = None) -> dict[str, PretrainedModel]:
-    """Return the pretrained models of this installation by name, in the order of the index.
+    """Return the pretrained models of this installation by name, in the order of the indexes.
 
     Args:
-        folder: where the index is; None is the folder of this package.
+        folder: where the index is; None is the folder of this package and, after it, those of other
+            packages. Of two models with one name the first is meant.
     """
-    folder = folder or FOLDER
-    index = folder / INDEX
-    if not index.is_file():
-        return {}
-    models = {}
-    for name, entry in tomllib.loads(index.read_text(encoding="utf-8")).items():
-        own = {k: entry.pop(k) for k in PretrainedModel.__dataclass_fields__ if k in entry}
-        models[name] = PretrainedModel(name, folder / f"{name}.h5", **own, facts=entry)
+    models: dict[str, PretrainedModel] = {}
+    for place in [folder] if folder else [FOLDER, *_folders_of_packages()]:
+        index = place / INDEX
+        if not index.is_file():
+            continue
+        for name, entry in tomllib.loads(index.read_text(encoding="utf-8")).items():
+            own = {k: entry.pop(k) for k in PretrainedModel.__dataclass_fields__ if k in entry}
+            models.setdefault(name, PretrainedModel(name, place / f"{name}.h5", **own, facts=entry))
     return models
+
+
+@functools.cache
+def _folders_of_packages() -> tuple[Path, ...]:
+    """Folders of the installed packages that bring models. None of them is imported."""
+    folders = []
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        spec = importlib.util.find_spec(entry.module.partition(".")[0])
+        if spec is not None and spec.origin is not None:
+            folders.append(Path(spec.origin).parent)
+    return tuple(folders)
 
 
 def find_pretrained(name: str | Path) -> PretrainedModel | None:
@@ -93,23 +116,36 @@ def find_pretrained(name: str | Path) -> PretrainedModel | None:
     return pretrained_models().get(text)
 
 
+def names_pretrained(name: str | Path) -> bool:
+    """Whether a name is that of a pretrained model, installed or not, and not that of a file."""
+    is_apart = str(name) in IN_MODELS_PACKAGE and not Path(name).exists()
+    return is_apart or find_pretrained(name) is not None
+
+
 def pretrained_of(path: Path) -> PretrainedModel | None:
     """Return the pretrained model whose checkpoint a path is; None of any other."""
     resolved = path.resolve()
     return next((m for m in pretrained_models().values() if m.path.resolve() == resolved), None)
 
 
-def note_if_read(path: Path, source: str) -> str:
+def note_if_read(path: Path, source: str, begun_from: str = "") -> str:
     """What to tell of scores on a corpus that a pretrained model has read; empty if it has not.
 
     Args:
         path: checkpoint of the model.
         source: name of the corpus, as in ``--data``.
+        begun_from: the checkpoint that its training began from.
     """
     model = pretrained_of(path)
-    if model is None or source not in model.read_corpora:
-        return ""
-    return f"{model.name} has read {source}, so scores on it say nothing about new text"
+    if model is not None and source in model.read_corpora:
+        return f"{model.name} has read {source}, so scores on it say nothing about new text"
+    model = pretrained_of(Path(begun_from)) if begun_from else None
+    if model is not None and source in model.read_corpora:
+        return (
+            f"the model began from {model.name}, which has read {source}, so scores on it say "
+            "nothing about new text"
+        )
+    return ""
 
 
 def is_plain_name(text: str) -> bool:
@@ -121,8 +157,18 @@ def is_plain_name(text: str) -> bool:
 def unknown_name(name: str) -> str:
     """What an error says of a name that is neither a file nor that of a pretrained model."""
     known = pretrained_models()
+    if name in IN_MODELS_PACKAGE:
+        return f"no checkpoint at {name}: {how_to_install(name)}"
     names = f": there are {', '.join(known)}" if known else ""
     return (
         f"no checkpoint at {name}: no such file or folder, and no pretrained model of this name"
-        f"{did_you_mean(name, known) or names}"
+        f"{did_you_mean(name, (*known, *IN_MODELS_PACKAGE)) or names}"
+    )
+
+
+def how_to_install(name: str) -> str:
+    """What to do for a model of IN_MODELS_PACKAGE that is not there."""
+    return (
+        f"the pretrained model {name} is in the package {MODELS_PACKAGE}, which is not installed; "
+        "in a clone of mmrec: pip install benchmarks/bases/mmrec-models"
     )

@@ -1008,7 +1008,8 @@ class Trainer:
         if count > DEFAULT_EPOCHS and not self.model.config.dropout and not self._teachers:
             limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
             if count > MANY_EPOCHS:
-                limit, advice = MANY_EPOCHS, "--dropout 0.2 and --weight-decay 1 help"
+                limit = MANY_EPOCHS
+                advice = "--dropout 0.2 and --weight-decay 1 help, and mmrec distill does more"
             yield f"note    in more than {limit} epochs a model memorises {name}: {advice}"
 
     def _describe_conversations(self, loader: ConversationLoader) -> Iterator[str]:
