@@ -11,6 +11,7 @@ Source: Kim et al. 2025, "Pre-training under infinite compute" (arXiv:2509.14786
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,7 @@ MEMBER_DROPOUT = 0.1
 """Of members, unless the user sets it. The student has none."""
 OF_STUDENT = ("teacher_weight", "log", "html", "sample_tokens", "sample_prompt")
 """Settings that the members do not take."""
+_RUN_FOLDER = re.compile(r"\d{1,3}-(member|student)")
 SECONDS_BETWEEN_LOOKS = 0.3
 SECONDS_TO_SAVE = 120.0
 """How long a member that was told to stop may take."""
@@ -104,9 +106,11 @@ class Ensemble:
             InputError: a setting or the data is not usable, or the folder holds another ensemble.
             RunLockedError: another process writes in the folder.
         """
-        _check(minutes, members, member_share, preset)
+        file = read_config_file(config_path) if config_path else None
+        _check(minutes, members, member_share, preset or (file.preset if file else ""))
         self._echo, self._show_progress = echo, show_progress
         self._given, self._config_path = given, config_path
+        self._has_dropout = "dropout" in given or (file is not None and "dropout" in file.model)
         self._plan = plan = plan_run(
             preset, config_path, given | {"minutes": minutes}, default_preset="tiny"
         )
@@ -147,8 +151,9 @@ class Ensemble:
         self._lock = FolderLock(self.folder)
         try:
             if force:
-                for run in (*self.members, self.student):
-                    if run.is_dir():
+                # those of an ensemble of another size, too: the last run stands for the folder
+                for run in self.folder.iterdir():
+                    if run.is_dir() and _RUN_FOLDER.fullmatch(run.name):
                         with FolderLock(run):
                             remove_run_files(run)
             text = json.dumps({"distill": state}, indent=1) + "\n"
@@ -216,8 +221,8 @@ class Ensemble:
                 while waiting or running:
                     while waiting and len(running) < self._at_once:
                         run = waiting.pop(0)
-                        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-                        running[run] = (self._start(run, errors), errors)
+                        file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+                        running[run] = (self._start(run, file), file)
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     if stop.is_set():
                         self.signal_number = stop.signal_number
@@ -254,13 +259,11 @@ class Ensemble:
         )
 
     def _member_settings(self, run: Path) -> dict[str, Any]:
-        file = read_config_file(self._config_path) if self._config_path else None
-        has_dropout = "dropout" in self._given or (file is not None and "dropout" in file.model)
         own = {k: v for k, v in self._given.items() if k not in OF_STUDENT}
         seed = 1000 * self._plan.train.optimizer.seed + self.members.index(run) + 1
         bounded = seed % (1 << 31)  # a seed of the user may be as large as there are
         return {
-            **({} if has_dropout else {"dropout": MEMBER_DROPOUT}),
+            **({} if self._has_dropout else {"dropout": MEMBER_DROPOUT}),
             **own,
             "seed": bounded,
             "out": str(run),
@@ -340,7 +343,7 @@ def describe_run(run: Path) -> str:
     )
 
 
-def _check(minutes: float, members: int, member_share: float, preset: str | None) -> None:
+def _check(minutes: float, members: int, member_share: float, preset: str) -> None:
     TRAIN_SETTINGS["minutes"].check(minutes)
     if not 2 <= members <= MAX_MEMBERS:
         raise InputError(f"members must be a whole number from 2 to {MAX_MEMBERS}; got {members}")

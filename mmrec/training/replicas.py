@@ -11,7 +11,7 @@ All replicas share the model's parameters. Each computes its own gradients, whic
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,14 +133,16 @@ def forward_backward(
             share, ignores = own_count / counted, own_count < targets_part.numel()
             generator = torch.Generator().manual_seed(seed)
             document_starts = None if end_of_text is None else tokens_part == end_of_text
+            extra: dict[str, Any] = {"some_ignored": True} if ignores else {}
+            if soft_part is not None:
+                extra["soft_targets"] = soft_part
             loss, new_state = (compute_loss or model.loss)(
                 tokens_part,
                 targets_part,
                 state_part,
                 document_starts=document_starts,
                 generator=generator,
-                **({"some_ignored": True} if ignores else {}),
-                **({} if soft_part is None else {"soft_targets": soft_part}),
+                **extra,
             )
             scaled_loss = loss * (share * scale)
             gradients: tuple[Tensor, ...] = ()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import mmrec
 from mmrec.data.corpus import Corpus
 from mmrec.data.prepare import prepare
-from mmrec.pretrained import pretrained_models
+from mmrec.pretrained import IN_MODELS_PACKAGE, pretrained_models
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "bases"
 
@@ -289,6 +289,21 @@ def test_excerpts_are_beginnings_of_all_documents(tmp_path: Path) -> None:
 def write_text(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_every_model_has_a_recipe_and_a_package() -> None:
+    """The wheel has those of tiny; the others are in a package of their own."""
+    own, apart = pretrained_models(bases.FOLDER), pretrained_models(bases.MODELS_FOLDER)
+    assert dict.fromkeys(own, "tiny") | dict.fromkeys(apart, "mini") == {
+        name: recipe.preset for name, recipe in bases.RECIPES.items()
+    }
+    assert tuple(apart) == IN_MODELS_PACKAGE
+    for name, model in (own | apart).items():
+        assert model.facts["minutes"] == pytest.approx(bases.RECIPES[name].minutes, rel=0.02)
+        assert (bases.RECIPES[name].tokenizer, bases.RECIPES[name].summary) == (
+            model.tokenizer,
+            model.summary,
+        )
 
 
 def test_from_a_run_to_card_and_index(text_file: Path, tmp_path: Path) -> None:

@@ -102,6 +102,16 @@ def test_members_then_a_student(folder: Path, run_command: RunCommand) -> None:
     assert "student runs/d/4-student: finished before" in out
     _, errors = run_command(folder, *DISTILL, *words[:-1], "8", code=2)
     assert "holds an ensemble with other settings (seed was 7, now 8): choose another" in errors
+    run_command(folder, *DISTILL, "--members", "2", "--minutes", "0.02", "--force")
+    assert find_checkpoint(runs) == runs / "3-student" / "best.h5"
+    assert not list((runs / "4-student").glob("*.h5"))
+
+
+def test_a_file_that_says_auto_is_refused(folder: Path, run_command: RunCommand) -> None:
+    (folder / "auto.toml").write_text('preset = "auto"\n' + SETTINGS)
+    words = ["distill", "--data", "book.txt", "--config", "auto.toml"]
+    _, errors = run_command(folder, *words, code=2)
+    assert "the members need a preset; got auto: name one, such as tiny" in errors
 
 
 def test_what_is_stopped_or_killed_continues(folder: Path) -> None:
