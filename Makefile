@@ -69,10 +69,11 @@ coverage: setup-dev
 docs: setup-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-# The source distribution, and the wheel built from it.
+# The source distribution, and the wheel built from it; the wheel of the larger pretrained models.
 dist: setup-dev
 	rm -rf dist
 	$(BIN)/python -m build -q
+	$(BIN)/python -m build -q --wheel --outdir dist benchmarks/bases/mmrec-models
 	$(BIN)/python -m twine check --strict dist/*
 
 # The wheel in a clean environment.

@@ -1,4 +1,4 @@
-"""The pretrained models: from their texts to the files in mmrec/pretrained.
+"""The pretrained models: from their texts to the files in mmrec/pretrained and in mmrec-models.
 
     python benchmarks/bases/bases.py                    # all of RECIPES
     python benchmarks/bases/bases.py english --texts CORPORA
@@ -42,10 +42,14 @@ from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.evaluation.provenance import training_corpus
 from mmrec.model import parameter_counts
+from mmrec.pretrained import IN_MODELS_PACKAGE
 from mmrec.profiling.kernel_bench import describe_machine
 from mmrec.runtime.atomic import atomic_write_text
 
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "mmrec" / "pretrained"
+MODELS_FOLDER = Path(__file__).parent / "mmrec-models" / "mmrec_models"
+"""Of the package that has the models which are too large for mmrec's own."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ class Recipe:
 PROSE = ("It was late in the evening when", '"My dear sir," said', "The old house stood")
 CODE = ("def read_lines(path):\n", "class Stack:\n", "import argparse\n")
 RECIPES = {
-    "english": Recipe("English books", "books", "bpe", 5000, 65, PROSE, 120, 500),
+    "english": Recipe("English books", "books", "bpe", 5000, 50, PROSE, 120, 500),
     "english-byte": Recipe("English books", "books", "byte", None, 65, PROSE, 500, 2000),
+    "english-mini": Recipe("English books", "books", "bpe", 8192, 50, PROSE, 120, 500, "mini"),
     "python": Recipe("Python code", "code", "bpe", 5000, 65, CODE, 150, 600),
 }
 TRAIN_OPTIONS = ["--schedule", "wsd", "--dropout", "0", "--eval-every", "500"]
@@ -468,7 +473,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="folder of other texts to measure on")
     parser.add_argument("--books", type=Path, help="a clone of the books, else git makes one")
     parser.add_argument("--cards", action="store_true", help="cards and index entries only")
-    parser.add_argument("--out", type=Path, default=ROOT / "mmrec" / "pretrained")
+    parser.add_argument("--out", type=Path, help="folder of the models (those of the packages)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--force", action="store_true", help="overwrite files of others")
     options = parser.parse_args()
@@ -481,8 +486,9 @@ def main() -> None:
     try:
         for name in names:
             result_path = options.results / f"pretrained-{name}.json"
+            out = options.out or (MODELS_FOLDER if name in IN_MODELS_PACKAGE else FOLDER)
             if not options.cards:
-                path = options.out / f"{name}.h5"
+                path = out / f"{name}.h5"
                 force = options.force or may_replace(path, name)
                 check_output(path, "checkpoint", force=force)
                 check_output(
@@ -495,7 +501,7 @@ def main() -> None:
                     name, RECIPES[name], run, path, texts_to_measure(work, options.texts)
                 )
                 atomic_write_text(result_path, json.dumps(result, indent=1) + "\n")
-            write_card(json.loads(result_path.read_text("utf-8")), options.out)
+            write_card(json.loads(result_path.read_text("utf-8")), out)
     except InputError as error:
         parser.error(str(error))
 

@@ -1,0 +1,1 @@
+"""Pretrained models for mmrec: its index, checkpoints and cards lie in this folder."""
