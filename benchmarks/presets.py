@@ -193,12 +193,11 @@ def main() -> None:
     if args.add and path.exists():
         rows = json.loads(path.read_text("utf-8"))["runs"]
     done = {Cell(row["preset"], row["minutes"], row["seed"]) for row in rows}
-    sizes = {}
     for name in args.presets:  # once, before runs side by side would each do it
         vocab = preset(name).vocab_size
         corpus = Corpus.open(prepare(args.text, "bpe", vocab, None, print))
-        sizes[name] = parameter_counts(preset(name))["total"]
-        print(f"{name}: {sizes[name]:,} parameters, {corpus.train.n_tokens:,} tokens of text")
+        size = parameter_counts(preset(name))["total"]
+        print(f"{name}: {size:,} parameters, {corpus.train.n_tokens:,} tokens of text")
     cores: queue.Queue[int] = queue.Queue()
     for core in args.cores:
         cores.put(core)
