@@ -61,8 +61,9 @@ def _train() -> None:
 
 
 def _evaluate() -> None:
-    """Score a text."""
-    evaluate(_model(), np.zeros(STEPS * ROWS, np.int64), eot=0, n_bytes=1)
+    """Score a text: as training does, and as ``mmrec eval`` does, in float32."""
+    for model in (_model(), Model(_shape())):
+        evaluate(model, np.zeros(STEPS * ROWS, np.int64), eot=0, n_bytes=1)
 
 
 PARTS: dict[str, Callable[[], None]] = {
