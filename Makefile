@@ -73,7 +73,8 @@ docs: setup-docs
 dist: setup-dev
 	rm -rf dist
 	$(BIN)/python -m build -q
-	$(BIN)/python -m build -q --wheel --outdir dist benchmarks/bases/mmrec-models
+	rm -rf build/mmrec-models && mkdir -p build && cp -r benchmarks/bases/mmrec-models build/
+	$(BIN)/python -m build -q --wheel --outdir dist build/mmrec-models
 	$(BIN)/python -m twine check --strict dist/*
 
 # The wheel in a clean environment.

@@ -64,7 +64,9 @@ def files_of(folder: str) -> set[str]:
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and not {"__pycache__", "_build"} & {*path.parts}
+        if path.is_file()
+        and not {"__pycache__", "_build", "build"} & {*path.relative_to(ROOT).parts}
+        and not any(part.endswith(".egg-info") for part in path.parts)
     }
 
 
