@@ -89,7 +89,7 @@ class WindowLoader:
         """Whether a batch is the first of an epoch, where no row continues another."""
         return number % self.batches_per_epoch == 0
 
-    def starts_of(self, number: int) -> np.ndarray:
+    def window_starts(self, number: int) -> np.ndarray:
         """Return where the windows of a batch begin among the tokens, (B,) int64.
 
         Args:
@@ -109,7 +109,7 @@ class WindowLoader:
         Returns:
             Inputs (B, T) int64 and targets (B, T) int64.
         """
-        starts = self.starts_of(number)
+        starts = self.window_starts(number)
         windows = self._tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
         windows_tensor = torch.from_numpy(windows)
         return windows_tensor[:, :-1].contiguous(), windows_tensor[:, 1:].contiguous()

@@ -54,7 +54,7 @@ class Setting:
         """The option of the command line, such as ``--seq-len``."""
         return f"--{self.flat_name.replace('_', '-')}"
 
-    def words(self, value: Any) -> list[str]:
+    def as_arguments(self, value: Any) -> list[str]:
         """The option and its value, as words of a command line; none of a flag that is off."""
         if self.type is bool:
             return [self.flag] if value else []

@@ -248,7 +248,7 @@ class Ensemble:
             if self._config_path is not None:
                 words += ["--config", str(self._config_path)]
             for name, value in self._member_settings(run).items():
-                words += (TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name]).words(value)
+                words += (TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name]).as_arguments(value)
             words += ["--force"]  # files of a member that was killed before it began
         return subprocess.Popen(
             [sys.executable, "-m", "mmrec", "train", *words],

@@ -303,7 +303,7 @@ class Trainer:
         self._teachers = Teachers.load(names, tokenizer, self.config.optimizer.precision)
         self.fingerprints["teachers_fingerprint"] = self._teachers.fingerprint()
 
-    def _ask_teachers(self) -> None:
+    def _precompute_predictions(self) -> None:
         """Let the teachers read a text that is small enough for all of their predictions."""
         tokens, teachers = self.corpus.train.tokens, self._teachers
         if teachers is None or not isinstance(self.loader, WindowLoader):
@@ -522,7 +522,7 @@ class Trainer:
         self.model.train()
         echo, ended = self.echo, "signal"
         try:
-            self._ask_teachers()
+            self._precompute_predictions()
             self.log_run_summary()
             if self.config.evaluation.on_nan == "rollback" and not self._has_checkpoint():
                 self.save_resumable("step-0.h5")
@@ -673,7 +673,7 @@ class Trainer:
             soft_targets = None
             if self._predictions is not None:
                 assert isinstance(self.loader, WindowLoader)
-                places = self.loader.starts_of(batch)[:, None] + np.arange(tokens.shape[1])
+                places = self.loader.window_starts(batch)[:, None] + np.arange(tokens.shape[1])
                 soft_targets = torch.from_numpy(self._predictions[places]).float()
             loss, self.recurrent_state = forward_backward(
                 self.model,

@@ -746,7 +746,7 @@ class Search:
             words += ["--config", str(self._config_path)]
         settings = self._given | self.best()[0].settings
         for name, value in settings.items():
-            words += (TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name]).words(value)
+            words += (TRAIN_SETTINGS.get(name) or MODEL_SETTINGS[name]).as_arguments(value)
         return shlex.join([*words, "--minutes", f"{self.final_minutes:.4g}"])
 
 

@@ -133,7 +133,7 @@ def test_a_table_and_asking_each_time_teach_the_same(
     for limit in (0, 1 << 30):
         monkeypatch.setattr(trainer, "MAX_TABLE_BYTES", limit)
         run = make_trainer(corpus, tmp_path / f"{limit}", teachers=teachers, steps=1, seq_len=64)
-        run._ask_teachers()
+        run._precompute_predictions()
         assert (run._predictions is not None) is (limit > 0)
         assert ("have read the text once" in "\n".join(run.lines)) is (limit > 0)  # type: ignore[attr-defined]
         losses.append(run.train_step()[0])
