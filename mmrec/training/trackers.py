@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import sqlite3
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +112,10 @@ class TensorBoard(_Tracker):
 
         self._close()
         step = trainer.progress.step
+        folder = Path(self._folder or trainer.run_dir)
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(
-            str(self._folder or trainer.run_dir),
+            str(folder),
             purge_step=step + 1 if step else 0,  # earlier files do not count from there on
             filename_suffix=EVENTS_SUFFIX,
         )
@@ -214,6 +217,18 @@ class Trackio(_Tracker):
             with contextlib.redirect_stdout(io.StringIO()):
                 trackio.finish()  # of the current run, which is this one
             self._run = None
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, for a second at most, until a new event file comes after those of a folder.
+
+    TensorBoard reads event files in the order of their names, ``events.out.tfevents.SECONDS.…``.
+    Within one second the rest of the name decides, which is no order in time.
+    """
+    names = [path.name.split(".") for path in folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}")]
+    newest = max((int(parts[3]) for parts in names), default=0)
+    if int(time.time()) == newest:
+        time.sleep(newest + 1 - time.time())
 
 
 def as_code(text: str) -> str:

@@ -147,6 +147,17 @@ def test_what_a_checkpoint_has_tensorboard_has(corpus: Corpus, tmp_path: Path) -
     tracker._close()
 
 
+def test_tensorboard_reads_a_quick_resume_in_order(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads files by name, and within a second a later one may have the lower name."""
+    pytest.importorskip("tensorboard")
+    train(corpus, tmp_path, mmrec.TensorBoard(), steps=2)
+    monkeypatch.setattr("os.getpid", lambda: 0)  # the name of this second that comes first
+    train(corpus, tmp_path, mmrec.TensorBoard(), steps=3, resume=True)
+    assert [step for step, _ in scalars(check_events(tmp_path), "train/loss")] == [1, 2, 3]
+
+
 def test_tensorboard_follows_a_rollback(corpus: Corpus, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     trainer = make_trainer(
