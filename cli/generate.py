@@ -136,8 +136,8 @@ def generate(
     if logprobs is not None and not as_json:
         raise InputError("--logprobs has no effect without --json")
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.inference.choice import load_decoder
     from mmrec.inference.decoder import Decoder
+    from mmrec.inference.decoder_choice import load_decoder
     from mmrec.inference.engine import Request
     from mmrec.inference.generate import generate
 

@@ -585,7 +585,7 @@ class _Preparation:
         with progress_bar(size, "tokenising") as bar:
             bar.update(shards.bytes)
             shards.fill(tokenizer, plan.assign(self.continued or self.stored), bar.update)
-        rate = remaining / 1e6 / (time.perf_counter() - begin)
+        rate = f"{remaining / 1e6 / (time.perf_counter() - begin):.1f} MB/s"
         self._describe_split(plan, shards)
         info = {
             "source": self.source,
@@ -617,7 +617,7 @@ class _Preparation:
             record.write_arrays(file, "documents")
             write_json(file, "tokenizer", json.loads(tokenizer.to_json()))
             write_json(file, "info", info)
-        self.echo(f"corpus {self.source}: {shards.n_tokens:,} tokens at {rate:.1f} MB/s; {path}")
+        self.echo(f"corpus {self.source}: {shards.n_tokens:,} tokens, tokenised at {rate}; {path}")
         shards.remove()
 
     def _check_splits(self, plan: SplitPlan) -> None:

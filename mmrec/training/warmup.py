@@ -26,7 +26,7 @@ import torch
 from mmrec.config import ModelConfig, preset
 from mmrec.data.dedup import SHINGLE_WORDS
 from mmrec.evaluation.evaluate import evaluate
-from mmrec.inference.choice import call_kernel
+from mmrec.inference.decoder_choice import call_kernel
 from mmrec.kernels._jit import KernelCall, record_calls
 from mmrec.kernels._launch import compile_parallel_loop, parallel_threshold
 from mmrec.kernels.shingles.kernel import shingle_hashes

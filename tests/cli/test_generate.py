@@ -217,7 +217,7 @@ def test_the_first_text_waits_for_no_compiler(
         check=True,
     )
     assert (run.stderr.strip(), list(tmp_path.iterdir())) == (b"False", [])
-    monkeypatch.setattr("mmrec.inference.choice.kernel_is_ready", lambda: True)
+    monkeypatch.setattr("mmrec.inference.decoder_choice.kernel_is_ready", lambda: True)
     assert run.stdout.decode() == generate(*words)
 
 
@@ -248,7 +248,7 @@ def test_what_is_written_without_the_kernel(
         loaded.append(cls.__name__)
         return load(cls, path)
 
-    monkeypatch.setattr("mmrec.inference.choice.kernel_is_ready", lambda: False)
+    monkeypatch.setattr("mmrec.inference.decoder_choice.kernel_is_ready", lambda: False)
     monkeypatch.setattr(Decoder, "load", classmethod(note))
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("the cat sat on the mat " * 180 + "\n")

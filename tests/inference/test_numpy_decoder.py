@@ -12,7 +12,7 @@ import pytest
 from mmrec.checkpoint.checkpoint import save_checkpoint
 from mmrec.config import SamplingConfig
 from mmrec.errors import InputError
-from mmrec.inference import choice
+from mmrec.inference import decoder_choice
 from mmrec.inference.decoder import Decoder, Stream
 from mmrec.inference.engine import Request, complete
 from mmrec.inference.numpy_decoder import NumpyDecoder
@@ -108,21 +108,21 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_large_work_is_for_the_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "kernel_is_ready", lambda: False)
-    assert type(choice.load_decoder(path, choice.MOST_TOKENS)) is NumpyDecoder
-    assert type(choice.load_decoder(path, choice.MOST_TOKENS + 1)) is Decoder
-    monkeypatch.setattr(choice, "MOST_WEIGHTS", 20_000)
-    assert type(choice.load_decoder(path, 1)) is Decoder
+    monkeypatch.setattr(decoder_choice, "kernel_is_ready", lambda: False)
+    assert type(decoder_choice.load_decoder(path, decoder_choice.MOST_TOKENS)) is NumpyDecoder
+    assert type(decoder_choice.load_decoder(path, decoder_choice.MOST_TOKENS + 1)) is Decoder
+    monkeypatch.setattr(decoder_choice, "MOST_WEIGHTS", 20_000)
+    assert type(decoder_choice.load_decoder(path, 1)) is Decoder
     monkeypatch.undo()
-    choice.call_kernel()  # loads it
-    assert choice.kernel_is_ready()
-    assert type(choice.load_decoder(path, 1)) is Decoder
+    decoder_choice.call_kernel()  # loads it
+    assert decoder_choice.kernel_is_ready()
+    assert type(decoder_choice.load_decoder(path, 1)) is Decoder
 
 
 CHOOSE = """
 import sys
 from pathlib import Path
-from mmrec.inference.choice import load_decoder
+from mmrec.inference.decoder_choice import load_decoder
 print(type(load_decoder(Path(sys.argv[1]), 1)).__name__, "numba" in sys.modules)
 """
 
@@ -130,7 +130,7 @@ print(type(load_decoder(Path(sys.argv[1]), 1)).__name__, "numba" in sys.modules)
 @pytest.mark.parametrize("folder", ["kept", "other"])
 def test_a_kernel_that_is_kept_is_used(path: Path, folder: str, tmp_path: Path) -> None:
     """By a process that has not loaded it; and kernels of another version do not count."""
-    choice.call_kernel()  # compiles it if it is not kept yet
+    decoder_choice.call_kernel()  # compiles it if it is not kept yet
     assert CACHE_FOLDER is not None
     environment = {"NUMBA_CACHE_DIR": str(CACHE_FOLDER)}
     if folder == "other":
