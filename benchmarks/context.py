@@ -1,13 +1,15 @@
 """Does more context help? The loss on the same tokens, with more and more context before them.
 
     python benchmarks/context.py runs/window runs/carry [--longest 16384] [--out NAME]
+    python benchmarks/context.py english --data books.jsonl --neural-cache --out NAME
 
 For C = 16, 32, … a document is read in windows of C tokens. Each window starts from the empty
 state, half a window after the one before, and its second half is scored. So every token is scored
 once, with C/2 to C - 1 tokens of context. The scored tokens are the same for each C: those of the
 validation split after the first ``longest`` / 2 tokens of their document. (A mean by position in
-the document would compare the beginnings of documents with their middles.) Writes results/NAME.json
-and docs/images/NAME.png.
+the document would compare the beginnings of documents with their middles.) With ``--neural-cache``
+each window is also scored with a neural cache of its C tokens. Writes results/NAME.json and
+docs/images/NAME.png.
 """
 
 import argparse
@@ -23,7 +25,10 @@ from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
 from mmrec.data.corpus import Corpus, Split
 from mmrec.data.prepare import open_corpus, read_options
+from mmrec.data.readers import ReadOptions
+from mmrec.data.sources import iter_documents
 from mmrec.evaluation.provenance import training_config
+from mmrec.inference.neural_cache import NeuralCache, unit_keys
 from mmrec.profiling.kernel_bench import describe_machine
 from mmrec.runtime.pictures import METADATA
 
@@ -31,12 +36,51 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 CHUNK = 256  # tokens per row and forward pass
 BATCH_TOKENS = 1 << 14  # tokens per forward pass
+MOST_TOKENS = 50_000  # of all documents of a text that is given
 
 
 def training_corpus(loaded: LoadedModel) -> Corpus:
     """Open the corpus that a model was trained on."""
     data = training_config(loaded).data
     return open_corpus(data.source, loaded.tokenizer, None, read_options(data))
+
+
+def text_documents(loaded: LoadedModel, data: str, longest: int) -> list[np.ndarray]:
+    """Return the beginnings of the long documents of a text, each after an end token."""
+    eot, found, left = loaded.tokenizer.eot, [], MOST_TOKENS
+    for document in iter_documents(data, ReadOptions()):
+        tokens = np.concatenate(([eot], loaded.tokenizer.encode(document.text))).astype(np.int64)
+        if len(tokens) > longest and left > 0:
+            found.append(tokens[: longest + longest // 2])
+            left -= longest
+    return found
+
+
+@torch.inference_mode()
+def loss_with_cache(
+    loaded: LoadedModel, documents: list[np.ndarray], context: int, longest: int
+) -> float:
+    """Return the loss as ``loss_with`` does, of the model with a neural cache of ``context``."""
+    half, nats, count = context // 2, 0.0, 0
+    for tokens in documents:
+        for at in range(longest // 2, len(tokens) - 1, half):
+            x, y = tokens[at - half : at + half], tokens[at - half + 1 : at + half + 1]
+            x = x[: len(y)]
+            hidden, _ = loaded.model.hidden_states(torch.from_numpy(x)[None])
+            keys = unit_keys(hidden[0].numpy())
+            cache = NeuralCache(context, keys.shape[1])
+            for lo in (*range(0, half, CHUNK), *range(half, len(y), CHUNK)):
+                rows = slice(lo, min(lo + CHUNK, half) if lo < half else lo + CHUNK)
+                logits = loaded.model.lm_head(hidden[0, rows]).numpy()
+                if lo < half:
+                    cache.observe(logits, keys[rows], y[rows])
+                    continue
+                mixed = torch.from_numpy(cache.mix(logits, keys[rows], y[rows]))
+                targets = torch.from_numpy(y[rows])
+                nats += float(F.cross_entropy(mixed, targets, reduction="sum"))
+                count += len(targets)
+    assert count == sum(len(tokens) - 1 - longest // 2 for tokens in documents)
+    return nats / count
 
 
 def long_documents(split: Split, longest: int) -> list[np.ndarray]:
@@ -109,6 +153,8 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=int, default=16384, help="longest context, a power of two"
     )
+    parser.add_argument("--data", help="a text to score instead of the validation split")
+    parser.add_argument("--neural-cache", action="store_true", help="also with a neural cache")
     parser.add_argument("--out", default="context", help="name of the results")
     add_force(parser)
     args = parser.parse_args()
@@ -117,26 +163,36 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for run in args.runs:
         loaded = load_model(find_checkpoint(run))
-        corpus = training_corpus(loaded)
-        documents = long_documents(corpus.val, args.longest)
-        losses, context = {}, 16
-        while context <= args.longest:
-            losses[context] = loss_with(loaded, documents, context, args.longest)
-            print(f"{run.name} {context:>7,}: {losses[context]:.4f}", flush=True)
-            context *= 2
-        rows.append(
-            {
-                "run": run.name,
-                "documents": len(documents),
-                "source": corpus.info["source"],
-                "tokens": sum(len(d) - 1 - args.longest // 2 for d in documents),
-                "nats_per_token": losses,
-            }
-        )
+        if args.data:
+            source, documents = args.data, text_documents(loaded, args.data, args.longest)
+        else:
+            corpus = training_corpus(loaded)
+            source = str(corpus.info["source"])
+            documents = long_documents(corpus.val, args.longest)
+        if not documents:
+            parser.error(f"no document of {source} is longer than {args.longest:,} tokens")
+        scores = {run.name: loss_with}
+        if args.neural_cache:
+            scores[f"{run.name}, neural cache"] = loss_with_cache
+        for name, score in scores.items():
+            losses, context = {}, 16
+            while context <= args.longest:
+                losses[context] = score(loaded, documents, context, args.longest)
+                print(f"{name} {context:>7,}: {losses[context]:.4f}", flush=True)
+                context *= 2
+            rows.append(
+                {
+                    "run": name,
+                    "documents": len(documents),
+                    "source": Path(source).name,
+                    "tokens": sum(len(d) - 1 - args.longest // 2 for d in documents),
+                    "nats_per_token": losses,
+                }
+            )
     RESULTS.mkdir(exist_ok=True)
     result = {"machine": describe_machine(), "longest": args.longest, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, picture, Path(str(rows[0]["source"])).parent.name or "")
+    draw(rows, picture, str(rows[0]["source"]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,14 @@ from mmrec.cli.options import (
     settings_options,
 )
 from mmrec.cli.streams import argument_text, decode_utf8
-from mmrec.config import DEFAULT_MAX_TOKENS, MAX_COUNT, TRAIN_SETTINGS, SamplingConfig, Setting
+from mmrec.config import (
+    DEFAULT_MAX_TOKENS,
+    MAX_COUNT,
+    TRAIN_SETTINGS,
+    NeuralCacheConfig,
+    SamplingConfig,
+    Setting,
+)
 from mmrec.errors import InputError, did_you_mean
 from mmrec.runtime.interrupts import note_interrupts, repeated_interrupts
 from mmrec.runtime.names import printable, shorten, user_path
@@ -41,6 +48,7 @@ except ImportError:  # on Windows, whose console has a history of its own
     readline = None  # type: ignore[assignment]
 
 SAMPLING = SamplingConfig.settings()
+NEURAL_CACHE = NeuralCacheConfig.settings()
 SEED = TRAIN_SETTINGS["seed"]
 MAX_SEED = int(SEED.maximum or 0)
 SEED_BITS = 32
@@ -51,7 +59,7 @@ SHOWN_CHARS = 1000
 """Characters that are shown of the end of a text."""
 
 
-@settings_options(SAMPLING, declared=SAMPLING)
+@settings_options([*SAMPLING, *NEURAL_CACHE], declared=SAMPLING | NEURAL_CACHE)
 def chat(
     where: Annotated[
         Path | None,
@@ -79,9 +87,10 @@ def chat(
     **sampling: Any,
 ) -> None:
     """Write in turns with a model, which answers or goes on with your text; /help tells how."""
+    cache = NeuralCacheConfig(sampling.pop("neural_cache", 0))
     SamplingConfig(**sampling)
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.neural_cache import load_decoder
 
     stop_texts = [argument_text(text, "--stop") for text in stop or ()]
     if not all(stop_texts):
@@ -91,7 +100,7 @@ def chat(
         if state is not None:
             raise InputError("--system has no effect with --state, which holds the chat so far")
     path = find_checkpoint(one_model(where, model))
-    decoder = Decoder.load(path, weights=weights, threads=threads)
+    decoder = load_decoder(path, cache.neural_cache, weights=weights, threads=threads)
     session = _begin_session(decoder, path, state, system)
     conversation = Chat(session, sampling, max_tokens=max_tokens, stop=stop_texts, seed=seed)
     if sys.stdin.isatty():

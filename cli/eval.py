@@ -10,21 +10,25 @@ import typer
 from mmrec.cli.options import MODEL_HELP, ModelsOption, settings_options, several_models
 from mmrec.cli.session import say
 from mmrec.cli.streams import print_json, print_note
-from mmrec.config import TRAIN_SETTINGS, AdaptationConfig, TrainConfig
+from mmrec.config import TRAIN_SETTINGS, AdaptationConfig, NeuralCacheConfig, TrainConfig
 from mmrec.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from mmrec.checkpoint.checkpoint import LoadedModel
-    from mmrec.evaluation.evaluate import DynamicEvaluation, Evaluation
+    from mmrec.evaluation.evaluate import CachedEvaluation, DynamicEvaluation, Evaluation
     from mmrec.evaluation.report import Report
 
 READ_SETTINGS = ("text_field", "skip_bad")
 ADAPTATION = AdaptationConfig.settings()
+NEURAL_CACHE = NeuralCacheConfig.settings()
 TEMPERATURES, MAX_TOKENS = "0,0.8,1", 120
 """Defaults of the options of --prompts."""
 
 
-@settings_options([*READ_SETTINGS, *ADAPTATION], declared=TRAIN_SETTINGS | ADAPTATION)
+@settings_options(
+    [*READ_SETTINGS, *ADAPTATION, *NEURAL_CACHE],
+    declared=TRAIN_SETTINGS | ADAPTATION | NEURAL_CACHE,
+)
 def evaluate(
     where: Annotated[
         list[Path] | None,
@@ -86,6 +90,7 @@ def evaluate(
         raise InputError("--tasks has no effect with --prompts")
     adaptation = {k: v for k, v in settings.items() if k in ADAPTATION}
     reading = {k: v for k, v in settings.items() if k in READ_SETTINGS}
+    cache = {k: v for k, v in settings.items() if k in NEURAL_CACHE}
     adapts = adapt or None
     needs: dict[str, dict[str, Any]] = {
         "--prompts": {"temperatures": temperatures, "max_tokens": max_tokens, "report": report},
@@ -99,8 +104,9 @@ def evaluate(
             _refuse(dependent, f"has no effect without {option}")
     if prompts is not None or tasks is not None:
         task = "--tasks" if prompts is None else "--prompts"
-        _refuse({"data": data, "adapt": adapts, "plot": plot}, f"has no effect with {task}")
+        _refuse({"data": data, "adapt": adapts, "plot": plot} | cache, f"has no effect with {task}")
     config = AdaptationConfig(**adaptation) if adapt else None
+    size = NeuralCacheConfig(**cache).neural_cache
     if force and plot is None and report is None:
         raise InputError("--force overwrites --plot or --report; give one of them")
     chosen = several_models(where, model)
@@ -126,7 +132,7 @@ def evaluate(
     elif tasks is not None:
         _run_tasks(models[0], tasks, include_path, as_json)
     else:
-        _score(models[0], data, reading, config, plot, as_json, force)
+        _score(models[0], data, reading, config, size, plot, as_json, force)
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:
@@ -219,6 +225,7 @@ def _score(
     data: str | None,
     settings: dict[str, Any],
     adaptation: AdaptationConfig | None,
+    neural_cache: int,
     plot: Path | None,
     as_json: bool,
     force: bool,
@@ -243,7 +250,12 @@ def _score(
             bar.update(count)
 
         scores, report, description = evaluate_source(
-            loaded, data, adaptation=adaptation, progress=show, **settings
+            loaded,
+            data,
+            adaptation=adaptation,
+            neural_cache=neural_cache,
+            progress=show,
+            **settings,
         )
     title = f"{loaded.path}, step {loaded.step:,}"
     if as_json:
@@ -251,6 +263,8 @@ def _score(
         facts = dataclasses.asdict(scores)
         if adaptation is None:
             del facts["dynamic"]
+        if not neural_cache:
+            del facts["cached"]
         print_json(extra | facts | dataclasses.asdict(report))
     else:
         article = "the " * description.startswith("validation")
@@ -276,12 +290,21 @@ def _print_scores(scores: "Evaluation", report: "Report", heading: str) -> None:
     )
     if scores.dynamic is not None:
         _print_dynamic(scores.dynamic)
+    if scores.cached is not None:
+        _print_cached(scores.cached)
 
 
 def _print_dynamic(scores: "DynamicEvaluation") -> None:
     typer.echo(
         f"  with --adapt    {scores.bits_per_byte:.4f} bits per byte: dynamic evaluation, "
         f"{scores.updates:,} updates at rate {scores.learning_rate:g}, {scores.seconds:.1f} s"
+    )
+
+
+def _print_cached(scores: "CachedEvaluation") -> None:
+    typer.echo(
+        f"  with a cache    {scores.bits_per_byte:.4f} bits per byte: the newest "
+        f"{scores.neural_cache:,} tokens are looked up, {scores.seconds:.1f} s"
     )
 
 

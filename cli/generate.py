@@ -21,7 +21,7 @@ from mmrec.cli.options import (
     settings_options,
 )
 from mmrec.cli.streams import argument_text, print_json, print_note, read_standard_input
-from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, SamplingConfig
+from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, NeuralCacheConfig, SamplingConfig
 from mmrec.errors import InputError
 from mmrec.pretrained import names_pretrained
 
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 READ_SETTINGS = ("text_field", "skip_bad")
 SAMPLING = SamplingConfig.settings()
 ADAPTATION = AdaptationConfig.settings()
+NEURAL_CACHE = NeuralCacheConfig.settings()
 CHARACTERS_PER_TOKEN = 4  # about, of a prompt by bpe; others read more tokens, which is soon done
 
 
 @settings_options(
-    [*SAMPLING, *READ_SETTINGS, *ADAPTATION], declared=ALL_SETTINGS | SAMPLING | ADAPTATION
+    [*SAMPLING, *READ_SETTINGS, *ADAPTATION, *NEURAL_CACHE],
+    declared=ALL_SETTINGS | SAMPLING | ADAPTATION | NEURAL_CACHE,
 )
 def generate(
     where: Annotated[
@@ -119,6 +121,8 @@ def generate(
     elif adaptation:
         raise InputError("--adapt-lr has no effect without --adapt")
     config = AdaptationConfig(**adaptation)
+    cache = {k: v for k, v in settings.items() if k in NEURAL_CACHE and v}
+    NeuralCacheConfig(**cache)
     if prompts is not None and prompt is not None:
         raise InputError("give prompts once, by --prompt or by --prompts; got both")
     if prompts is None and read is None:
@@ -140,6 +144,7 @@ def generate(
     from mmrec.inference.decoder_choice import load_decoder
     from mmrec.inference.engine import Request
     from mmrec.inference.generate import generate
+    from mmrec.inference.neural_cache import CachingDecoder
 
     chosen = one_model(where, model)
     if where is not None and not (where.exists() or names_pretrained(where)):
@@ -168,7 +173,10 @@ def generate(
         return_state=False,
     )
     if adapt is not None:
-        decoder = _adapted_decoder(path, adapt, config, reading if prompts is None else {}, threads)
+        reading = reading if prompts is None else {}
+        decoder = _adapted_decoder(path, adapt, config, reading, threads, cache)
+    elif cache:
+        decoder = CachingDecoder.load(path, weights=weights, threads=threads, **cache)
     elif weights == "float32" and {threads, read, state, save_state} == {None}:
         prompt_tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
         decoder = load_decoder(path, prompt_tokens + len(texts) * samples * max_tokens)
@@ -223,6 +231,7 @@ def _adapted_decoder(
     config: AdaptationConfig,
     reading: dict[str, Any],
     threads: int | None,
+    cache: dict[str, int],
 ) -> "Decoder":
     """The model after it learnt from a text."""
     from tqdm import tqdm
@@ -230,6 +239,7 @@ def _adapted_decoder(
     from mmrec.checkpoint.checkpoint import load_model  # with torch
     from mmrec.evaluation.source import adapt_to_source
     from mmrec.inference.decoder import Decoder
+    from mmrec.inference.neural_cache import CachingDecoder
 
     with tqdm(unit="tok", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -245,6 +255,10 @@ def _adapted_decoder(
         f"byte of that text, each part before it was learnt: {dynamic.bits_per_byte:.4f}; without "
         f"adapting {scores.bits_per_byte:.4f}"
     )
+    if cache:
+        return CachingDecoder.from_model(
+            adapted.model, adapted.tokenizer, threads=threads, neural_cache=cache["neural_cache"]
+        )
     return Decoder.from_model(adapted.model, adapted.tokenizer, threads=threads)
 
 

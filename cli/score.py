@@ -17,6 +17,7 @@ from mmrec.cli.options import (
 )
 from mmrec.cli.session import say
 from mmrec.cli.streams import print_json
+from mmrec.config import TRAIN_SETTINGS, NeuralCacheConfig
 from mmrec.errors import InputError
 from mmrec.runtime.names import printable
 
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
     from mmrec.data.tokenizer import Tokenizer
     from mmrec.inference.score import ScoredLine, Totals
 
-SCORE_SETTINGS = ("text_field", "skip_bad")
+READ_SETTINGS = ("text_field", "skip_bad")
+NEURAL_CACHE = NeuralCacheConfig.settings()
 PAGE_TOP = 5
 """Likeliest tokens that a page shows of each place."""
 
 
-@settings_options(SCORE_SETTINGS)
+@settings_options([*READ_SETTINGS, *NEURAL_CACHE], declared=TRAIN_SETTINGS | NEURAL_CACHE)
 def score(
     source: Annotated[
         str,
@@ -81,7 +83,7 @@ def score(
     from mmrec.data.readers import ReadOptions
     from mmrec.data.sources import iter_documents, source_files
     from mmrec.data.tokenize import encode_documents
-    from mmrec.inference.decoder import Decoder
+    from mmrec.inference.neural_cache import load_decoder
     from mmrec.inference.score import Page, Totals, line_bytes, line_json, score_lines
     from mmrec.runtime.atomic import atomic_write_text
     from mmrec.runtime.progress import hide_progress_bars, progress_bar
@@ -92,7 +94,8 @@ def score(
     if html is not None:
         inputs = [path, *source_files(source)]
         check_output(html, "score page", option="--html", inputs=inputs, force=force)
-    decoder = Decoder.load(path, weights=weights, threads=threads)
+    cache = NeuralCacheConfig(settings.pop("neural_cache", 0))
+    decoder = load_decoder(path, cache.neural_cache, weights=weights, threads=threads)
     tokenizer = decoder.tokenizer
     top = (0 if html is None else PAGE_TOP) if top is None else top
     if top > tokenizer.vocab_size:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmrec.checkpoint.checkpoint import LoadedModel, load_model
 from mmrec.checkpoint.manager import find_checkpoint
-from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig
+from mmrec.config import DEFAULT_MAX_TOKENS, AdaptationConfig, NeuralCacheConfig
 from mmrec.errors import InputError
 from mmrec.evaluation.evaluate import Evaluation
 from mmrec.evaluation.source import adapt_to_source, evaluate_source
@@ -51,6 +51,7 @@ def generate(
     seed: int | None = None,
     stream: bool = False,
     logit_bias: Mapping[int, float] | None = None,
+    neural_cache: int = 0,
     **sampling: Any,
 ) -> str | list[str] | Iterator[str]:
     """Continue prompts with a model: short for ``load(source).generate(prompt, ...)``.
@@ -64,6 +65,8 @@ def generate(
             of a list has the seed ``seed + i``.
         stream: return an iterator over pieces of text, which yields each piece as it is generated.
         logit_bias: what is added to the logits of tokens by their ids, -100 to 100.
+        neural_cache: newest tokens of the text that are looked up besides the recurrent state; see
+            ``mmrec.inference.neural_cache``. 0 looks up nothing.
         sampling: settings of ``mmrec.config.SamplingConfig``, such as ``temperature=0``.
 
     Returns:
@@ -82,6 +85,7 @@ def generate(
         seed=seed,
         stream=stream,
         logit_bias=logit_bias,
+        neural_cache=neural_cache,
         **sampling,
     )
 
@@ -94,6 +98,7 @@ def evaluate(
     skip_bad: bool = False,
     adapt: bool = False,
     adapt_lr: float | None = None,
+    neural_cache: int = 0,
 ) -> Evaluation:
     """Score a model on a text, as ``mmrec eval`` does, and print nothing.
 
@@ -109,6 +114,8 @@ def evaluate(
         adapt: score the text by dynamic evaluation, too: a copy of the model learns from each part
             of the text after its score. These scores are ``dynamic`` of the result.
         adapt_lr: learning rate of that; None is the default of ``mmrec eval --adapt``.
+        neural_cache: score the text with a neural cache of so many tokens, too; see
+            ``mmrec.inference.neural_cache``. These scores are ``cached`` of the result.
 
     Returns:
         Loss in nats per token, perplexity, bits per byte, accuracy, tokens and bytes.
@@ -126,9 +133,12 @@ def evaluate(
     reading = _check_reading(text_field, skip_bad)
     text = None if data is None else str(data)
     adaptation = _adaptation(adapt_lr) if adapt else None
+    entries = NeuralCacheConfig(neural_cache).neural_cache
     loaded = load(source)
     with hide_progress_bars():
-        return evaluate_source(loaded, text, adaptation=adaptation, **reading)[0]
+        return evaluate_source(
+            loaded, text, adaptation=adaptation, neural_cache=entries, **reading
+        )[0]
 
 
 def adapt(

@@ -801,6 +801,23 @@ class AdaptationConfig(Section):
 
 
 @dataclass(frozen=True)
+class NeuralCacheConfig(Section):
+    """The neural cache of a text that is read or written; see ``mmrec.inference.neural_cache``."""
+
+    section: ClassVar[str] = "neural_cache"
+    title: ClassVar[str] = "Memory"
+
+    neural_cache: int = setting(
+        0,
+        "Newest tokens of the text that are looked up word by word, besides the recurrent state: "
+        "what followed a place like this one is expected again. 0 looks up nothing; 4096 is a good "
+        "number for long texts.",
+        minimum=0,
+        maximum=100_000,
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig(Section):
     """What a server allows. Each request is checked against these limits."""
 

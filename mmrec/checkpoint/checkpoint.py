@@ -34,12 +34,13 @@ from mmrec.checkpoint.header import (
     read_tokenizer,
 )
 from mmrec.checkpoint.weights import read_weight, write_weight
-from mmrec.config import DEFAULT_MAX_TOKENS, SamplingConfig
+from mmrec.config import DEFAULT_MAX_TOKENS, NeuralCacheConfig, SamplingConfig
 from mmrec.data.tokenizer import Tokenizer
 from mmrec.errors import InputError
 from mmrec.inference.decoder import Decoder
 from mmrec.inference.engine import Request, complete, nth_seed
 from mmrec.inference.generate import generate
+from mmrec.inference.neural_cache import CachingDecoder
 from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -64,16 +65,31 @@ class LoadedModel:
     _decoders: dict[Any, Decoder] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """The decoder, by what the weights were when it was made."""
+    """The decoder, by what the weights were when it was made, and the size of its cache."""
 
     @property
     def decoder(self) -> Decoder:
         """The model as generation uses it, made at first use and anew when weights change."""
-        weights = tuple(map(_fingerprint, self.model.parameters()))
-        if weights not in self._decoders:
+        return self.decoder_with()
+
+    def decoder_with(self, neural_cache: int = 0) -> Decoder:
+        """As ``decoder``, with a neural cache of so many tokens; 0 is none.
+
+        Raises:
+            InputError: The number is out of its range.
+        """
+        key = *map(_fingerprint, self.model.parameters()), neural_cache
+        if key not in self._decoders:
+            size = NeuralCacheConfig(neural_cache).neural_cache
             self._decoders.clear()
-            self._decoders[weights] = Decoder.from_model(self.model, self.tokenizer)
-        return self._decoders[weights]
+            if size:
+                made: Decoder = CachingDecoder.from_model(
+                    self.model, self.tokenizer, neural_cache=size
+                )
+            else:
+                made = Decoder.from_model(self.model, self.tokenizer)
+            self._decoders[key] = made
+        return self._decoders[key]
 
     def generate(
         self,
@@ -84,6 +100,7 @@ class LoadedModel:
         seed: int | None = None,
         stream: bool = False,
         logit_bias: Mapping[int, float] | None = None,
+        neural_cache: int = 0,
         **sampling: Any,
     ) -> str | list[str] | Iterator[str]:
         """Continue a prompt, or several at once.
@@ -97,6 +114,8 @@ class LoadedModel:
                 i of a list has the seed ``seed + i``.
             stream: Return an iterator of pieces of text that appear as they are written.
             logit_bias: What is added to the logits of tokens by their ids, -100 to 100.
+            neural_cache: Newest tokens of the text that are looked up besides the recurrent state;
+                see ``mmrec.inference.neural_cache``. 0 looks up nothing.
             sampling: Settings of ``mmrec.config.SamplingConfig``: temperature, top_k, top_p,
                 min_p, repetition_penalty, frequency_penalty, presence_penalty.
 
@@ -122,7 +141,7 @@ class LoadedModel:
             logit_bias=logit_bias or {},
             return_state=False,
         )
-        decoder = self.decoder
+        decoder = self.decoder_with(neural_cache)
         requests = [
             replace(request, prompt=str(text), seed=nth_seed(seed, index))
             for index, text in enumerate(prompts)

@@ -43,6 +43,8 @@ class Evaluation:
     dynamic: "DynamicEvaluation | None" = None
     """Scores of the same text by dynamic evaluation, if they were asked for. The numbers above are
     those of the model as it is."""
+    cached: "CachedEvaluation | None" = None
+    """Scores of the same text with a neural cache, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ class DynamicEvaluation:
     learning_rate: float
     segment_tokens: int
     """Tokens that are scored between two updates."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CachedEvaluation:
+    """Scores over a whole text by a model that looks up the newest tokens of the text."""
+
+    loss: float
+    """Mean cross-entropy, in nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    neural_cache: int
+    """Most tokens that were looked up."""
     seconds: float
 
 

@@ -15,6 +15,7 @@ from mmrec.data.sources import iter_documents
 from mmrec.data.tokenize import encode_documents
 from mmrec.errors import InputError
 from mmrec.evaluation.adapt import check_length, evaluate_dynamically
+from mmrec.evaluation.cached import evaluate_with_cache
 from mmrec.evaluation.evaluate import Evaluation, TokenScores, evaluate_split
 from mmrec.evaluation.provenance import training_config, training_corpus
 from mmrec.evaluation.report import Report, make_report
@@ -78,6 +79,7 @@ def evaluate_source(
     text_field: str = "",
     skip_bad: bool = False,
     adaptation: AdaptationConfig | None = None,
+    neural_cache: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[Evaluation, Report, str]:
     """Score a loaded model on a text.
@@ -88,6 +90,8 @@ def evaluate_source(
         text_field: field or column of ``data`` that holds the text; empty is ``text``.
         skip_bad: skip broken records and files that are not UTF-8.
         adaptation: how to score the text by dynamic evaluation, too; None leaves that out.
+        neural_cache: tokens of a neural cache with which the text is scored, too; 0 leaves that
+            out.
         progress: called with the number of tokens just scored and the number of all tokens to
             score.
 
@@ -99,7 +103,7 @@ def evaluate_source(
     """
     split, description = open_split(loaded, data, text_field=text_field, skip_bad=skip_bad)
     tokenizer, scores = loaded.tokenizer, TokenScores.empty(split.n_tokens)
-    evaluation, _ = _score(loaded, split, adaptation, scores, progress)
+    evaluation, _ = _score(loaded, split, adaptation, scores, progress, neural_cache)
     token_bytes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     tokens = np.asarray(split.tokens)
     report = make_report(tokens, tokenizer.eot, np.array(token_bytes), scores, split.answers)
@@ -144,6 +148,7 @@ def _score(
     adaptation: AdaptationConfig | None,
     token_scores: TokenScores | None,
     progress: Callable[[int, int], object] | None,
+    neural_cache: int = 0,
 ) -> tuple[Evaluation, Model]:
     """The scores, and the model after dynamic evaluation: a copy, if there was any."""
     is_chat = split.answers is not None
@@ -151,7 +156,9 @@ def _score(
         if is_chat:
             raise InputError("a model adapts to a text; got conversations")
         check_length(split.n_tokens)
-    total = split.n_tokens * (1 if adaptation is None else 2)
+    if neural_cache and is_chat:
+        raise InputError("a neural cache is for a text; got conversations")
+    total = split.n_tokens * (1 + (adaptation is not None) + bool(neural_cache))
     show = None if progress is None else lambda count: progress(count, total)
     reset = is_chat or training_config(loaded).data.state != "window"
     evaluation = evaluate_split(
@@ -162,9 +169,15 @@ def _score(
         token_scores=token_scores,
         progress=show,
     )
+    eot = loaded.tokenizer.eot
+    if neural_cache:
+        cached = evaluate_with_cache(
+            loaded.model, split, eot, neural_cache, reset_at_documents=reset, progress=show
+        )
+        evaluation = dataclasses.replace(evaluation, cached=cached)
     if adaptation is None:
         return evaluation, loaded.model
-    model, eot = copy.deepcopy(loaded.model), loaded.tokenizer.eot
+    model = copy.deepcopy(loaded.model)
     dynamic = evaluate_dynamically(
         model, split, eot, adaptation, reset_at_documents=reset, progress=show
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from mmrec.kernels.sampling.reference import REPETITION_WINDOW
 from mmrec.runtime.cores import available_cores
 
 if TYPE_CHECKING:
+    from mmrec.inference.neural_cache import NeuralCache
     from mmrec.model import Model
 
 READ_CHUNK = 256
@@ -75,6 +76,15 @@ NOTHING_DRAWN = Drawn(
 )
 
 
+class Activations(NamedTuple):
+    """What the last call of the kernel computed for the rows of the first stream, flat and with
+    the padding of the kernel; valid until the next call."""
+
+    logits: np.ndarray
+    hidden: np.ndarray
+    """The hidden states before the final norm."""
+
+
 @dataclass
 class DecoderState:
     """Where a text stands. The newest token is pending: the network has not read it yet."""
@@ -85,10 +95,18 @@ class DecoderState:
     """(REPETITION_WINDOW,) int32, the last tokens, the pending one last; -1 before the text."""
     length: int = 0
     """Tokens of the text so far, without the end token that stands before it."""
+    cache: "NeuralCache | None" = None
+    """The neural cache of the text, under ``CachingDecoder``."""
+
+    @property
+    def cache_size(self) -> int:
+        """Most tokens that the neural cache keeps; 0 without one."""
+        return 0 if self.cache is None else len(self.cache.tokens)
 
     def copy(self) -> "DecoderState":
         """Return a state that continues from the same place, independent of this one."""
-        return DecoderState(self.values.copy(), self.recent.copy(), self.length)
+        cache = None if self.cache is None else self.cache.copy()
+        return DecoderState(self.values.copy(), self.recent.copy(), self.length, cache)
 
 
 @dataclass
@@ -206,13 +224,21 @@ class Decoder:
         return available_cores() if rows * weights >= PARALLEL_WEIGHTS else 1
 
     @classmethod
-    def load(cls, path: Path, *, weights: str = "float32", threads: int | None = None) -> "Decoder":
+    def load(
+        cls,
+        path: Path,
+        *,
+        weights: str = "float32",
+        threads: int | None = None,
+        **options: Any,
+    ) -> Self:
         """Read the model of a checkpoint.
 
         Args:
             path: The checkpoint.
             weights: As in ``Decoder``.
             threads: As in ``Decoder``.
+            options: Further arguments of the class.
 
         Raises:
             InputError: There is no complete checkpoint of this version at ``path``.
@@ -231,6 +257,7 @@ class Decoder:
             path=path,
             step=step,
             metadata=metadata,
+            **options,
         )
 
     @classmethod
@@ -241,10 +268,16 @@ class Decoder:
         *,
         weights: str = "float32",
         threads: int | None = None,
-    ) -> "Decoder":
-        """Take the weights of a torch model as they are now."""
+        **options: Any,
+    ) -> Self:
+        """Take the weights of a torch model as they are now; ``options`` as for ``load``."""
         return cls(
-            model.config, model_parameters(model), tokenizer, weights=weights, threads=threads
+            model.config,
+            model_parameters(model),
+            tokenizer,
+            weights=weights,
+            threads=threads,
+            **options,
         )
 
     def initial_state(self) -> DecoderState:
@@ -260,7 +293,7 @@ class Decoder:
             part = ids[begin : begin + READ_CHUNK]
             window = np.concatenate((state.recent, part))
             self._run(READ, state.values[None], window[None], len(part), 0)
-            _advance(state, window, len(part))
+            advance(state, window, len(part))
 
     def score(
         self, state: DecoderState, tokens: Sequence[int] | np.ndarray, *, top: int = 0
@@ -284,18 +317,25 @@ class Decoder:
         )
         for begin in range(0, len(ids), SCORE_CHUNK):
             part = ids[begin : begin + SCORE_CHUNK]
-            window = np.concatenate((state.recent, part))
-            scores = (array[None, begin : begin + len(part)] for array in result)
-            drawn = NOTHING_DRAWN._replace(**dict(zip(TokenScores._fields, scores, strict=True)))
-            values = state.values[None]
-            self._run(SCORE, values, window[None], len(part), len(part), drawn=drawn)
-            _advance(state, window, len(part))
+            scores = TokenScores(*(array[begin : begin + len(part)] for array in result))
+            self._score_part(state, part, scores)
         return result
+
+    def _score_part(
+        self, state: DecoderState, tokens: np.ndarray, scores: TokenScores
+    ) -> Activations:
+        """Append up to SCORE_CHUNK tokens to the text of a state, and fill their scores."""
+        window = np.concatenate((state.recent, tokens))
+        rows = {name: array[None] for name, array in scores._asdict().items()}
+        drawn, count = NOTHING_DRAWN._replace(**rows), len(tokens)
+        activations = self._run(SCORE, state.values[None], window[None], count, count, drawn=drawn)
+        advance(state, window, count)
+        return activations
 
     def next_token_logits(self, state: DecoderState) -> np.ndarray:
         """Return the logits (V,) float32 of the token that follows; the state stays as it is."""
         values = state.values[None].copy()
-        logits = self._run(LOGITS, values, state.recent[None], 1, 1)
+        logits = self._run(LOGITS, values, state.recent[None], 1, 1).logits
         return logits[: self.config.vocab_size].copy()
 
     def decode(
@@ -330,7 +370,7 @@ class Decoder:
 
     def _draw(self, streams: Sequence[Stream], steps: int, top: int, logprobs: bool) -> Drawn:
         batch = len(streams)
-        penalised = any(_is_penalised(s.sampling) for s in streams)
+        penalised = any(is_penalised(s.sampling) for s in streams)
         counts = np.zeros((batch, self.config.vocab_size if penalised else 0), np.int32)
         for row, stream in zip(counts, streams, strict=True):
             if row.size and stream.counts is not None:
@@ -365,10 +405,7 @@ class Decoder:
         self._run(DECODE, values, window, steps, batch, arguments, drawn)
         if (drawn.status == BROKEN).any():
             broken = streams[int(np.argmax(drawn.status == BROKEN))]
-            raise InputError(
-                "the logits of the model must be finite; its weights are damaged, or the "
-                f"temperature {broken.sampling.temperature} is too small"
-            )
+            raise InputError(broken_logits(broken.sampling))
         for b, stream in enumerate(streams):
             count = int(drawn.counts[b])
             stream.drawn, stream.limit = stream.drawn + count, stream.limit - count
@@ -383,7 +420,7 @@ class Decoder:
                 stream.state.length += count
                 if stream.limit <= 0:
                     stream.finished = "length"
-            if counts.shape[1] and _is_penalised(stream.sampling):
+            if counts.shape[1] and is_penalised(stream.sampling):
                 stream.counts = counts[b]
         return drawn
 
@@ -396,12 +433,8 @@ class Decoder:
         logits_rows: int,
         streams: Streams = NO_STREAMS,
         drawn: Drawn = NOTHING_DRAWN,
-    ) -> np.ndarray:
-        """Run the kernel on a team of threads; the arguments are those of its ``run``.
-
-        Returns:
-            The logits of the first stream, flat, with padding; valid until the next call.
-        """
+    ) -> Activations:
+        """Run the kernel on a team of threads; the arguments are those of its ``run``."""
         from mmrec.kernels.decoder.kernel import Scratch
         from mmrec.kernels.decoder.kernel import run as run_kernel
 
@@ -445,7 +478,7 @@ class Decoder:
             scratch = run(*team[0])
             for other in others:
                 other.result()
-            return scratch.logits
+            return Activations(scratch.logits, scratch.x)
 
     def _memory_for(self, group: int, *needed: int) -> Any:
         """Return memory of a team and of its members; it is kept and grows by powers of two.
@@ -495,14 +528,30 @@ class Decoder:
         return ids.astype(np.int32)
 
 
-def _advance(state: DecoderState, window: np.ndarray, count: int) -> None:
+def advance(state: DecoderState, window: np.ndarray, count: int) -> None:
+    """Advance a text by ``count`` tokens, the last ones of ``window``; its values have advanced."""
     state.recent[:] = window[-REPETITION_WINDOW:]
     state.length += count
 
 
-def _is_penalised(sampling: SamplingConfig) -> bool:
+def is_penalised(sampling: SamplingConfig) -> bool:
     """Whether tokens that were drawn must be counted."""
     return bool(sampling.frequency_penalty or sampling.presence_penalty)
+
+
+def broken_logits(sampling: SamplingConfig) -> str:
+    """The message where no token can be drawn."""
+    return (
+        "the logits of the model must be finite; its weights are damaged, or the temperature "
+        f"{sampling.temperature} is too small"
+    )
+
+
+def fill_top(logprobs: np.ndarray, top_tokens: np.ndarray, top_logprobs: np.ndarray) -> None:
+    """Note the most likely tokens (n,) and their log-probabilities (n,), from those of all (V,)."""
+    if count := len(top_tokens):
+        top_tokens[:] = np.argsort(-logprobs, kind="stable")[:count]
+        top_logprobs[:] = logprobs[top_tokens]
 
 
 def _settings(s: SamplingConfig) -> list[float]:

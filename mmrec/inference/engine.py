@@ -141,6 +141,13 @@ class Request:
                         f"state must be of this model: {name} of {wanted.dtype} {wanted.shape}; "
                         f"got {found.dtype} {found.shape}"
                     )
+            wanted, found = (
+                0 if s.cache is None else len(s.cache.tokens) for s in (like, self.state)
+            )
+            if found != wanted:
+                raise InputError(
+                    f"state must have a neural cache of {wanted:,} tokens; got one of {found:,}"
+                )
             recent = self.state.recent
             if recent.min() < -1 or recent[-1] < 0 or recent.max() >= size:
                 raise InputError(
@@ -483,7 +490,11 @@ class Engine:
         ids = np.array(ids, np.int64)
         state = self.decoder.initial_state() if request.state is None else request.state.copy()
         digest = hashlib.blake2b()
-        for part in (state.values, state.recent, np.int64(state.length), ids):
+        parts = [state.values, state.recent, np.int64(state.length), ids]
+        if state.cache is not None:
+            cache = state.cache
+            parts += [cache.keys, cache.tokens, np.int64(cache.count), cache.posterior]
+        for part in parts:
             digest.update(part.tobytes())
         with self._lock:
             prompt = self._prompts.setdefault(digest.digest(), _Prompt(ids, state))

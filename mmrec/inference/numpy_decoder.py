@@ -4,7 +4,7 @@ import numpy as np
 
 from mmrec.config import SamplingConfig
 from mmrec.errors import InputError
-from mmrec.inference.decoder import NO_STREAMS, NOTHING_DRAWN, Decoder
+from mmrec.inference.decoder import NO_STREAMS, NOTHING_DRAWN, Activations, Decoder, fill_top
 from mmrec.kernels.decoder.arguments import (
     BROKEN,
     DECODE,
@@ -54,7 +54,7 @@ class NumpyDecoder(Decoder):
         logits_rows: int,
         streams: Streams = NO_STREAMS,
         drawn: Drawn = NOTHING_DRAWN,
-    ) -> np.ndarray:
+    ) -> Activations:
         """Do what the kernel does, for one stream after another."""
         logits = np.empty(0, np.float32)
         # exp overflows in a sigmoid that is 0; what is not finite is found in the logits
@@ -70,8 +70,8 @@ class NumpyDecoder(Decoder):
                     if task == SCORE:
                         logprobs = log_softmax(logits)
                         drawn.logprobs[b, t] = logprobs[text[end]]
-                        _fill_top(logprobs, drawn, b, t)
-        return logits
+                        fill_top(logprobs, drawn.top_tokens[b, t], drawn.top_logprobs[b, t])
+        return Activations(logits, np.empty(0, np.float32))
 
     def _read(self, states: Layers, text: np.ndarray, *, has_logits: bool = True) -> np.ndarray:
         """Read the last token of a text; return the logits (V,) of the next one, or nothing."""
@@ -107,7 +107,7 @@ class NumpyDecoder(Decoder):
             if drawn.logprobs.shape[1]:
                 logprobs = log_softmax(logits)
                 drawn.logprobs[b, n] = logprobs[token]
-                _fill_top(logprobs, drawn, b, n)
+                fill_top(logprobs, drawn.top_tokens[b, n], drawn.top_logprobs[b, n])
             drawn.tokens[b, n] = token
             text[:-1] = text[1:]
             text[-1] = token
@@ -115,11 +115,3 @@ class NumpyDecoder(Decoder):
                 counts[token] += 1
             streams.drawn[b] += 1
             drawn.counts[b] = n + 1
-
-
-def _fill_top(logprobs: np.ndarray, drawn: Drawn, b: int, place: int) -> None:
-    """Note the most likely tokens, as many as ``drawn`` has room for."""
-    if top := drawn.top_tokens.shape[2]:
-        tokens = np.argsort(-logprobs, kind="stable")[:top]
-        drawn.top_tokens[b, place] = tokens
-        drawn.top_logprobs[b, place] = logprobs[tokens]

@@ -7,7 +7,7 @@ context starts anew, so the totals of both agree.
 import html
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +122,8 @@ def score_lines(
 
     As in ``mmrec eval``, a text of 2,048 tokens or more is scored in several streams, of which each
     starts without context; and a model that was trained with a state of its own for each document
-    starts each document without context.
+    starts each document without context. With a neural cache there is one stream, and the cache
+    goes on over documents.
 
     Args:
         decoder: The model.
@@ -135,15 +136,16 @@ def score_lines(
     """
     train = TrainConfig.from_dict(decoder.metadata.get("train", {}))
     document_starts = split.doc_offsets[:-1] if train.data.state != "window" else [0]
-    stream_length = cdiv(max(1, split.n_tokens), count_evaluation_streams(split.n_tokens))
+    state = decoder.initial_state()
+    streams = 1 if state.cache_size else count_evaluation_streams(split.n_tokens)
+    stream_length = cdiv(max(1, split.n_tokens), streams)
     starts = {*map(int, document_starts), *range(0, split.n_tokens, stream_length)}
     inside = starts.difference(split.doc_offsets.tolist())
     line_ends = _line_ends(decoder.tokenizer)
     open_line, document, number = _OpenLine(), 1, 1
-    state = decoder.initial_state()
     for lo, hi in _cut(split.n_tokens, starts):
         if lo in starts:
-            state = decoder.initial_state()
+            state = replace(decoder.initial_state(), cache=state.cache)
             if lo:
                 state.recent[-1] = split.tokens[lo - 1]
         if lo in inside:

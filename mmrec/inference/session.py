@@ -218,6 +218,11 @@ class Session:
     def _store(self, file: h5py.File) -> None:
         """Write the text and its state into an open file."""
         file.attrs["length"] = self.state.length
+        if (cache := self.state.cache) is not None:
+            file.attrs["neural_cache"], file.attrs["cached"] = self.state.cache_size, cache.count
+            write_array(file, "cache_keys", cache.keys)
+            write_array(file, "cache_tokens", cache.tokens.astype(np.int64))
+            write_array(file, "cache_posterior_bits", cache.posterior.view(np.int64))
         write_array(file, "state", self.state.values)
         write_array(file, "recent_tokens", self.state.recent.astype(np.int64))
         write_array(file, "text", np.frombuffer(self._text, np.uint8), compress=True)
@@ -244,6 +249,7 @@ class Session:
             state.values = read_array(file, "state", np.float32, state.values.shape)
             recent = read_array(file, "recent_tokens", np.int64, state.recent.shape)
             text = read_array(file, "text", np.uint8)
+            _read_cache(file, path, state, decoder.config.vocab_size)
             state.length = read_attribute(file, "length", int)
             if not np.isfinite(state.values).all():
                 raise ValueError("state must be finite")
@@ -254,6 +260,39 @@ class Session:
         state.recent = recent.astype(np.int32)
         session._put(state, text.tobytes())
         return session
+
+
+def _read_cache(file: h5py.File, path: Path, state: DecoderState, vocab_size: int) -> None:
+    """Read the neural cache of a session into the empty one of a state, if both have one.
+
+    Raises:
+        InputError: their sizes differ.
+        ValueError: it holds no unit vectors or token ids, or a wrong count.
+    """
+    is_there = "neural_cache" in file.attrs
+    size = read_attribute(file, "neural_cache", int) if is_there else 0
+    if size != state.cache_size:
+        raise InputError(
+            f"{path} must be continued with the neural cache that it was written with: "
+            f"{size} tokens; got {state.cache_size}"
+        )
+    if state.cache is None:
+        return
+    cache = state.cache
+    cache.count = read_attribute(file, "cached", int)
+    cache.keys = read_array(file, "cache_keys", np.float32, cache.keys.shape)
+    tokens = read_array(file, "cache_tokens", np.int64, cache.tokens.shape)
+    if not np.isfinite(cache.keys).all() or np.abs(cache.keys).max() > 1.001:
+        raise ValueError("cache_keys must be unit vectors")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError("cache_tokens must hold token ids")
+    bits = read_array(file, "cache_posterior_bits", np.int64, cache.posterior.shape)
+    cache.posterior = bits.view(np.float64)
+    if not (cache.posterior >= 0).all() or abs(cache.posterior.sum() - 1) > 1e-6:
+        raise ValueError("cache_posterior_bits must be those of probabilities")
+    if cache.count < 0:
+        raise ValueError("the count of cached tokens is out of its range")
+    cache.tokens = tokens.astype(np.int32)
 
 
 def _newest(text: bytes) -> bytes:

@@ -682,6 +682,7 @@ MISTAKES = [
             ("--prompts short.txt", "--adapt", "with --prompts"),
             ("--tasks x", "--adapt", "with --tasks"),
             ("", "--adapt-lr 0.1", "without --adapt"),
+            ("--tasks x", "--neural-cache 9", "with --tasks"),
             ("--tasks x", "--report a.md", "without --prompts"),
             ("--tasks x", "--plot a.png", "with --tasks"),
             ("", "--temperatures 1", "without --prompts"),
@@ -722,6 +723,20 @@ MISTAKES = [
             f"adapt_lr must be finite and > 0; got {value}",
         )
         for value in ("0", "-1", "nan", "inf")
+    ],
+    *[
+        (command, "--neural-cache", f"{arguments} --neural-cache {value}", message)
+        for command, arguments in (
+            ("eval", "--data book.txt"),
+            ("generate", "--prompt x"),
+            ("score", "book.txt char"),
+            ("chat", "char"),
+        )
+        for value, message in (
+            ("-1", "neural_cache must be a whole number from 0 to 100000; got -1"),
+            ("2000000", "neural_cache must be a whole number from 0 to 100000; got 2000000"),
+            ("many", "'--neural-cache': must be a whole number; got 'many'"),
+        )
     ],
     ("eval", "--adapt", "--data word.txt --adapt", "must be longer than a segment of 64 .*; got 9"),
     ("eval", "--adapt", "--data empty.txt --adapt", "empty.txt is empty"),

@@ -15,6 +15,7 @@ from mmrec.data.tokenizer import train_tokenizer
 from mmrec.errors import InputError
 from mmrec.inference import session as session_module
 from mmrec.inference.decoder import Decoder
+from mmrec.inference.neural_cache import CachingDecoder
 from mmrec.inference.session import Session
 from mmrec.model import Model
 from tests.conftest import SMALL
@@ -22,7 +23,7 @@ from tests.conftest import SMALL
 TEXT = "def read(self):\n    return 1\n"
 
 
-def make_decoder(kind: str = "byte", seed: int = 0) -> Decoder:
+def make_decoder(kind: str = "byte", seed: int = 0, neural_cache: int | None = None) -> Decoder:
     """A random model of a small shape; n-grams are on, so that recent tokens count."""
     tokenizer = train_tokenizer(kind, [TEXT * 3], 270)
     torch.manual_seed(seed)
@@ -30,7 +31,9 @@ def make_decoder(kind: str = "byte", seed: int = 0) -> Decoder:
     model = Model(ModelConfig(**shape)).eval()
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.1
-    return Decoder.from_model(model, tokenizer)
+    if neural_cache is None:
+        return Decoder.from_model(model, tokenizer)
+    return CachingDecoder.from_model(model, tokenizer, neural_cache=neural_cache)
 
 
 @pytest.fixture(scope="module")
