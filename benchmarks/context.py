@@ -184,7 +184,7 @@ def main() -> None:
                 {
                     "run": name,
                     "documents": len(documents),
-                    "source": Path(source).name,
+                    "source": "/".join(Path(source).parts[-2:]),
                     "tokens": sum(len(d) - 1 - args.longest // 2 for d in documents),
                     "nats_per_token": losses,
                 }

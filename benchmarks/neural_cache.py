@@ -45,7 +45,7 @@ def measure(model: str, path: Path, args: argparse.Namespace, folder: Path) -> d
     assert scores.dynamic is not None
     row: dict[str, Any] = {
         "model": Path(model).name,
-        "text": path.name,
+        "text": "/".join(path.parts[-2:]),
         "bytes": scores.bytes,
         "tokens": scores.tokens,
         "bits_per_byte": {"0": scores.bits_per_byte},

@@ -242,7 +242,6 @@ def test_auto_begins_from_the_model_that_explains_the_text(
     installed: Installed, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(auto, "MAX_BITS_PER_BYTE", 6.0)  # it was trained for a moment only
     Path("book.txt").write_text(text_file.read_text()[:30_000])
     given = {"steps": 3, "seq_len": 64, "batch_size": 4, "eval_tokens": 300}
     run = mmrec.train("book.txt", preset="auto", out="run", progress=False, **given)
@@ -279,8 +278,12 @@ def test_auto_begins_anew_where_the_model_would_not_fit(
 
 
 def test_auto_begins_anew_where_the_model_does_not_know_the_text(installed: Installed) -> None:
-    text = TextSize("book.txt", 90_000, 90_000, 10_000, 10_000)
-    for bits, is_chosen in ((auto.MAX_BITS_PER_BYTE - 0.1, True), (7.9, False)):
+    for size, bits, is_chosen in (
+        (90_000, auto.MAX_BITS_PER_BYTE - 0.1, True),
+        (90_000, auto.MAX_BITS_PER_BYTE + 0.1, False),
+        (auto.MIN_NEW_CHARACTERS - 1, 7.9, True),  # of so little text a new model learns less
+    ):
+        text = TextSize("book.txt", size, size, 10_000, 10_000)
         choice = auto.choose(
             text, {}, cores=2, has_bfloat16=False, candidate=_candidate(installed, bits)
         )
