@@ -27,7 +27,7 @@ constants were chosen.
 Axes: n tokens, N entries, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,13 +67,15 @@ WEIGHTS = np.array([0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9])
 """Shares of the cache, where an earlier hidden state was the same, that are weighed up."""
 SWITCH = 0.01
 """Part of their posterior that is shared out evenly after each token."""
+MOST_PAIRS = 2_000_000
+"""Pairs of a place and an entry that are compared at once; each takes some 30 bytes meanwhile."""
 
 
 class _Matches(NamedTuple):
     """What the cache says at n places."""
 
     tokens: np.ndarray
-    """(m,) int32, the tokens of the entries, the oldest first."""
+    """(m,) int32, the tokens of the entries."""
     weights: np.ndarray
     """(n, m) float32, w_i; 0 where a place does not know an entry."""
     total: np.ndarray
@@ -122,30 +124,44 @@ class NeuralCache:
             (n, V) float32, logits of the mixed distribution. Those of a token that the cache does
             not hold are those of the model, plus log(1 - λ).
         """
+        known, result = np.asarray(tokens, np.int32), np.empty(logits.shape, np.float32)
+        for part in self._parts(len(logits)):
+            result[part] = self._mix(logits[part], keys[part], known[part])
+        return result
+
+    def observe(self, logits: np.ndarray, keys: np.ndarray, tokens: np.ndarray) -> None:
+        """As ``mix`` of tokens that are known, where the distribution is not needed."""
+        known = np.asarray(tokens, np.int32)
+        for part in self._parts(len(logits)):
+            matches = self._look_up(keys[part], known[part])
+            normaliser = log_sum_exp(logits[part])
+            self._learn(logits[part], normaliser, matches, keys[part], known[part])
+
+    def _parts(self, rows: int) -> Iterator[slice]:
+        """Cut places into parts that need memory for MOST_PAIRS at once."""
+        size = max(1, MOST_PAIRS // (len(self.tokens) + rows))
+        return (slice(begin, begin + size) for begin in range(0, rows, size))
+
+    def _mix(self, logits: np.ndarray, keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         matches, normaliser = self._look_up(keys, tokens), log_sum_exp(logits)
         means = self._learn(logits, normaliser, matches, keys, tokens)
         if not len(matches.tokens):
-            return logits.astype(np.float32)
+            return logits
         share = means * matches.closeness
         cells = (np.arange(len(logits))[:, None] * logits.shape[1] + matches.tokens).ravel()
         cached = np.bincount(cells, matches.weights.ravel(), logits.size).reshape(logits.shape)
         cached *= (share / np.maximum(matches.total, _TINY))[:, None]
         with np.errstate(divide="ignore"):
             from_cache = np.log(cached) + normaliser[:, None]
-        mixed = np.logaddexp(logits + np.log1p(-share)[:, None], from_cache)
-        result: np.ndarray = mixed.astype(np.float32)
-        return result
+        mixed: np.ndarray = np.logaddexp(logits + np.log1p(-share)[:, None], from_cache)
+        return mixed
 
-    def observe(self, logits: np.ndarray, keys: np.ndarray, tokens: np.ndarray) -> None:
-        """As ``mix`` of tokens that are known, where the distribution is not needed."""
-        matches = self._look_up(keys, tokens)
-        self._learn(logits, log_sum_exp(logits), matches, keys, tokens)
-
-    def _look_up(self, keys: np.ndarray, tokens: Sequence[int] | np.ndarray) -> _Matches:
-        """Compare places with the entries, and with those of ``tokens`` that come before them."""
-        known = np.asarray(tokens, np.int32)
+    def _look_up(self, keys: np.ndarray, known: np.ndarray) -> _Matches:
+        """Compare places with the entries, and with those of known tokens before them."""
         size, held = len(self.tokens), min(self.count, len(self.tokens))
-        order = np.arange(self.count - held, self.count) % size  # the oldest entry first
+        order: Any = slice(held)  # the oldest entry first, where the order matters
+        if self.count > size and len(known):
+            order = np.arange(self.count - held, self.count) % size
         cosines = np.concatenate((keys @ self.keys[order].T, keys @ keys[: len(known)].T), axis=1)
         place, entry = held + np.arange(len(keys))[:, None], np.arange(held + len(known))
         cosines[(entry >= place) | (entry < place - size)] = -np.inf  # it knows the N before it
@@ -163,10 +179,10 @@ class NeuralCache:
         normaliser: np.ndarray,
         matches: _Matches,
         keys: np.ndarray,
-        tokens: Sequence[int] | np.ndarray,
+        known: np.ndarray,
     ) -> np.ndarray:
         """Add tokens and what they say of WEIGHTS; return μ at each place, before its token."""
-        rows, known = np.arange(len(logits)), np.asarray(tokens, np.int32)
+        rows = np.arange(len(logits))
         means = np.full(len(logits), self.posterior @ WEIGHTS)
         if not len(known):
             return means

@@ -16,6 +16,7 @@ import mmrec
 from mmrec.checkpoint.hdf5 import seal, write_array
 from mmrec.config import SamplingConfig
 from mmrec.errors import InputError
+from mmrec.inference import neural_cache
 from mmrec.inference.decoder import Decoder, Stream
 from mmrec.inference.engine import Request, complete
 from mmrec.inference.neural_cache import (
@@ -94,6 +95,18 @@ def test_it_is_its_definition_however_a_text_is_cut(count: int, seed: int, cuts:
     expected = probabilities(logits, hidden, tokens)
     assert softmax(np.concatenate(found)) == pytest.approx(expected, rel=2e-4, abs=1e-7)
     assert cache.count == count
+
+
+def test_a_large_cache_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, hidden, tokens = make_places(40, 8)
+    keys = unit_keys(hidden)
+    at_once = NeuralCache(ENTRIES, WIDTH).mix(logits, keys, tokens)
+    monkeypatch.setattr(neural_cache, "MOST_PAIRS", 150)  # three places
+    parts, observed = NeuralCache(ENTRIES, WIDTH), NeuralCache(ENTRIES, WIDTH)
+    assert parts.mix(logits, keys, tokens) == pytest.approx(at_once, rel=1e-4, abs=1e-5)
+    observed.observe(logits, keys, tokens)
+    assert observed.posterior == pytest.approx(parts.posterior)
+    assert (observed.tokens == parts.tokens).all()
 
 
 def test_a_token_that_is_not_known_yet() -> None:
