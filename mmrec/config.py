@@ -804,16 +804,16 @@ class AdaptationConfig(Section):
 class NeuralCacheConfig(Section):
     """The neural cache of a text that is read or written; see ``mmrec.inference.neural_cache``."""
 
-    section: ClassVar[str] = "neural_cache"
-    title: ClassVar[str] = "Memory"
+    section: ClassVar[str] = "cache"
+    title: ClassVar[str] = "Cache"
 
     neural_cache: int = setting(
         0,
-        "Newest tokens of the text that are looked up word by word, besides the recurrent state: "
-        "what followed a place like this one is expected again. 0 looks up nothing; 4096 is a good "
-        "number for long texts.",
+        "Look up the newest N tokens of the text besides the recurrent state, and expect again "
+        "what followed a place like this one. 4096 suits long texts; 0 is off.",
         minimum=0,
         maximum=100_000,
+        metavar="N",
     )
 
 

@@ -38,7 +38,7 @@ from text_files import read_documents
 GERMAN_URL = "https://github.com/computationalstylistics/68_german_novels"
 GERMAN_COMMIT = "4cc71e1d44647244b3df29474180a8a5e4fe8290"
 KINDS = ("fiction", "web pages", "code", "German")
-SIZES = (20_000, 100_000, 500_000, 2_000_000, 10_000_000)
+SIZES = (20_000, 100_000, 500_000, 1_000_000, 2_000_000, 10_000_000)
 """Bytes of text. A kind that has not so much is left out there."""
 NEW = "a new model"
 OTHER_BYTES, OTHER_DOCUMENT_BYTES = 150_000, 30_000
@@ -176,18 +176,19 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     starts = list(dict.fromkeys(row["start"] for row in rows))
     lines = ["| text | minutes | " + " | ".join(starts) + " | auto | better |"]
     lines += ["|" + "---|" * (len(starts) + 4)]
-    right = 0
+    right = compared = 0
     cells = group(rows)
     for (kind, size, minutes), found in cells.items():
         means = {start: sum(v) / len(v) for start, v in found["bits"].items()}
-        better = min(means, key=means.__getitem__)
+        better = min(means, key=means.__getitem__) if len(means) > 1 else ""
+        compared += len(means) > 1
         right += found["auto"] == better
         figures = (f"{means[start]:.3f}" if start in means else "" for start in starts)
         lines.append(
             f"| {size / 1000:,.0f} kB of {kind} | {minutes:g} | {' | '.join(figures)} | "
             f"{found['auto']} | {better} |"
         )
-    return "\n".join([*lines, "", f"auto chooses the better start in {right} of {len(cells)}"])
+    return "\n".join([*lines, "", f"auto chooses the better start in {right} of {compared}"])
 
 
 def group(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, float], dict[str, Any]]:

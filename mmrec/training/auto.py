@@ -53,8 +53,8 @@ MAX_BITS_PER_BYTE = 3.5
 and less, and worse at 4.7 and more, for texts of 100 kB to 10 MB; nothing lay between."""
 MIN_NEW_CHARACTERS = 40_000
 """Characters of training text below which it is begun from whatever its bits per byte."""
-MAX_PRETRAINED_TOKENS = 10_000_000
-"""Tokens that a run reads up to which it is."""
+MAX_PRETRAINED_TOKENS = 20_000_000
+"""Tokens that a run reads up to which it is. A new one that had read 14 million was behind."""
 PRETRAINED_EPOCHS = 3.0
 """Passes over the text from such a model. More were not better on texts of 20 kB to 100 kB."""
 
