@@ -571,7 +571,7 @@ MISTAKES = [
         "train",
         "PRESET",
         "auto --data snow.txt",
-        "auto needs 4,097 characters of training text, one batch of its smallest preset; snow.txt",
+        "auto needs 2,049 tokens of training text, one batch of its smallest preset; snow.txt",
     ),
     (
         "train",
