@@ -203,25 +203,46 @@ def group(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, float], dict[s
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw bits per byte against the size of the text: a panel per kind and time."""
+    """Draw bits per byte against the size of the text: a panel per kind of text."""
     import matplotlib.pyplot as plt
 
     cells = group(rows)
-    panels = list(dict.fromkeys((kind, minutes) for kind, _, minutes in cells))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
+    kinds = list(dict.fromkeys(kind for kind, _, _ in cells))
+    times = sorted({minutes for _, _, minutes in cells})
     starts = list(dict.fromkeys(row["start"] for row in rows))
-    for axis, (kind, minutes) in zip(axes[0], panels, strict=True):
-        here = {n: c["bits"] for (k, n, m), c in cells.items() if (k, m) == (kind, minutes)}
+    figure, axes = plt.subplots(
+        1,
+        len(kinds),
+        figsize=(3 * len(kinds), 3.6),
+        squeeze=False,
+        layout="constrained",
+        sharey=True,
+    )
+    lines = {}
+    for axis, kind in zip(axes[0], kinds, strict=True):
         for number, start in enumerate(starts):
-            points = [(n, sum(b[start]) / len(b[start])) for n, b in here.items() if start in b]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=start)
-        axis.set(xscale="log", xlabel="bytes of text", title=f"{kind}, {minutes:g} minutes")
+            for minutes, style in zip(times, ("o-", "s--", "^:"), strict=False):
+                points = [
+                    (n, sum(cell["bits"][start]) / len(cell["bits"][start]))
+                    for (k, n, m), cell in cells.items()
+                    if (k, m) == (kind, minutes) and start in cell["bits"]
+                ]
+                if points:
+                    label = f"{start}, {minutes:g} minutes"
+                    [lines[label]] = axis.plot(
+                        *zip(*points, strict=True), style, color=f"C{number}", label=label
+                    )
+        axis.set(xscale="log", xlabel="bytes of text", title=kind)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("bits per byte of the validation split")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        lines.values(),
+        lines,
+        loc="outside lower center",
+        ncols=len(lines),
+        frameon=False,
+        fontsize=8,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
