@@ -90,7 +90,7 @@ def chat(
     cache = NeuralCacheConfig(sampling.pop("neural_cache", 0))
     SamplingConfig(**sampling)
     from mmrec.checkpoint.manager import find_checkpoint
-    from mmrec.inference.neural_cache import load_decoder
+    from mmrec.inference.neural_cache import load_with_cache
 
     stop_texts = [argument_text(text, "--stop") for text in stop or ()]
     if not all(stop_texts):
@@ -100,7 +100,7 @@ def chat(
         if state is not None:
             raise InputError("--system has no effect with --state, which holds the chat so far")
     path = find_checkpoint(one_model(where, model))
-    decoder = load_decoder(path, cache.neural_cache, weights=weights, threads=threads)
+    decoder = load_with_cache(path, cache.neural_cache, weights=weights, threads=threads)
     session = _begin_session(decoder, path, state, system)
     conversation = Chat(session, sampling, max_tokens=max_tokens, stop=stop_texts, seed=seed)
     if sys.stdin.isatty():

@@ -83,7 +83,7 @@ def score(
     from mmrec.data.readers import ReadOptions
     from mmrec.data.sources import iter_documents, source_files
     from mmrec.data.tokenize import encode_documents
-    from mmrec.inference.neural_cache import load_decoder
+    from mmrec.inference.neural_cache import load_with_cache
     from mmrec.inference.score import Page, Totals, line_bytes, line_json, score_lines
     from mmrec.runtime.atomic import atomic_write_text
     from mmrec.runtime.progress import hide_progress_bars, progress_bar
@@ -95,7 +95,7 @@ def score(
         inputs = [path, *source_files(source)]
         check_output(html, "score page", option="--html", inputs=inputs, force=force)
     cache = NeuralCacheConfig(settings.pop("neural_cache", 0))
-    decoder = load_decoder(path, cache.neural_cache, weights=weights, threads=threads)
+    decoder = load_with_cache(path, cache.neural_cache, weights=weights, threads=threads)
     tokenizer = decoder.tokenizer
     top = (0 if html is None else PAGE_TOP) if top is None else top
     if top > tokenizer.vocab_size:

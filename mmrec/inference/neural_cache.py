@@ -315,7 +315,8 @@ class CachingDecoder(Decoder):
         if stream.finished is not None:
             limit = 0
         if limit:
-            draft.state = stream.state.copy()
+            state = stream.state  # writing leaves the cache as it is
+            draft.state = replace(state, values=state.values.copy(), recent=state.recent.copy())
         if is_penalised(sampling):
             before = stream.counts
             draft.counts = (
@@ -368,7 +369,7 @@ class CachingDecoder(Decoder):
         return logits, unit_keys(hidden * self._final_norm)
 
 
-def load_decoder(path: Path, neural_cache: int, **options: Any) -> Decoder:
+def load_with_cache(path: Path, neural_cache: int, **options: Any) -> Decoder:
     """Read the model of a checkpoint; ``CachingDecoder``, unless ``neural_cache`` is 0.
 
     Args:
