@@ -141,12 +141,10 @@ class Request:
                         f"state must be of this model: {name} of {wanted.dtype} {wanted.shape}; "
                         f"got {found.dtype} {found.shape}"
                     )
-            wanted, found = (
-                0 if s.cache is None else len(s.cache.tokens) for s in (like, self.state)
-            )
-            if found != wanted:
+            if self.state.cache_size != like.cache_size:
                 raise InputError(
-                    f"state must have a neural cache of {wanted:,} tokens; got one of {found:,}"
+                    f"state must have a neural cache of {like.cache_size:,} tokens; got one of "
+                    f"{self.state.cache_size:,}"
                 )
             recent = self.state.recent
             if recent.min() < -1 or recent[-1] < 0 or recent.max() >= size:

@@ -233,7 +233,7 @@ class CachingDecoder(Decoder):
     again and again, and the text would run in circles.
 
     The model is run by the same kernel. Looking up and sampling are in NumPy, so a token that is
-    written takes some tenths of a millisecond more.
+    written takes about a quarter of a millisecond more with tiny and 4,096 entries.
     """
 
     def __init__(self, *args: Any, neural_cache: int, **options: Any) -> None:

@@ -49,8 +49,8 @@ STRONG_EPOCHS = 16
 
 
 MAX_BITS_PER_BYTE = 3.5
-"""Bits per byte before training up to which a pretrained model is begun from. It was better at 2.7
-and less, and worse at 4.7 and more, for texts of 100 kB to 10 MB; nothing lay between."""
+"""Bits per byte before training up to which a pretrained model is begun from. It was better at 2.63
+and less, and worse at 4.8 and more, for texts of 100 kB to 10 MB; nothing lay between."""
 MIN_NEW_CHARACTERS = 40_000
 """Characters of training text below which it is begun from whatever its bits per byte."""
 MAX_PRETRAINED_TOKENS = 20_000_000

@@ -227,8 +227,9 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """
     names = [path.name.split(".") for path in folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}")]
     newest = max((int(parts[3]) for parts in names), default=0)
-    if int(time.time()) == newest:
-        time.sleep(newest + 1 - time.time())
+    now = time.time()
+    if int(now) == newest:
+        time.sleep(newest + 1 - now)
 
 
 def as_code(text: str) -> str:
