@@ -1,11 +1,14 @@
 """Search the settings of a contender of the race, for one text, vocabulary and training time.
 
-    python benchmarks/search.py lstm king-james.txt --tokenizer char --seconds 108 --trials 24
+    python benchmarks/search.py lstm king-james.txt --tokenizer char --seconds 36 108 --trials 24
 
-Every contender, mmrec among them, gets as many trials, each as long as the race that its settings
-are for, and the same sampler (Optuna's TPE). The first trial is the settings that it has now. The
-text is one that the race does not score. The log, ``benchmarks/results/search/*.log``, is Optuna's
-journal of all trials; a search that is started again goes on where it stopped. Needs `optuna`.
+Every contender, mmrec among them, gets as many trials and the same sampler (Optuna's TPE). A trial
+trains for each of the lengths, from the shortest on, each time from the beginning and with a
+schedule that ends at that length. Only a trial in the best third at one length goes on to the next
+(Optuna's SuccessiveHalvingPruner). The last length is that of the race that the settings are for.
+The first trial is the settings that a contender has now. The text is one that the race does not
+score. The log, ``benchmarks/results/search/*.log``, is Optuna's journal of all trials; a search
+that is started again goes on where it stopped. Needs `optuna`.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from mmrec.training import tuning
 from mmrec.training.tuning import SEARCHED, Space, open_journal, open_study
 
 LOGS = Path(__file__).parent / "results" / "search"
+REDUCTION = 3
+"""One trial in so many goes on to the next length."""
 
 LOOP: Space = {
     "optimizer": ["adamw", "muon"],
@@ -61,6 +66,7 @@ SPACES: dict[str, Space] = {
     "mmrec": SEARCHED
     | {
         "ngram_weight_decay": (1e-1, 5.0),
+        "ngram_buckets": [1024, 4096, 8192, 32768],
         "seq_len": [64, 128, 256],
         "warmup": [0.01, 0.03, 0.1],
         "beta2": [0.9, 0.95, 0.99],
@@ -87,11 +93,12 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 
 def current_settings(name: str, args: argparse.Namespace, space: Space) -> dict[str, Any]:
     """The settings that a contender has now, as far as the space holds them."""
-    now = settings(name, args.seconds, args.tokenizer, Path(args.data).stat().st_size)
+    now = settings(name, args.seconds[-1], args.tokenizer, Path(args.data).stat().st_size)
     if name == "mmrec":
         defaults = {key: setting.default for key, setting in TRAIN_SETTINGS.items()}
         model = preset(args.preset, args.tokenizer)
-        defaults |= preset_train_settings(args.preset, args.tokenizer) | {"dropout": model.dropout}
+        defaults |= preset_train_settings(args.preset, args.tokenizer)
+        defaults |= {"dropout": model.dropout, "ngram_buckets": model.ngram_buckets}
         now = defaults | now
     return {
         key: now[key]
@@ -105,7 +112,9 @@ def main() -> None:
     parser.add_argument("name", choices=list(SPACES))
     parser.add_argument("data", help="a text file")
     parser.add_argument("--tokenizer", default="char", help="char, byte or bpe")
-    parser.add_argument("--seconds", type=float, default=108.0)
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[36.0, 108.0], help="lengths of a trial, rising"
+    )
     parser.add_argument("--trials", type=int, default=24, help="trials in all")
     parser.add_argument("--set", type=pair, nargs="*", default=[], help="settings of all trials")
     parser.add_argument("--preset", default="tiny", help="mmrec's preset")
@@ -114,23 +123,30 @@ def main() -> None:
     args = parser.parse_args()
     space = {key: value for key, value in space_of(args.name).items() if key not in dict(args.set)}
     LOGS.mkdir(parents=True, exist_ok=True)
-    stem = f"{Path(args.data).stem}-{args.tokenizer}-{args.seconds:g}s-{args.name}"
+    stem = f"{Path(args.data).stem}-{args.tokenizer}-{args.seconds[-1]:g}s-{args.name}"
     study = open_study(open_journal(LOGS / f"{stem}.log"), stem)
+    study.pruner = optuna.pruners.SuccessiveHalvingPruner(reduction_factor=REDUCTION)
     if not study.trials:
         study.enqueue_trial(current_settings(args.name, args, space))
 
     def objective(trial: optuna.Trial) -> float:
         chosen = suggest(trial, space)
-        row = measure(args.name, args, args.seconds, 0, dict(args.set) | chosen, curve=False)
-        if "error" in row:
-            trial.set_user_attr("error", row["error"])
-            raise optuna.TrialPruned
-        for key in ("tokens", "parameters", "load", "bits_per_byte"):
-            trial.set_user_attr(key, row[key])
-        print(
-            f"{row['loss']:.4f} nats, {row['parameters']:,} parameters: {json.dumps(chosen)}",
-            flush=True,
-        )
+        for rung, seconds in enumerate(args.seconds):
+            row = measure(args.name, args, seconds, 0, dict(args.set) | chosen, curve=False)
+            if "error" in row:
+                trial.set_user_attr("error", row["error"])
+                print(f"failed: {row['error']}: {json.dumps(chosen)}", flush=True)
+                raise optuna.TrialPruned
+            for key in ("tokens", "parameters", "load", "bits_per_byte"):
+                trial.set_user_attr(f"{key} after {seconds:g} s", row[key])
+            print(
+                f"{seconds:g} s: {row['loss']:.4f} nats, {row['tokens']:,} tokens, "
+                f"{row['parameters']:,} parameters: {json.dumps(chosen)}",
+                flush=True,
+            )
+            trial.report(row["loss"], REDUCTION**rung)
+            if seconds != args.seconds[-1] and trial.should_prune():
+                raise optuna.TrialPruned
         return float(row["loss"])
 
     done = sum(trial.state.is_finished() for trial in study.trials)

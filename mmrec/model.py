@@ -45,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrec.config import NGRAM_HASH, ModelConfig
 from mmrec.kernels import (
+    dropout_add,
     fused_linear_cross_entropy,
     gated_delta_rule,
     gated_recurrence,
@@ -108,24 +109,24 @@ class RMSNorm(nn.Module):
         return rmsnorm_conv1d(x, self.weight[None], output_bf16=bf16)[0]
 
 
-class Dropout(nn.Module):
-    """Zero a share of the elements in training, and scale the others by 1 / (1 - p).
+class RowDropout(nn.Module):
+    """Zero a share of the rows in training, and scale the others by 1 / (1 - p).
 
     ``torch.nn.Dropout`` draws from the global generator. Replicas that run side by side in threads
     would reach it in no fixed order, so this one takes the generator as an argument.
     """
 
-    def __init__(self, p: float, *, whole_vectors: bool = False) -> None:
-        """Zero with probability ``p``; whole vectors of the last axis if ``whole_vectors``."""
+    def __init__(self, p: float) -> None:
+        """Zero a row with probability ``p``."""
         super().__init__()
-        self.p, self.whole_vectors = p, whole_vectors
+        self.p = p
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return x (…, D) with dropout in training mode, unchanged in evaluation mode."""
         if not self.training or self.p == 0:
             return x
         keep_probability = 1 - self.p
-        mask = x.new_empty((*x.shape[:-1], 1) if self.whole_vectors else x.shape)
+        mask = x.new_empty((*x.shape[:-1], 1))
         return x * mask.bernoulli_(keep_probability, generator=generator).div_(keep_probability)
 
 
@@ -185,7 +186,7 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(width)
         self.up_proj = Linear(width, config.ffn_width)
         self.down_proj = Linear(config.ffn_width, width, zero_init=True)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The state before the first token: all zeros."""
@@ -279,9 +280,10 @@ class Layer(nn.Module):
             state = state._replace(hidden_state=hidden_state)
         else:
             y, state = self.mix_tokens(projected, state, cu_seqlens)
-        x = x + self.dropout(self.out_proj(y), generator)
+        dropout = (self.dropout, self.training)
+        x = dropout_add(self.out_proj(y), x, *dropout, generator=generator)
         activations = relu_squared(self.up_proj(self.ffn_norm(x, bf16=bf16)))
-        x = x + self.dropout(self.down_proj(activations), generator)
+        x = dropout_add(self.down_proj(activations), x, *dropout, generator=generator)
         return x, state._replace(conv_state=conv_state)
 
 
@@ -308,7 +310,7 @@ class Model(nn.Module):
             self.ngram_embedding = nn.Parameter(torch.empty(config.ngram_buckets, config.width))
             nn.init.normal_(self.ngram_embedding, std=0.02)
             # twice the rate of the other dropouts: these rows are what overfits first
-            self.ngram_dropout = Dropout(min(0.5, 2 * config.dropout), whole_vectors=True)
+            self.ngram_dropout = RowDropout(min(0.5, 2 * config.dropout))
         layer_types = config.resolved_layer_types
         self.layers = nn.ModuleList(wrap_layer(Layer(config, t)) for t in layer_types)
         self.norm = RMSNorm(config.width)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec.config import PRESETS, ModelConfig, preset
-from mmrec.model import Dropout, Model, draw_candidates, log_spaced_decay_logits
+from mmrec.model import Model, RowDropout, draw_candidates, log_spaced_decay_logits
 from mmrec.optimizer import parameter_groups
 
 SMALL = ModelConfig(
@@ -185,16 +185,28 @@ def test_a_sampled_softmax_draws_from_its_generator() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_dropout_takes_elements_or_whole_rows() -> None:
-    x = torch.ones(4, 200, 8)
-    for rows in (False, True):
-        made = Dropout(0.25, whole_vectors=rows)
-        y = made(x, torch.Generator().manual_seed(1))
-        assert set(y.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-        assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
-        assert bool((y == y[..., :1]).all()) == rows
-        assert torch.equal(y, made(x, torch.Generator().manual_seed(1)))
-        assert torch.equal(made.eval()(x, None), x)
+def test_row_dropout_takes_whole_rows() -> None:
+    x, made = torch.ones(4, 200, 8), RowDropout(0.25)
+    y = made(x, torch.Generator().manual_seed(1))
+    assert set(y.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert bool((y == y[..., :1]).all())
+    assert torch.equal(y, made(x, torch.Generator().manual_seed(1)))
+    assert torch.equal(made.eval()(x, None), x)
+
+
+def test_dropout_is_of_the_residual_branches_in_training_only() -> None:
+    """With dropout a model differs from itself, by its generator; evaluation has none."""
+    plain = awake(SMALL)
+    model = Model(dataclasses.replace(SMALL, dropout=0.5))
+    model.load_state_dict(plain.state_dict())
+    x = torch.randint(0, 40, (2, 9))
+    assert torch.equal(model.eval()(x)[0], plain(x)[0])
+    model.train()
+    seeds = (torch.Generator().manual_seed(n) for n in (1, 1, 2))
+    first, again, other = (model.hidden_states(x, generator=g)[0] for g in seeds)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:

@@ -11,8 +11,8 @@
 Ops of one kernel share a folder: ``reference.py`` defines them in plain torch, ``kernel.py``
 computes them and states their adjoint, ``op.py`` checks arguments and registers them with torch.
 
-The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared and
-fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b"; gru and lstm serve
+The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared, dropout_add
+and fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b"; gru and lstm serve
 mmrec.nn.GRU and LSTM. scan, cumprod and log_cumprod serve no model here. The others have the names
 and shapes of flash-linear-attention, mamba-ssm and causal-conv1d, and serve models made for these.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmrec.kernels.causal_conv1d.op import causal_conv1d_fn, causal_conv1d_update
     from mmrec.kernels.cumprod.op import cumprod, log_cumprod
+    from mmrec.kernels.dropout_add.op import dropout_add
     from mmrec.kernels.fused_linear_cross_entropy.op import fused_linear_cross_entropy
     from mmrec.kernels.gated_delta_rule.op import (
         delta_rule,
@@ -61,6 +62,7 @@ __all__ = [
     "causal_conv1d_update",
     "cumprod",
     "delta_rule",
+    "dropout_add",
     "fused_linear_cross_entropy",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gla",

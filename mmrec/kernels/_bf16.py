@@ -7,8 +7,8 @@ float32. Every function here takes float32 and float64 as well and leaves their 
 import numpy as np
 from numba import types
 
-from mmrec.kernels._jit import inline_jit, overload
-from mmrec.kernels._simd import LANES, add_lanes, fma, load, store, zeros
+from mmrec.kernels._jit import CACHE_LINE, always_inline_jit, overload
+from mmrec.kernels._simd import LANES, add_lanes, fma, load, prefetch, store, zeros
 
 _ROUND, _ONE = np.uint32(0x7FFF), np.uint32(1)
 _SHIFT, _NAN = np.uint32(16), np.uint16(0x7FC0)
@@ -63,7 +63,7 @@ def _to_bf16_compiled(x, like):
 # test for that keeps LLVM from vectorising a loop.
 
 
-@inline_jit
+@always_inline_jit
 def read(source, source_at, out, out_at, width):
     """out[out_at:][:width] = source[source_at:][:width], where source may hold bfloat16."""
     source_at, out_at = np.uint64(source_at), np.uint64(out_at)
@@ -71,7 +71,7 @@ def read(source, source_at, out, out_at, width):
         out[out_at + d] = from_bf16(source[source_at + d])
 
 
-@inline_jit
+@always_inline_jit
 def write(values, values_at, target, target_at, width):
     """target[target_at:][:width] = values[values_at:][:width]; target may hold bfloat16."""
     values_at, target_at = np.uint64(values_at), np.uint64(target_at)
@@ -79,7 +79,18 @@ def write(values, values_at, target, target_at, width):
         target[target_at + d] = to_bf16(values[values_at + d], target)
 
 
-@inline_jit
+@always_inline_jit
+def prefetch_row(array, at, width):
+    """Ask for the cache lines of array[at:][:width], which may lie outside of the array.
+
+    For loops that run backwards in time: processors fetch ahead on their own only where addresses
+    rise.
+    """
+    for d in range(0, width, CACHE_LINE // array.itemsize):
+        prefetch(array, at + d)
+
+
+@always_inline_jit
 def dot(x, x_at, y, y_at, sums, width):
     """Σ_d x[x_at + d] y[y_at + d] for d < width.
 

@@ -20,6 +20,7 @@ import llvmlite
 import numba
 from numba import extending
 from numba.core import caching, ccallback, event, sigutils
+from numba.core.registry import cpu_target
 
 from mmrec.kernels._cache_folder import CACHE_FOLDER
 
@@ -30,6 +31,13 @@ _EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 # What Python and C would call. For a function of many arrays that takes as long to compile as the
 # function itself.
 _NO_WRAPPERS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+CACHE_LINE = 64
+"""Bytes. Arrays that compiled code makes begin at a multiple of it.
+
+With Numba's 32, each vector of 64 bytes (AVX-512) in them would lie on two cache lines.
+"""
+cpu_target.target_context.get_preferred_array_alignment = lambda array_type: CACHE_LINE
 
 NOTICE_AFTER = 3.0
 """Seconds of compiling in one process before the user is told of it."""
@@ -92,30 +100,63 @@ def _claim(name: str, function: Callable[..., Any]) -> None:
         raise ValueError(f"each function that a factory makes needs a variant; two are {name}")
 
 
-def inline_jit(function: Callable[..., Any], variant: str = "") -> Callable[..., Any]:
+def inline_jit(
+    function: Callable[..., Any],
+    variant: str = "",
+    *,
+    allocates: bool = False,
+    always: bool = False,
+) -> Callable[..., Any]:
     """Decorator for a function that kernels call, and not Python. The order of its sums is kept.
+
+    Its caller keeps the arrays alive that it gets. So it need not count references to them, which
+    took longer than the work on a row of 128 numbers: two atomic instructions for each array of
+    each call.
 
     Args:
         function: takes and returns what Numba can compile.
         variant: tells functions apart that the same factory makes; see ``_claim``.
+        allocates: whether it makes arrays. Only then does it count references.
+        always: whether it becomes part of its callers in any case; see ``always_inline_jit``.
 
     Raises:
         ValueError: another function has the same name and variant.
+        TypeError: when it is compiled, if it returns an array.
     """
     if variant:
         function.__qualname__ += f"[{variant}]"
     _claim(f"{function.__module__}.{function.__qualname__}", function)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
-    compiled: Any = numba.njit(**_EXACT, **_NO_WRAPPERS)(function)
+    compiled: Any = numba.njit(_nrt=allocates, forceinline=always, **_EXACT, **_NO_WRAPPERS)(
+        function
+    )
+    add_overload = compiled.add_overload
+
+    def check_and_add(result: Any) -> None:
+        returned = compiled.targetctx.data_model_manager[result.signature.return_type]
+        if returned.contains_nrt_meminfo():
+            raise TypeError(f"{function.__qualname__} may not return an array")
+        add_overload(result)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise TypeError(f"{function.__qualname__} is for kernels; Python cannot call it")
 
+    compiled.add_overload = check_and_add
     compiled._insert = lambda *args: None  # there is no code that Python could call
     compiled._compile_for_args = refuse
     inline: Callable[..., Any] = compiled
     return inline
+
+
+def always_inline_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator as ``inline_jit``, for a short loop that a kernel runs for each row.
+
+    LLVM may leave a function on its own. A call passes seven numbers for each array, which takes
+    as long as the work on a row of 128 numbers. Longer functions gain nothing, and take longer to
+    compile.
+    """
+    return inline_jit(function, always=True)
 
 
 def overload(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -161,7 +202,13 @@ class _ContentLocator(caching._CacheLocator):
 
     @classmethod
     def from_function(cls, function: Callable[..., Any], file: str) -> "_ContentLocator | None":
-        """Return the place of a function of a file; None if it cannot be written."""
+        """Return the place of a function; None if it cannot be written.
+
+        Its module decides, and not the file of its code: the loop of every parallel kernel has its
+        code in ``_launch.py``, and what it runs is in the kernel's module.
+        """
+        module = sys.modules.get(function.__module__)
+        file = getattr(module, "__file__", None) or file
         locator = cls(_cache_folder_of(file), function.__code__.co_firstlineno)
         try:
             locator.ensure_cache_path()
@@ -344,7 +391,7 @@ def compiled_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         function: takes what Numba can compile, and returns nothing. Numba's cache knows it by its
-            file and its qualified name, and its file decides the folder.
+            file and its qualified name; its module decides the folder.
     """
     options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
     compiled: Any = numba.njit(**options, **_EXACT)(function)

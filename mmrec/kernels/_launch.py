@@ -159,7 +159,7 @@ def _compile(body: Callable[..., Any]) -> Callable[..., Any]:
 
     Numba's cache tells functions apart by their qualified names, so each loop gets its own.
     """
-    compiled = inline_jit(body)
+    compiled = inline_jit(body, allocates=True)
     scope = {"body": compiled, "bind": _make_bind(compiled), "call": _call}
     loop = FunctionType(_task_loop.__code__, scope, body.__name__)
     loop.__qualname__ = f"{body.__qualname__}_loop"

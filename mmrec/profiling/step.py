@@ -22,6 +22,7 @@ from torch import Tensor
 from mmrec.config import ModelConfig, TrainConfig
 from mmrec.data.dataloader import WindowLoader
 from mmrec.kernels import (
+    dropout_add,
     fused_linear_cross_entropy,
     gated_delta_rule,
     gated_recurrence,
@@ -166,6 +167,9 @@ def _time_layer(layer: Layer, x: Tensor, bf16: bool, watch: Stopwatch) -> list[S
     )
     hidden = torch.randn(batch, length, layer.up_proj.weight.shape[0]).to(dtype)
     add("activation", relu_squared, hidden)
+    for _ in range(2):  # after the memories and after the feed-forward network
+        branch, p = torch.randn(batch, length, width).to(dtype), layer.dropout
+        add("residual", lambda y, x, p=p: dropout_add(y, x, p), branch, x)
     if layer.layer_type == "n":
         projected = torch.randn(batch, length, 4 * width).to(dtype)
         add("recurrence", lambda p, b: min_gru_mixer(p, b)[0], projected, layer.forget_bias)

@@ -14,6 +14,7 @@ from numba import config
 
 from mmrec.kernels import _jit
 from mmrec.kernels._jit import SharedCache, compiled_kernel, record_calls
+from mmrec.kernels._launch import ParallelKernel
 
 pytestmark = pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")  # type: ignore[attr-defined]
 
@@ -35,6 +36,25 @@ import small
 x = np.zeros(3)
 small.add_one(x)
 print(x.tolist(), sum(small.add_one.stats.cache_hits.values()))
+"""
+
+
+PARALLEL = """
+from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._launch import parallel_kernel
+
+@inline_jit
+def amount(x):
+    return x.dtype.type(1)
+
+@parallel_kernel
+def body(task, x):
+    x[task] += amount(x)
+
+class add_one:
+    stats = body.loop.stats
+    def __new__(cls, x):
+        body(x, tasks=x.size, work=1.0)
 """
 
 
@@ -60,18 +80,38 @@ def test_a_kernel_is_compiled_once(tmp_path: Path) -> None:
     assert again.stderr == ""
 
 
-def test_only_the_content_of_the_sources_decides(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "before", "after"),
+    [
+        (KERNEL, "+= 1", "+= 2"),
+        (PARALLEL, "+= amount(x)", "+= 2 * amount(x)"),  # the loop around it is in _launch.py
+        (PARALLEL, "type(1)", "type(2)"),
+    ],
+)
+def test_only_the_content_of_the_sources_decides(
+    tmp_path: Path, kernel: str, before: str, after: str
+) -> None:
     """Another folder and another time of change compile nothing; another word does."""
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
     cache = tmp_path / "cache"
-    use(first, cache)
+    use(first, cache, kernel=kernel)
     os.utime(first / "small.py", (1, 1))
-    assert use(second, cache).stdout == "[1.0, 1.0, 1.0] 1\n"
-    changed = KERNEL.replace("+= 1", "+= 2")
+    assert use(second, cache, kernel=kernel).stdout == "[1.0, 1.0, 1.0] 1\n"
+    changed = kernel.replace(before, after)
     assert use(second, cache, kernel=changed).stdout == "[2.0, 2.0, 2.0] 0\n"
-    assert use(first, cache).stdout == "[1.0, 1.0, 1.0] 1\n"  # the first code is still there
+    # the first code is still there
+    assert use(first, cache, kernel=kernel).stdout == "[1.0, 1.0, 1.0] 1\n"
+
+
+def test_a_kernel_is_kept_with_the_sources_of_its_module() -> None:
+    """The loop of every parallel kernel has its code in _launch.py, and must not be kept there."""
+    for path in sorted(Path(_jit.__file__).parent.glob("*/kernel.py")):
+        module = importlib.import_module(f"mmrec.kernels.{path.parent.name}.kernel")
+        for kernel in vars(module).values():
+            if isinstance(kernel, ParallelKernel):
+                assert kernel.loop._cache.cache_path == _jit._cache_folder_of(str(path))  # type: ignore[attr-defined]
 
 
 def compiled_files() -> list[Path]:

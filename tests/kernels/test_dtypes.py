@@ -76,13 +76,19 @@ CASES = {
     "relu_squared": Case(
         lambda x: (kernels.relu_squared(x),), lambda x: (relu_reference.relu_squared(x),), [(7, 3)]
     ),
+    "dropout_add": Case(
+        lambda r, x: (kernels.dropout_add(x, r, 0.0),),
+        lambda r, x: (r + x,),
+        [(7, 3), (7, 3)],
+        True,
+    ),
     "fused_linear_cross_entropy": Case(
         lambda h, w: (kernels.fused_linear_cross_entropy(h, w, TARGETS),),
         lambda h, w: (loss_reference.fused_linear_cross_entropy(h, w, TARGETS),),
         [(6, 8), (4, 8)],
     ),
 }
-STATELESS = ("relu_squared", "fused_linear_cross_entropy")
+STATELESS = ("relu_squared", "dropout_add", "fused_linear_cross_entropy")
 
 
 def make_inputs(name: str, dtypes: Sequence[torch.dtype]) -> list[Tensor]:

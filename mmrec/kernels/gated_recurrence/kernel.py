@@ -24,17 +24,10 @@ longest comes first: the sequences that have not ended yet are always the first 
 
 import numpy as np
 
+from mmrec.kernels._gates import load_part, one_minus, sigmoids, store_part
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._recurrent import (
-    add_panels,
-    copy,
-    load_part,
-    one_minus,
-    padded,
-    sigmoids,
-    store_part,
-)
+from mmrec.kernels._recurrent import add_panels, copy, padded
 from mmrec.kernels._simd import LANES, fma
 
 

@@ -30,18 +30,10 @@ Source: Cho et al. 2014, arXiv:1406.1078; the reset gate acts after the product,
 
 import numpy as np
 
+from mmrec.kernels._gates import load_part, one_minus, sigmoids, store_part, tanhs
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._recurrent import (
-    add_panels,
-    copy,
-    load_part,
-    one_minus,
-    padded,
-    sigmoids,
-    store_part,
-    tanhs,
-)
+from mmrec.kernels._recurrent import add_panels, copy, padded
 from mmrec.kernels._simd import LANES, fma
 
 

@@ -22,18 +22,10 @@ Source: Hochreiter and Schmidhuber 1997; the forget gate is from Gers et al. 200
 
 import numpy as np
 
+from mmrec.kernels._gates import load_part, one_minus, sigmoids, store_part, tanhs
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
-from mmrec.kernels._recurrent import (
-    add_panels,
-    copy,
-    load_part,
-    one_minus,
-    padded,
-    sigmoids,
-    store_part,
-    tanhs,
-)
+from mmrec.kernels._recurrent import add_panels, copy, padded
 from mmrec.kernels._simd import LANES, fma, zeros
 
 

@@ -18,13 +18,14 @@ read from memory once.
 import numpy as np
 
 from mmrec.kernels._bf16 import DOT_SUMS, dot, read, write
-from mmrec.kernels._jit import inline_jit
+from mmrec.kernels._jit import always_inline_jit
 from mmrec.kernels._launch import parallel_kernel
+from mmrec.kernels._simd import LANES, fma, load, splat, store
 
 EPSILON = 1e-6  # added to the mean square of the RMS norm
 
 
-@inline_jit
+@always_inline_jit
 def _add_product(x, x_at, y, y_at, out, out_at, width):
     """out += x y, elementwise, for rows of that width."""
     x_at, y_at, out_at = np.uint64(x_at), np.uint64(y_at), np.uint64(out_at)
@@ -32,21 +33,22 @@ def _add_product(x, x_at, y, y_at, out, out_at, width):
         out[out_at + d] += x[x_at + d] * y[y_at + d]
 
 
-@inline_jit
+@always_inline_jit
 def _wrap(at, count):
     """at modulo count, for at < 2 count."""
     return at - count if at >= count else at
 
 
-@inline_jit
-def _normalise(rows, at, sums, width):
-    """Divide the row at ``at`` by its root mean square; returns the factor i."""
+@always_inline_jit
+def _normalise(rows, at, scales, scale_at, sums, width):
+    """Divide the row at ``at`` by its root mean square, and put the factor i into ``scales``."""
     mean = dot(rows, at, rows, at, sums, width) / rows.dtype.type(width)
-    scale = rows.dtype.type(1) / np.sqrt(mean + rows.dtype.type(EPSILON))
-    at = np.uint64(at)
-    for d in range(np.uint64(width)):
-        rows[at + d] *= scale
-    return scale
+    scales[scale_at] = rows.dtype.type(1) / np.sqrt(mean + rows.dtype.type(EPSILON))
+    aligned, scale = width // LANES * LANES, splat(scales, scale_at)
+    for d in range(0, aligned, LANES):
+        store(rows, at + d, load(rows, at + d) * scale)
+    for d in range(aligned, width):
+        rows[at + d] *= scales[scale_at]
 
 
 @parallel_kernel
@@ -60,7 +62,7 @@ def rmsnorm_conv1d_fwd(
     width = weight.size // kernel_size
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
     ring, out = np.empty(kernel_size * width, weight.dtype), np.empty(width, weight.dtype)
-    sums = np.empty(DOT_SUMS, weight.dtype)
+    sums, scale = np.empty(DOT_SUMS, weight.dtype), np.empty(1, weight.dtype)
     state_at = n * (kernel_size - 1) * width
     read(initial, state_at, ring, 0, (kernel_size - 1) * width)
     steps = end - begin
@@ -69,7 +71,7 @@ def rmsnorm_conv1d_fwd(
         newest = _wrap(oldest + kernel_size - 1, kernel_size) * width
         at = row * x_sb + (begin + t) * x_st
         read(x, at, ring, newest, width)
-        _normalise(ring, newest, sums, width)
+        _normalise(ring, newest, scale, 0, sums, width)
         out[:] = 0
         for k in range(kernel_size):
             _add_product(
@@ -80,18 +82,37 @@ def rmsnorm_conv1d_fwd(
         write(ring, (steps + k) % kernel_size * width, final, state_at + k * width, width)
 
 
-@inline_jit
-def _load_row(x, x_at, x_st, initial, state_at, t, kernel_size, rows, scales, sums, width):
-    """Put n_t into its place of the ring buffer ``rows``, and i_t into that of ``scales``.
+@always_inline_jit
+def _add_gradients(weight, kernel_size, rows, grad, oldest, ring, weight_grad, width):
+    """Add what du_t = ``grad`` contributes to the gradients of the rows of n and of the weight.
 
-    t counts from the sequence's first step; rows of the initial state have t < 0.
+    The newest row gets its first contribution, so its gradient begins here.
     """
-    at = (t + kernel_size - 1) % kernel_size
-    if t >= 0:
-        read(x, x_at + t * x_st, rows, at * width, width)
-        scales[at] = _normalise(rows, at * width, sums, width)
-    elif kernel_size > 1:
-        read(initial, state_at + (t + kernel_size - 1) * width, rows, at * width, width)
+    aligned = width // LANES * LANES
+    for k in range(kernel_size):
+        at, weight_at = _wrap(oldest + k, kernel_size) * width, k * width
+        for d in range(0, aligned, LANES):
+            du = load(grad, d)
+            dn = load(weight, weight_at + d) * du
+            store(ring, at + d, dn if k == kernel_size - 1 else load(ring, at + d) + dn)
+            total = load(weight_grad, weight_at + d)
+            store(weight_grad, weight_at + d, fma(load(rows, at + d), du, total))
+        for d in range(aligned, width):
+            dn = weight[weight_at + d] * grad[d]
+            ring[at + d] = dn if k == kernel_size - 1 else ring[at + d] + dn
+            weight_grad[weight_at + d] += rows[at + d] * grad[d]
+
+
+@always_inline_jit
+def _norm_gradient(ring, rows, slot, scales, sums, dx, dx_at, width):
+    """Write dx of the step whose dn and n are in ``slot``."""
+    at = slot * width
+    sums[0] = dot(ring, at, rows, at, sums, width) / rows.dtype.type(width)
+    aligned, scale, mean = width // LANES * LANES, splat(scales, slot), splat(sums, 0)
+    for d in range(0, aligned, LANES):
+        store(dx, dx_at + d, scale * (load(ring, at + d) - load(rows, at + d) * mean))
+    for d in range(aligned, width):
+        dx[dx_at + d] = scales[slot] * (ring[at + d] - rows[at + d] * sums[0])
 
 
 @parallel_kernel
@@ -115,50 +136,38 @@ def rmsnorm_conv1d_bwd(
 ):
     """Fill dx (B, T, D), dinitial (N, K - 1, D) and dweight (N, K, D), one matrix per sequence.
 
-    Backwards in time, ``rows`` holds K rows of n, and ``ring`` holds their gradients, to which
-    earlier steps still add.
+    ``rows`` holds the last K rows of n, and ``ring`` their gradients, to which later steps still
+    add. The loop runs forwards in time, as processors fetch memory ahead.
     """
     width = weight.size // kernel_size
-    ring, rows = (
-        np.zeros(kernel_size * width, weight.dtype),
-        np.empty(kernel_size * width, weight.dtype),
+    size, dtype = weight.size, weight.dtype
+    ring, rows, weight_grad = np.zeros(size, dtype), np.empty(size, dtype), np.zeros(size, dtype)
+    grad, scales, sums = (
+        np.empty(width, dtype),
+        np.empty(kernel_size, dtype),
+        np.empty(DOT_SUMS, dtype),
     )
-    weight_grad, grad = np.zeros(kernel_size * width, weight.dtype), np.empty(width, weight.dtype)
-    scales, sums = np.empty(kernel_size, weight.dtype), np.empty(DOT_SUMS, weight.dtype)
     row, begin, end = sequence_bounds[n, 0], sequence_bounds[n, 1], sequence_bounds[n, 2]
     steps = end - begin
-    x_at, state_at = row * x_sb + begin * x_st, n * (kernel_size - 1) * width
-    # n_t lies at (t + kernel_size - 1) % kernel_size, as in the forward pass
-    for k in range(kernel_size - 1):
-        read(dfinal, state_at + k * width, ring, (steps + k) % kernel_size * width, width)
-    for t in range(steps - 1, steps - kernel_size, -1):
-        _load_row(x, x_at, x_st, initial, state_at, t, kernel_size, rows, scales, sums, width)
-    for t in range(steps - 1, -1, -1):
+    state_at = n * (kernel_size - 1) * width
+    read(initial, state_at, rows, 0, (kernel_size - 1) * width)
+    for t in range(steps + kernel_size - 1):
+        # n_t lies at (t + kernel_size - 1) % kernel_size, as in the forward pass
         oldest = t % kernel_size
         newest = _wrap(oldest + kernel_size - 1, kernel_size)
-        ring[oldest * width : (oldest + 1) * width] = 0
-        _load_row(
-            x,
-            x_at,
-            x_st,
-            initial,
-            state_at,
-            t - kernel_size + 1,
-            kernel_size,
-            rows,
-            scales,
-            sums,
-            width,
-        )
-        read(du, row * du_sb + (begin + t) * du_st, grad, 0, width)
-        for k in range(kernel_size):
-            at = _wrap(oldest + k, kernel_size) * width
-            _add_product(weight, k * width, grad, 0, ring, at, width)
-            _add_product(rows, at, grad, 0, weight_grad, k * width, width)
-        scale, newest = scales[newest], np.uint64(newest * width)
-        mean = dot(ring, newest, rows, newest, sums, width) / weight.dtype.type(width)
-        for d in range(np.uint64(width)):
-            grad[d] = scale * (ring[newest + d] - rows[newest + d] * mean)
-        write(grad, 0, dx, (row * time + begin + t) * width, width)
-    write(ring, 0, dinitial, state_at, (kernel_size - 1) * width)
+        if t < steps:
+            read(x, row * x_sb + (begin + t) * x_st, rows, newest * width, width)
+            _normalise(rows, newest * width, scales, newest, sums, width)
+            read(du, row * du_sb + (begin + t) * du_st, grad, 0, width)
+            _add_gradients(weight, kernel_size, rows, grad, oldest, ring, weight_grad, width)
+        else:
+            read(dfinal, state_at + (t - steps) * width, grad, 0, width)
+            for d in range(width):
+                ring[oldest * width + d] += grad[d]
+        done = t - kernel_size + 1  # all that follows from that row of n has been added
+        if done < 0:
+            write(ring, oldest * width, dinitial, state_at + t * width, width)
+        else:
+            dx_at = (row * time + begin + done) * width
+            _norm_gradient(ring, rows, oldest, scales, sums, dx, dx_at, width)
     write(weight_grad, 0, dweight, n * kernel_size * width, kernel_size * width)

@@ -4,6 +4,7 @@ V is the vocabulary size. The definition is in ``reference.py``; here exponentia
 no full sort is needed: the tokens that the filters keep are found by partitions, as in quickselect.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ def adjust_logits(
         logits[bias_tokens[i]] = np.float32(logits[bias_tokens[i]] + bias_values[i])
 
 
-@inline_jit
+@functools.partial(inline_jit, allocates=True)
 def argmax(x):
     """Index of the first largest number of x (V,)."""
     best = 0
@@ -102,7 +103,7 @@ def argmax(x):
     return best
 
 
-@inline_jit
+@functools.partial(inline_jit, allocates=True)
 def all_finite(x):
     """Whether no number of x (V,) is NaN or infinite."""
     lanes = np.zeros(16, x.dtype)
@@ -116,7 +117,7 @@ def all_finite(x):
     return lanes.sum() == 0
 
 
-@inline_jit
+@functools.partial(inline_jit, allocates=True)
 def _sum(values, begin, end):
     """The sum of values[begin:end] in float64, in eight parts that LLVM turns into vectors."""
     sums = np.zeros(8, np.float64)
