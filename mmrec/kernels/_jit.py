@@ -7,7 +7,9 @@ used without it.
 import contextlib
 import functools
 import hashlib
+import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -45,6 +47,10 @@ HELPER_SECONDS = 6.0
 """Seconds more that it may take a second process to find out what there is to compile."""
 
 
+UNUSED_DAYS = 60
+"""Days after which compiled kernels that nothing has used are removed, when others are kept."""
+_DAY = 86_400.0
+
 _KERNELS = Path(__file__).parent
 _IMPORT = re.compile(rb"^from mmrec\.kernels\.([\w.]+) import", re.MULTILINE)
 
@@ -74,7 +80,21 @@ def _cache_folder_of(file: str) -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(_sources(Path(file), set())):
         digest.update(path.read_bytes())
-    return str(CACHE_FOLDER / f"mmrec-{digest.hexdigest()[:16]}")
+    folder = CACHE_FOLDER / f"mmrec-{digest.hexdigest()[:16]}"
+    with contextlib.suppress(OSError):  # nothing is in it yet, or it is someone else's
+        if time.time() - folder.stat().st_mtime > _DAY:
+            os.utime(folder)  # it is in use
+    return str(folder)
+
+
+@functools.cache  # once in a process
+def _remove_unused_folders(root: Path) -> None:
+    """Remove the folders of kernels that no process has used for UNUSED_DAYS: older versions'."""
+    for folder in root.glob("mmrec-*"):
+        with contextlib.suppress(OSError):
+            unused = time.time() - folder.stat().st_mtime > UNUSED_DAYS * _DAY
+            if unused and re.fullmatch("mmrec-[0-9a-f]{16}", folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 _names: dict[str, Callable[..., Any]] = {}
@@ -268,6 +288,7 @@ class SharedCache(caching.FunctionCache):
         """Keep code, and let other processes have it."""
         try:
             super().save_overload(sig, data)
+            _remove_unused_folders(Path(self._cache_path).parent)
         except OSError as error:
             self.error = error
             _notice.say_that_nothing_is_kept(error)

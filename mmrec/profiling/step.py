@@ -2,7 +2,7 @@
 
 A multiply and an add are two floating-point operations. The time of a part is that of its forward
 and backward pass for all layers, in all replicas at once, each with its share of the batch. What
-the parts do not explain (residual sums, casts, autograd, Python, summing the gradients of replicas)
+the parts do not explain (casts, autograd, Python, summing the gradients of replicas)
 is the part "other".
 
 Axes: B sequences, T tokens per sequence, D width.

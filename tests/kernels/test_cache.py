@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,29 @@ def test_only_the_content_of_the_sources_decides(
     assert use(second, cache, kernel=changed).stdout == "[2.0, 2.0, 2.0] 0\n"
     # the first code is still there
     assert use(first, cache, kernel=kernel).stdout == "[1.0, 1.0, 1.0] 1\n"
+
+
+def test_kernels_of_old_versions_are_removed_when_others_are_kept(tmp_path: Path) -> None:
+    """Only folders of kernels that nothing has used for long; using one keeps it."""
+    cache, day = tmp_path / "cache", 86_400
+    use(tmp_path, cache)
+    (own,) = cache.iterdir()
+    names = ("mmrec-0123456789abcdef", "mmrec-fedcba9876543210", "mmrec-notes", "other")
+    old, recent, notes, other = (cache / name for name in names)
+    for folder in (old, recent, notes, other):
+        folder.mkdir()
+        (folder / "file").touch()
+    now = time.time()
+    for folder in (own, old, notes, other):
+        os.utime(folder, (now, now - (_jit.UNUSED_DAYS + 1) * day))
+    os.utime(recent, (now, now - (_jit.UNUSED_DAYS - 1) * day))
+    use(tmp_path, cache)  # what is there suffices: nothing is kept, and nothing removed
+    assert old.exists()
+    assert now - own.stat().st_mtime < day
+    use(tmp_path, cache, kernel=KERNEL.replace("+= 1", "+= 2"))
+    assert not old.exists()
+    assert all((folder / "file").exists() for folder in (recent, notes, other))
+    assert [*own.glob("*.nbc")]
 
 
 def test_a_kernel_is_kept_with_the_sources_of_its_module() -> None:

@@ -54,7 +54,7 @@ with the Delta Rule over Sequence Length" (arXiv:2406.06484), section 3. The adj
 
 import numpy as np
 
-from mmrec.kernels._bf16 import read, write
+from mmrec.kernels._bf16 import prefetch_row, read, write
 from mmrec.kernels._jit import inline_jit
 from mmrec.kernels._launch import parallel_kernel
 from mmrec.kernels._math import cdiv, exp_nonpositive, sigmoid
@@ -64,7 +64,6 @@ from mmrec.kernels._simd import (
     add_lanes,
     fma,
     load,
-    prefetch,
     splat,
     store,
     transpose,
@@ -73,7 +72,6 @@ from mmrec.kernels._simd import (
 
 STEPS = LANES
 """Steps in a block of the forward pass: one per lane of a vector."""
-CACHE_LINE = 64  # bytes
 ALPHA, BETA, K_K, Q_K, Q_K_NEXT, DECAY, FACTOR, SHARE = (STEPS * n for n in range(8))
 """Where each row of ``gates`` begins, see ``_fill_gates``."""
 SMALLEST_DECAY = 2.0**-30
@@ -113,10 +111,8 @@ def _load_rows(source, at, step, count, size, rows, rows_at, stride):
 @inline_jit
 def _prefetch_rows(source, at, step, count, size):
     """Ask for ``count`` rows of ``size`` numbers, so far apart that no processor foresees them."""
-    line = CACHE_LINE // source.itemsize
     for i in range(count):
-        for j in range(0, size, line):
-            prefetch(source, at + i * step + j)
+        prefetch_row(source, at + i * step, size)
 
 
 @inline_jit
