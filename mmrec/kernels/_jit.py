@@ -148,9 +148,8 @@ def inline_jit(
     _claim(f"{function.__module__}.{function.__qualname__}", function)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
-    compiled: Any = numba.njit(_nrt=allocates, forceinline=always, **_EXACT, **_NO_WRAPPERS)(
-        function
-    )
+    options: dict[str, Any] = {"_nrt": allocates, "forceinline": always}
+    compiled: Any = numba.njit(**options, **_EXACT, **_NO_WRAPPERS)(function)
     add_overload = compiled.add_overload
 
     def check_and_add(result: Any) -> None:
