@@ -18,8 +18,6 @@ from mmrec.kernels._tensors import (
 )
 from mmrec.kernels.dropout_add import kernel
 
-_NO_KEY = torch.zeros(2, dtype=torch.int32)
-
 
 def _scalars(key: Tensor, p: float, dtype: torch.dtype) -> tuple[Any, ...]:
     """The key words, the bits below which an element drops, and the factor of the others."""
@@ -130,7 +128,9 @@ def dropout_add(
     computed = to_compute_dtype(residual)
     check_tensor("residual", computed, tuple(x.shape), "the shape of x", to_compute_dtype(x).dtype)
     if not training or p == 0:
-        key, p = _NO_KEY, 0.0
+        if x.dtype == dtype:
+            return residual + x
+        key, p = torch.zeros(2, dtype=torch.int32), 0.0
     else:
         key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=generator)
     # the kernel reads bfloat16 itself
