@@ -46,6 +46,7 @@ def case(
     """Measure one case: training, or generation by the run that was trained before."""
     options = [w for k, v in size.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     info = ["info", name, "--json", "--vocab", VOCAB, "--precision", precision, *options]
+    info += ["--replicas", "threads"]  # one process is measured
     estimate = json.loads(mmrec(*info))["bytes"][what]
     if what == "generation":
         prompt = text.read_text()[:10_000]
@@ -61,6 +62,8 @@ def case(
             VOCAB,
             "--steps",
             "2",
+            "--replicas",
+            "threads",
             "--precision",
             precision,
             *options,

@@ -29,7 +29,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-@settings_options(("batch_size", "seq_len", "precision", "ema_decay"))
+OWN_SETTINGS = ("batch_size", "seq_len", "replicas", "ema_decay")
+"""Settings of a run that its cost depends on."""
+
+
+@settings_options(("batch_size", "seq_len", "precision", "replicas", "ema_decay"))
 def info(
     preset: Annotated[
         str | None, typer.Argument(metavar="PRESET|RUN|CHECKPOINT", help=PRESET_HELP)
@@ -56,7 +60,7 @@ def info(
         kind = "model"
         _, metadata, model = read_metadata(find_checkpoint(name))
         settings_of_run = TrainConfig.from_dict(metadata.get("train", {})).flat()
-        own_settings = {key: settings_of_run[key] for key in ("batch_size", "seq_len", "ema_decay")}
+        own_settings = {key: settings_of_run[key] for key in OWN_SETTINGS}
     if vocab is not None:
         model = dataclasses.replace(model, vocab_size=vocab)
     train = TrainConfig.from_flat(own_settings | settings)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from mmrec.errors import InputError, did_you_mean
 
-VERSION = "0.10.0"
+VERSION = "0.11.0"
 MAX_COUNT = 10**15
 """Largest whole number that a setting may have, so that products of sizes stay countable."""
 
@@ -564,6 +564,14 @@ class OptimizerConfig(Section):
         "instructions for it (AVX-512 BF16, AMX, Arm BF16). "
         "Recurrences always run in float32.",
         choices=("auto", "float32", "bfloat16"),
+    )
+    replicas: str = setting(
+        "auto",
+        "What computes a core's share of a batch, where a model below 64 M parameters trains on "
+        "several cores: threads of one process, or a process for each core, which starts in some "
+        "seconds and is faster. auto takes threads first, and processes for the rest of a run of "
+        "more than half a minute. The same bits.",
+        choices=("auto", "threads", "processes"),
     )
     sampled_softmax: int = count(
         0,

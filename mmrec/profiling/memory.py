@@ -20,6 +20,7 @@ from mmrec.inference.decoder import READ_CHUNK
 from mmrec.model import Model
 from mmrec.optimizer import build_optimizer
 from mmrec.runtime.numeric import cdiv
+from mmrec.training.replica_processes import MEMORY_BYTES
 from mmrec.training.replicas import replica_count
 
 TRAINING_PARTS = (
@@ -92,8 +93,8 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
     Args:
         config: the model.
         train: the settings batch_size, seq_len, precision (``auto`` counts as float32),
-            gradient_accumulation_steps, activation_checkpointing and ema_decay count. Windows are
-            taken to start from the empty state.
+            gradient_accumulation_steps, activation_checkpointing, replicas (``auto`` counts as
+            processes) and ema_decay count. Windows are taken to start from the empty state.
 
     Returns:
         Bytes of each of TRAINING_PARTS; ``average`` only if the weights are averaged. Gradients are
@@ -106,6 +107,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         model.set_precision("bfloat16" if train.optimizer.precision == "bfloat16" else "float32")
         model.activation_checkpointing = train.optimizer.activation_checkpointing
         replicas = replica_count(model, train.data.batch_size)
+        processes = replicas - 1 if train.optimizer.replicas != "threads" else 0
         optimizer = build_optimizer(model)
         parameters = list(model.parameters())
         rows = cdiv(train.data.batch_size, replicas)
@@ -147,7 +149,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         "moments": first_step.current,
         **largest,
         "fragmentation": round(FRAGMENTATION * fragmented),
-        "process": PROCESS_BYTES["training"],
+        "process": PROCESS_BYTES["training"] + processes * MEMORY_BYTES,
     }
 
 

@@ -289,7 +289,11 @@ def profile_step(
         update()
 
     watch = Stopwatch(_count_parts(config, replicas.count), full, report)
-    step_seconds = watch.median_seconds("step", step)
+    try:
+        replicas.start_processes(model.train(), batch, length, wait=True)
+        step_seconds = watch.median_seconds("step", step)
+    finally:
+        replicas.end_processes()
     parts: list[StepPart] = []
     interrupted = False
     try:

@@ -6,18 +6,24 @@ every core works on its own data in its own cache. A replica runs torch and the 
 thread, so nothing inside it waits for a core that another process occupies.
 
 All replicas share the model's parameters. Each computes its own gradients, which are then added.
+In a run that lasts, processes take the place of the threads (``replica_processes.py``).
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmrec.model import LayerState, Model, State
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mmrec.runtime.numeric import cdiv
+
+if TYPE_CHECKING:
+    from mmrec.training.replica_processes import ReplicaProcesses
 
 MAX_PARAMETERS = 64_000_000
 """Larger models use one replica: gradients per replica would cost more than they save."""
@@ -34,6 +40,8 @@ class Replicas:
     def __init__(self, count: int) -> None:
         """Start ``count`` threads."""
         self.count, self._pool = count, None
+        self.processes: ReplicaProcesses | None = None
+        """What computes gradients in the place of all threads but one, once it is ready."""
         if count == 1:
             return
         threads, all_started = torch.get_num_threads(), threading.Barrier(count + 1)
@@ -48,6 +56,46 @@ class Replicas:
             self._pool.submit(int)
         all_started.wait()
         torch.set_num_threads(threads)
+
+    def start_processes(
+        self,
+        model: Model,
+        batch_size: int,
+        seq_len: int,
+        echo: Callable[[str], None] = lambda line: None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Start processes that take the place of all threads but one, as soon as they are ready.
+
+        Nothing starts with one replica, on systems where processes cannot share memory by a
+        descriptor (all but Linux), and for a model with hooks.
+
+        Args:
+            model: in training mode, with its precision set. Its parameters move into shared memory.
+            batch_size: sequences of a batch.
+            seq_len: tokens of a sequence.
+            echo: called with a line for the user if a process fails.
+            wait: return when they are ready.
+
+        Raises:
+            OSError: there is no room for the processes or their memory.
+            pickle.PicklingError: the model holds what another process cannot have.
+        """
+        from mmrec.training.replica_processes import ReplicaProcesses, are_supported
+
+        if self.count == 1 or self.processes is not None or not are_supported(model):
+            return
+        rows = cdiv(batch_size, self.count)
+        self.processes = ReplicaProcesses(model, self.count - 1, rows, seq_len, echo)
+        if wait:
+            self.processes.are_ready(wait=True)
+
+    def end_processes(self) -> None:
+        """End the processes; threads go on. Without processes this does nothing."""
+        if self.processes is not None:
+            self.processes.close()
+            self.processes = None
 
     def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
         """Run tasks side by side; return their results in order.
@@ -81,6 +129,68 @@ ReplicaResult = tuple[float, Sequence[Tensor], State]
 """A replica's share of the mean loss, its gradients, and the new state of its rows."""
 
 
+class Share(NamedTuple):
+    """A replica's share of a batch, and all that its gradients depend on besides the model."""
+
+    tokens: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64; negative where a token does not count."""
+    seed: int
+    """Of the generator that dropout draws from."""
+    state: State | None
+    """The recurrent state before the rows; None starts them from zero."""
+    counted: int
+    """Targets that count in the whole batch."""
+    scale: float = 1.0
+    """Multiplies the gradient."""
+    end_of_text: int | None = None
+    """A token at which a document begins and the recurrent state is reset."""
+    loss_options: Mapping[str, Any] | None = None
+    """More arguments of ``Model.loss``."""
+
+
+def replica_gradients(
+    model: Model,
+    parameters: Sequence[Tensor],
+    share: Share,
+    compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
+    soft_targets: Tensor | None = None,
+) -> ReplicaResult:
+    """The gradients of a replica's share of a batch.
+
+    Args:
+        model: in training mode.
+        parameters: those to differentiate for; with none, their ``grad`` is set instead.
+        share: of the batch.
+        compute_loss: see ``forward_backward``.
+        soft_targets: (B, T, V) float32, see ``forward_backward``.
+    """
+    own_count = count_targets(share.targets)
+    weight, ignores = own_count / share.counted, own_count < share.targets.numel()
+    generator = torch.Generator().manual_seed(share.seed)
+    starts = None if share.end_of_text is None else share.tokens == share.end_of_text
+    extra: dict[str, Any] = {"some_ignored": True} if ignores else {}
+    if soft_targets is not None:
+        extra["soft_targets"] = soft_targets
+    loss, new_state = (compute_loss or model.loss)(
+        share.tokens,
+        share.targets,
+        share.state,
+        document_starts=starts,
+        generator=generator,
+        **extra,
+        **(share.loss_options or {}),
+    )
+    scaled_loss = loss * (weight * share.scale)
+    gradients: tuple[Tensor, ...] = ()
+    if parameters:
+        gradients = torch.autograd.grad(scaled_loss, parameters)
+    else:
+        scaled_loss.backward()
+    return loss.item() * weight, gradients, new_state
+
+
 def forward_backward(
     model: Model,
     replicas: Replicas,
@@ -91,6 +201,7 @@ def forward_backward(
     state: State | None = None,
     end_of_text: int | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    loss_options: Mapping[str, Any] | None = None,
     compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
     soft_targets: Tensor | None = None,
 ) -> tuple[float, State]:
@@ -111,7 +222,9 @@ def forward_backward(
         end_of_text: a token at which a document begins and the recurrent state is reset; None
             never resets it.
         process_group: the processes that train together.
-        compute_loss: takes the place of ``model.loss``, with its arguments and results.
+        loss_options: more arguments of ``model.loss``.
+        compute_loss: takes the place of ``model.loss``, with its arguments and results. It runs in
+            threads only.
         soft_targets: (B, T, V) float32, a distribution for each target, which ``compute_loss`` gets
             as an argument of this name.
 
@@ -120,40 +233,6 @@ def forward_backward(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     count, counted = replicas.count, max(1, count_targets(targets))
-
-    def replica_task(
-        tokens_part: Tensor,
-        targets_part: Tensor,
-        soft_part: Tensor | None,
-        seed: int,
-        state_part: State | None,
-    ) -> Callable[[], ReplicaResult]:
-        def run() -> ReplicaResult:
-            own_count = count_targets(targets_part)
-            share, ignores = own_count / counted, own_count < targets_part.numel()
-            generator = torch.Generator().manual_seed(seed)
-            document_starts = None if end_of_text is None else tokens_part == end_of_text
-            extra: dict[str, Any] = {"some_ignored": True} if ignores else {}
-            if soft_part is not None:
-                extra["soft_targets"] = soft_part
-            loss, new_state = (compute_loss or model.loss)(
-                tokens_part,
-                targets_part,
-                state_part,
-                document_starts=document_starts,
-                generator=generator,
-                **extra,
-            )
-            scaled_loss = loss * (share * scale)
-            gradients: tuple[Tensor, ...] = ()
-            if count == 1:
-                scaled_loss.backward()  # sharded layers listen to this
-            else:
-                gradients = torch.autograd.grad(scaled_loss, parameters)
-            return loss.item() * share, gradients, new_state
-
-        return run
-
     token_parts, target_parts = tokens.tensor_split(count), targets.tensor_split(count)
     soft_parts = [None] * count if soft_targets is None else soft_targets.tensor_split(count)
     state_parts = [None] * count if state is None else split_state(state, count)
@@ -161,14 +240,21 @@ def forward_backward(
     seed_list = seeds.tolist()
     if process_group.size > 1:
         seed_list = [seed_list[process_group.rank] + replica for replica in range(count)]
-    results = replicas.run(
-        [
-            replica_task(*parts)
-            for parts in zip(
-                token_parts, target_parts, soft_parts, seed_list, state_parts, strict=True
-            )
-        ]
-    )
+    shares = [
+        Share(*parts, counted, scale, end_of_text, loss_options)
+        for parts in zip(token_parts, target_parts, seed_list, state_parts, strict=True)
+    ]
+    # a single replica sets the gradients itself: sharded layers listen to backward
+    differentiated = parameters if count > 1 else []
+    tasks = [
+        partial(replica_gradients, model, differentiated, share, compute_loss, soft_part)
+        for share, soft_part in zip(shares, soft_parts, strict=True)
+    ]
+    processes = replicas.processes
+    if processes is not None and compute_loss is None and processes.are_ready():
+        results = processes.run(shares, tasks, replicas.run)
+    else:
+        results = replicas.run(tasks)
 
     def add_gradients() -> None:
         all_gradients = (gradients for _, gradients, _ in results)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -66,6 +67,7 @@ from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.hardware import fastest_dtype, resolve_precision
 from mmrec.runtime.interrupts import StopSignal
 from mmrec.runtime.locking import FolderLock
+from mmrec.runtime.machine import memory_bytes
 from mmrec.runtime.numeric import cdiv
 from mmrec.runtime.progress import progress_bar
 from mmrec.training import divergence
@@ -84,6 +86,7 @@ from mmrec.training.metrics import (
     from_plain,
     overfitting_warning,
 )
+from mmrec.training.replica_processes import MEMORY_BYTES
 from mmrec.training.replicas import (
     Replicas,
     concat_states,
@@ -99,6 +102,10 @@ from mmrec.training.weight_average import WeightAverage
 
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
+MIN_SECONDS_FOR_PROCESSES = 30.0
+"""A shorter run keeps its threads: processes start in four to five seconds of a core's time."""
+MAX_SHARE_OF_MEMORY = 0.25
+"""Share of the machine's memory that processes of replicas may take beyond that of threads."""
 MANY_EPOCHS = 16
 """Beyond this many passes a strong weight decay helps too (docs/development/decisions)."""
 
@@ -252,6 +259,8 @@ class Trainer:
         self._stop_requested = False
         self._seconds_left = 0.0
         """Seconds from the newest step to the end of a run that trains until a moment."""
+        self._step_seconds = 0.0
+        """What a step took before the first one of the run."""
         self._frozen_tokens = 0
         """So many rows of the embedding are frozen while those of new tokens learn."""
         self.metrics: MetricsLog = NullMetricsLog()
@@ -524,6 +533,7 @@ class Trainer:
         try:
             self._precompute_predictions()
             self.log_run_summary()
+            self._start_replica_processes()
             if self.config.evaluation.on_nan == "rollback" and not self._has_checkpoint():
                 self.save_resumable("step-0.h5")
             with StatusReporter(
@@ -548,9 +558,37 @@ class Trainer:
             pass
         finally:
             self.echo = echo
+            self.replicas.end_processes()
         self.save_resumable("last.h5")
         self._prune_checkpoints(self.config.evaluation.keep_checkpoints)
         return ended
+
+    def _start_replica_processes(self) -> None:
+        """Let processes take the place of threads, where they can and it is worth their start.
+
+        They know the model as it is now, with its weights as they will be.
+        """
+        choice, data = self.config.optimizer.replicas, self.config.data
+        if choice == "threads" or self.process_group.size > 1 or self._teachers:
+            return
+        if choice == "auto":
+            memory, processes = memory_bytes(), self.replicas.count - 1
+            has_room = memory is None or processes * MEMORY_BYTES < MAX_SHARE_OF_MEMORY * memory
+            # a callback of the user may change the model
+            are_own = all(type(c).__module__.startswith("mmrec.") for c in self.callbacks)
+            seconds = self.seconds_left(1 / self._step_seconds)
+            if seconds < MIN_SECONDS_FOR_PROCESSES or not are_own or not has_room:
+                return
+        try:
+            self.replicas.start_processes(
+                self.model,
+                data.batch_size,
+                data.seq_len,
+                lambda line: self.echo(line),
+                wait=choice == "processes",
+            )
+        except (OSError, pickle.PicklingError) as error:
+            self.echo(f"note    threads compute the gradients, no processes: {error}")
 
     def _train_loop(self, reporter: StatusReporter) -> None:
         """Take steps, and do what is due after them, until something ends the run."""
@@ -656,8 +694,9 @@ class Trainer:
         total = 0.0
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
         compute_loss: Callable[..., tuple[Tensor, State]] | None = None
+        loss_options = {}
         if sampled_softmax := self.config.optimizer.sampled_softmax:
-            compute_loss = partial(self.model.loss, sampled_softmax=sampled_softmax)
+            loss_options["sampled_softmax"] = sampled_softmax
         if self._teachers:
             weight = self.config.distillation.teacher_weight
             compute_loss = partial(distillation_loss, self.model, self._teachers, weight)
@@ -684,6 +723,7 @@ class Trainer:
                 state=self.recurrent_state,
                 end_of_text=end_of_text,
                 process_group=group,
+                loss_options=loss_options,
                 compute_loss=compute_loss,
                 soft_targets=soft_targets,
             )
@@ -932,6 +972,7 @@ class Trainer:
                 "are validated and saved for use"
             )
         compile_seconds, step_seconds = self._time_steps()
+        self._step_seconds = step_seconds
         rate = self.next_batches * self.batch_tokens / step_seconds
         if length.minutes is not None:
             steps = max(1, int(60 * length.minutes / step_seconds))

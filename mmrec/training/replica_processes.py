@@ -1,0 +1,389 @@
+"""Replicas in processes of their own.
+
+Python runs one thread of a process at a time. A step of a small model is hundreds of short
+operations, between which its threads wait for each other, and the more threads there are, the
+longer. Processes do not wait: each computes the gradients of its share of a batch in its own
+interpreter. Memory that all of them map holds the parameters, so nothing is copied to them, and the
+gradients that they return.
+
+A process computes what a thread would have computed, bit for bit. A run can therefore begin with
+threads, go on with processes as soon as they are ready, and go back to threads if one is killed.
+"""
+
+import io
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import mmrec
+from mmrec.kernels._jit import CACHE_LINE
+from mmrec.model import LayerState, Model, State
+from mmrec.runtime import malloc
+from mmrec.runtime.interrupts import STOP_SIGNALS
+from mmrec.runtime.numeric import cdiv
+from mmrec.training.replicas import ReplicaResult, Share, replica_gradients
+
+MEMORY_BYTES = 300_000_000
+"""What a process takes besides what its thread would take: Python, torch and the kernels, measured
+with torch 2.13."""
+EXIT_SECONDS = 5
+"""Time that a process has to end by itself, when its work is no longer wanted."""
+
+
+def are_supported(model: Model) -> bool:
+    """Whether processes can compute what threads compute.
+
+    The system must have memory that processes share by a descriptor (Linux), and hooks of modules
+    and parameters are of this process.
+
+    Args:
+        model: what they compute with.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    parts = (*model.modules(), *model.parameters())
+    hooked = any(getattr(part, name, None) for part in parts for name in hooks)
+    return hasattr(os, "memfd_create") and not hooked
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    """In bytes."""
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class SharedMemory:
+    """Memory that several processes map, with tensors in it."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Map ``size`` bytes of the file behind a descriptor."""
+        self._bytes = mmap.mmap(descriptor, size)
+
+    def tensor(self, place: Place) -> Tensor:
+        """The tensor at a place."""
+        count = place.shape.numel()
+        if not count:
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(self._bytes, dtype=place.dtype, count=count, offset=place.offset)
+        return flat.view(place.shape)
+
+
+def lay_out(tensors: Sequence[Tensor], begin: int) -> tuple[list[Place], int]:
+    """Places for tensors one after the other, each at the begin of a cache line.
+
+    Args:
+        tensors: of which dtype and shape count.
+        begin: the first free byte.
+
+    Returns:
+        A place for each, and the first byte after them.
+    """
+    places = []
+    for x in tensors:
+        begin = cdiv(begin, CACHE_LINE) * CACHE_LINE
+        places.append(Place(begin, x.dtype, x.shape))
+        begin += x.numel() * x.element_size()
+    return places, begin
+
+
+class _ModelPickler(pickle.Pickler):
+    """Stores a model with its parameters by number, since they lie in shared memory."""
+
+    def __init__(self, file: io.BytesIO, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._numbers = {id(p): number for number, p in enumerate(parameters)}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return self._numbers.get(id(obj)) if isinstance(obj, nn.Parameter) else None
+
+
+class _ModelUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(file)
+        self._parameters = parameters
+
+    def persistent_load(self, pid: Any) -> nn.Parameter:
+        return self._parameters[pid]
+
+
+def _send(connection: Connection, *values: Any) -> None:
+    connection.send_bytes(pickle.dumps(values, pickle.HIGHEST_PROTOCOL))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
+
+
+def _map_state(function: Callable[[Any], Any], state: State | None) -> State | None:
+    """The state with a function applied to each of its arrays."""
+    if state is None:
+        return None
+    layers = [
+        LayerState(*(None if x is None else function(x) for x in layer)) for layer in state.layers
+    ]
+    return State(function(state.recent_tokens), layers)
+
+
+def _to_numpy(x: Tensor) -> Any:
+    return x.detach().numpy()
+
+
+class ReplicaProcesses:
+    """Processes that compute the gradients of all shares of a batch but the first."""
+
+    def __init__(
+        self,
+        model: Model,
+        count: int,
+        rows: int,
+        seq_len: int,
+        echo: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Start the processes and return. They are ready some seconds later.
+
+        The parameters move into shared memory. Whatever changes them must do so in place.
+
+        Args:
+            model: in training mode, with its precision set.
+            count: how many.
+            rows: sequences of a share; a process loads its kernels with shares of this shape.
+            seq_len: tokens of a sequence.
+            echo: called with a line for the user if a process fails.
+
+        Raises:
+            OSError: the system has no room for the processes or their memory.
+            pickle.PicklingError: the model cannot be sent to another process.
+        """
+        parameters = list(model.parameters())
+        self._echo, self._sent, self._ready = echo, 0, [False] * count
+        self._connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        trained = [p for p in parameters if p.requires_grad]
+        places, size = lay_out(parameters, 0)
+        gradient_places = []
+        for _ in range(count):
+            of_process, size = lay_out(trained, size)
+            gradient_places.append(of_process)
+        stored = io.BytesIO()
+        try:
+            _ModelPickler(stored, parameters).dump(model)
+        except (AttributeError, TypeError) as error:  # what pickle raises for local functions
+            raise pickle.PicklingError(str(error)) from None
+        descriptor = os.memfd_create("mmrec-replicas")
+        try:
+            os.ftruncate(descriptor, size)
+            memory = SharedMemory(descriptor, size)
+            for p, place in zip(parameters, places, strict=True):
+                shared = memory.tensor(place)
+                shared.copy_(p.detach())
+                p.data = shared
+            self._gradients = [[memory.tensor(p) for p in of] for of in gradient_places]
+            trial = torch.zeros(rows, seq_len, dtype=torch.int64).numpy()
+            requires_grad = [p.requires_grad for p in parameters]
+            for of_process in gradient_places:
+                connection = self._start(descriptor, size)
+                setup = (places, requires_grad, of_process, stored.getvalue(), trial)
+                _send(connection, *setup)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _start(self, descriptor: int, size: int) -> Connection:
+        """Start a process, which inherits a connection and the shared memory."""
+        own, other = Pipe()
+        self._connections.append(own)
+        folder = str(Path(mmrec.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        with other:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(other.fileno()), str(descriptor), str(size)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[other.fileno(), descriptor],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for this process, with which they end
+            )
+        self._processes.append(process)
+        return own
+
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes."""
+        return [process.pid for process in self._processes]
+
+    def are_ready(self, *, wait: bool = False) -> bool:
+        """Whether the processes can take their shares; False, too, after one has failed.
+
+        Args:
+            wait: wait until they can, or one fails.
+        """
+        if not self._connections:
+            return False
+        try:
+            for number, connection in enumerate(self._connections):
+                if not self._ready[number] and (wait or connection.poll()):
+                    _, error, *_ = _receive(connection)
+                    if error:
+                        raise ChildProcessError(error)
+                    self._ready[number] = True
+        except (OSError, EOFError) as error:
+            self._fail(self._describe(number, error))
+        return bool(self._ready) and all(self._ready)
+
+    def run(
+        self,
+        shares: Sequence[Share],
+        tasks: Sequence[Callable[[], ReplicaResult]],
+        run_tasks: Callable[[Sequence[Callable[[], ReplicaResult]]], list[ReplicaResult]],
+    ) -> list[ReplicaResult]:
+        """Compute the gradients of shares, the first one in this process.
+
+        Args:
+            shares: one more than there are processes.
+            tasks: what computes each share in this process.
+            run_tasks: runs tasks in threads: that of the first share, and those of processes that
+                fail.
+
+        Returns:
+            The result for each share. The gradients are valid until the next call.
+        """
+        self._sent += 1
+        failure = ""
+        asked: list[int] = []
+        for number, (share, connection) in enumerate(
+            zip(shares[1:], self._connections, strict=True)
+        ):
+            try:
+                _send(connection, self._sent, _share_to_numpy(share))
+                asked.append(number)
+            except OSError as error:
+                failure = self._describe(number, error)
+        results: dict[int, ReplicaResult] = {}
+        [results[0]] = run_tasks(tasks[:1])
+        for number in asked:
+            try:
+                answer = [0]
+                while answer[0] != self._sent:  # what an exception left behind is passed over
+                    answer = _receive(self._connections[number])
+                _, error_text, loss, state = answer
+                if error_text:
+                    raise ChildProcessError(error_text)
+                state = _map_state(torch.from_numpy, state)
+                results[number + 1] = loss, self._gradients[number], state
+            except (OSError, EOFError) as error:
+                failure = self._describe(number, error)
+        missing = [number for number in range(len(tasks)) if number not in results]
+        if missing:
+            self._fail(failure)
+            results |= zip(missing, run_tasks([tasks[n] for n in missing]), strict=True)
+        return [results[number] for number in range(len(tasks))]
+
+    def _describe(self, number: int, error: BaseException) -> str:
+        """Why a process does not answer."""
+        if isinstance(error, ChildProcessError):
+            return str(error)
+        try:
+            code = self._processes[number].wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def _fail(self, reason: str) -> None:
+        self._echo(
+            f"note    a process that computes gradients failed ({reason}): threads go on, with the "
+            "same bits"
+        )
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. Later calls do nothing."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            try:
+                process.wait(EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._connections, self._processes, self._ready = [], [], []
+
+
+def _share_to_numpy(share: Share) -> Share:
+    return share._replace(
+        tokens=_to_numpy(share.tokens),
+        targets=_to_numpy(share.targets),
+        state=_map_state(_to_numpy, share.state),
+    )
+
+
+def _share_from_numpy(share: Share) -> Share:
+    return share._replace(
+        tokens=torch.from_numpy(share.tokens),
+        targets=torch.from_numpy(share.targets),
+        state=_map_state(torch.from_numpy, share.state),
+    )
+
+
+def serve(connection: Connection, descriptor: int, size: int) -> None:
+    """Compute the gradients of shares until the other process closes the connection or ends.
+
+    Args:
+        connection: to the process that trains.
+        descriptor: of the shared memory.
+        size: of the shared memory, in bytes.
+    """
+    torch.set_num_threads(1)
+    places, requires_grad, gradient_places, stored, trial = _receive(connection)
+    memory = SharedMemory(descriptor, size)
+    all_parameters = [
+        nn.Parameter(memory.tensor(place), requires_grad=required)
+        for place, required in zip(places, requires_grad, strict=True)
+    ]
+    model = _ModelUnpickler(io.BytesIO(stored), all_parameters).load()
+    parameters = [p for p in all_parameters if p.requires_grad]
+    gradients = [memory.tensor(place) for place in gradient_places]
+    number, share = 0, Share(trial, trial, 0, None, trial.size)
+    while True:
+        try:
+            loss, new_gradients, state = replica_gradients(
+                model, parameters, _share_from_numpy(share)
+            )
+            torch._foreach_copy_(gradients, list(new_gradients))
+            del new_gradients
+            answer = (number, "", loss, _map_state(_to_numpy, state))
+        except Exception as error:
+            answer = (number, f"{type(error).__name__}: {error}", 0.0, None)
+        _send(connection, *answer)
+        number, share = _receive(connection)
+
+
+def main() -> None:
+    """Run a process of ``ReplicaProcesses``."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the process that trains decides when to stop
+    malloc.keep_freed_memory()
+    connection, descriptor, size = map(int, sys.argv[1:])
+    try:
+        serve(Connection(connection), descriptor, size)
+    except (EOFError, OSError):  # the other process has no more work, or has ended
+        sys.exit()
+
+
+if __name__ == "__main__":
+    main()
