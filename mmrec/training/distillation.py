@@ -160,12 +160,12 @@ class Teachers:
 
 def distillation_loss(
     student: Model,
-    teachers: Teachers,
-    weight: float,
     tokens: Tensor,
     targets: Tensor,
     state: State | None = None,
     *,
+    weight: float,
+    teachers: Teachers | None = None,
     soft_targets: Tensor | None = None,
     document_starts: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -174,10 +174,10 @@ def distillation_loss(
 
     Args:
         student: the model that learns.
-        teachers: whose mean prediction it learns.
-        weight: w, from 0 to 1.
-        soft_targets: (B, T, V) float32, what the teachers predict; None asks them.
         tokens, targets, state, document_starts, generator: see ``Model.loss``.
+        weight: w, from 0 to 1.
+        teachers: whose mean prediction it learns; None where ``soft_targets`` are given.
+        soft_targets: (B, T, V) float32, what the teachers predict; None asks them.
 
     Returns:
         w times the cross-entropy with the teachers' mean prediction, plus 1 - w times that with the
@@ -185,6 +185,7 @@ def distillation_loss(
     """
     mean = soft_targets
     if mean is None:
+        assert teachers is not None
         mean = teachers.probabilities(tokens, document_starts)
     hidden, state = student.hidden_states(
         tokens, state, document_starts=document_starts, generator=generator

@@ -141,6 +141,17 @@ def _to_numpy(x: Tensor) -> Any:
     return x.detach().numpy()
 
 
+def _map_share(function: Callable[[Any], Any], share: Share) -> Share:
+    """The share with a function applied to each of its arrays."""
+    soft_targets = share.soft_targets
+    return share._replace(
+        tokens=function(share.tokens),
+        targets=function(share.targets),
+        state=_map_state(function, share.state),
+        soft_targets=None if soft_targets is None else function(soft_targets),
+    )
+
+
 class ReplicaProcesses:
     """Processes that compute the gradients of all shares of a batch but the first."""
 
@@ -270,7 +281,7 @@ class ReplicaProcesses:
             zip(shares[1:], self._connections, strict=True)
         ):
             try:
-                _send(connection, self._sent, _share_to_numpy(share))
+                _send(connection, self._sent, _map_share(_to_numpy, share))
                 asked.append(number)
             except OSError as error:
                 failure = self._describe(number, error)
@@ -324,22 +335,6 @@ class ReplicaProcesses:
         self._connections, self._processes, self._ready = [], [], []
 
 
-def _share_to_numpy(share: Share) -> Share:
-    return share._replace(
-        tokens=_to_numpy(share.tokens),
-        targets=_to_numpy(share.targets),
-        state=_map_state(_to_numpy, share.state),
-    )
-
-
-def _share_from_numpy(share: Share) -> Share:
-    return share._replace(
-        tokens=torch.from_numpy(share.tokens),
-        targets=torch.from_numpy(share.targets),
-        state=_map_state(torch.from_numpy, share.state),
-    )
-
-
 def serve(connection: Connection, descriptor: int, size: int) -> None:
     """Compute the gradients of shares until the other process closes the connection or ends.
 
@@ -362,7 +357,7 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
     while True:
         try:
             loss, new_gradients, state = replica_gradients(
-                model, parameters, _share_from_numpy(share)
+                model, parameters, _map_share(torch.from_numpy, share)
             )
             torch._foreach_copy_(gradients, list(new_gradients))
             del new_gradients

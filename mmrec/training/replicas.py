@@ -146,34 +146,31 @@ class Share(NamedTuple):
     """Multiplies the gradient."""
     end_of_text: int | None = None
     """A token at which a document begins and the recurrent state is reset."""
+    compute_loss: Callable[..., tuple[Tensor, State]] = Model.loss
+    """See ``forward_backward``."""
     loss_options: Mapping[str, Any] | None = None
-    """More arguments of ``Model.loss``."""
+    """More arguments of ``compute_loss``."""
+    soft_targets: Tensor | None = None
+    """(B, T, V) float32, see ``forward_backward``."""
 
 
-def replica_gradients(
-    model: Model,
-    parameters: Sequence[Tensor],
-    share: Share,
-    compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
-    soft_targets: Tensor | None = None,
-) -> ReplicaResult:
+def replica_gradients(model: Model, parameters: Sequence[Tensor], share: Share) -> ReplicaResult:
     """The gradients of a replica's share of a batch.
 
     Args:
         model: in training mode.
         parameters: those to differentiate for; with none, their ``grad`` is set instead.
         share: of the batch.
-        compute_loss: see ``forward_backward``.
-        soft_targets: (B, T, V) float32, see ``forward_backward``.
     """
     own_count = count_targets(share.targets)
     weight, ignores = own_count / share.counted, own_count < share.targets.numel()
     generator = torch.Generator().manual_seed(share.seed)
     starts = None if share.end_of_text is None else share.tokens == share.end_of_text
     extra: dict[str, Any] = {"some_ignored": True} if ignores else {}
-    if soft_targets is not None:
-        extra["soft_targets"] = soft_targets
-    loss, new_state = (compute_loss or model.loss)(
+    if share.soft_targets is not None:
+        extra["soft_targets"] = share.soft_targets
+    loss, new_state = share.compute_loss(
+        model,
         share.tokens,
         share.targets,
         share.state,
@@ -201,8 +198,8 @@ def forward_backward(
     state: State | None = None,
     end_of_text: int | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    compute_loss: Callable[..., tuple[Tensor, State]] = Model.loss,
     loss_options: Mapping[str, Any] | None = None,
-    compute_loss: Callable[..., tuple[Tensor, State]] | None = None,
     soft_targets: Tensor | None = None,
 ) -> tuple[float, State]:
     """Add the gradient of a batch's mean loss, times ``scale``, to ``p.grad`` of each parameter.
@@ -222,9 +219,8 @@ def forward_backward(
         end_of_text: a token at which a document begins and the recurrent state is reset; None
             never resets it.
         process_group: the processes that train together.
-        loss_options: more arguments of ``model.loss``.
-        compute_loss: takes the place of ``model.loss``, with its arguments and results. It runs in
-            threads only.
+        compute_loss: takes the place of ``Model.loss``, with its arguments and results.
+        loss_options: more arguments of ``compute_loss``.
         soft_targets: (B, T, V) float32, a distribution for each target, which ``compute_loss`` gets
             as an argument of this name.
 
@@ -241,17 +237,16 @@ def forward_backward(
     if process_group.size > 1:
         seed_list = [seed_list[process_group.rank] + replica for replica in range(count)]
     shares = [
-        Share(*parts, counted, scale, end_of_text, loss_options)
-        for parts in zip(token_parts, target_parts, seed_list, state_parts, strict=True)
+        Share(*parts, counted, scale, end_of_text, compute_loss, loss_options, soft_part)
+        for *parts, soft_part in zip(
+            token_parts, target_parts, seed_list, state_parts, soft_parts, strict=True
+        )
     ]
     # a single replica sets the gradients itself: sharded layers listen to backward
     differentiated = parameters if count > 1 else []
-    tasks = [
-        partial(replica_gradients, model, differentiated, share, compute_loss, soft_part)
-        for share, soft_part in zip(shares, soft_parts, strict=True)
-    ]
+    tasks = [partial(replica_gradients, model, differentiated, share) for share in shares]
     processes = replicas.processes
-    if processes is not None and compute_loss is None and processes.are_ready():
+    if processes is not None and processes.are_ready():
         results = processes.run(shares, tasks, replicas.run)
     else:
         results = replicas.run(tasks)

@@ -11,7 +11,6 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -569,7 +568,8 @@ class Trainer:
         They know the model as it is now, with its weights as they will be.
         """
         choice, data = self.config.optimizer.replicas, self.config.data
-        if choice == "threads" or self.process_group.size > 1 or self._teachers:
+        asks_teachers = self._teachers is not None and self._predictions is None
+        if choice == "threads" or self.process_group.size > 1 or asks_teachers:
             return
         if choice == "auto":
             memory, processes = memory_bytes(), self.replicas.count - 1
@@ -693,13 +693,15 @@ class Trainer:
         first = max(0, first - self.progress.earlier_batches)  # of the text as it is now
         total = 0.0
         end_of_text = self.corpus.tokenizer.eot if self.resets_at_documents else None
-        compute_loss: Callable[..., tuple[Tensor, State]] | None = None
-        loss_options = {}
+        compute_loss: Callable[..., tuple[Tensor, State]] = Model.loss
+        loss_options: dict[str, Any] = {}
         if sampled_softmax := self.config.optimizer.sampled_softmax:
             loss_options["sampled_softmax"] = sampled_softmax
         if self._teachers:
-            weight = self.config.distillation.teacher_weight
-            compute_loss = partial(distillation_loss, self.model, self._teachers, weight)
+            compute_loss = distillation_loss
+            loss_options["weight"] = self.config.distillation.teacher_weight
+            if self._predictions is None:
+                loss_options["teachers"] = self._teachers
         loaded = [self.loader.batch_at(batch) for batch in range(first, first + batches)]
         all_targets = sum(count_targets(targets) for _, targets in loaded)
         for batch, (tokens, targets) in enumerate(loaded, first):
@@ -723,8 +725,8 @@ class Trainer:
                 state=self.recurrent_state,
                 end_of_text=end_of_text,
                 process_group=group,
-                loss_options=loss_options,
                 compute_loss=compute_loss,
+                loss_options=loss_options,
                 soft_targets=soft_targets,
             )
             total += loss / count

@@ -43,7 +43,7 @@ def randomised(config: ModelConfig = CONFIG) -> Model:
 def test_the_loss_is_the_cross_entropy_with_the_mean_of_the_teachers(weight: float) -> None:
     student, *models = (randomised() for _ in range(3))
     tokens, targets = torch.randint(11, (2, 2, 7))
-    loss, _ = distillation_loss(student, Teachers(models), weight, tokens, targets)
+    loss, _ = distillation_loss(student, tokens, targets, teachers=Teachers(models), weight=weight)
     mean = np.mean([softmax(logits_of(m, tokens)) for m in models], axis=0)
     log_p = np.log(softmax(logits_of(student, tokens)))
     text = -np.take_along_axis(log_p, targets.numpy()[..., None], -1).mean()
@@ -53,9 +53,8 @@ def test_the_loss_is_the_cross_entropy_with_the_mean_of_the_teachers(weight: flo
     assert all(p.grad is None for m in models for p in m.parameters())
     # at the student's own prediction the gradient of the logits is zero
     student.zero_grad()
-    distillation_loss(student, Teachers([student_copy(student)]), 1.0, tokens, targets)[
-        0
-    ].backward()
+    own = Teachers([student_copy(student)])
+    distillation_loss(student, tokens, targets, teachers=own, weight=1.0)[0].backward()
     assert student.embedding.grad is not None
     assert student.embedding.grad.abs().max() < 1e-6
 
@@ -75,11 +74,12 @@ def teachers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{folder}/1, {folder}/2/last.h5"
 
 
+@pytest.mark.parametrize("replicas", ["threads", "processes"])
 def test_a_stopped_run_with_teachers_resumes_bit_for_bit(
-    corpus: Corpus, tmp_path: Path, teachers: str
+    corpus: Corpus, tmp_path: Path, teachers: str, replicas: str
 ) -> None:
-    settings = {"teachers": teachers, "teacher_weight": 0.8}
-    whole = make_trainer(corpus, tmp_path / "whole", **settings)
+    settings = {"teachers": teachers, "teacher_weight": 0.8, "replicas": replicas}
+    whole = make_trainer(corpus, tmp_path / "whole", **settings | {"replicas": "threads"})
     whole.fit()
     assert "mean prediction of 2 models, and for 0.2" in "\n".join(whole.lines)  # type: ignore[attr-defined]
     plain = make_trainer(corpus, tmp_path / "plain")
