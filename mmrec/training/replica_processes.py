@@ -82,7 +82,7 @@ class SharedMemory:
 
 
 def lay_out(tensors: Sequence[Tensor], begin: int) -> tuple[list[Place], int]:
-    """Places for tensors one after the other, each at the begin of a cache line.
+    """Places for tensors one after the other, each at the start of a cache line.
 
     Args:
         tensors: of which dtype and shape count.
@@ -131,9 +131,11 @@ def _map_state(function: Callable[[Any], Any], state: State | None) -> State | N
     """The state with a function applied to each of its arrays."""
     if state is None:
         return None
-    layers = [
-        LayerState(*(None if x is None else function(x) for x in layer)) for layer in state.layers
-    ]
+
+    def apply(x: Any) -> Any:
+        return None if x is None else function(x)
+
+    layers = [LayerState(*map(apply, layer)) for layer in state.layers]
     return State(function(state.recent_tokens), layers)
 
 
@@ -249,9 +251,9 @@ class ReplicaProcesses:
         try:
             for number, connection in enumerate(self._connections):
                 if not self._ready[number] and (wait or connection.poll()):
-                    _, error, *_ = _receive(connection)
-                    if error:
-                        raise ChildProcessError(error)
+                    _, problem, *_ = _receive(connection)
+                    if problem:
+                        raise ChildProcessError(problem)
                     self._ready[number] = True
         except (OSError, EOFError) as error:
             self._fail(self._describe(number, error))
@@ -289,13 +291,13 @@ class ReplicaProcesses:
         [results[0]] = run_tasks(tasks[:1])
         for number in asked:
             try:
-                answer = [0]
-                while answer[0] != self._sent:  # what an exception left behind is passed over
-                    answer = _receive(self._connections[number])
-                _, error_text, loss, state = answer
-                if error_text:
-                    raise ChildProcessError(error_text)
-                state = _map_state(torch.from_numpy, state)
+                answered = 0
+                while answered != self._sent:  # what an exception left behind is passed over
+                    answered, problem, loss, stored = _receive(self._connections[number])
+                if problem:
+                    raise ChildProcessError(problem)
+                state = _map_state(torch.from_numpy, stored)
+                assert state is not None
                 results[number + 1] = loss, self._gradients[number], state
             except (OSError, EOFError) as error:
                 failure = self._describe(number, error)

@@ -237,8 +237,8 @@ def forward_backward(
     if process_group.size > 1:
         seed_list = [seed_list[process_group.rank] + replica for replica in range(count)]
     shares = [
-        Share(*parts, counted, scale, end_of_text, compute_loss, loss_options, soft_part)
-        for *parts, soft_part in zip(
+        Share(x, y, seed, before, counted, scale, end_of_text, compute_loss, loss_options, soft)
+        for x, y, seed, before, soft in zip(
             token_parts, target_parts, seed_list, state_parts, soft_parts, strict=True
         )
     ]
