@@ -31,9 +31,9 @@ from mmrec.training.pretrained import Candidate, sample_text, score_candidates
 DEFAULT_MINUTES = 5.0
 """Time that is assumed if no length is given, about that of a run of default length."""
 
-CORE_SPEED = {("tiny", "char"): 14_000, ("tiny", "bpe"): 10_000, ("mini", "bpe"): 3_000}
-"""Training tokens per second of one core with bfloat16 instructions (docs/benchmarks/index.md, and
-decision 023 for mini)."""
+CORE_SPEED = {("tiny", "char"): 22_000, ("tiny", "bpe"): 14_000, ("mini", "bpe"): 4_200}
+"""Training tokens per second of one core with bfloat16 instructions: three quarters of what a core
+of the fastest processor that was measured does beside another one (decision 046)."""
 FLOAT32_SPEED = 0.5
 """Share of it without those instructions (decision 029)."""
 MAX_CORES = 4
@@ -90,8 +90,8 @@ def choose(
        vocabulary.
     2. Preset: mini if it can read 6 million tokens in the time and no text more than four times,
        else tiny. Larger ones were not measured, and are never chosen.
-    3. Against memorising: nothing below four passes over the text, dropout 0.1 up to sixteen, then
-       dropout 0.2 with weight decay 1.
+    3. Against memorising: nothing below four passes over the text, dropout 0.1 (0.2 with BPE) up to
+       sixteen, then dropout 0.2 with weight decay 1.
     4. Batch and length of the windows: the preset's.
 
     Several models and a student that learns their mean (``teachers``) would come after 3, for more
@@ -130,7 +130,7 @@ def choose(
     if given.get("teachers"):  # a student does not memorise
         settings["dropout"] = 0.0
     else:
-        settings |= _regularisation(epochs)
+        settings |= _regularisation(epochs, kind)
     settings |= {"batch_size": 16} | preset_train_settings(preset, kind) | dict(given)
     sizes = {"batch_size": 16, "seq_len": 256} | settings
     _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
@@ -144,11 +144,13 @@ def choose(
     return Choice(preset, settings, note)
 
 
-def _regularisation(epochs: float) -> dict[str, float]:
-    """Settings against memorising, by the passes over the text."""
+def _regularisation(epochs: float, kind: str) -> dict[str, float]:
+    """Settings against memorising, by the passes over the text and the kind of its tokens."""
     if epochs < DEFAULT_EPOCHS:
         return {"dropout": 0.0}
-    return {"dropout": 0.1} if epochs <= STRONG_EPOCHS else {"dropout": 0.2, "weight_decay": 1.0}
+    if epochs <= STRONG_EPOCHS:
+        return {"dropout": 0.2 if kind == "bpe" else 0.1}
+    return {"dropout": 0.2, "weight_decay": 1.0}
 
 
 def _speed(preset: str, kind: str, cores: int, has_bfloat16: bool) -> float:

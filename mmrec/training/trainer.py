@@ -1049,7 +1049,8 @@ class Trainer:
         name, count = max(read, key=lambda source: source[1])
         # what a student learns is not the text, and is not memorised
         if count > DEFAULT_EPOCHS and not self.model.config.dropout and not self._teachers:
-            limit, advice = DEFAULT_EPOCHS, "--dropout 0.1 helps"
+            dropout = "0.2" if self.corpus.tokenizer.kind == "bpe" else "0.1"
+            limit, advice = DEFAULT_EPOCHS, f"--dropout {dropout} helps"
             if count > MANY_EPOCHS:
                 limit = MANY_EPOCHS
                 advice = "--dropout 0.2 and --weight-decay 1 help, and mmrec distill does more"
