@@ -38,7 +38,7 @@ MEMORY_BYTES = 300_000_000
 """What a process takes besides what its thread would take: Python, torch and the kernels, measured
 with torch 2.13."""
 EXIT_SECONDS = 5
-"""Time that a process has to end by itself, when its work is no longer wanted."""
+"""Time after which a process that has closed its connection should have ended."""
 
 
 def are_supported(model: Model) -> bool:
@@ -325,15 +325,13 @@ class ReplicaProcesses:
         self.close()
 
     def close(self) -> None:
-        """End the processes. Later calls do nothing."""
+        """End the processes, which have nothing to lose. Later calls do nothing."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            try:
-                process.wait(EXIT_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+        for process in self._processes:
+            process.wait()
         self._connections, self._processes, self._ready = [], [], []
 
 
@@ -353,6 +351,8 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
         for place, required in zip(places, requires_grad, strict=True)
     ]
     model = _ModelUnpickler(io.BytesIO(stored), all_parameters).load()
+    if model.activation_checkpointing:
+        malloc.return_large_blocks()
     parameters = [p for p in all_parameters if p.requires_grad]
     gradients = [memory.tensor(place) for place in gradient_places]
     number, share = 0, Share(trial, trial, 0, None, trial.size)
@@ -361,8 +361,9 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
             loss, new_gradients, state = replica_gradients(
                 model, parameters, _map_share(torch.from_numpy, share)
             )
-            torch._foreach_copy_(gradients, list(new_gradients))
-            del new_gradients
+            for gradient, new in zip(gradients, new_gradients, strict=True):
+                gradient.copy_(new)
+            del new_gradients, new
             answer = (number, "", loss, _map_state(_to_numpy, state))
         except Exception as error:
             answer = (number, f"{type(error).__name__}: {error}", 0.0, None)
