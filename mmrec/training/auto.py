@@ -32,8 +32,9 @@ DEFAULT_MINUTES = 5.0
 """Time that is assumed if no length is given, about that of a run of default length."""
 
 CORE_SPEED = {("tiny", "char"): 22_000, ("tiny", "bpe"): 14_000, ("mini", "bpe"): 4_200}
-"""Training tokens per second of one core with bfloat16 instructions: three quarters of what a core
-of the fastest processor that was measured does beside another one (decision 046)."""
+"""Training tokens per second of one core with bfloat16 instructions: about three
+quarters of what a core of the fastest processor that was measured does beside another one
+(decision 047)."""
 FLOAT32_SPEED = 0.5
 """Share of it without those instructions (decision 029)."""
 MAX_CORES = 4

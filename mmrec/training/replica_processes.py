@@ -181,7 +181,7 @@ class ReplicaProcesses:
             pickle.PicklingError: the model cannot be sent to another process.
         """
         parameters = list(model.parameters())
-        self._echo, self._sent, self._ready = echo, 0, [False] * count
+        self._echo, self._ready = echo, [False] * count
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         trained = [p for p in parameters if p.requires_grad]
@@ -204,11 +204,10 @@ class ReplicaProcesses:
                 shared.copy_(p.detach())
                 p.data = shared
             self._gradients = [[memory.tensor(p) for p in of] for of in gradient_places]
-            trial = torch.zeros(rows, seq_len, dtype=torch.int64).numpy()
             requires_grad = [p.requires_grad for p in parameters]
             for of_process in gradient_places:
                 connection = self._start(descriptor, size)
-                setup = (places, requires_grad, of_process, stored.getvalue(), trial)
+                setup = (places, requires_grad, of_process, stored.getvalue(), (rows, seq_len))
                 _send(connection, *setup)
         except BaseException:
             self.close()
@@ -251,7 +250,7 @@ class ReplicaProcesses:
         try:
             for number, connection in enumerate(self._connections):
                 if not self._ready[number] and (wait or connection.poll()):
-                    _, problem, *_ = _receive(connection)
+                    problem, *_ = _receive(connection)
                     if problem:
                         raise ChildProcessError(problem)
                     self._ready[number] = True
@@ -274,16 +273,28 @@ class ReplicaProcesses:
                 fail.
 
         Returns:
-            The result for each share. The gradients are valid until the next call.
+            The result for each share. The gradients are valid until the next call. An error or an
+            interrupt ends the processes, so that no answer is left for the next call.
         """
-        self._sent += 1
+        try:
+            return self._run(shares, tasks, run_tasks)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(
+        self,
+        shares: Sequence[Share],
+        tasks: Sequence[Callable[[], ReplicaResult]],
+        run_tasks: Callable[[Sequence[Callable[[], ReplicaResult]]], list[ReplicaResult]],
+    ) -> list[ReplicaResult]:
         failure = ""
         asked: list[int] = []
         for number, (share, connection) in enumerate(
             zip(shares[1:], self._connections, strict=True)
         ):
             try:
-                _send(connection, self._sent, _map_share(_to_numpy, share))
+                _send(connection, _map_share(_to_numpy, share))
                 asked.append(number)
             except OSError as error:
                 failure = self._describe(number, error)
@@ -291,9 +302,7 @@ class ReplicaProcesses:
         [results[0]] = run_tasks(tasks[:1])
         for number in asked:
             try:
-                answered = 0
-                while answered != self._sent:  # what an exception left behind is passed over
-                    answered, problem, loss, stored = _receive(self._connections[number])
+                problem, loss, stored = _receive(self._connections[number])
                 if problem:
                     raise ChildProcessError(problem)
                 state = _map_state(torch.from_numpy, stored)
@@ -344,7 +353,7 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
         size: of the shared memory, in bytes.
     """
     torch.set_num_threads(1)
-    places, requires_grad, gradient_places, stored, trial = _receive(connection)
+    places, requires_grad, gradient_places, stored, shape = _receive(connection)
     memory = SharedMemory(descriptor, size)
     all_parameters = [
         nn.Parameter(memory.tensor(place), requires_grad=required)
@@ -355,20 +364,20 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
         malloc.return_large_blocks()
     parameters = [p for p in all_parameters if p.requires_grad]
     gradients = [memory.tensor(place) for place in gradient_places]
-    number, share = 0, Share(trial, trial, 0, None, trial.size)
+    trial = torch.zeros(shape, dtype=torch.int64)
+    share = Share(trial, trial, 0, None, trial.numel())
     while True:
         try:
-            loss, new_gradients, state = replica_gradients(
-                model, parameters, _map_share(torch.from_numpy, share)
-            )
+            loss, new_gradients, state = replica_gradients(model, parameters, share)
             for gradient, new in zip(gradients, new_gradients, strict=True):
                 gradient.copy_(new)
             del new_gradients, new
-            answer = (number, "", loss, _map_state(_to_numpy, state))
+            answer = ("", loss, _map_state(_to_numpy, state))
         except Exception as error:
-            answer = (number, f"{type(error).__name__}: {error}", 0.0, None)
+            answer = (f"{type(error).__name__}: {error}", 0.0, None)
         _send(connection, *answer)
-        number, share = _receive(connection)
+        [received] = _receive(connection)
+        share = _map_share(torch.from_numpy, received)
 
 
 def main() -> None:

@@ -253,8 +253,8 @@ def forward_backward(
 
     def add_gradients() -> None:
         all_gradients = (gradients for _, gradients, _ in results)
-        for p, *replica_gradients in zip(parameters, *all_gradients, strict=True):
-            for gradient in replica_gradients:
+        for p, *of_replicas in zip(parameters, *all_gradients, strict=True):
+            for gradient in of_replicas:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
     if count > 1:

@@ -102,7 +102,7 @@ from mmrec.training.weight_average import WeightAverage
 MIN_READ_SHARE = 0.95
 """Share of the training tokens below which an epoch is said to leave some out."""
 MIN_SECONDS_FOR_PROCESSES = 30.0
-"""A shorter run keeps its threads: processes start in four to five seconds of a core's time."""
+"""A shorter run keeps its threads: processes start in three to four seconds of a core's time."""
 MAX_SHARE_OF_MEMORY = 0.25
 """Share of the machine's memory that processes of replicas may take beyond that of threads."""
 MANY_EPOCHS = 16

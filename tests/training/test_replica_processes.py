@@ -21,7 +21,7 @@ from mmrec.training.callbacks import Callback
 from mmrec.training.replica_processes import ReplicaProcesses, are_supported
 from mmrec.training.replicas import Replicas, forward_backward
 from mmrec.training.trainer import Trainer
-from tests.conftest import SMALL, make_trainer
+from tests.conftest import SMALL, make_trainer, stop_by_signal
 from tests.training.test_trainer import losses
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
@@ -154,21 +154,19 @@ def test_threads_do_the_work_of_a_killed_process(
     assert not exists(second)
 
 
-def test_an_error_is_raised_and_leaves_no_answer_behind(replicas: Replicas) -> None:
+@pytest.mark.parametrize("row", [0, 4])
+def test_an_error_is_raised_and_leaves_no_answer_behind(replicas: Replicas, row: int) -> None:
+    """In the share of this process, while the others answer, or in that of another one."""
     model = make_model()
     run = batch_of(model)
     expected = run(replicas)
     replicas.start_processes(model, 5, 16, wait=True)
+    pids = pids_of(replicas)
     bad = torch.zeros(5, 16, dtype=torch.int64)
-    bad[0] = 64  # in the share of this process: the others have answered
+    bad[row] = 64
     with pytest.raises(IndexError):
         forward_backward(model, replicas, bad, bad)
-    assert_same_bits(run(replicas), expected)
-    assert replicas.processes is not None
-    assert replicas.processes.are_ready()
-    bad[0], bad[4] = 0, 64  # in that of another one
-    with pytest.raises(IndexError):
-        forward_backward(model, replicas, bad, bad)
+    assert not any(map(exists, pids))
     assert_same_bits(run(replicas), expected)
 
 
@@ -222,14 +220,7 @@ def test_a_run_with_processes_is_the_run_with_threads_and_resumes_as_it(
     uninterrupted.fit()
     assert not started
     first = make_trainer(corpus, tmp_path / "resumed", replicas="processes", **settings)
-    train_step = first.train_step
-
-    def interrupted() -> tuple[float, float, float]:
-        if first.progress.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step()
-
-    first.train_step = interrupted  # type: ignore[method-assign]
+    stop_by_signal(first, 6)
     assert first.fit()["ended"] == "signal"
     [of_first] = started
     assert not of_first.pids  # all have ended

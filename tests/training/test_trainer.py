@@ -28,7 +28,7 @@ from mmrec.training.callbacks import Callback
 from mmrec.training.lr_schedule import lr_factor
 from mmrec.training.metrics import MetricsLog, Progress
 from mmrec.training.trainer import Trainer
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, stop_by_signal
 
 
 def losses(folder: Path) -> list[float]:
@@ -102,14 +102,7 @@ def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
     uninterrupted = make_trainer(corpus, tmp_path / "uninterrupted", **settings)
     uninterrupted.fit()
     first = make_trainer(corpus, tmp_path / "resumed", **settings)
-    train_step = first.train_step
-
-    def interrupted() -> tuple[float, float, float]:
-        if first.progress.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step()
-
-    first.train_step = interrupted  # type: ignore[method-assign]
+    stop_by_signal(first, 6)
     assert first.fit()["ended"] == "signal"
     assert first.stop_signal.signal_number == signal.SIGTERM
     resumed = make_trainer(corpus, tmp_path / "resumed", **settings)
