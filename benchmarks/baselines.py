@@ -9,7 +9,8 @@ baselines were found by `search.py`, except those of nanoGPT's published recipe 
 
 What mmrec's training has, a baseline can have as well: Muon for its matrices (``optimizer=muon``),
 weight decay, dropout of embeddings, layers and logits, windows whose state is carried on
-(``carry``, LSTM and GRU), bfloat16 and compiling; and an average of the weights (``ema``).
+(``carry``, LSTM and GRU), bfloat16 and compiling; an average of the weights (``ema``); and the
+n-gram embedding with its optimizer (``ngram_buckets``; transformer, LSTM, GRU and xLSTM).
 
 Axes: B sequences, T tokens per sequence, D width, V vocabulary size.
 """
@@ -29,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrec.config import MODEL_SETTINGS, TRAIN_SETTINGS
+from mmrec.config import MODEL_SETTINGS, NGRAM_HASH, TRAIN_SETTINGS
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import WindowLoader
 from mmrec.data.prepare import prepare
-from mmrec.optimizer import MuonAdamW
+from mmrec.kernels.rowwise_rmsprop.op import rowwise_rmsprop_
+from mmrec.optimizer import MEAN_SQUARE_DECAY, MuonAdamW
 from mmrec.runtime.numeric import cdiv
 from mmrec.training.lr_schedule import lr_factor
 
@@ -137,6 +139,9 @@ LOOP_SETTINGS: dict[str, Any] = {
     "decay": 0.1,
     "dropout": 0.0,
     "embedding_dropout": 0.0,
+    "ngram_buckets": 0,  # rows of an n-gram embedding as mmrec's
+    "ngram_lr": 0.01,  # its rate, mmrec's
+    "ngram_decay": 1.0,  # its weight decay, mmrec's
     "carry": False,  # windows continue the state of those before
     "ema": 0.0,  # horizon of the average of the weights that is scored, as a share of the run
     "bf16": False,
@@ -162,6 +167,57 @@ def settings(name: str, seconds: float, tokenizer: str, size: int = 0) -> dict[s
 
 STATEFUL = ("lstm", "gru")
 """Baselines whose state can be carried from window to window."""
+
+
+class NgramEmbedding(nn.Module):
+    """The n-gram embedding of mmrec, in front of another model: pairs and triples of tokens."""
+
+    def __init__(self, buckets: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(buckets, width))
+        self.mean_square = torch.zeros(buckets)
+
+    @torch.compiler.disable  # compiled functions have no sparse gradients
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The sum of two rows for each token (B, T); 0 stands before the window."""
+        key, buckets = tokens, []
+        for n, (multiplier, mixer) in enumerate(NGRAM_HASH[:2], 1):
+            earlier = F.pad(tokens, (n, 0))[:, : tokens.shape[1]]
+            key = earlier * multiplier + key
+            mixed = key * mixer
+            buckets.append((mixed >> 7 ^ mixed) % len(self.weight))
+        return F.embedding(torch.stack(buckets), self.weight, sparse=True).sum(0)
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Update the rows that have a gradient, as mmrec does."""
+        gradient, self.weight.grad = self.weight.grad, None
+        assert gradient is not None
+        indices, values = gradient._indices()[0], gradient._values()
+        rowwise_rmsprop_(
+            self.weight, self.mean_square, indices, values, lr, MEAN_SQUARE_DECAY, weight_decay
+        )
+
+
+class WithNgrams(nn.Module):
+    """The embedding of the tokens of a model, and of n-grams if its options ask for them."""
+
+    def __init__(self, vocab: int, std: float, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab, options["width"])
+        nn.init.normal_(self.tokens.weight, std=std)
+        buckets = options["ngram_buckets"]
+        self.ngrams = NgramEmbedding(buckets, options["width"]) if buckets else None
+        self.dropout = nn.Dropout(options["embedding_dropout"])
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding of the tokens, (V, D)."""
+        return self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        return self.dropout(x if self.ngrams is None else x + self.ngrams(tokens))
 
 
 class Attention(nn.Module):
@@ -196,21 +252,19 @@ class Transformer(nn.Module):
     def __init__(self, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
         width, depth, heads = options["width"], options["depth"], options["heads"]
-        self.embedding = nn.Embedding(vocab, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding = WithNgrams(vocab, 0.02, options)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(depth))
         self.up_proj = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(depth))
         self.down_proj = nn.ModuleList(
             nn.Linear(4 * width, width, bias=False) for _ in range(depth)
         )
-        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
         self.dropout = nn.Dropout(options["dropout"])
         for attention, down in zip(self.attention, self.down_proj, strict=True):
             nn.init.zeros_(attention.out_proj.weight)  # type: ignore[union-attr, arg-type]
             nn.init.zeros_(down.weight)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding_dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
         norm = x.shape[-1:]
         for attention, up, down in zip(self.attention, self.up_proj, self.down_proj, strict=True):
             x = x + self.dropout(attention(F.rms_norm(x, norm)))
@@ -224,16 +278,14 @@ class Recurrent(nn.Module):
     def __init__(self, kind: str, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
         width, depth, dropout = options["width"], options["depth"], options["dropout"]
-        self.embedding = nn.Embedding(vocab, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
+        self.embedding = WithNgrams(vocab, width**-0.5, options)
         between = dropout if depth > 1 else 0.0
         cls = nn.LSTM if kind == "lstm" else nn.GRU
         self.rnn = cls(width, width, depth, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        x, state = self.rnn(self.embedding_dropout(self.embedding(tokens)), state)
+        x, state = self.rnn(self.embedding(tokens), state)
         return F.linear(self.dropout(x), self.embedding.weight), state
 
 
@@ -253,9 +305,7 @@ class XLSTM(nn.Module):
         )
 
         width, depth, heads = options["width"], options["depth"], options["heads"]
-        self.embedding = nn.Embedding(vocab, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        self.embedding_dropout = nn.Dropout(options["embedding_dropout"])
+        self.embedding = WithNgrams(vocab, width**-0.5, options)
         self.blocks = xLSTMBlockStack(
             xLSTMBlockStackConfig(
                 mlstm_block=mLSTMBlockConfig(mLSTMLayerConfig(num_heads=heads)),
@@ -272,7 +322,7 @@ class XLSTM(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.blocks(self.embedding_dropout(self.embedding(tokens)))
+        x = self.blocks(self.embedding(tokens))
         return F.linear(x, self.embedding.weight)
 
 
@@ -364,7 +414,7 @@ def make_optimizer(model: nn.Module, options: dict[str, Any]) -> torch.optim.Opt
             options["decay"], options["lr"], betas, "cpu"
         )
         return optimizer
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if not n.endswith("ngrams.weight")]
     matrices = [p for n, p in named if p.ndim >= 2 and "emb" not in n]
     others = [p for n, p in named if p.ndim < 2 or "emb" in n]
     if options["optimizer"] == "muon":
@@ -427,6 +477,8 @@ def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[
     optimizer = make_optimizer(model, options)
     average = AverageOfWeights(model, options["ema"]) if options["ema"] else None
     peaks = [group["lr"] for group in optimizer.param_groups]
+    ngrams = next((m for m in model.modules() if isinstance(m, NgramEmbedding)), None)
+    clipped = [p for n, p in model.named_parameters() if not n.endswith("ngrams.weight")]
     carry = options["carry"] and name in STATEFUL
     loader = WindowLoader(
         corpus.train.tokens, options["batch"], options["seq_len"], args.seed, carry=carry
@@ -455,7 +507,7 @@ def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[
     for _ in range(3):
         backward(0)
     seconds_until_ready = time.perf_counter() - begin
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
 
     def validate() -> float:
         if average:
@@ -475,9 +527,11 @@ def train_baseline(name: str, corpus: Corpus, args: argparse.Namespace) -> dict[
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         backward(step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if ngrams is not None:
+            ngrams.step(options["ngram_lr"] * factor, options["ngram_decay"])
+        model.zero_grad(set_to_none=True)
         step += 1
         spent += time.perf_counter() - begin
         if average:

@@ -255,7 +255,10 @@ class ModelConfig(Section):
         exclusive_maximum=True,
     )
     ngram_buckets: int = count(
-        0, "Rows of the hashed n-gram embedding; 0 leaves it out.", minimum=0
+        0,
+        "Rows of the hashed n-gram embedding; 0 leaves it out. Beyond 65,536 a step costs no more "
+        "with more of them.",
+        minimum=0,
     )
     max_ngram: int = setting(
         3, "Longest n-gram that has an embedding, in tokens.", minimum=2, maximum=5
@@ -291,12 +294,22 @@ class ModelConfig(Section):
         return int(self.width * self.ffn_multiplier)
 
     @property
+    def has_large_ngram_table(self) -> bool:
+        """Whether the n-gram embedding has so many rows that a step should touch only those read.
+
+        Its gradients can then be sparse, and its optimizer is RMSprop by row (decision 048).
+        """
+        return self.ngram_buckets > MAX_DENSE_ROWS
+
+    @property
     def resolved_layer_types(self) -> str:
         """One letter for each layer: ``layer_types`` repeated to the depth."""
         repeats = math.ceil(self.depth / len(self.layer_types))
         return (self.layer_types * repeats)[: self.depth]
 
 
+MAX_DENSE_ROWS = 65_536
+"""Rows of an n-gram embedding up to which AdamW updates all of them at each step."""
 NGRAM_HASH = (
     (1_000_003, 1),
     (998_244_353, 2_654_435_761),
@@ -532,7 +545,10 @@ class OptimizerConfig(Section):
         0.1, "Weight decay of the matrices, multiplied by matrix_lr.", minimum=0
     )
     ngram_weight_decay: float = setting(
-        1.0, "Weight decay of the n-gram embedding, multiplied by lr.", minimum=0
+        1.0,
+        "Weight decay of the n-gram embedding, multiplied by lr. Beyond 65,536 rows a row decays "
+        "when it is read.",
+        minimum=0,
     )
     beta1: float = setting(
         0.9, "AdamW's first-moment decay.", minimum=0, maximum=1, exclusive_maximum=True

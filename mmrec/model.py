@@ -307,8 +307,9 @@ class Model(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         nn.init.normal_(self.embedding, std=0.02)
         if config.ngram_buckets:
-            self.ngram_embedding = nn.Parameter(torch.empty(config.ngram_buckets, config.width))
-            nn.init.normal_(self.ngram_embedding, std=0.02)
+            self.ngram_embedding = nn.Parameter(torch.zeros(config.ngram_buckets, config.width))
+            if not config.has_large_ngram_table:  # there most rows are never met: they stay zero
+                nn.init.normal_(self.ngram_embedding, std=0.02)
             # twice the rate of the other dropouts: these rows are what overfits first
             self.ngram_dropout = RowDropout(min(0.5, 2 * config.dropout))
         layer_types = config.resolved_layer_types
@@ -318,6 +319,10 @@ class Model(nn.Module):
         """Whether matrix products run in bfloat16. Recurrences always run in float32."""
         self.activation_checkpointing = False
         """Whether backward recomputes each layer from its input instead of keeping activations."""
+        self.sparse_gradients = False
+        """Whether the gradient of a large n-gram embedding is a sparse tensor, as with ``sparse``
+        of ``torch.nn.Embedding``: the rows that were read, and no others. ``MuonAdamW`` takes it.
+        """
 
     def set_precision(self, precision: str) -> None:
         """Run matrix products in ``float32`` or ``bfloat16``; everything else stays float32.
@@ -358,11 +363,15 @@ class Model(nn.Module):
         x = F.embedding(tokens, self.embedding)
         if self.config.ngram_buckets:
             key, previous = tokens, previous_tokens(tokens, recent_tokens, document_starts)
+            buckets = []
             for earlier, (multiplier, mixer) in zip(previous, NGRAM_HASH, strict=False):
                 key = earlier * multiplier + key
                 mixed = key * mixer
-                bucket = (mixed >> 7 ^ mixed) % self.config.ngram_buckets
-                x = x + self.ngram_dropout(F.embedding(bucket, self.ngram_embedding), generator)
+                buckets.append((mixed >> 7 ^ mixed) % self.config.ngram_buckets)
+            is_sparse = self.sparse_gradients and self.config.has_large_ngram_table
+            rows = F.embedding(torch.stack(buckets), self.ngram_embedding, sparse=is_sparse)
+            for row in self.ngram_dropout(rows, generator).unbind():
+                x = x + row
         return x
 
     def hidden_states(

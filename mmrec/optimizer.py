@@ -1,4 +1,6 @@
-"""The optimizer: Muon for the weight matrices of the layers, AdamW for everything else."""
+"""The optimizer: Muon for the weight matrices of the layers, RMSprop with one mean square per row
+for a large n-gram embedding, AdamW for everything else.
+"""
 
 import re
 from collections import defaultdict
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmrec.config import OptimizerConfig
+from mmrec.kernels.rowwise_rmsprop.op import rowwise_rmsprop_
 from mmrec.model import Layer, Linear, Model
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mmrec.runtime.hardware import bfloat16_instructions, fastest_dtype
@@ -19,6 +22,8 @@ A, B, C = 3.4445, -4.7750, 2.0315
 MAX_BATCH_ELEMENTS = 1 << 24
 """Elements of the matrices that are orthogonalised at once. Each takes 20 bytes meanwhile; 28 in
 float32."""
+MEAN_SQUARE_DECAY = 0.99
+"""How much of the mean square of a row's gradients stays at the row's next gradient."""
 
 Task = Callable[[], object]
 
@@ -54,11 +59,17 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for parameter groups with ``use_muon=True``, AdamW for the other groups.
+    """Muon for groups of parameters with ``use_muon=True``, AdamW for the other groups.
+
+    Of the others, those with ``rowwise=True`` get RMSprop by row.
 
     Muon moves a matrix by its orthogonalised Nesterov momentum, so that every direction moves by
     the same amount, however small its gradient. The step is scaled by
     sqrt(max(1, rows / columns)). Source: Jordan et al. 2024, see ``newton_schulz``.
+
+    RMSprop by row moves the rows that have a gradient, and decays those only
+    (``mmrec.kernels.rowwise_rmsprop``). The gradient may be sparse; then a step does not depend on
+    the number of rows.
 
     Each group keeps its peak rate as ``initial_lr``; a schedule sets ``lr`` from it. In a
     distributed run each process orthogonalises a share of the matrices.
@@ -79,9 +90,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """Make an optimizer for parameter groups.
 
         Args:
-            groups: dicts of ``params``, ``weight_decay``, ``use_muon``, and perhaps ``lr_scale``,
-                which multiplies the group's rate. Matrices may have leading axes.
-            lr: AdamW's peak learning rate.
+            groups: dicts of ``params``, ``weight_decay``, ``use_muon``, and perhaps ``rowwise`` and
+                ``lr_scale``, which multiplies the group's rate. Matrices of Muon may have leading
+                axes.
+            lr: peak learning rate of AdamW and of RMSprop by row.
             matrix_lr: Muon's peak learning rate.
             betas: AdamW's moment decays.
             momentum: Muon's momentum.
@@ -93,10 +105,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._run_tasks, self._process_group = run_tasks, process_group
         self.newton_schulz_dtype = newton_schulz_dtype or fastest_dtype(bfloat16_instructions())
         muon_groups = [g for g in groups if g["use_muon"]]
-        adamw_groups = [g for g in groups if not g["use_muon"]]
+        rowwise_groups = [{"lr": lr} | g for g in groups if g.get("rowwise")]
+        adamw_groups = [g for g in groups if not (g["use_muon"] or g.get("rowwise"))]
         self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, fused=True)
         super().__init__(muon_groups, {"lr": matrix_lr, "momentum": momentum})
-        self.param_groups += self._adamw.param_groups
+        self.param_groups += self._adamw.param_groups + rowwise_groups
         self._adamw.state = self.state
         for group in self.param_groups:
             group["initial_lr"] = group["lr"] * group.get("lr_scale", 1.0)
@@ -110,6 +123,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         tasks: list[Task] = [self._adamw.step]
         for group in self.param_groups:
+            if group.get("rowwise"):
+                tasks += [partial(self._update_rows, group, p) for p in group["params"]]
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"] if group["use_muon"] else []:
                 if p.grad is not None:
@@ -128,6 +143,33 @@ class MuonAdamW(torch.optim.Optimizer):
             self._run_tasks(tasks)
         else:  # the processes exchange data within a task: all of them need one order
             run_in_turn(tasks)
+
+    @torch.no_grad()
+    def _update_rows(self, group: dict[str, Any], p: Tensor) -> None:
+        if p.grad is None:
+            return
+        local_shard, state = self._process_group.local_shard, self.state[p]
+        if "mean_square" not in state:
+            mean_square = torch.zeros_like(p[:, :1])
+            if "exp_avg_sq" in state:  # of a checkpoint of mmrec 0.11 or older, from AdamW
+                local_shard(mean_square).copy_(local_shard(state["exp_avg_sq"]).mean(1, True))
+            state.clear()
+            state["mean_square"] = mean_square
+        if p.grad.is_sparse:
+            indices, gradients = p.grad._indices()[0], p.grad._values()
+        else:
+            dense = local_shard(p.grad)
+            indices = dense.any(1).nonzero()[:, 0]
+            gradients = dense[indices]
+        rowwise_rmsprop_(
+            local_shard(p),
+            local_shard(state["mean_square"]).view(-1),
+            indices,
+            gradients,
+            group["lr"],
+            MEAN_SQUARE_DECAY,
+            group["weight_decay"],
+        )
 
     @torch.no_grad()
     def _update_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -170,6 +212,7 @@ def parameter_groups(
     Returns:
         The matrices of the layers, for Muon, with ``weight_decay``; everything else without decay;
         and the n-gram embedding with ``ngram_weight_decay``, without which it memorises the text.
+        A large one (``ModelConfig.has_large_ngram_table``) is for RMSprop by row.
     """
     matrix_ids = set()
     for module in model.layers.modules():
@@ -192,8 +235,20 @@ def parameter_groups(
         {"params": others, "weight_decay": 0.0, "use_muon": False},
     ]
     if ngram:
-        groups.append({"params": ngram, "weight_decay": ngram_weight_decay, "use_muon": False})
+        group = {"params": ngram, "weight_decay": ngram_weight_decay, "use_muon": False}
+        groups.append(group | {"rowwise": model.config.has_large_ngram_table})
     return groups
+
+
+def clipped_parameters(model: Model) -> list[Tensor]:
+    """The parameters of a model whose gradients count in the global norm, and are clipped by it.
+
+    Those are all but a large n-gram embedding, whose optimizer divides the gradient of each row by
+    its own size. A value of its gradient is also one of the embedding's, so a value that is not
+    finite shows in the norm.
+    """
+    left_out = {"ngram_embedding"} if model.config.has_large_ngram_table else set()
+    return [p for name, p in model.named_parameters() if name not in left_out]
 
 
 def layerwise_lr_groups(

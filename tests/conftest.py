@@ -109,12 +109,16 @@ def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
     """A small trainer with dropout, so that the random state counts.
 
     It draws no curve, which would take most of the time of so short a run. ``settings`` are flat
-    names of settings, laid over the defaults of tests, or arguments of ``Trainer``.
+    names of settings, laid over the defaults of tests, or arguments of ``Trainer``, or
+    ``ngram_buckets``.
     ``trainer.lines`` collects what is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = {"draw_curve": False}
     options |= {n: settings.pop(n) for n in ("callbacks", "retry", "draw_curve") if n in settings}
+    model = dataclasses.replace(
+        SMALL, dropout=0.1, ngram_buckets=settings.pop("ngram_buckets", SMALL.ngram_buckets)
+    )
     config = TrainConfig.from_flat(
         {
             "data": str(corpus.info["source"]),
@@ -131,7 +135,6 @@ def make_trainer(corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
         | settings
     )
     lines: list[str] = []
-    model = dataclasses.replace(SMALL, dropout=0.1)
     trainer = Trainer(folder, corpus, model, config, "tiny", echo=lines.append, **options)
     trainer.lines = lines  # type: ignore[attr-defined]
     return trainer

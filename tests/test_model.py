@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec.config import PRESETS, ModelConfig, preset
+from mmrec.config import MAX_DENSE_ROWS, PRESETS, ModelConfig, preset
 from mmrec.model import Model, RowDropout, draw_candidates, log_spaced_decay_logits
-from mmrec.optimizer import parameter_groups
+from mmrec.optimizer import clipped_parameters, parameter_groups
 
 SMALL = ModelConfig(
     width=16,
@@ -86,7 +86,8 @@ def test_texts_that_begin_inside_know_nothing_of_what_precedes(
     marks: list[bool], cut: int, layers: str, runs: int
 ) -> None:
     """Rows cut into texts, run whole and in two chunks, against each text alone."""
-    model = awake(dataclasses.replace(SMALL, layer_types=layers, ngram_buckets=16, max_ngram=runs))
+    shape = dataclasses.replace(SMALL, layer_types=layers, ngram_buckets=16, max_ngram=runs)
+    model = awake(shape).double()
     tokens, starts = torch.randint(0, 40, (2, 24)), torch.tensor(marks).view(2, 24)
     with torch.no_grad():
         whole, last = model(tokens, document_starts=starts)
@@ -96,13 +97,13 @@ def test_texts_that_begin_inside_know_nothing_of_what_precedes(
             edges = sorted({0, 24, *starts[row].nonzero().flatten().tolist()})
             for lo, hi in itertools.pairwise(edges):
                 alone, _ = model(tokens[row : row + 1, lo:hi])
-                torch.testing.assert_close(whole[row, lo:hi], alone[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(whole[row, lo:hi], alone[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-10, atol=1e-10)
     assert torch.equal(last.recent_tokens, after.recent_tokens)
     for one, other in zip(last.layers, after.layers, strict=True):
         for a, b in zip(one, other, strict=True):
             if a is not None and b is not None:
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_whole_equals_token_by_token_at_the_tiny_preset() -> None:
@@ -244,7 +245,10 @@ def test_weight_decay_reaches_matrices_only() -> None:
     model = Model(dataclasses.replace(SMALL, ngram_buckets=64))
     table = parameter_groups(model, 0.1, 0.7)[2]
     assert table["weight_decay"] == 0.7
+    assert not table["rowwise"]
     assert [id(p) for p in table["params"]] == [id(model.ngram_embedding)]
+    model = Model(dataclasses.replace(SMALL, ngram_buckets=MAX_DENSE_ROWS + 1))
+    assert parameter_groups(model, 0.1, 0.7)[2]["rowwise"]
 
 
 def test_time_constants_are_spread_over_the_horizon() -> None:
@@ -252,6 +256,39 @@ def test_time_constants_are_spread_over_the_horizon() -> None:
     torch.testing.assert_close(
         tau, torch.tensor([1.0, 10, 100, 1000, 10_000]).double(), rtol=1e-2, atol=0
     )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_sparse_gradients_hold_what_dense_ones_hold(dropout: float) -> None:
+    rows = MAX_DENSE_ROWS + 1
+    model = awake(dataclasses.replace(SMALL, ngram_buckets=rows, dropout=dropout)).train()
+    x = torch.randint(0, 40, (3, 11))
+    gradients = []
+    for model.sparse_gradients in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        loss, _ = model.loss(x[:, :-1], x[:, 1:], generator=generator)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    names = [name for name, _ in model.named_parameters()]
+    for name, dense, sparse in zip(names, *gradients, strict=True):
+        assert sparse.is_sparse == (name == "ngram_embedding")
+        torch.testing.assert_close(sparse.to_dense(), dense, rtol=1e-5, atol=1e-7)
+    table = gradients[1][names.index("ngram_embedding")]
+    assert len(table._indices()[0]) == 3 * 10 * 2
+
+
+def test_an_ngram_that_a_large_table_never_met_changes_nothing() -> None:
+    shape = dataclasses.replace(SMALL, ngram_buckets=MAX_DENSE_ROWS + 1)
+    assert not Model(shape).ngram_embedding.any()
+    shape = dataclasses.replace(SMALL, ngram_buckets=MAX_DENSE_ROWS)
+    assert Model(shape).ngram_embedding.std() > 0.01
+
+
+@pytest.mark.parametrize("rows", [MAX_DENSE_ROWS, MAX_DENSE_ROWS + 1])
+def test_the_gradient_of_a_large_table_is_not_clipped(rows: int) -> None:
+    model = Model(dataclasses.replace(SMALL, ngram_buckets=rows))
+    clipped = {id(p) for p in clipped_parameters(model)}
+    rest = [name for name, p in model.named_parameters() if id(p) not in clipped]
+    assert rest == (["ngram_embedding"] if rows > MAX_DENSE_ROWS else [])
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmrec.kernels.rowwise_rmsprop.reference import rowwise_rmsprop_
 from mmrec.optimizer import MuonAdamW, newton_schulz
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -100,6 +101,53 @@ def test_blocks_move_as_matrices_of_their_own_and_the_rest_by_adamw() -> None:
         adam.step()
     torch.testing.assert_close(blocks[1], single, rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(bias, twin)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_a_table_moves_by_rows_whether_its_gradient_is_sparse_or_dense(is_sparse: bool) -> None:
+    table, other = nn.Parameter(torch.randn(30, 8)), nn.Parameter(torch.ones(1))
+    groups = [
+        {"params": [nn.Parameter(torch.ones(4, 4))], "weight_decay": 0.0, "use_muon": True},
+        {"params": [other], "weight_decay": 0.0, "use_muon": False},
+        {"params": [table], "weight_decay": 0.5, "use_muon": False, "rowwise": True},
+    ]
+    optimizer = MuonAdamW(groups, lr=0.1, betas=(0.9, 0.95), matrix_lr=0.02)
+    want, mean_square = table.detach().double(), torch.zeros(30).double()
+    for factor in (1.0, 0.5):
+        optimizer.scale_lr(factor)
+        indices, values = torch.randint(30, (12,)), torch.randn(12, 8)
+        gradient = torch.sparse_coo_tensor(
+            indices[None], values, table.shape, check_invariants=False
+        )
+        table.grad = gradient if is_sparse else gradient.to_dense()
+        optimizer.step()
+        rowwise_rmsprop_(want, mean_square, indices, values.double(), 0.1 * factor, 0.99, 0.5)
+    torch.testing.assert_close(table.double(), want, rtol=1e-5, atol=1e-5)
+    state = optimizer.state[table]
+    assert list(state) == ["mean_square"]
+    torch.testing.assert_close(state["mean_square"][:, 0].double(), mean_square)
+
+
+def test_moments_of_adamw_become_mean_squares() -> None:
+    """A run of mmrec 0.11 goes on: its rows keep the size of their gradients."""
+    table = nn.Parameter(torch.zeros(3, 4))
+    groups = [
+        {"params": [nn.Parameter(torch.ones(4, 4))], "weight_decay": 0.0, "use_muon": True},
+        {"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.0, "use_muon": False},
+        {"params": [table], "weight_decay": 0.0, "use_muon": False, "rowwise": True},
+    ]
+    optimizer = MuonAdamW(groups, lr=0.1, betas=(0.9, 0.95), matrix_lr=0.02)
+    squares = torch.tensor([[1.0, 3, 2, 2], [0, 0, 0, 0], [4, 4, 4, 4]])
+    optimizer.state[table] = {
+        "step": torch.tensor(5.0),
+        "exp_avg": torch.ones(3, 4),
+        "exp_avg_sq": squares,
+    }
+    table.grad = torch.full((3, 4), 2.0)
+    optimizer.step()
+    want = torch.tensor([[0.99 * 2 + 0.01 * 4], [4], [4]])
+    torch.testing.assert_close(optimizer.state[table]["mean_square"], want)
+    torch.testing.assert_close(table, -0.2 / want.sqrt().expand(3, 4))
 
 
 def test_parameters_without_gradient_stay() -> None:

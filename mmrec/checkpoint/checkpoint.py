@@ -45,8 +45,9 @@ from mmrec.lora import apply_lora, lora_settings, merge_lora, merged_parameters
 from mmrec.model import Model, State
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
-"""Optimizer moments by their names in torch: two of AdamW, one of Muon."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum", "mean_square")
+"""Optimizer moments by their names: two of AdamW and one of Muon as in torch, of the parameter's
+shape; and that of RMSprop by row, (rows, 1)."""
 
 
 @dataclass(frozen=True)
@@ -330,13 +331,21 @@ class _StoredMoments(Mapping[str, dict[str, Tensor]]):
         like, stored = self._parameters[name], _stored_moments(self._file, name)
         if not stored:
             raise KeyError(name)
-        return {m: _read_tensor(self._file, f"optimizer/{m}/{name}", like) for m in stored}
+        return {
+            m: _read_tensor(self._file, f"optimizer/{m}/{name}", _like_moment(like, m))
+            for m in stored
+        }
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._parameters if _stored_moments(self._file, name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _like_moment(p: Tensor, moment: str) -> Tensor:
+    """A tensor of the shape that a moment of a parameter has, and sharded as the parameter is."""
+    return p.detach()[:, :1] if moment == "mean_square" else p
 
 
 def _stored_moments(file: h5py.File, parameter: str) -> list[str]:
@@ -436,7 +445,10 @@ def restore_training_state(
             if name in averaged and averages is not None:
                 averages[name] = restore_(torch.zeros_like(p), "model")
             if moments[name]:
-                values = {m: restore_(torch.zeros_like(p), f"optimizer/{m}") for m in moments[name]}
+                values = {
+                    m: restore_(torch.zeros_like(_like_moment(p, m)), f"optimizer/{m}")
+                    for m in moments[name]
+                }
                 steps = torch.tensor(float(_optimizer_steps(progress)))
                 optimizer.state[p] = {"step": steps, **values}
         torch.set_rng_state(torch.from_numpy(rng))

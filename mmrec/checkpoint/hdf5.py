@@ -173,11 +173,13 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, compress: bool 
         name: Path of the dataset.
         data: Any shape, with a dtype of ``DTYPES``.
         compress: Whether to compress with gzip after a byte shuffle. The shuffle helps because the
-            exponents of floats repeat, while their low bits do not.
+            exponents of floats repeat, while their low bits do not. An array that is almost all
+            zeros is stored as it is, since a reader takes one that shrinks by more than
+            ``MAX_RATIO`` for an attack.
     """
     data = np.ascontiguousarray(data)
     options: dict[str, Any] = {}
-    if compress and data.size > 64:
+    if compress and data.size > 64 and np.count_nonzero(data) > 2 * data.size // MAX_RATIO:
         chunk, axis = list(data.shape), 0
         while np.prod(chunk) * data.itemsize > CHUNK_BYTES:
             axis = next(i for i, n in enumerate(chunk) if n > 1)  # so that rows stay whole

@@ -317,7 +317,8 @@ class GrowthPlan:
         Args:
             model: a model of the new configuration.
             moments: by name of the old parameter, ``exp_avg`` and ``exp_avg_sq`` of AdamW or
-                ``momentum`` of Muon, each of the parameter's shape.
+                ``momentum`` of Muon, each of the parameter's shape. Those of RMSprop by row are
+                left out: a row's first gradient sets its mean square.
 
         Returns:
             The same by name of the new parameter, in float32.
@@ -327,6 +328,8 @@ class GrowthPlan:
         for mapping in self.mappings:
             grown = {}
             for moment, value in moments.get(mapping.old, {}).items():
+                if moment == "mean_square":
+                    continue
                 grown[moment] = torch.zeros(shapes[mapping.new])
                 power = 2 if moment == "exp_avg_sq" else 1
                 grown[moment][mapping.index] = value / mapping.scale**power
@@ -408,9 +411,14 @@ def initialize_from(
     if not moments:
         optimizer.state.clear()
         return 0
-    muon = {p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
+    adamw = {
+        p
+        for group in optimizer.param_groups
+        if not (group["use_muon"] or group.get("rowwise"))
+        for p in group["params"]
+    }
     for name, p in model.named_parameters():  # AdamW counts steps, the same for all parameters
-        if name not in moments and p not in muon:
+        if name not in moments and p in adamw:
             moments[name] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
     put_moments(model, optimizer, moments, steps)
     return steps

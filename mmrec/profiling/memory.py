@@ -69,7 +69,9 @@ class StorageTracker(TorchDispatchMode):
 
     def _track(self, tensors: Any, *, created: bool) -> None:
         for x in tree_leaves(tensors):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.ids:
+            if isinstance(x, Tensor) and x.is_sparse:
+                self._track(_parts_of(x), created=created)
+            elif isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.ids:
                 storage = x.untyped_storage()
                 id_, self._next_id = self._next_id, self._next_id + 1
                 self.ids[storage._cdata] = id_
@@ -81,6 +83,11 @@ class StorageTracker(TorchDispatchMode):
 
     def _free(self, address: int) -> None:
         self.current -= self.living.pop(self.ids.pop(address))
+
+
+def _parts_of(x: Tensor) -> list[Tensor]:
+    """The dense tensors that hold a tensor, which may be sparse."""
+    return [x._indices(), x._values()] if x.is_sparse else [x]
 
 
 def _sum_bytes(storages: dict[int, int], ids: set[int]) -> int:
@@ -106,6 +113,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         model = Model(config)
         model.set_precision("bfloat16" if train.optimizer.precision == "bfloat16" else "float32")
         model.activation_checkpointing = train.optimizer.activation_checkpointing
+        model.sparse_gradients = True
         replicas = replica_count(model, train.data.batch_size)
         processes = replicas - 1 if train.optimizer.replicas != "threads" else 0
         optimizer = build_optimizer(model)
@@ -117,7 +125,8 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
             after_forward = set(tracker.living)
             gradients = torch.autograd.grad(loss, parameters)
         at_peak = tracker.living_at_peak
-        gradient_ids = {tracker.ids[g.untyped_storage()._cdata] for g in gradients}
+        stored = [x for g in gradients for x in _parts_of(g)]
+        gradient_ids = {tracker.ids[x.untyped_storage()._cdata] for x in stored}
         activation_ids = after_forward - gradient_ids
         backward = {
             "gradients": replicas * _sum_bytes(at_peak, gradient_ids),
@@ -126,8 +135,9 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
             * _sum_bytes(at_peak, at_peak.keys() - after_forward - gradient_ids),
         }
         weights = sum(4 * p.numel() for p in parameters)
+        summed = sum(x.nbytes for g in gradients for x in _parts_of(g))
         if train.optimizer.gradient_accumulation_steps > 1:
-            backward["gradients"] += weights
+            backward["gradients"] += summed
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         with StorageTracker() as first_step:  # makes the moments
@@ -135,7 +145,7 @@ def training_memory(config: ModelConfig, train: TrainConfig) -> dict[str, int]:
         with StorageTracker() as second_step:
             optimizer.step()
         update = {
-            "gradients": weights,
+            "gradients": summed,
             "activations": 0,
             "temporaries": replicas * second_step.peak,
         }

@@ -31,7 +31,7 @@ from mmrec.kernels import (
     rmsnorm_conv1d,
 )
 from mmrec.model import DELTA_RULE_OPTIONS, Layer, Model
-from mmrec.optimizer import build_optimizer
+from mmrec.optimizer import build_optimizer, clipped_parameters
 from mmrec.runtime.hardware import (
     bfloat16_instructions,
     matrix_product_rate,
@@ -273,6 +273,7 @@ def profile_step(
     precision, reason = resolve_precision(train.optimizer.precision, bfloat16_instructions())
     bf16 = precision == "bfloat16"
     model.set_precision(precision)
+    model.sparse_gradients = True
     replicas = Replicas(replica_count(model, batch))
     optimizer = build_optimizer(model, run_tasks=replicas.run)
     optimizer.scale_lr(0.01)  # random tokens teach nothing: keep the weights where they are
@@ -280,7 +281,7 @@ def profile_step(
     loader = WindowLoader(rng.integers(0, config.vocab_size, 64 * batch * length), batch, length, 0)
 
     def update() -> None:
-        replicas.run([lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)])
+        replicas.run([lambda: torch.nn.utils.clip_grad_norm_(clipped_parameters(model), 1.0)])
         optimizer.step()
 
     def step() -> None:

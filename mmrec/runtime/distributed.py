@@ -82,7 +82,8 @@ class ProcessGroup:
 
         Args:
             loss: This rank's share of the loss.
-            gradients: Float32 tensors of any shape. FSDP has summed them already.
+            gradients: Float32 tensors of any shape, which may be sparse in their first axis. FSDP
+                has summed them already.
 
         Returns:
             The sum of all losses.
@@ -235,15 +236,38 @@ class TorchrunGroup(ProcessGroup):
         total = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(total)
         bucket: list[Tensor] = []
-        for i, gradient in enumerate([] if self.sharded else gradients, 1):
+        for gradient in gradients:
+            if gradient.is_sparse:
+                self._all_reduce_sparse(gradient)
+        dense = [x for x in gradients if not (self.sharded or x.is_sparse)]
+        for i, gradient in enumerate(dense, 1):
             bucket.append(gradient)
-            if i == len(gradients) or sum(x.numel() for x in bucket) >= BUCKET_ELEMENTS:
+            if i == len(dense) or sum(x.numel() for x in bucket) >= BUCKET_ELEMENTS:
                 flat = torch.cat([x.reshape(-1) for x in bucket])
                 dist.all_reduce(flat)
                 for x, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
                     x.copy_(summed.view_as(x))
                 bucket = []
         return total.item()
+
+    def _all_reduce_sparse(self, gradient: Tensor) -> None:
+        """Put the rows of all ranks into a gradient, in the order of ranks."""
+        indices, values = gradient._indices()[0], gradient._values()
+        missing = int(self.all_reduce_max(len(values))) - len(values)
+        # a row of zeros adds nothing, whatever its index
+        indices = torch.cat((indices, indices.new_zeros(missing)))
+        values = torch.cat((values, values.new_zeros(missing, *values.shape[1:])))
+        all_indices = [torch.empty_like(indices) for _ in range(self.size)]
+        all_values = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(all_indices, indices)
+        dist.all_gather(all_values, values)
+        summed = torch.sparse_coo_tensor(
+            torch.cat(all_indices)[None],
+            torch.cat(all_values),
+            gradient.shape,
+            check_invariants=False,
+        )
+        gradient.zero_().add_(summed)
 
     def full_tensor(self, x: Tensor) -> Tensor:
         return x.full_tensor() if self.sharded else x  # type: ignore[attr-defined]

@@ -47,8 +47,11 @@ MINI_TOKENS = 6_000_000
 after 3.9 M; half as many again are a margin."""
 STRONG_EPOCHS = 16
 """Passes beyond which the stronger regularisation was better (decision 025)."""
-
-
+LARGE_TABLE = 1 << 25
+"""Numbers of a large n-gram embedding: 262,144 rows of tiny, 134 MB."""
+LARGE_TABLE_EPOCHS = 1.0
+"""Passes up to which a new model gets one: it learns more from a text that it reads once, and
+memorises one that it reads again (decision 048)."""
 MAX_BITS_PER_BYTE = 3.5
 """Bits per byte before training up to which a pretrained model is begun from. It was better at 2.63
 and less, and worse at 4.8 and more, for texts of 100 kB to 10 MB; nothing lay between."""
@@ -93,7 +96,8 @@ def choose(
        else tiny. Larger ones were not measured, and are never chosen.
     3. Against memorising: nothing below four passes over the text, dropout 0.1 (0.2 with BPE) up to
        sixteen, then dropout 0.2 with weight decay 1.
-    4. Batch and length of the windows: the preset's.
+    4. N-gram embedding: a large one with BPE, for text that is read once, else the preset's.
+    5. Batch and length of the windows: the preset's.
 
     Several models and a student that learns their mean (``teachers``) would come after 3, for more
     than sixteen passes; they are not chosen.
@@ -132,12 +136,17 @@ def choose(
         settings["dropout"] = 0.0
     else:
         settings |= _regularisation(epochs, kind)
+    table = ""
+    if kind == "bpe" and epochs <= LARGE_TABLE_EPOCHS and "ngram_buckets" not in given:
+        width = given.get("width") or PRESETS[preset].width
+        settings["ngram_buckets"] = LARGE_TABLE // width
+        table = f"{settings['ngram_buckets']:,} rows of n-grams, "
     settings |= {"batch_size": 16} | preset_train_settings(preset, kind) | dict(given)
     sizes = {"batch_size": 16, "seq_len": 256} | settings
     _check_size(text, kind, sizes["batch_size"], sizes["seq_len"])
     length = LengthConfig(**{n: settings[n] for n in LENGTHS if settings.get(n) is not None})
     note = (
-        f"auto    {preset}, {_describe_tokenizer(text, kind, preset, settings)}, "
+        f"auto    {preset}, {_describe_tokenizer(text, kind, preset, settings)}, {table}"
         f"dropout {settings['dropout']:g}{_describe_decay(settings)}, "
         f"batch {sizes['batch_size']} x {sizes['seq_len']}: "
         f"{_describe_reading(text, epochs, length, given)}"

@@ -99,6 +99,54 @@ def lay_out(tensors: Sequence[Tensor], begin: int) -> tuple[list[Place], int]:
     return places, begin
 
 
+class GradientBuffer:
+    """Where a process puts the gradient of a parameter: an array, or rows and their indices."""
+
+    def __init__(self, p: Tensor, rows: int | None) -> None:
+        """Describe the buffer, which has no memory yet.
+
+        Args:
+            p: the parameter.
+            rows: the most rows that a sparse gradient has; None for a dense one.
+        """
+        self.shape, self.is_sparse = p.shape, rows is not None
+        values = p.shape if rows is None else torch.Size([rows, *p.shape[1:]])
+        self._likes = [torch.empty(values, dtype=p.dtype, device="meta")]
+        if rows is not None:
+            self._likes.append(torch.empty(rows, dtype=torch.int64, device="meta"))
+
+    def lay_out(self, begin: int) -> int:
+        """Find a place in shared memory from a byte on; return the first byte after it."""
+        self._places, end = lay_out(self._likes, begin)
+        return end
+
+    def map(self, memory: SharedMemory) -> None:
+        """Take the place in a process's mapping of that memory."""
+        self._values, *self._indices = [memory.tensor(place) for place in self._places]
+
+    def write(self, gradient: Tensor) -> int:
+        """Store a gradient. Return its number of rows if it is sparse, else 0."""
+        if not self.is_sparse:
+            self._values.copy_(gradient)
+            return 0
+        values = gradient._values()
+        self._values[: len(values)].copy_(values)
+        self._indices[0][: len(values)].copy_(gradient._indices()[0])
+        return len(values)
+
+    def read(self, rows: int) -> Tensor:
+        """The stored gradient, of so many rows if it is sparse; valid until the next ``write``."""
+        if not self.is_sparse:
+            return self._values
+        indices = self._indices[0][:rows][None]
+        return torch.sparse_coo_tensor(
+            indices, self._values[:rows], self.shape, check_invariants=False
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_values", "_indices")}
+
+
 class _ModelPickler(pickle.Pickler):
     """Stores a model with its parameters by number, since they lie in shared memory."""
 
@@ -184,12 +232,18 @@ class ReplicaProcesses:
         self._echo, self._ready = echo, [False] * count
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        trained = [p for p in parameters if p.requires_grad]
         places, size = lay_out(parameters, 0)
-        gradient_places = []
+        ngrams = rows * seq_len * (model.config.max_ngram - 1)
+        has_sparse = model.sparse_gradients and model.config.has_large_ngram_table
+        self._gradients: list[list[GradientBuffer]] = []
         for _ in range(count):
-            of_process, size = lay_out(trained, size)
-            gradient_places.append(of_process)
+            buffers = []
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    is_sparse = has_sparse and name == "ngram_embedding"
+                    buffers.append(GradientBuffer(p, ngrams if is_sparse else None))
+                    size = buffers[-1].lay_out(size)
+            self._gradients.append(buffers)
         stored = io.BytesIO()
         try:
             _ModelPickler(stored, parameters).dump(model)
@@ -203,12 +257,13 @@ class ReplicaProcesses:
                 shared = memory.tensor(place)
                 shared.copy_(p.detach())
                 p.data = shared
-            self._gradients = [[memory.tensor(p) for p in of] for of in gradient_places]
             requires_grad = [p.requires_grad for p in parameters]
-            for of_process in gradient_places:
+            for buffers in self._gradients:
                 connection = self._start(descriptor, size)
-                setup = (places, requires_grad, of_process, stored.getvalue(), (rows, seq_len))
+                setup = (places, requires_grad, buffers, stored.getvalue(), (rows, seq_len))
                 _send(connection, *setup)
+                for buffer in buffers:
+                    buffer.map(memory)
         except BaseException:
             self.close()
             raise
@@ -302,12 +357,14 @@ class ReplicaProcesses:
         [results[0]] = run_tasks(tasks[:1])
         for number in asked:
             try:
-                problem, loss, stored = _receive(self._connections[number])
+                problem, loss, sparse_rows, stored = _receive(self._connections[number])
                 if problem:
                     raise ChildProcessError(problem)
                 state = _map_state(torch.from_numpy, stored)
                 assert state is not None
-                results[number + 1] = loss, self._gradients[number], state
+                buffers = zip(self._gradients[number], sparse_rows, strict=True)
+                gradients = [buffer.read(rows) for buffer, rows in buffers]
+                results[number + 1] = loss, gradients, state
             except (OSError, EOFError) as error:
                 failure = self._describe(number, error)
         missing = [number for number in range(len(tasks)) if number not in results]
@@ -353,7 +410,7 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
         size: of the shared memory, in bytes.
     """
     torch.set_num_threads(1)
-    places, requires_grad, gradient_places, stored, shape = _receive(connection)
+    places, requires_grad, buffers, stored, shape = _receive(connection)
     memory = SharedMemory(descriptor, size)
     all_parameters = [
         nn.Parameter(memory.tensor(place), requires_grad=required)
@@ -363,18 +420,18 @@ def serve(connection: Connection, descriptor: int, size: int) -> None:
     if model.activation_checkpointing:
         malloc.return_large_blocks()
     parameters = [p for p in all_parameters if p.requires_grad]
-    gradients = [memory.tensor(place) for place in gradient_places]
+    for buffer in buffers:
+        buffer.map(memory)
     trial = torch.zeros(shape, dtype=torch.int64)
     share = Share(trial, trial, 0, None, trial.numel())
     while True:
         try:
             loss, new_gradients, state = replica_gradients(model, parameters, share)
-            for gradient, new in zip(gradients, new_gradients, strict=True):
-                gradient.copy_(new)
-            del new_gradients, new
-            answer = ("", loss, _map_state(_to_numpy, state))
+            rows = [b.write(g) for b, g in zip(buffers, new_gradients, strict=True)]
+            del new_gradients
+            answer = ("", loss, rows, _map_state(_to_numpy, state))
         except Exception as error:
-            answer = (f"{type(error).__name__}: {error}", 0.0, None)
+            answer = (f"{type(error).__name__}: {error}", 0.0, [], None)
         _send(connection, *answer)
         [received] = _receive(connection)
         share = _map_share(torch.from_numpy, received)

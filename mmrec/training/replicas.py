@@ -117,9 +117,13 @@ def replica_count(
 ) -> int:
     """min(cores, batch_size) replicas below 64 M parameters, otherwise one.
 
+    An n-gram embedding whose gradients are sparse does not count.
     A sharded model gets one replica too: its layers are assembled for one forward at a time.
     """
-    is_small = sum(p.numel() for p in model.parameters()) < MAX_PARAMETERS
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    if model.sparse_gradients and model.config.has_large_ngram_table:
+        sizes.pop("ngram_embedding", None)
+    is_small = sum(sizes.values()) < MAX_PARAMETERS
     if not is_small or process_group.sharded:
         return 1
     return min(torch.get_num_threads(), batch_size)

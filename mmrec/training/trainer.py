@@ -59,7 +59,7 @@ from mmrec.evaluation.evaluate import Evaluation, evaluate
 from mmrec.finetune.freeze import freeze_parameters
 from mmrec.lora import apply_lora
 from mmrec.model import Model, State
-from mmrec.optimizer import build_optimizer
+from mmrec.optimizer import build_optimizer, clipped_parameters
 from mmrec.runtime import malloc
 from mmrec.runtime.atomic import atomic_write_text, never_retry, write_with_retry
 from mmrec.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -172,6 +172,7 @@ class Trainer:
         process_group.shard_model(self.model)
         self._set_precision(precision)
         self.model.activation_checkpointing = training.activation_checkpointing
+        self.model.sparse_gradients = not process_group.sharded  # FSDP sums dense ones only
         if training.activation_checkpointing:
             malloc.return_large_blocks()
         if finetune.lora_rank:
@@ -738,7 +739,7 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         max_norm = self.config.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(clipped_parameters(self.model), max_norm)
         return self.process_group.full_tensor(norm)
 
     # ---- validation, epochs and divergence

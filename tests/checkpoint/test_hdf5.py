@@ -52,6 +52,18 @@ def test_round_trip(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [0, 1, 1000, 7000, 200_000])
+def test_an_array_of_zeros_and_some_rows_can_be_read(tmp_path: Path, rows: int) -> None:
+    """A table of n-grams that has met few of them yet; compressed, it would look like an attack."""
+    data = np.zeros((200_000, 16), np.float32)
+    data[:rows] = np.random.default_rng(0).standard_normal((rows, 16), np.float32)
+    path = tmp_path / "a.h5"
+    with atomic_h5_file(path, "corpus", 1) as file:
+        write_array(file, "data", data, compress=True)
+    with open_h5_file(path, "corpus", 1) as file:
+        assert np.array_equal(read_array(file, "data", np.float32, data.shape), data)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     data = write(path)

@@ -104,6 +104,19 @@ def test_seven_billion_parameters_are_counted_without_memory() -> None:
     assert torch.get_default_dtype() == before
 
 
+def test_a_large_table_costs_its_weights_only() -> None:
+    """Its gradients and moments are those of the rows that a batch reads."""
+    settings = TrainConfig.from_flat({"batch_size": 4, "seq_len": 16, "precision": "float32"})
+    small, large = (
+        training_memory(replace(PRESETS["tiny"], ngram_buckets=rows), settings)
+        for rows in (1, 1 << 20)
+    )
+    rows = (1 << 20) - 1
+    assert large["weights"] - small["weights"] == 4 * 128 * rows
+    assert large["moments"] - small["moments"] == pytest.approx(4 * rows, rel=0.01)
+    assert large["gradients"] - small["gradients"] < 1e6
+
+
 def test_replicas_accumulation_and_length_count() -> None:
     config = ModelConfig(64, 2, 2, 300, "nl")
     base = TrainConfig.from_flat({"batch_size": 4, "seq_len": 64, "precision": "float32"})

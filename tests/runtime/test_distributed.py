@@ -30,7 +30,7 @@ CONFIG = """preset = "tiny"
 width = 32
 depth = 2
 heads = 2
-ngram_buckets = 64
+ngram_buckets = 65_537
 layer_types = "nb"
 [data]
 tokenizer = "byte"
@@ -89,6 +89,13 @@ for strategy, os.environ["MASTER_PORT"] in zip(STRATEGIES, sys.argv[1:], strict=
         assert group.all_gather_object(str(rank)) == ["0", "1", "2"]
         assert group.all_reduce_max(-1.0 - rank) == -1.0
         assert group.local_rank_zero_first(lambda: rank + 1) == rank + 1
+        if not group.sharded:  # each rank has other rows, and another number of them
+            gradient = torch.sparse_coo_tensor(
+                torch.arange(rank + 1)[None] % 2, torch.ones(rank + 1, 3), (4, 3),
+                check_invariants=False,
+            )
+            group.all_reduce_gradients(0.0, [gradient, torch.ones(1)])
+            assert gradient.to_dense().tolist() == [[4.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]
         net = Net(group)
         pairs = list(zip(net.parameters(), single.parameters(), strict=True))
         for p, q in pairs:

@@ -87,6 +87,32 @@ def test_the_line_says_what_and_why() -> None:
     )
     note = choose(text_of(9e6), {"vocab": 2000}, cores=1, has_bfloat16=False).note
     assert "tiny, vocabulary 2,000, dropout 0, batch 16 x 128: 8.1 MB" in note
+    note = choose(text_of(2e7), {"vocab": 2000}, cores=1, has_bfloat16=False).note
+    assert "tiny, vocabulary 2,000, 262,144 rows of n-grams, dropout 0, batch 16 x 128: 18" in note
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "rows"),
+    [
+        (77e6, {"minutes": 5.0}, 262_144),
+        (77e6, {"minutes": 60.0}, 131_072),  # mini
+        (77e6, {"minutes": 5.0, "width": 64}, 524_288),
+        (77e6, {"minutes": 5.0, "ngram_buckets": 99}, 99),
+        (77e6, {"minutes": 5.0, "ngram_buckets": 0}, 0),
+        (77e6, {"minutes": 5.0, "tokenizer": "char"}, None),
+        (9e6, {"epochs": 1.0}, 262_144),
+        (9e6, {"epochs": 1.1}, None),
+        (1.1e6, {"epochs": 1.0}, None),  # by character
+    ],
+    ids=str,
+)
+def test_a_text_that_is_read_once_gets_a_large_table(
+    size: float, given: dict[str, Any], rows: int | None
+) -> None:
+    choice = choose(text_of(size), given, cores=1, has_bfloat16=True)
+    assert choice.settings.get("ngram_buckets") == rows
+    is_chosen = rows is not None and "ngram_buckets" not in given
+    assert ("rows of n-grams" in choice.note) == is_chosen
 
 
 def test_a_slower_machine_reads_less() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmrec.config import MAX_DENSE_ROWS
 from mmrec.data.corpus import Corpus
 from mmrec.lora import apply_lora
 from mmrec.model import Model, State
@@ -53,7 +54,7 @@ def batch_of(model: Model, rows: int = 5, **settings: Any) -> Batch:
             values.append(loss)
         assert state is not None
         layer_states = [x for layer in state.layers for x in layer if x is not None]
-        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None]
         return [torch.tensor(values), state.recent_tokens, *layer_states, *gradients]
 
     return run
@@ -85,11 +86,16 @@ def exists(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_processes_compute_the_bits_of_threads(replicas: Replicas, precision: str) -> None:
+def test_processes_compute_the_bits_of_threads(
+    replicas: Replicas, precision: str, sparse: bool
+) -> None:
     """With all types of layers, dropout, carried states, documents and ignored targets."""
-    model = make_model(layer_types="nbsl", depth=4, dropout=0.2)
+    rows = MAX_DENSE_ROWS + sparse
+    model = make_model(layer_types="nbsl", depth=4, dropout=0.2, ngram_buckets=rows)
     model.set_precision(precision)
+    model.sparse_gradients = True
     run = batch_of(model, end_of_text=0)
     expected = run(replicas)
     replicas.start_processes(model, 5, 16, wait=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmrec.config import MAX_DENSE_ROWS
 from mmrec.model import Model
 from mmrec.runtime.distributed import ProcessGroup
 from mmrec.training.replicas import Replicas, forward_backward
@@ -36,6 +37,25 @@ def test_replicas_compute_what_one_thread_computes(count: int) -> None:
     assert replica_loss == pytest.approx(loss, rel=1e-5)
     for a, b in zip(gradients, replica_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_sparse_gradients_add_up_to_dense_ones() -> None:
+    """Over two batches, each divided over three replicas."""
+    torch.manual_seed(3)
+    model = Model(replace(SMALL, vocab_size=64, ngram_buckets=MAX_DENSE_ROWS + 1))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    batches = torch.randint(64, (2, 5, 33))
+    gradients = []
+    for model.sparse_gradients in (False, True):
+        model.zero_grad(set_to_none=True)
+        for tokens in batches:
+            forward_backward(model, Replicas(3), tokens[:, :-1], tokens[:, 1:])
+        assert model.ngram_embedding.grad is not None
+        assert model.ngram_embedding.grad.is_sparse == model.sparse_gradients
+        gradients.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    for dense, sparse in zip(*gradients, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=2e-4, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_bits_with_dropout() -> None:

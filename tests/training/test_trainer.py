@@ -20,7 +20,7 @@ import torch
 from mmrec.checkpoint import manager
 from mmrec.checkpoint.checkpoint import load_model, restore_training_state
 from mmrec.checkpoint.header import read_metadata
-from mmrec.config import DEFAULT_TOKENS
+from mmrec.config import DEFAULT_TOKENS, MAX_DENSE_ROWS
 from mmrec.data.corpus import Corpus, Split
 from mmrec.errors import InputError, StorageError, TrainingDivergedError
 from mmrec.evaluation.evaluate import Evaluation
@@ -94,7 +94,13 @@ def test_a_run_of_many_epochs_warns_that_the_model_will_memorise_its_text(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_accumulation_steps": 2}, {"sampled_softmax": 16}]
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"sampled_softmax": 16},
+        {"ngram_buckets": MAX_DENSE_ROWS + 1, "gradient_accumulation_steps": 2},
+    ],
 )
 def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
     corpus: Corpus, tmp_path: Path, settings: dict[str, int]
