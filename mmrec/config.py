@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from mmrec.errors import InputError, did_you_mean
 
-VERSION = "0.11.0"
+VERSION = "0.12.0"
 MAX_COUNT = 10**15
 """Largest whole number that a setting may have, so that products of sizes stay countable."""
 

@@ -56,6 +56,9 @@ JSON_BYTES = 1 << 24
 MAX_OBJECTS = 20_000  # a checkpoint of the preset 7b has about a thousand
 MAX_DEPTH = 4
 MAX_NAME_BYTES = 256
+MAX_COMPRESSED_BYTES = 1 << 25
+"""Size of the largest array that is compressed: gzip takes seconds for 100 MB, and weights shrink
+little."""
 MAX_RATIO, MAX_EXTRA_BYTES = 32, 1 << 20
 """All arrays together may take this many times the size of the file, and this much more."""
 MAX_TEXT_BYTES = 64
@@ -173,13 +176,14 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, compress: bool 
         name: Path of the dataset.
         data: Any shape, with a dtype of ``DTYPES``.
         compress: Whether to compress with gzip after a byte shuffle. The shuffle helps because the
-            exponents of floats repeat, while their low bits do not. An array that is almost all
-            zeros is stored as it is, since a reader takes one that shrinks by more than
-            ``MAX_RATIO`` for an attack.
+            exponents of floats repeat, while their low bits do not. Arrays of more than
+            ``MAX_COMPRESSED_BYTES`` are stored as they are, and so are those that are almost all
+            zeros: a reader takes an array that shrinks by more than ``MAX_RATIO`` for an attack.
     """
     data = np.ascontiguousarray(data)
     options: dict[str, Any] = {}
-    if compress and data.size > 64 and np.count_nonzero(data) > 2 * data.size // MAX_RATIO:
+    is_dense = np.count_nonzero(data) > 2 * data.size // MAX_RATIO
+    if compress and is_dense and 64 < data.size and data.nbytes <= MAX_COMPRESSED_BYTES:
         chunk, axis = list(data.shape), 0
         while np.prod(chunk) * data.itemsize > CHUNK_BYTES:
             axis = next(i for i, n in enumerate(chunk) if n > 1)  # so that rows stay whole

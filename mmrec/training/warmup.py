@@ -29,6 +29,7 @@ from mmrec.evaluation.evaluate import evaluate
 from mmrec.inference.decoder_choice import call_kernel
 from mmrec.kernels._jit import KernelCall, record_calls
 from mmrec.kernels._launch import compile_parallel_loop, parallel_threshold
+from mmrec.kernels.rowwise_rmsprop.op import rowwise_rmsprop_
 from mmrec.kernels.shingles.kernel import shingle_hashes
 from mmrec.model import Model
 from mmrec.runtime.distributed import SINGLE_PROCESS
@@ -58,6 +59,8 @@ def _train() -> None:
     tokens = torch.zeros(ROWS, STEPS, dtype=torch.int64)
     loss, _ = _model().loss(tokens, tokens)
     loss.backward()
+    table, row = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+    rowwise_rmsprop_(table, torch.zeros(1), row, torch.ones(1, 8), lr=1.0)
 
 
 def _evaluate() -> None:

@@ -96,8 +96,8 @@ def rowwise_rmsprop_(
         ValueError: a shape, dtype or device is not as above.
 
     Source: RMSprop, Tieleman and Hinton 2012 (lecture 6.5 of "Neural Networks for Machine
-    Learning"), with one number per row as in the row-wise Adagrad of Gupta et al. 2014, "Training
-    highly multiclass classifiers" (JMLR 15, section 3.3).
+    Learning"), with one number per row as in rowwise_adagrad of FBGEMM
+    (github.com/pytorch/FBGEMM).
     """
     if weight.dtype not in FULL_PRECISION or weight.device.type != "cpu" or weight.dim() != 2:
         raise ValueError(
