@@ -182,8 +182,8 @@ def write_array(file: h5py.File, name: str, data: np.ndarray, *, compress: bool 
     """
     data = np.ascontiguousarray(data)
     options: dict[str, Any] = {}
-    is_dense = np.count_nonzero(data) > 2 * data.size // MAX_RATIO
-    if compress and is_dense and 64 < data.size and data.nbytes <= MAX_COMPRESSED_BYTES:
+    compress = compress and data.size > 64 and data.nbytes <= MAX_COMPRESSED_BYTES
+    if compress and np.count_nonzero(data) > 2 * data.size // MAX_RATIO:
         chunk, axis = list(data.shape), 0
         while np.prod(chunk) * data.itemsize > CHUNK_BYTES:
             axis = next(i for i, n in enumerate(chunk) if n > 1)  # so that rows stay whole
