@@ -256,8 +256,8 @@ class ModelConfig(Section):
     )
     ngram_buckets: int = count(
         0,
-        "Rows of the hashed n-gram embedding; 0 leaves it out. Beyond 65,536 a step costs no more "
-        "with more of them.",
+        "Rows of the hashed n-gram embedding; 0 leaves it out. With more than 65,536 a step "
+        "updates only those that it has read.",
         minimum=0,
     )
     max_ngram: int = setting(
@@ -546,8 +546,8 @@ class OptimizerConfig(Section):
     )
     ngram_weight_decay: float = setting(
         1.0,
-        "Weight decay of the n-gram embedding, multiplied by lr. Beyond 65,536 rows a row decays "
-        "when it is read.",
+        "Weight decay of the n-gram embedding, multiplied by lr. With more than 65,536 rows a row "
+        "decays when it is read.",
         minimum=0,
     )
     beta1: float = setting(
