@@ -52,6 +52,7 @@ def commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def shown(arguments: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What a command prints, with single spaces and without frames."""
     patch.setattr(sys, "argv", ["mmrec", *arguments.split()])
+    patch.setattr(main, "prepare_process", lambda command: None)  # it is for whole processes
     with pytest.raises(SystemExit) as caught:
         main.run()
     assert not caught.value.code
