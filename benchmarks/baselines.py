@@ -199,7 +199,7 @@ class NgramEmbedding(nn.Module):
         )
 
 
-class WithNgrams(nn.Module):
+class InputEmbedding(nn.Module):
     """The embedding of the tokens of a model, and of n-grams if its options ask for them."""
 
     def __init__(self, vocab: int, std: float, options: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
     def __init__(self, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
         width, depth, heads = options["width"], options["depth"], options["heads"]
-        self.embedding = WithNgrams(vocab, 0.02, options)
+        self.embedding = InputEmbedding(vocab, 0.02, options)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(depth))
         self.up_proj = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(depth))
         self.down_proj = nn.ModuleList(
@@ -278,7 +278,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind: str, vocab: int, options: dict[str, Any]) -> None:
         super().__init__()
         width, depth, dropout = options["width"], options["depth"], options["dropout"]
-        self.embedding = WithNgrams(vocab, width**-0.5, options)
+        self.embedding = InputEmbedding(vocab, width**-0.5, options)
         between = dropout if depth > 1 else 0.0
         cls = nn.LSTM if kind == "lstm" else nn.GRU
         self.rnn = cls(width, width, depth, batch_first=True, dropout=between)
@@ -305,7 +305,7 @@ class XLSTM(nn.Module):
         )
 
         width, depth, heads = options["width"], options["depth"], options["heads"]
-        self.embedding = WithNgrams(vocab, width**-0.5, options)
+        self.embedding = InputEmbedding(vocab, width**-0.5, options)
         self.blocks = xLSTMBlockStack(
             xLSTMBlockStackConfig(
                 mlstm_block=mLSTMBlockConfig(mLSTMLayerConfig(num_heads=heads)),
