@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrec.config import MODEL_SETTINGS, NGRAM_HASH, TRAIN_SETTINGS
+from mmrec.config import MODEL_SETTINGS, TRAIN_SETTINGS
 from mmrec.data.corpus import Corpus
 from mmrec.data.dataloader import WindowLoader
 from mmrec.data.prepare import prepare
 from mmrec.kernels.rowwise_rmsprop.op import rowwise_rmsprop_
+from mmrec.model import ngram_rows, previous_tokens
 from mmrec.optimizer import MEAN_SQUARE_DECAY, MuonAdamW
 from mmrec.runtime.numeric import cdiv
 from mmrec.training.lr_schedule import lr_factor
@@ -180,13 +181,9 @@ class NgramEmbedding(nn.Module):
     @torch.compiler.disable  # compiled functions have no sparse gradients
     def forward(self, tokens: Tensor) -> Tensor:
         """The sum of two rows for each token (B, T); 0 stands before the window."""
-        key, buckets = tokens, []
-        for n, (multiplier, mixer) in enumerate(NGRAM_HASH[:2], 1):
-            earlier = F.pad(tokens, (n, 0))[:, : tokens.shape[1]]
-            key = earlier * multiplier + key
-            mixed = key * mixer
-            buckets.append((mixed >> 7 ^ mixed) % len(self.weight))
-        return F.embedding(torch.stack(buckets), self.weight, sparse=True).sum(0)
+        previous = previous_tokens(tokens, tokens.new_zeros(len(tokens), 2), None)
+        rows = ngram_rows(tokens, previous, len(self.weight))
+        return F.embedding(rows, self.weight, sparse=True).sum(0)
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float) -> None:

@@ -308,7 +308,8 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding, std=0.02)
         if config.ngram_buckets:
             self.ngram_embedding = nn.Parameter(torch.zeros(config.ngram_buckets, config.width))
-            if not config.has_large_ngram_table:  # there most rows are never met: they stay zero
+            # in a large table an n-gram that training never meets must change nothing
+            if not config.has_large_ngram_table:
                 nn.init.normal_(self.ngram_embedding, std=0.02)
             # twice the rate of the other dropouts: these rows are what overfits first
             self.ngram_dropout = RowDropout(min(0.5, 2 * config.dropout))
@@ -362,14 +363,10 @@ class Model(nn.Module):
         """
         x = F.embedding(tokens, self.embedding)
         if self.config.ngram_buckets:
-            key, previous = tokens, previous_tokens(tokens, recent_tokens, document_starts)
-            buckets = []
-            for earlier, (multiplier, mixer) in zip(previous, NGRAM_HASH, strict=False):
-                key = earlier * multiplier + key
-                mixed = key * mixer
-                buckets.append((mixed >> 7 ^ mixed) % self.config.ngram_buckets)
+            previous = previous_tokens(tokens, recent_tokens, document_starts)
+            buckets = ngram_rows(tokens, previous, self.config.ngram_buckets)
             is_sparse = self.sparse_gradients and self.config.has_large_ngram_table
-            rows = F.embedding(torch.stack(buckets), self.ngram_embedding, sparse=is_sparse)
+            rows = F.embedding(buckets, self.ngram_embedding, sparse=is_sparse)
             for row in self.ngram_dropout(rows, generator).unbind():
                 x = x + row
         return x
@@ -526,6 +523,25 @@ class Packing(NamedTuple):
     def sequences_to_rows(self, state: Tensor | None) -> Tensor | None:
         """States of sequences (N, …) to the state that each row ends with (B, …)."""
         return None if state is None else state.index_select(0, self.last_sequence)
+
+
+def ngram_rows(tokens: Tensor, previous: list[Tensor], rows: int) -> Tensor:
+    """The row of the n-gram embedding for each n-gram that ends at each token.
+
+    Args:
+        tokens: (B, T) int64.
+        previous: R tensors (B, T) int64, see ``previous_tokens``.
+        rows: of the embedding.
+
+    Returns:
+        (R, B, T) int64, for n = 2 … R + 1.
+    """
+    key, found = tokens, []
+    for earlier, (multiplier, mixer) in zip(previous, NGRAM_HASH, strict=False):
+        key = earlier * multiplier + key
+        mixed = key * mixer
+        found.append((mixed >> 7 ^ mixed) % rows)
+    return torch.stack(found)
 
 
 def previous_tokens(

@@ -14,8 +14,8 @@ computes them and states their adjoint, ``op.py`` checks arguments and registers
 The model's presets use min_gru_mixer, gated_delta_rule, rmsnorm_conv1d, relu_squared, dropout_add
 and fused_linear_cross_entropy. gated_recurrence serves layer types "s" and "b"; gru and lstm serve
 mmrec.nn.GRU and LSTM. rowwise_rmsprop updates a large n-gram embedding and is not public. scan,
-cumprod and log_cumprod serve no model here. The others have the names
-and shapes of flash-linear-attention, mamba-ssm and causal-conv1d, and serve models made for these.
+cumprod and log_cumprod serve no model here. The others have the names and shapes of
+flash-linear-attention, mamba-ssm and causal-conv1d, and serve models made for these.
 """
 
 import importlib
